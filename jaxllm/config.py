@@ -1,0 +1,519 @@
+"""Every setting of a run, as frozen dataclasses that cannot be constructed wrong.
+
+One YAML file is one `RunConfig`; `jaxllm.config_file` reads and writes it. Each class checks its own invariants in
+`__post_init__`, and `RunConfig` those that cross sections, so that a bad value is refused before anything is
+compiled. Models receive only their own config. Not here: reading files, building models or optimizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Float = Literal["float32", "bfloat16", "float16"]
+Layers = Literal["scan", "unroll"]
+Remat = Literal["none", "elementwise", "dots", "full"]
+Attention = Literal["auto", "reference", "chunked", "cudnn"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "ul2", "seq2seq"]
+
+# pydantic reads this from a standard dataclass: an unknown key is an error, an infinite number too.
+_STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value > 0, f"{name} must be positive, got {value}; set it to at least 1")
+
+
+def _fraction(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: base and length extension (names of transformers' rope_parameters).
+
+    Attributes:
+        type: default, linear, dynamic, llama3, yarn or longrope.
+        theta: base of the geometric series of wavelengths.
+        factor: by how much the trained context is stretched; null lets yarn and longrope derive it.
+        original_max_length: context length before stretching; null means the model's max_length.
+        low_freq_factor: llama3, wavelengths beyond original/low are fully interpolated.
+        high_freq_factor: llama3, wavelengths below original/high are left alone.
+        beta_fast: yarn, rotations above which a dimension is left alone.
+        beta_slow: yarn, rotations below which a dimension is fully interpolated.
+        truncate: yarn, round the ramp's ends to whole dimensions.
+        mscale: yarn, numerator of the attention scaling.
+        mscale_all_dim: yarn, denominator of the attention scaling.
+        attention_factor: yarn and longrope, multiplies cos and sin; null takes the formula.
+        short_factor: longrope, divisor per dimension up to original_max_length.
+        long_factor: longrope, divisor per dimension beyond it.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    theta: float = 10000.0
+    factor: float | None = None
+    original_max_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+        _require(self.type in known, f"rope type must be one of {', '.join(known)}, got {self.type!r}")
+        _require(self.theta > 0, f"rope theta must be positive, got {self.theta}")
+        if self.type in ("linear", "dynamic", "llama3"):
+            _require(self.factor is not None, f"rope type {self.type} needs factor, e.g. factor: 8.0")
+        if self.factor is not None:
+            _require(self.factor >= 1, f"rope factor must be at least 1, got {self.factor}")
+        if self.type == "llama3":
+            _require(
+                self.high_freq_factor > self.low_freq_factor,
+                f"rope high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}",
+            )
+        if self.type == "longrope":
+            _require(
+                bool(self.short_factor) and len(self.short_factor) == len(self.long_factor),
+                f"longrope needs short_factor and long_factor of the same length (head_dim / 2), got "
+                f"{len(self.short_factor)} and {len(self.long_factor)}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A Llama-shaped decoder (arXiv 2302.13971; GQA 2305.13245); flags cover Mistral, Qwen2 and Qwen3.
+
+    Attributes:
+        family: llama.
+        vocab_size: rows of the embedding; at least the tokenizer's size.
+        d_model: width of the residual stream.
+        d_ff: width of the gated MLP.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key/value heads, a divisor of num_heads; 0 means num_heads.
+        head_dim: width of a head; 0 means d_model / num_heads.
+        max_length: longest context the model is made for; RoPE scaling is relative to it.
+        rope: rotary embedding, see rope.*.
+        norm_eps: epsilon inside RMSNorm's square root.
+        tie_embeddings: use the input embedding as output head.
+        qkv_bias: bias on q, k and v (Qwen2).
+        out_bias: bias on the attention output.
+        mlp_bias: bias on the three MLP projections.
+        qk_norm: RMSNorm over each head of q and k (Qwen3).
+        sliding_window: attend to this many last positions only (Mistral); null attends to all.
+        activation: gate of the MLP.
+        init_std: standard deviation of initial weights.
+        layers: scan compiles one layer once; unroll compiles all of them and runs faster. Same result.
+        remat: what the backward pass recomputes: none, elementwise, dots (all but matmuls) or full.
+        attention: auto picks a kernel by platform and shape and logs its name once.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    family: Literal["llama"] = "llama"
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    max_length: int = 2048
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
+    init_std: float = 0.02
+    layers: Layers = "scan"
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "max_length")
+        if self.num_kv_heads == 0:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim == 0:
+            _require(
+                self.d_model % self.num_heads == 0,
+                f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}; change one or set head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        _positive(self, "num_kv_heads", "head_dim")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
+            f"use a divisor such as {_largest_divisor(self.num_heads, self.num_kv_heads)}",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim must be even for RoPE's pairs, got {self.head_dim}; use {self.head_dim + 1}",
+        )
+        if self.sliding_window is not None:
+            _positive(self, "sliding_window")
+        if self.rope.type == "longrope":
+            _require(
+                len(self.rope.long_factor) == self.head_dim // 2,
+                f"longrope factors need head_dim / 2 = {self.head_dim // 2} numbers, got {len(self.rope.long_factor)}",
+            )
+        if self.rope.type == "dynamic":
+            _require(self.head_dim > 2, "dynamic RoPE divides by head_dim - 2; use a head_dim above 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """A T5 encoder-decoder (arXiv 1910.10683; gated MLP 2002.05202); flags cover v1.0, v1.1, mT5, UMT5, ByT5.
+
+    Attributes:
+        family: t5.
+        vocab_size: rows of the embedding; may exceed the tokenizer's size (32128 against 32100).
+        d_model: width of the residual stream.
+        d_ff: width of the MLP.
+        num_layers: encoder layers.
+        num_decoder_layers: decoder layers; 0 means num_layers.
+        num_heads: attention heads.
+        head_dim: width of a head (d_kv); num_heads * head_dim need not equal d_model.
+        relative_buckets: rows of the relative position bias table.
+        relative_max_distance: distance from which all positions share the last bucket.
+        relative_per_layer: a bias table in every layer (UMT5) instead of one per stack.
+        norm_eps: epsilon inside RMSNorm's square root.
+        activation: of the MLP; gelu_tanh is what every gated checkpoint means by gated-gelu.
+        gated: gated MLP with two input projections (v1.1) or a plain one (v1.0).
+        tie_embeddings: use the input embedding as output head (v1.0).
+        scale_logits: multiply the decoder's output by d_model ** -0.5 before the head (v1.0).
+        dropout_rate: at all of T5's places; 0 turns it off.
+        decoder_start_id: first decoder input, normally the pad id.
+        init_factor: multiplies every initial standard deviation.
+        layers: scan compiles one layer once; unroll compiles all of them and runs faster. Same result.
+        remat: what the backward pass recomputes: none, elementwise, dots (all but matmuls) or full.
+        attention: auto picks a kernel by platform and shape and logs its name once.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    family: Literal["t5"] = "t5"
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_decoder_layers: int = 0
+    num_heads: int
+    head_dim: int = 64
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    relative_per_layer: bool = False
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "gelu_tanh"
+    gated: bool = True
+    tie_embeddings: bool = False
+    scale_logits: bool = False
+    dropout_rate: float = 0.0
+    decoder_start_id: int = 0
+    init_factor: float = 1.0
+    layers: Layers = "scan"
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "head_dim", "init_factor")
+        if self.num_decoder_layers == 0:
+            object.__setattr__(self, "num_decoder_layers", self.num_layers)
+        _positive(self, "num_decoder_layers")
+        _fraction(self, "dropout_rate")
+        _require(
+            self.relative_buckets >= 4 and self.relative_buckets % 2 == 0,
+            f"relative_buckets must be even and at least 4, got {self.relative_buckets}; T5 uses 32",
+        )
+        _require(
+            self.relative_max_distance > self.relative_buckets // 2,
+            f"relative_max_distance {self.relative_max_distance} must exceed relative_buckets / 2 = "
+            f"{self.relative_buckets // 2}: the buckets beyond it would be logarithms of less than 1",
+        )
+        _require(
+            0 <= self.decoder_start_id < self.vocab_size,
+            f"decoder_start_id {self.decoder_start_id} is outside the vocabulary of {self.vocab_size}",
+        )
+
+
+ModelConfig = LlamaConfig | T5Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Mixed precision: float32 master parameters, a compute dtype, and the loss scale float16 needs (arXiv 1710.03740).
+
+    Attributes:
+        compute: dtype of activations and matmul inputs; parameters, moments and losses stay float32.
+        loss_scale: none, static or dynamic; float16 needs one of the last two.
+        initial_scale: first value of the loss scale.
+        growth_interval: finite steps in a row after which a dynamic scale doubles.
+        min_scale: floor; an overflow at the floor counts towards stopping the run.
+        max_scale: ceiling of a dynamic scale.
+        hysteresis: overflows in a row before a dynamic scale is halved.
+        retries: recompute an overflowed batch with a smaller scale up to this many times instead of dropping it.
+        max_overflows: overflows in a row at the floor that stop the run.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    compute: Float = "float32"
+    loss_scale: Literal["none", "static", "dynamic"] = "none"
+    initial_scale: float = 65536.0
+    growth_interval: int = 2000
+    min_scale: float = 1.0
+    max_scale: float = 2.0**24
+    hysteresis: int = 1
+    retries: int = 0
+    max_overflows: int = 20
+
+    def __post_init__(self) -> None:
+        _positive(self, "initial_scale", "growth_interval", "min_scale", "max_scale", "hysteresis", "max_overflows")
+        _require(
+            self.compute != "float16" or self.loss_scale != "none",
+            "float16 gradients underflow without loss scaling; set precision.loss_scale: dynamic",
+        )
+        _require(
+            self.min_scale <= self.initial_scale <= self.max_scale,
+            f"initial_scale {self.initial_scale} must lie between min_scale {self.min_scale} "
+            f"and max_scale {self.max_scale}",
+        )
+        _require(self.retries >= 0, f"retries must not be negative, got {self.retries}")
+        _require(
+            self.retries == 0 or self.loss_scale == "dynamic",
+            "retries needs a scale that can shrink; set precision.loss_scale: dynamic or retries: 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Update rule and learning-rate schedule.
+
+    Attributes:
+        name: adamw (1711.05101), adamw_rms (AdamW scaled by each tensor's RMS, nanoT5) or adafactor (1804.04235).
+        learning_rate: peak of the schedule.
+        schedule: cosine, wsd (stable, then linear decay), inverse_sqrt or constant; all after a linear warm-up.
+        warmup_steps: steps of linear warm-up.
+        decay_steps: wsd, steps of the final linear decay.
+        min_lr_ratio: floor of cosine and wsd as a part of the peak.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on matrices only (norms, biases and relative bias are spared).
+        clip_norm: largest global norm of the gradient; null never clips.
+        moment_dtype: dtype of the first moment.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: Literal["adamw", "adamw_rms", "adafactor"] = "adamw"
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    min_lr_ratio: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "eps")
+        _fraction(self, "b1", "b2")
+        for name in ("warmup_steps", "decay_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must lie in [0, 1], got {self.min_lr_ratio}")
+        if self.clip_norm is not None:
+            _require(self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}; null never clips")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes token arrays.
+
+    Attributes:
+        source: stdlib (embedded), files (with path) or any TFDS name such as wiki40b/en.
+        path: file or folder of .txt, .jsonl (.gz, .zst) or .parquet, for source files.
+        text_key: field that holds the text in .jsonl, .parquet and TFDS records.
+        target_key: field that holds the answer, for the objective seq2seq.
+        validation_fraction: part of the documents held out, by a hash of their content.
+        on_bad_text: what a document that is not UTF-8 does: stop or skip (counted and named).
+        tokenizer: train (byte-level BPE on the training split) or a tokenizer.json or SentencePiece .model file.
+        sequence_length: tokens in a row (causal), or in an encoder row.
+        target_length: tokens in a decoder row; used by encoder-decoder objectives.
+        objective: causal, prefix_lm, span_corruption, ul2 or seq2seq.
+        noise_density: part of the tokens that span corruption hides.
+        mean_span_length: mean length of a hidden span.
+        workers: processes that prepare batches; 0 prepares them in the main process.
+        cache_dir: where prepared datasets are kept; null keeps them in the run folder.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "stdlib"
+    path: str | None = None
+    text_key: str = "text"
+    target_key: str | None = None
+    validation_fraction: float = 0.05
+    on_bad_text: Literal["stop", "skip"] = "stop"
+    tokenizer: str = "train"
+    sequence_length: int = 256
+    target_length: int | None = None
+    objective: Objective = "causal"
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+    workers: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "source is empty; use stdlib, files or a TFDS name")
+        _require(
+            (self.source == "files") == (self.path is not None),
+            f"path goes with source: files and only with it, got source {self.source!r} and path {self.path!r}",
+        )
+        _require(
+            0 < self.validation_fraction <= 0.5,
+            f"validation_fraction must lie in (0, 0.5], got {self.validation_fraction}",
+        )
+        _require(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
+        if self.target_length is not None:
+            _require(self.target_length >= 2, f"target_length must be at least 2, got {self.target_length}")
+        _require(0 < self.noise_density < 1, f"noise_density must lie in (0, 1), got {self.noise_density}")
+        _require(self.mean_span_length >= 1, f"mean_span_length must be at least 1, got {self.mean_span_length}")
+        _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+        _require(
+            (self.objective == "seq2seq") == (self.target_key is not None),
+            f"target_key goes with objective: seq2seq and only with it, got objective {self.objective!r} and "
+            f"target_key {self.target_key!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length of the run, its batches, and when it logs, evaluates and saves.
+
+    Attributes:
+        run_dir: folder of the run: config, tokenizer, checkpoints, metrics, curve, sample.
+        steps: optimizer steps.
+        batch_size: rows per optimizer step, over all microbatches.
+        accumulation: microbatches per optimizer step; divides batch_size.
+        seed: of parameters, dropout and data order.
+        init_from: run folder or Hugging Face directory to take initial parameters from.
+        log_every: steps between lines of metrics.jsonl.
+        eval_every: steps between evaluations on the validation split.
+        eval_batches: batches of one evaluation.
+        save_every: steps between checkpoints.
+        keep: newest checkpoints kept, besides the best.
+        z_loss: weight of logsumexp(logits) ** 2, which keeps logits from drifting (2204.02311).
+        loss_chunk: rows of logits that exist at once in the vocabulary loss.
+        sample_prompt: prompt of the text sample written at the end.
+        sample_tokens: length of that sample; 0 writes none.
+        compilation_cache: folder of JAX's persistent compilation cache; null uses none.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    run_dir: str = "runs/default"
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    seed: int = 0
+    init_from: str | None = None
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 16
+    save_every: int = 100
+    keep: int = 2
+    z_loss: float = 0.0
+    loss_chunk: int = 1024
+    sample_prompt: str = ""
+    sample_tokens: int = 128
+    compilation_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
+        _positive(self, *counts, "save_every", "keep", "loss_chunk")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}",
+        )
+        _require(self.z_loss >= 0, f"z_loss must not be negative, got {self.z_loss}")
+        _require(self.sample_tokens >= 0, f"sample_tokens must not be negative, got {self.sample_tokens}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One complete run.
+
+    Attributes:
+        model: architecture, by family.
+        precision: dtypes and loss scale.
+        optimizer: update rule and schedule.
+        data: source, tokenizer and objective.
+        training: length, cadence and output folder.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    model: LlamaConfig | T5Config
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        model, data = self.model, self.data
+        optimizer, steps = self.optimizer, self.training.steps
+        encoder_decoder = model.family == "t5"
+        _require(
+            (data.objective in ("span_corruption", "ul2", "seq2seq")) == encoder_decoder
+            or data.objective == "prefix_lm",
+            f"data.objective {data.objective!r} does not fit model.family {model.family!r}; "
+            f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal or prefix_lm'}",
+        )
+        _require(
+            not encoder_decoder or data.objective == "span_corruption" or data.target_length is not None,
+            f"objective {data.objective} on an encoder-decoder needs data.target_length, e.g. 114",
+        )
+        if model.family == "llama":
+            _require(
+                data.sequence_length <= model.max_length,
+                f"data.sequence_length {data.sequence_length} exceeds model.max_length {model.max_length}; "
+                f"shorten the rows or raise max_length",
+            )
+        _require(
+            optimizer.warmup_steps + optimizer.decay_steps <= steps,
+            f"optimizer.warmup_steps {optimizer.warmup_steps} + decay_steps {optimizer.decay_steps} exceed "
+            f"training.steps {steps}",
+        )
+        _require(
+            optimizer.schedule != "wsd" or optimizer.decay_steps > 0,
+            "schedule wsd needs optimizer.decay_steps, e.g. a tenth of training.steps",
+        )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, min(number, max(limit, 1)) + 1) if number % d == 0)

@@ -1,0 +1,202 @@
+"""YAML <-> `RunConfig`: one file is one run, with `key.path=value` overrides after it.
+
+pydantic does the parsing and the type checks; the classes in `jaxllm.config` do the rest. pydantic and PyYAML are
+imported when a file is read, so that models can be used where neither is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from jaxllm import config as schema
+from jaxllm.config import RunConfig
+
+_MODELS = {"llama": schema.LlamaConfig, "t5": schema.T5Config}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it and the fix."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run from YAML and applies overrides such as `training.steps=100`.
+
+    Raises:
+        ConfigError: naming the key, what was found, and what to write instead.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no config file {path}; the ones that come with jaxllm are in configs/")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:`, got {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: dict[str, Any], *, where: str = "config") -> RunConfig:
+    """Builds a `RunConfig` from nested dicts; see `load_config` for the errors."""
+    sections: dict[str, Any] = {}
+    for name in raw:
+        if name not in _section_types():
+            raise ConfigError(f"{where}: unknown section {name!r}{_nearest(name, list(_section_types()))}")
+    if "model" not in raw:
+        raise ConfigError(f"{where}: no model section; start it with `family: llama` or `family: t5`")
+    for name, value in raw.items():
+        sections[name] = _parse_section(name, value, where)
+    try:
+        return RunConfig(**sections)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML; reading it back gives an equal object."""
+    import yaml
+
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Keys whose values differ, as `key.path: old -> new`."""
+    left, right = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    missing = "(absent)"
+    return [
+        f"{key}: {left.get(key, missing)} -> {right.get(key, missing)}"
+        for key in dict.fromkeys([*left, *right])
+        if left.get(key, missing) != right.get(key, missing)
+    ]
+
+
+def describe_keys() -> list[tuple[str, str, str, str]]:
+    """All settings as (key, type, default, meaning), for `--help` and the documentation."""
+    rows = []
+    for section, types in _section_types().items():
+        for cls in types:
+            prefix = section if len(types) == 1 else f"{section}({_family(cls)})"
+            rows.extend(_describe(cls, prefix))
+    return rows
+
+
+def _describe(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
+    meanings = dict(re.findall(r"^        (\w+): (.+)$", cls.__doc__ or "", flags=re.M))
+    rows = []
+    for item in dataclasses.fields(cls):
+        if item.name == "rope":
+            rows.extend(_describe(schema.RopeConfig, f"{prefix}.rope"))
+            continue
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        default = "required" if required else _yaml_word(item.default)
+        rows.append((f"{prefix}.{item.name}", _type_name(cls, item.name), default, meanings[item.name]))
+    return rows
+
+
+def _yaml_word(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[]" if value == () else str(value) or '""'
+
+
+def _type_name(cls: type, name: str) -> str:
+    hint = typing.get_type_hints(cls)[name]
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("None", "null").replace(" ", "")
+
+
+def _family(cls: type) -> str:
+    return next(item.default for item in dataclasses.fields(cls) if item.name == "family")
+
+
+def _section_types() -> dict[str, tuple[type, ...]]:
+    hints = typing.get_type_hints(RunConfig)
+    return {item.name: typing.get_args(hints[item.name]) or (hints[item.name],) for item in dataclasses.fields(RunConfig)}
+
+
+@functools.cache
+def _adapter(section: str) -> Any:
+    from pydantic import Discriminator, TypeAdapter
+
+    types = _section_types()[section]
+    if len(types) == 1:
+        return TypeAdapter(types[0])
+    return TypeAdapter(Annotated[types[0] | types[1], Discriminator("family")])
+
+
+def _parse_section(section: str, value: Any, where: str) -> Any:
+    from pydantic import ValidationError
+
+    if value is None:
+        value = {}
+    try:
+        return _adapter(section).validate_python(value)
+    except ValidationError as error:
+        lines = [_explain(section, item) for item in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _explain(section: str, item: Any) -> str:
+    loc = [str(part) for part in item["loc"] if part not in _MODELS]
+    key = ".".join([section, *loc])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [row[0].split(".", 1)[1] for row in describe_keys() if re.match(rf"{section}(\(\w+\))?\.", row[0])]
+        return f"unknown key {key}{_nearest('.'.join(loc), known)}"
+    if item["type"] in ("missing", "missing_argument"):
+        return f"{key} is required and missing"
+    if item["type"] == "value_error":
+        return f"{section}: {item['ctx']['error']}"
+    return f"{key}: {item['msg']}, got {item['input']!r}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(dict.fromkeys(known))}"
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. training.steps=100")
+    node = raw
+    for part in parts[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
+    try:
+        node[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        node[parts[-1]] = text
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
