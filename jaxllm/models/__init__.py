@@ -1,1 +1,35 @@
+"""The two families as thin Flax modules, and how to build one from its config."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.models.llama import Llama
+
+Model = Llama
+
+
+def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32) -> Model:
+    """The model of a config; `dtype` is the compute dtype."""
+    return Llama(config, dtype)
+
+
+def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
+    """Random parameters in float32; jitted, because op-by-op initialisation costs seconds."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.jit(lambda k: model.init(k, tokens)["params"])(key)
+
+
+def abstract_params(model: Model) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters, without allocating them."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+
+
+def count_params(model: Model) -> int:
+    """Number of parameters, from shapes alone."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))

@@ -1,0 +1,41 @@
+"""jaxllm: pretrain, decode and study Llama and T5 in JAX.
+
+Importing it loads jax and flax only; data, checkpoints and references are imported where they are used.
+"""
+
+from jaxllm.config import (
+    DataConfig,
+    LlamaConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RopeConfig,
+    RunConfig,
+    T5Config,
+    TrainingConfig,
+)
+from jaxllm.config_file import ConfigError, load_config
+from jaxllm.generation import generate
+from jaxllm.models import build, count_params, init_params
+from jaxllm.models.llama import Llama
+from jaxllm.training.loss_scale import dynamic_loss_scale
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "Llama",
+    "LlamaConfig",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "RopeConfig",
+    "RunConfig",
+    "T5Config",
+    "TrainingConfig",
+    "build",
+    "count_params",
+    "dynamic_loss_scale",
+    "generate",
+    "init_params",
+    "load_config",
+]

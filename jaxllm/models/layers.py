@@ -1,0 +1,152 @@
+"""What both families are built from: modules that hold parameters, and the loop over a stack of equal layers.
+
+Parameters of all layers of a stack are one tree with a leading axis L, whichever way the loop is compiled: `scan`
+compiles a layer once, `unroll` compiles them all and lets XLA fuse across them. The tree is a plain dict that a
+layer's `apply` takes slice by slice, so training, prefill and decoding share one layer class. Not here: mathematics
+(`jaxllm.ops`), families, caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxllm.ops import norms
+from jaxllm.ops.linear import linear
+
+Params = dict[str, Any]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+# Saved by remat: elementwise, so that no matmul runs twice and only cheap products are recomputed.
+_SAVED = ("query", "key", "value", "attention", "gate", "up", "residual")
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias); the kernel is [in, out], float32 as a parameter and in x's dtype in the product."""
+
+    inputs: int
+    outputs: int
+    std: float
+    use_bias: bool = False
+
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", nn.initializers.normal(self.std), (self.inputs, self.outputs))
+        if self.use_bias:
+            self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """Maps the last axis from `inputs` to `outputs`."""
+        y = linear(x, self.kernel.astype(x.dtype))
+        return y + self.bias.astype(x.dtype) if self.use_bias else y
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of `ops.norms.rms_norm`."""
+
+    features: int
+    eps: float
+
+    def setup(self) -> None:
+        self.weight = self.param("weight", nn.initializers.ones, (self.features,))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis."""
+        return norms.rms_norm(x, self.weight.astype(x.dtype), eps=self.eps)
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
+    """Rows of the table in the compute dtype; the gradient sums a token's occurrences in float32."""
+    return _lookup(table.astype(dtype), tokens)
+
+
+@jax.custom_vjp
+def _lookup(table: Array, tokens: Array) -> Array:
+    return table[tokens]
+
+
+def _lookup_forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    # An empty slice carries the table's shape and dtype without keeping the table.
+    return table[tokens], (tokens, jnp.empty((table.shape[0], 0), table.dtype))
+
+
+def _lookup_backward(saved_values: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    tokens, like = saved_values
+    wide = jnp.promote_types(grad.dtype, jnp.float32)
+    total = jnp.zeros((like.shape[0], grad.shape[-1]), wide).at[tokens].add(grad.astype(wide))
+    return total.astype(like.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def saved(x: Array, name: str) -> Array:
+    """Marks a value that `remat: elementwise` keeps for the backward pass."""
+    if name not in _SAVED:
+        raise ValueError(f"{name!r} is not a checkpoint name; known: {', '.join(_SAVED)}")
+    return checkpoint_name(x, name)
+
+
+def init_stack(key: Array, init_layer: Callable[[Array], Params], num_layers: int) -> Params:
+    """Parameters of `num_layers` equal layers, stacked on a new leading axis."""
+    return jax.vmap(init_layer)(jax.random.split(key, num_layers))
+
+
+def unstack(params: Params) -> list[Params]:
+    """The trees of the single layers; `lax.split`, because its transpose is one concatenation."""
+    leaves, structure = jax.tree.flatten(params)
+    count = leaves[0].shape[0]
+    parts = [jax.lax.split(leaf, [1] * count, axis=0) for leaf in leaves]
+    return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count)]
+
+
+def apply_stack(
+    layer: Callable[..., Array],
+    params: Params,
+    x: Float[Array, "B T D"],
+    per_layer: Any = None,
+    *,
+    mode: str,
+    remat: str,
+) -> Float[Array, "B T D"]:
+    """Runs x through `layer(params[i], x, per_layer[i])` for every i.
+
+    Args:
+        layer: pure function of one layer's parameters, the residual stream, and what is its own (such as a key).
+        params: stacked parameters, leading axis L.
+        x: residual stream.
+        per_layer: tree with a leading axis L, or None.
+        mode: scan or unroll.
+        remat: none, elementwise, dots or full.
+    """
+    body = _rematerialised(layer, remat)
+    if mode == "scan":
+        return jax.lax.scan(lambda h, part: (body(part[0], h, part[1]), None), x, (params, per_layer))[0]
+    count = jax.tree.leaves(params)[0].shape[0]
+    extras = unstack(per_layer) if per_layer is not None else [None] * count
+    for layer_params, extra in zip(unstack(params), extras, strict=True):
+        x = body(layer_params, x, extra)
+    return x
+
+
+def _rematerialised(layer: Callable[..., Array], remat: str) -> Callable[..., Array]:
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return layer
+    policy = {
+        "elementwise": policies.save_only_these_names(*_SAVED),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+    }[remat]
+    return jax.checkpoint(layer, policy=policy)

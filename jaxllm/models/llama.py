@@ -1,0 +1,253 @@
+"""Llama (arXiv 2302.13971) and its relatives: a pre-norm decoder with rotary positions and grouped-query attention.
+
+Three pure entry points on one parameter tree: `__call__` and `hidden` for training and scoring (no cache at all),
+`prefill` and `decode_step` for generation (`KVCache` in, `KVCache` out, parameters from `prepare_for_decode`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.config import LlamaConfig
+from jaxllm.models import cache as kv
+from jaxllm.models.cache import KVCache
+from jaxllm.models.layers import ACTIVATIONS, Linear, Params, RMSNorm, apply_stack, embed, init_stack, saved, unstack
+from jaxllm.ops.attention import Pattern, attention
+from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
+
+Rope = tuple[Float[Array, "B T P"], Float[Array, "B T P"]]  # cos and sin of each pair's angle
+
+
+class LlamaLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        residual_std = c.init_std / (2 * c.num_layers) ** 0.5  # GPT-2: keeps the stream's variance at init
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.q_proj = Linear(c.d_model, queries, c.init_std, c.qkv_bias)
+        self.k_proj = Linear(c.d_model, keys, c.init_std, c.qkv_bias)
+        self.v_proj = Linear(c.d_model, keys, c.init_std, c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.o_proj = Linear(queries, c.d_model, residual_std, c.out_bias)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.gate_proj = Linear(c.d_model, c.d_ff, c.init_std, c.mlp_bias)
+        self.up_proj = Linear(c.d_model, c.d_ff, c.init_std, c.mlp_bias)
+        self.down_proj = Linear(c.d_ff, c.d_model, residual_std, c.mlp_bias)
+
+    def __call__(self, x: Float[Array, "B T D"], rope: Rope, pattern: Pattern) -> Float[Array, "B T D"]:
+        """One layer over whole sequences."""
+        return self.prefill(x, rope, pattern)[0]
+
+    def prefill(self, x: Float[Array, "B T D"], rope: Rope, pattern: Pattern) -> tuple[Array, Array, Array]:
+        """One layer over whole sequences, and the keys and values [B, T, K, H] that decoding will need."""
+        c = self.config
+        query, key, value = self._project(self.attn_norm(x), rope)
+        mixed = attention(
+            query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention
+        )
+        return self._finish(x, saved(mixed, "attention")), key, value
+
+    def decode(
+        self, x: Float[Array, "B 1 D"], rope: Rope, keys: Array, values: Array, slot: Array, visible: Array
+    ) -> tuple[Array, Array, Array]:
+        """One layer for one new token per row; returns the stream and the updated stores."""
+        query, key, value = self._project(self.attn_norm(x), rope)
+        keys, values = kv.write(keys, key, slot), kv.write(values, value, slot)
+        mixed = kv.attend(query[:, 0], keys, values, visible=visible, scale=self.config.head_dim**-0.5)
+        return self._finish(x, mixed[:, None]), keys, values
+
+    def _project(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
+        c = self.config
+        heads = (*x.shape[:2], -1, c.head_dim)
+        query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if c.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+        return saved(query, "query"), saved(key, "key"), saved(value, "value")
+
+    def _finish(self, x: Array, mixed: Array) -> Array:
+        x = saved(x + self.o_proj(mixed.reshape(*x.shape[:2], -1)), "residual")
+        h = self.mlp_norm(x)
+        gate, up = saved(self.gate_proj(h), "gate"), saved(self.up_proj(h), "up")
+        return x + self.down_proj(ACTIVATIONS[self.config.activation](gate) * up)
+
+
+class Llama(nn.Module):
+    """The decoder; `dtype` is the compute dtype, parameters are created in float32.
+
+    Attributes:
+        config: architecture.
+        dtype: of activations and matmul inputs; logits are float32.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(c.init_std)
+        self.embed = self.param("embed", normal, (c.vocab_size, c.d_model))
+        # Not by self.param alone: it would refuse the per-layer layout of decoding, and trace the initialiser again.
+        if not self.has_variable("params", "layers"):
+            self.param("layers", init_stack, self._init_layer, c.num_layers)
+        self.final_norm = RMSNorm(c.d_model, c.norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.d_model))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        length: int | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of the token after each position.
+
+        Args:
+            tokens: ids.
+            positions: of each token in its document; None counts from 0.
+            segment_ids: document of each token, 0 = padding (its output means nothing); None is one document.
+            length: context length that dynamic and longrope scaling assume; None is T.
+        """
+        x = self.hidden(tokens, positions=positions, segment_ids=segment_ids, length=length)
+        return self.logits(x)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        length: int | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The normalised last hidden state, for losses that never build all logits; arguments as `__call__`."""
+        c = self.config
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        rope = self._rope(positions, length or tokens.shape[1])
+        pattern = self._pattern(segment_ids)
+        layer = LlamaLayer(c, parent=None)
+        x = apply_stack(
+            lambda params, h, _: layer.apply({"params": params}, h, rope, pattern),
+            self._layers(),
+            embed(self.embed, tokens, dtype=self.dtype),
+            mode=c.layers,
+            remat=c.remat,
+        )
+        return self.final_norm(x)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """x @ head.T, accumulated and returned in float32."""
+        return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
+
+    def head(self) -> Float[Array, "V D"]:
+        """The output head in the compute dtype: its own, or the embedding when tied."""
+        return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], *, capacity: int, length: int | None = None
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Logits of the token after each prompt, and the cache; parameters as `prepare_for_decode` makes them.
+
+        Args:
+            tokens: prompts, padded on the right.
+            lengths: real tokens of each row, at least 1.
+            capacity: slots of the cache, at least T plus the new tokens less one.
+            length: context length that dynamic and longrope scaling assume; None is `capacity`.
+
+        Raises:
+            ValueError: when the prompt alone exceeds the capacity.
+        """
+        c = self.config
+        batch, count = tokens.shape
+        if count > capacity:
+            raise ValueError(f"prompt of {count} tokens exceeds the cache's capacity of {capacity}; raise capacity")
+        index = jnp.arange(count)[None]
+        inside = index < lengths[:, None]
+        rope = self._rope(index, length or capacity)
+        pattern = self._pattern(inside.astype(jnp.int32))
+        layer = LlamaLayer(c, parent=None)
+        empty = kv.init_cache(
+            batch=batch,
+            capacity=capacity,
+            num_layers=c.num_layers,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            dtype=self.dtype,
+        )
+        x, keys, values = embed(self.embed, tokens, dtype=self.dtype), [], []
+        for i, params in enumerate(self._layer_list()):
+            x, key, value = layer.apply({"params": params}, x, rope, pattern, method="prefill")
+            keys.append(kv.write(empty.keys[i], key, empty.slot))
+            values.append(kv.write(empty.values[i], value, empty.slot))
+        positions = empty.positions.at[:, :count].set(jnp.where(inside, index, -1))
+        cache = KVCache(tuple(keys), tuple(values), positions, jnp.asarray(count, jnp.int32))
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+        return self.logits(self.final_norm(last))[:, 0], cache
+
+    def decode_step(
+        self,
+        cache: KVCache,
+        tokens: Int[Array, " B"],
+        positions: Int[Array, " B"],
+        *,
+        length: int | None = None,
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Appends one token per row and returns the logits of the next; `length` as in `prefill`."""
+        c = self.config
+        rope = self._rope(positions[:, None], length or cache.positions.shape[1])
+        seen = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], cache.slot, axis=1)
+        visible = kv.visible_slots(seen, positions, window=c.sliding_window)
+        layer = LlamaLayer(c, parent=None)
+        x, keys, values = embed(self.embed, tokens[:, None], dtype=self.dtype), [], []
+        for params, key, value in zip(self._layer_list(), cache.keys, cache.values, strict=True):
+            x, key, value = layer.apply(
+                {"params": params}, x, rope, key, value, cache.slot, visible, method="decode"
+            )
+            keys.append(key)
+            values.append(value)
+        logits = self.logits(self.final_norm(x))[:, 0]
+        return logits, KVCache(tuple(keys), tuple(values), seen, cache.slot + 1)
+
+    def _layers(self) -> Any:
+        return self.get_variable("params", "layers")
+
+    def _layer_list(self) -> list[Params]:
+        layers = self._layers()
+        return list(layers) if isinstance(layers, tuple) else unstack(layers)
+
+    def _rope(self, positions: Array, length: int) -> Rope:
+        c = self.config
+        frequencies, scaling = rope_frequencies(
+            c.rope, head_dim=c.head_dim, max_length=c.max_length, length=length
+        )
+        return rope_cos_sin(positions, frequencies, scaling)
+
+    def _pattern(self, segment_ids: Array | None) -> Pattern:
+        return Pattern(
+            causal=True, window=self.config.sliding_window, query_segments=segment_ids, key_segments=segment_ids
+        )
+
+    def _init_layer(self, key: Array) -> Params:
+        c = self.config
+        pair = jnp.zeros((1, 1, c.head_dim // 2))
+        x = jnp.zeros((1, 1, c.d_model))
+        return LlamaLayer(c, parent=None).init(key, x, (pair, pair), Pattern(causal=True))["params"]
+
+
+def prepare_for_decode(params: Params, *, dtype: Any) -> Params:
+    """The decoding layout: one tree per layer instead of stacks, cast once to the compute dtype."""
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return {**cast, "layers": tuple(unstack(cast["layers"]))}

@@ -1,0 +1,181 @@
+"""Scaled dot-product attention with grouped key/value heads; one dispatcher, and paths that give the same result.
+
+`reference` builds all scores and is the definition. `chunked` does the same work by blocks of queries, leaving out
+the keys that a causal block can't see: half the scores, and only a block of them at a time. Grouped heads are never
+repeated: query heads are folded as [K, G]. Not here: projections, RoPE, caches.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.ops.linear import einsum
+from jaxllm.ops.masks import causal_mask, combine, segment_mask, window_mask
+
+_log = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+class Pattern(NamedTuple):
+    """Which keys each query sees: everything, minus what the fields forbid.
+
+    Attributes:
+        causal: keys after the query are hidden; queries and keys then share one index.
+        window: only the last `window` keys are seen.
+        query_segments: document of each query [B, T]; None is one document.
+        key_segments: document of each key [B, S], 0 = padding.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+
+    def mask(self, query_index: Int[Array, " T"], key_index: Int[Array, " S"]) -> Array | None:
+        """The mask of a block of queries and keys, [T, S] or [B, T, S]; None when nothing is hidden."""
+        causal = causal_mask(query_index, key_index) if self.causal else None
+        window = None
+        if self.window is not None:
+            window = window_mask(query_index, key_index, window=self.window)
+        segments = None
+        if self.query_segments is not None and self.key_segments is not None:
+            segments = segment_mask(self.query_segments[:, query_index], self.key_segments[:, key_index])
+        return combine(causal, window, segments)
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    pattern: Pattern,
+    scale: float,
+    bias: Float[Array, "#B N T S"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """softmax(scale * q k^T + bias) v over the keys that `pattern` shows; a query that sees none gives zeros.
+
+    Raises:
+        ValueError: for an implementation that cannot do this, naming the reason and one that can.
+    """
+    chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
+    if chosen == "cudnn":
+        return _cudnn(query, key, value, pattern=pattern, scale=scale, bias=bias)
+    if chosen == "chunked":
+        return _chunked(query, key, value, pattern=pattern, scale=scale, bias=bias)
+    index = jnp.arange(query.shape[1]), jnp.arange(key.shape[1])
+    return masked_attention(query, key, value, mask=pattern.mask(*index), scale=scale, bias=bias)
+
+
+def choose(
+    implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None
+) -> str:
+    """The path that `attention` takes, logged once by name."""
+    obstacle = _cudnn_obstacle(query, key, pattern=pattern, bias=bias)
+    if implementation == "cudnn" and obstacle:
+        raise ValueError(f"attention: cudnn cannot run this: {obstacle}; use attention: auto or chunked")
+    if implementation != "auto":
+        return implementation
+    if jax.default_backend() == "gpu" and not obstacle:
+        chosen = "cudnn"
+    else:
+        chosen = "chunked" if query.shape[1] >= 2 * _QUERY_BLOCK else "reference"
+    note = f"attention {chosen}, T={query.shape[1]} S={key.shape[1]}" + (f" ({obstacle})" if obstacle else "")
+    if note not in _announced:
+        _announced.add(note)
+        _log.info(note)
+    return chosen
+
+
+def masked_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    mask: Array | None,
+    scale: float,
+    bias: Float[Array, "#B N T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """The definition, with all scores in memory; `mask` is [T, S] or [B, T, S], True = attend.
+
+    The softmax is float32 whatever the inputs, and a fully masked row is zero, not NaN.
+    """
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)  # [B, T, K, G, H]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.float32(scale) * einsum("btkgh,bskh->bkgts", grouped, key).astype(wide)
+    if bias is not None:
+        scores += bias.astype(wide).reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
+    weights = _softmax(scores, mask).astype(query.dtype)
+    return einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+def _softmax(scores: Float[Array, "B K G T S"], mask: Array | None) -> Float[Array, "B K G T S"]:
+    if mask is None:
+        return jax.nn.softmax(scores, axis=-1)
+    mask = mask[None, None, None] if mask.ndim == 2 else mask[:, None, None]
+    # -inf would make 0 * NaN of a row that sees nothing; the finite minimum and the second where make it zero.
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    return jnp.where(mask, weights, 0)
+
+
+_QUERY_BLOCK = 128
+
+
+def _chunked(
+    query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None
+) -> Array:
+    length, keys = query.shape[1], key.shape[1]
+    block = max(_QUERY_BLOCK, -(-length // 16))
+    outputs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first, last = 0, keys
+        if pattern.causal:
+            last = min(stop, keys)
+        if pattern.window is not None:
+            first = max(0, start - pattern.window + 1)
+        mask = pattern.mask(jnp.arange(start, stop), jnp.arange(first, last))
+        part = None if bias is None else bias[:, :, start:stop, first:last]
+        outputs.append(
+            masked_attention(
+                query[:, start:stop], key[:, first:last], value[:, first:last], mask=mask, scale=scale, bias=part
+            )
+        )
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _cudnn_obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> str | None:
+    """Why jax's cuDNN attention can't be used, or None."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN needs float16 or bfloat16, got {query.dtype}"
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return f"cuDNN needs head_dim a multiple of 8 up to 256, got {query.shape[-1]}"
+    if pattern.query_segments is not None:
+        return "packed documents would need a mask, which cuDNN turns into a bias with a gradient"
+    if bias is not None and (query.shape[1] % 2 or key.shape[1] % 2):
+        return "cuDNN trains with a bias only at even lengths"
+    if pattern.causal and query.shape[1] != key.shape[1]:
+        return "cuDNN aligns a causal mask at the top left, which differs when T != S"
+    return None
+
+
+def _cudnn(
+    query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None
+) -> Array:
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias=None if bias is None else bias.astype(query.dtype),
+        scale=scale,
+        is_causal=pattern.causal,
+        local_window_size=None if pattern.window is None else (pattern.window - 1, 0),
+        implementation="cudnn",
+    )

@@ -1,0 +1,18 @@
+"""Root-mean-square normalisation, the float32 island that both families share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
+    """weight * (x / sqrt(mean(x ** 2) + eps)), the bracket in float32 and rounded to x's dtype before the product.
+
+    Rounding before the weight is what Meta's and transformers' code do; the other order differs in bfloat16.
+    Source: arXiv 1910.07467.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return weight * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)

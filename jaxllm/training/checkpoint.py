@@ -1,0 +1,141 @@
+"""Checkpoints of a run: orbax behind the four things a trainer needs.
+
+A checkpoint is atomic (written beside and renamed), written in the background, and holds the train state, the data
+iterator's state and a small record. The newest `keep` stay, and the best by validation loss. What orbax would
+silently cast or leave half restored is compared here. Restoring skips a damaged checkpoint for the newest whole one.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which and why."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+        step: optimizer steps done.
+        state: train state, placed as the abstract state asked.
+        data: state of the data iterator.
+        skipped: steps of newer checkpoints that were damaged.
+    """
+
+    step: int
+    state: Any
+    data: dict[str, Any]
+    skipped: tuple[int, ...]
+
+
+class Checkpoints:
+    """The checkpoint folder of one run."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Opens or creates the folder and removes what an interrupted save left behind."""
+        best = ocp.checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1, keep_checkpoints_without_metrics=False
+        )
+        latest = ocp.checkpoint_managers.LatestN(keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, best]),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except OSError as error:
+            raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> None:
+        """Starts writing a checkpoint; an error of the previous one surfaces here."""
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        try:
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot save step {step} in {self.folder}: {error}") from error
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"a checkpoint in {self.folder} could not be written: {error}") from error
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The newest whole checkpoint, or None when there is none yet.
+
+        Raises:
+            CheckpointError: when checkpoints exist and all are damaged, or one does not fit `abstract_state`.
+        """
+        skipped: list[int] = []
+        for step in reversed(self.steps()):
+            try:
+                state, data = self._read(step, abstract_state)
+            except _UNREADABLE as error:
+                _log.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, _first_line(error))
+                skipped.append(step)
+                continue
+            for broken in skipped:
+                self._manager.delete(broken)
+            return Restored(step, state, data, tuple(skipped))
+        if skipped:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be read (tried steps {skipped}); "
+                f"restore the folder from a backup or start again in another run_dir"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for saves and releases the folder."""
+        self.wait()
+        self._manager.close()
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        self._check_dtypes(step, abstract_state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return restored["state"], restored["data"]
+
+    def _check_dtypes(self, step: int, abstract_state: Any) -> None:
+        """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
+        found = self._manager.item_metadata(step)["state"]
+        if found is None:
+            raise FileNotFoundError("its description is missing")
+        have = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+        for path, want in jax.tree_util.tree_leaves_with_path(abstract_state):
+            leaf = have.get(_name(path))
+            if leaf is None or not hasattr(leaf, "dtype") or jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
+                continue
+            if leaf.dtype != want.dtype or tuple(leaf.shape) != tuple(want.shape):
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.folder} holds {_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
+                    f"this run needs {want.dtype}{list(want.shape)}"
+                )
+
+
+# orbax and tensorstore raise these for missing, truncated or garbled files.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

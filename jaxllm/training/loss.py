@@ -1,0 +1,37 @@
+"""What a family minimises on a batch: hidden states through the chunked vocabulary loss.
+
+A loss function maps (compute parameters, batch, key) to `LossSums`; the train step knows nothing else of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxllm.config import TrainingConfig
+from jaxllm.models import Model
+from jaxllm.ops.losses import LossSums, chunked_cross_entropy
+
+Batch = dict[str, jax.Array]
+LossFunction = Callable[[Any, Batch, jax.Array], LossSums]
+
+
+def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
+    """The training loss of a model, per `config.z_loss` and `config.loss_chunk`."""
+
+    def llama_loss(params: Any, batch: Batch, key: jax.Array) -> LossSums:
+        hidden = model.apply(
+            {"params": params},
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            method="hidden",
+        )
+        head = model.apply({"params": params}, method="head")
+        return chunked_cross_entropy(
+            hidden, head, batch["targets"], batch["weights"], z_loss=config.z_loss, chunk=config.loss_chunk
+        )
+
+    return llama_loss

@@ -1,0 +1,129 @@
+"""Floating-point work of a model, peaks of devices, and the record of a run (JSONL, TensorBoard, a PNG).
+
+The formulas count what the algorithm needs: recomputation and the embedding lookup are not work. JSONL is the record;
+everything else can be made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxllm.config import LlamaConfig, T5Config
+
+# Dense bfloat16 matmul peaks by datasheet, by a part of jax's device_kind.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12}
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one training step.
+
+    Attributes:
+        causal: attention counts only the pairs that are seen; publish this one.
+        full: attention counts all pairs, as PaLM and most tables do.
+        weights: without attention, 6 N per token.
+    """
+
+    causal: float
+    full: float
+    weights: float
+
+
+def train_flops(config: LlamaConfig | T5Config, *, batch: int, length: int, target_length: int = 0) -> Flops:
+    """Work of forward and backward on `batch` rows of `length` (and `target_length`) tokens."""
+    if isinstance(config, LlamaConfig):
+        return _llama_flops(config, batch * length, length)
+    return _t5_flops(config, batch, length, target_length)
+
+
+def _llama_flops(c: LlamaConfig, tokens: int, length: int) -> Flops:
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    per_layer = 2 * c.d_model * queries + 2 * c.d_model * keys + 3 * c.d_model * c.d_ff
+    weights = 6.0 * (c.num_layers * per_layer + c.vocab_size * c.d_model) * tokens
+    attention = 6.0 * c.num_layers * queries * length * tokens
+    return Flops(weights + attention, weights + 2 * attention, weights)
+
+
+def _t5_flops(c: T5Config, batch: int, source: int, target: int) -> Flops:
+    inner = c.num_heads * c.head_dim
+    mlp = (3 if c.gated else 2) * c.d_model * c.d_ff
+    block = 4 * c.d_model * inner + mlp
+    encoder = c.num_layers * block * source
+    decoder = c.num_decoder_layers * ((block + 2 * c.d_model * inner) * target + 2 * c.d_model * inner * source)
+    weights = 6.0 * (encoder + decoder + c.vocab_size * c.d_model * target) * batch
+    cross = c.num_layers * source**2 + c.num_decoder_layers * source * target
+    self_attention = c.num_decoder_layers * target**2
+    scale = 12.0 * inner * batch
+    return Flops(
+        weights + scale * (cross + self_attention / 2), weights + scale * (cross + self_attention), weights
+    )
+
+
+def device_peak(kind: str) -> float | None:
+    """Peak FLOP/s of a device by its name, or None where no datasheet figure applies (CPUs)."""
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+
+
+class MetricsWriter:
+    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, flushed line by line."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        """Drops lines after `resume_step`: those steps are about to be done again."""
+        from tensorboardX import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Records values at a step; numbers that are not finite become null in JSON."""
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both records."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_curve(folder: Path, *, baselines: dict[str, float]) -> Path:
+    """Draws training and validation bits per byte over steps from metrics.jsonl into loss.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label in (("bits_per_byte", "training"), ("validation/bits_per_byte", "validation")):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if "/" in name else None, markersize=3)
+    for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+        axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    figure.savefig(folder / "loss.png", dpi=130)
+    return folder / "loss.png"

@@ -1,0 +1,110 @@
+"""Learning-rate schedules and the chain clip -> moments -> weight decay -> learning rate, from `OptimizerConfig`.
+
+optax does the work; what is decided here is the order and which parameters decay. The loss scale goes around the
+whole chain, so that clipping sees unscaled gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.config import OptimizerConfig, PrecisionConfig
+from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
+
+
+def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then the configured shape, down to its floor at `steps`."""
+    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
+    warmup = config.warmup_steps
+    rest = max(steps - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_ratio)
+    elif config.schedule == "wsd":
+        stable = rest - config.decay_steps
+        decay = optax.linear_schedule(peak, floor, config.decay_steps)
+        after = optax.join_schedules([optax.constant_schedule(peak), decay], [stable])
+    elif config.schedule == "inverse_sqrt":
+        after = _inverse_sqrt(peak, offset=max(warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    if warmup == 0:
+        return after
+    # The first step already moves: step 0 uses peak / warmup, as count + 1 over warmup.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def _inverse_sqrt(peak: float, *, offset: int) -> optax.Schedule:
+    return lambda count: peak * jnp.sqrt(offset / (count + offset))
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices that weight decay shrinks; norms, biases and relative bias tables are spared."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = getattr(path[-1], "key", str(path[-1]))
+        return name in ("kernel", "embed", "lm_head")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def build_optimizer(
+    config: OptimizerConfig, precision: PrecisionConfig, *, steps: int
+) -> optax.GradientTransformation:
+    """The update rule of a run, with its loss scale around it."""
+    schedule = build_schedule(config, steps=steps)
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    if config.name == "adafactor":
+        parts.append(_adafactor(config, schedule))
+    else:
+        parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype))
+        if config.name == "adamw_rms":
+            parts.append(scale_by_parameter_rms())
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+        parts.append(optax.scale_by_learning_rate(schedule))
+    inner = optax.chain(*parts)
+    if precision.loss_scale == "dynamic":
+        return dynamic_loss_scale(
+            inner,
+            initial_scale=precision.initial_scale,
+            growth_interval=precision.growth_interval,
+            min_scale=precision.min_scale,
+            max_scale=precision.max_scale,
+            hysteresis=precision.hysteresis,
+        )
+    if precision.loss_scale == "static":
+        return static_loss_scale(inner, precision.initial_scale)
+    return inner
+
+
+def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adafactor(
+        schedule,
+        multiply_by_parameter_scale=True,
+        clipping_threshold=1.0,
+        weight_decay_rate=config.weight_decay or None,
+        weight_decay_mask=decay_mask,
+    )
+
+
+def scale_by_parameter_rms(minimum: float = 1e-3) -> optax.GradientTransformation:
+    """Multiplies each tensor's update by max(RMS(parameter), minimum), one RMS per layer of a stack.
+
+    This is Adafactor's parameter scaling put on Adam (AdamW-RMS of nanoT5): one learning rate then fits T5's
+    differently sized tensors. Source: arXiv 1804.04235 section 8.
+    """
+
+    def scale(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> jax.Array:
+        stacked = any(getattr(part, "key", "") in ("layers", "encoder_layers", "decoder_layers") for part in path)
+        axes = tuple(range(1 if stacked else 0, param.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(param.astype(jnp.float32)), axis=axes, keepdims=True))
+        return update * jnp.maximum(rms, minimum).astype(update.dtype)
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,132 @@
+"""One optimizer step as a pure function: (state, batch) -> (state, metrics).
+
+Loss functions return sums; they are divided once, by the weight of the whole batch, so that accumulating microbatches
+of different weight is exact. Parameters are cast to the compute dtype once per step, outside the accumulation scan;
+gradients are accumulated in float32. jit, donation and sharding happen at the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxllm.ops.losses import LossSums
+from jaxllm.training.loss import Batch, LossFunction
+from jaxllm.training.loss_scale import loss_scale_of
+from jaxllm.training.precision import cast_floating
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and all that a checkpoint must hold.
+
+    Attributes:
+        step: optimizer steps done.
+        params: float32 masters.
+        opt_state: of the optimizer, the loss scale included.
+        key: typed PRNG key of the run; steps fold their number into it and leave it unchanged.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    key: Array
+
+
+class StepMetrics(NamedTuple):
+    """Float32 scalars of one step.
+
+    Attributes:
+        loss: what was minimised, per unit of weight.
+        nll: cross-entropy in nats per unit of weight.
+        accuracy: part of the weight whose target had the largest logit.
+        weight: sum of the weights.
+        grad_norm: global norm of the unscaled gradient, before clipping.
+        loss_scale: scale that this step's gradients carried.
+    """
+
+    loss: Float[Array, ""]
+    nll: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    weight: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    loss_scale: Float[Array, ""]
+
+
+def init_train_state(params: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+
+
+def make_train_step(
+    loss_function: LossFunction, optimizer: optax.GradientTransformation, *, accumulation: int, dtype: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The pure step of a run.
+
+    Args:
+        loss_function: (parameters in `dtype`, microbatch, key) -> `LossSums`.
+        optimizer: takes gradients scaled by its own loss scale, if it has one.
+        accumulation: microbatches the leading axis of a batch is split into.
+        dtype: compute dtype.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        scale = loss_scale_of(state.opt_state)
+        weight = jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
+        params = cast_floating(state.params, dtype)
+        sums, grads = accumulate_gradients(
+            loss_function, params, batch, key, factor=scale / weight, accumulation=accumulation
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = StepMetrics(
+            loss=sums.loss / weight,
+            nll=sums.nll / weight,
+            accuracy=sums.correct / weight,
+            weight=sums.weight,
+            grad_norm=optax.global_norm(grads) / scale,
+            loss_scale=scale,
+        )
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key)
+        return new, metrics
+
+    return train_step
+
+
+def accumulate_gradients(
+    loss_function: LossFunction, params: Any, batch: Batch, key: Array, *, factor: Array, accumulation: int
+) -> tuple[LossSums, Any]:
+    """Sums over microbatches of the loss, and float32 gradients of factor * loss."""
+
+    def scaled(p: Any, part: Batch, part_key: Array) -> tuple[Array, LossSums]:
+        sums = loss_function(p, part, part_key)
+        return sums.loss * factor, sums
+
+    def gradient(part: Batch, part_key: Array) -> tuple[LossSums, Any]:
+        (_, sums), grads = jax.value_and_grad(scaled, has_aux=True)(params, part, part_key)
+        return sums, cast_floating(grads, jnp.float32)
+
+    if accumulation == 1:
+        return gradient(batch, key)
+
+    def body(total: tuple[LossSums, Any], inputs: tuple[Batch, Array]) -> tuple[tuple[LossSums, Any], None]:
+        return jax.tree.map(jnp.add, total, gradient(*inputs)), None
+
+    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(key, accumulation)
+    first = jax.tree.map(lambda x: x[0], (parts, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first))
+    return jax.lax.scan(body, zeros, (parts, keys))[0]
+
+
+def make_eval_step(loss_function: LossFunction, *, dtype: Any) -> Callable[[Any, Batch], LossSums]:
+    """The loss sums of a batch, without gradients and without dropout's randomness changing between calls."""
+
+    def eval_step(params: Any, batch: Batch) -> LossSums:
+        return loss_function(cast_floating(params, dtype), batch, jax.random.key(0))
+
+    return eval_step

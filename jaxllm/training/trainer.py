@@ -1,0 +1,340 @@
+"""The host loop: moves time, and does nothing that a pure function could.
+
+Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host. A stop
+signal is answered between steps, with a checkpoint. A loss that is not finite stops the run before anything is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.config import RunConfig
+from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.models import build, count_params, init_params
+from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.loss import build_loss
+from jaxllm.training.metrics import MetricsWriter, device_peak, plot_curve, train_flops
+from jaxllm.training.optimizer import build_optimizer, build_schedule
+from jaxllm.training.precision import compute_dtype
+from jaxllm.training.run_folder import open_run_folder
+from jaxllm.training.train_step import (
+    StepMetrics,
+    TrainState,
+    init_train_state,
+    make_eval_step,
+    make_train_step,
+)
+from jaxllm.training.samples import write_sample
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message names the step and the last good checkpoint."""
+
+
+class Summary(NamedTuple):
+    """What a call of `pretrain` did.
+
+    Attributes:
+        step: optimizer steps done in total.
+        resumed_from: step it started at, 0 for a new run.
+        finished: whether the last step was reached.
+        validation: last evaluation: loss, bits_per_byte, accuracy.
+        folder: the run folder.
+    """
+
+    step: int
+    resumed_from: int
+    finished: bool
+    validation: dict[str, float]
+    folder: Path
+
+
+def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
+    """Trains, or goes on training, the run of `config.training.run_dir`.
+
+    Args:
+        config: the run.
+        stop_at: save and return after this step, for sessions of limited length.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before training, naming the value and the fix.
+        TrainingStopped: when the loss is not finite.
+    """
+    if config.training.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.training.compilation_cache).absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    folder = open_run_folder(config)
+    training = config.training
+    pipeline = build_pipeline(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        run_dir=folder,
+    )
+    with contextlib.closing(pipeline), contextlib.closing(_Run(config, folder, pipeline)) as run:
+        with _stop_signals() as stopped:
+            run.train(until=min(training.steps, stop_at or training.steps), stopped=stopped)
+        if run.step == training.steps:
+            run.finish()
+        return Summary(run.step, run.resumed_from, run.step == training.steps, run.validation, folder)
+
+
+class _Pending(NamedTuple):
+    """A dispatched step whose metrics have not been read."""
+
+    step: int
+    metrics: StepMetrics
+    bytes: float
+
+
+class _Run:
+    """State of the host: everything a step needs, made once."""
+
+    def __init__(self, config: RunConfig, folder: Path, pipeline: Pipeline) -> None:
+        self.config, self.folder, self.pipeline = config, folder, pipeline
+        training = config.training
+        self.dtype = compute_dtype(config.precision)
+        self.model = build(config.model, dtype=self.dtype)
+        self.schedule = build_schedule(config.optimizer, steps=training.steps)
+        optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
+        loss = build_loss(self.model, training)
+        step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=self.dtype)
+        self._train_step = jax.jit(step, donate_argnums=0)
+        self._eval_step = jax.jit(make_eval_step(loss, dtype=self.dtype))
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
+        self.validation: dict[str, float] = {}
+        self.resumed_from = 0
+        self.state = self._initial_state(optimizer)
+        self.step = self.resumed_from
+        self.writer = MetricsWriter(folder, resume_step=self.step)
+        self.baselines = pipeline.baselines()
+        self._meter = _Meter(config)
+        _log.info(
+            "%s, %.2fM parameters, %s in %s, tokenizer of %d",
+            config.model.family,
+            count_params(self.model) / 1e6,
+            pipeline.source_name,
+            config.precision.compute,
+            pipeline.tokenizer.vocab_size,
+        )
+        _log.info("baselines: %s", ", ".join(f"{k} {v:.3f}" for k, v in self.baselines.items()))
+
+    def _initial_state(self, optimizer: Any) -> TrainState:
+        key = jax.random.key(self.config.training.seed)
+        init_key, run_key = jax.random.split(key)
+
+        def fresh() -> TrainState:
+            return init_train_state(init_params(self.model, init_key), optimizer, run_key)
+
+        restored = self.checkpoints.restore(jax.eval_shape(fresh))
+        if restored is None:
+            return jax.jit(fresh)()
+        self.resumed_from = restored.step
+        self.pipeline.set_state(restored.data)
+        note = f"; {len(restored.skipped)} newer damaged ones removed" if restored.skipped else ""
+        _log.info("resuming %s from step %d%s", self.folder, restored.step, note)
+        return restored.state
+
+    def train(self, *, until: int, stopped: Callable[[], bool]) -> None:
+        """Steps up to `until`, or to the next step border after a stop signal, and saves there."""
+        training = self.config.training
+        pending: _Pending | None = None
+        saved = self.step if self.resumed_from else -1
+        while self.step < until and not stopped():
+            with self._meter.waiting():
+                batch = next(self.pipeline)
+            self.state, metrics = self._train_step(self.state, batch)
+            self.step += 1
+            previous, pending = pending, _Pending(self.step, metrics, self._bytes(batch))
+            if previous is not None:
+                self._record(previous)
+            evaluate, save = self.step % training.eval_every == 0, self.step % training.save_every == 0
+            if evaluate or save or self.step == until:
+                self._record(pending)
+                pending = None
+            if evaluate or self.step == training.steps:
+                self._evaluate()
+            if save:
+                saved = self._save()
+        if pending is not None:
+            self._record(pending)
+        if self.step > saved:
+            self._save()
+        self.checkpoints.wait()
+        if self.step < training.steps:
+            _log.info("stopped at step %d; the same command goes on from there", self.step)
+
+    def _save(self) -> int:
+        loss = self.validation.get("loss") if self.validation.get("step") == self.step else None
+        self.checkpoints.save(self.step, self.state, self.pipeline.get_state(), validation_loss=loss)
+        return self.step
+
+    def _bytes(self, batch: dict[str, np.ndarray]) -> float:
+        return float(np.sum(self.pipeline.tokenizer.token_bytes[batch["targets"]] * batch["weights"]))
+
+    def _record(self, pending: _Pending) -> None:
+        values = StepMetrics(*(float(value) for value in jax.device_get(pending.metrics)))
+        skipping = self.config.precision.loss_scale == "dynamic"
+        if not skipping and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
+            raise TrainingStopped(
+                f"loss {values.loss}, gradient norm {values.grad_norm} at step {pending.step}; the last good "
+                f"checkpoint is {self._last_good()}. Lower optimizer.learning_rate, lengthen warmup_steps or "
+                f"tighten clip_norm, and start again from there or anew"
+            )
+        self._meter.add(values.weight)
+        if pending.step % self.config.training.log_every and pending.step != 1:
+            return
+        row = {
+            "loss": values.loss,
+            "bits_per_byte": values.nll * values.weight / math.log(2) / max(pending.bytes, 1.0),
+            "accuracy": values.accuracy,
+            "grad_norm": values.grad_norm,
+            "learning_rate": float(self.schedule(pending.step - 1)),
+            **({"loss_scale": values.loss_scale} if skipping else {}),
+            **self._meter.read(),
+        }
+        self.writer.write(pending.step, row)
+        _log.info(
+            "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s",
+            pending.step,
+            self.config.training.steps,
+            row["loss"],
+            row["bits_per_byte"],
+            row["grad_norm"],
+            row["learning_rate"],
+            row["tokens_per_second"],
+        )
+
+    def _last_good(self) -> str:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        return f"step {steps[-1]} in {self.checkpoints.folder}" if steps else "none yet"
+
+    def _evaluate(self) -> None:
+        with self._meter.paused():
+            self.validation = {"step": self.step, **self.evaluate()}
+        row = {f"validation/{k}": v for k, v in self.validation.items() if k != "step"}
+        self.writer.write(self.step, row)
+        _log.info(
+            "step %d  validation loss %.4f  bits/byte %.3f",
+            self.step,
+            self.validation["loss"],
+            self.validation["bits_per_byte"],
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss per token, bits per byte and accuracy on the first validation batches, the same every time."""
+        nll = weight = correct = size = 0.0
+        for batch in self.pipeline.validation(self.config.training.eval_batches):
+            sums = jax.device_get(self._eval_step(self.state.params, batch))
+            nll, weight, correct = nll + float(sums.nll), weight + float(sums.weight), correct + float(sums.correct)
+            size += self._bytes(batch)
+        weight = max(weight, 1.0)
+        return {
+            "loss": nll / weight,
+            "bits_per_byte": nll / math.log(2) / max(size, 1.0),
+            "accuracy": correct / weight,
+        }
+
+    def finish(self) -> None:
+        """Draws the curve and writes a sample of what the model says."""
+        curve = plot_curve(self.folder, baselines=self.baselines)
+        if "bits_per_byte" in self.validation:
+            compared = ", ".join(f"{name} {value:.3f}" for name, value in self.baselines.items())
+            _log.info("validation bits/byte %.3f (%s)", self.validation["bits_per_byte"], compared)
+        text = write_sample(
+            self.folder, self.model, self.state.params, self.pipeline.tokenizer, self.config.training
+        )
+        if text:
+            _log.info("sample:\n%s", text)
+        _log.info("curve in %s, everything else beside it", curve)
+
+    def close(self) -> None:
+        """Waits for checkpoints and closes the records."""
+        if hasattr(self, "writer"):
+            self.writer.close()
+        self.checkpoints.close()
+
+
+class _Meter:
+    """Tokens per second, utilisation and the host's share of waiting for data, since the last reading."""
+
+    def __init__(self, config: RunConfig) -> None:
+        data, batch = config.data, config.training.batch_size
+        flops = train_flops(
+            config.model, batch=batch, length=data.sequence_length, target_length=data.target_length or 0
+        )
+        self._flops = flops
+        self._peak = device_peak(jax.devices()[0].device_kind)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._tokens, self._steps, self._waited = time.perf_counter(), 0.0, 0, 0.0
+
+    def add(self, tokens: float) -> None:
+        self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._steps / elapsed
+        values = {
+            "tokens_per_second": self._tokens / elapsed,
+            "tflops": rate * self._flops.causal / 1e12,
+            "data_wait": self._waited / elapsed,
+        }
+        if self._peak is not None:
+            values |= {
+                "mfu": rate * self._flops.causal / self._peak,
+                "mfu_palm": rate * self._flops.full / self._peak,
+                "mfu_6n": rate * self._flops.weights / self._peak,
+            }
+        self._reset()
+        return values
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGTERM or Ctrl-C into a flag; a second one acts as usual."""
+    received: list[int] = []
+    try:
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def handle(number: int, _: Any) -> None:
+            received.append(number)
+            signal.signal(number, previous[number])
+            _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
+
+        for number in previous:
+            signal.signal(number, handle)
+    except ValueError:  # not in the main thread: the caller owns the signals
+        previous = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,0 +1,49 @@
+"""Pretrains the run of a config file: python scripts/pretrain.py configs/llama_tiny.yaml [section.key=value ...]."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from jaxllm.config_file import ConfigError, describe_keys, dump_config, load_config
+
+
+def main() -> int:
+    """Parses the command line, loads the config, trains."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain Llama or T5. The same command on an existing run folder resumes it.",
+        epilog=_key_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return 0
+    from jaxllm.training.console import training_console
+    from jaxllm.training.trainer import TrainingStopped, pretrain
+
+    with training_console(config):
+        try:
+            pretrain(config)
+        except (ValueError, OSError, TrainingStopped) as error:
+            logging.getLogger("jaxllm").error("%s", error)
+            return 1
+    return 0
+
+
+def _key_table() -> str:
+    rows = (f"  {key} ({kind}, {default})\n      {meaning}" for key, kind, default, meaning in describe_keys())
+    return "settings (type, default):\n" + "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
