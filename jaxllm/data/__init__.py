@@ -1,1 +1,9 @@
+"""From documents to token arrays: NumPy on the host, knowing no model.
 
+`DataError` is every complaint about data; importing the modules here loads TFDS, grain and tokenizers, importing
+jaxllm does not.
+"""
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names it and the fix."""

@@ -81,15 +81,20 @@ def choose(
         raise ValueError(f"attention: cudnn cannot run this: {obstacle}; use attention: auto or chunked")
     if implementation != "auto":
         return implementation
-    if jax.default_backend() == "gpu" and not obstacle:
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and not obstacle:
         chosen = "cudnn"
     else:
         chosen = "chunked" if query.shape[1] >= 2 * _QUERY_BLOCK else "reference"
-    note = f"attention {chosen}, T={query.shape[1]} S={key.shape[1]}" + (f" ({obstacle})" if obstacle else "")
-    if note not in _announced:
+    note = f"attention: {chosen}" + (f" ({obstacle})" if on_gpu and obstacle else "")
+    if note not in _announced and query.shape[1] > _TRIVIAL:
         _announced.add(note)
         _log.info(note)
     return chosen
+
+
+# Initialisation and prompts of a few tokens say nothing about the path a run takes.
+_TRIVIAL = 32
 
 
 def masked_attention(

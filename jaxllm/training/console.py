@@ -41,8 +41,9 @@ def training_console(config: RunConfig) -> Iterator[None]:
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     handlers.append(_Advance(progress, config.training.steps))
     logger = logging.getLogger("jaxllm")
-    before = logger.level
+    before, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # absl, which grain brings, would print every line again
     for handler in handlers:
         logger.addHandler(handler)
     try:
@@ -50,5 +51,6 @@ def training_console(config: RunConfig) -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+        logger.propagate = propagate
         for handler in handlers:
             logger.removeHandler(handler)

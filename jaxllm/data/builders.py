@@ -1,0 +1,238 @@
+"""Two TFDS builders that need no network: the interpreter's standard library, and a user's own files.
+
+What a prepared dataset holds is in its name: a hash of the files and of the settings that shaped it, so that changed
+files are prepared anew. TFDS registers builders globally, hence an importable module.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jaxllm.config import DataConfig
+from jaxllm.data import DataError
+
+# Tests, generated tables of code points, and what ships beside the library proper.
+_NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__", "idle_test"}
+_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_Document = tuple[str, dict[str, str]]  # name and fields
+
+
+class ProblemLog:
+    """Decides what a bad document does, and keeps the error that TFDS would wrap."""
+
+    def __init__(self, *, stop: bool) -> None:
+        """`stop` raises at the first one; otherwise they are listed in `skipped`."""
+        self.first: DataError | None = None
+        self.skipped: list[str] = []
+        self._stop = stop
+
+    def report(self, message: str) -> None:
+        """A document that can be left out."""
+        if self._stop:
+            self.fail(f"{message}; repair it or set data.on_bad_text=skip")
+        self.skipped.append(message)
+
+    def fail(self, message: str) -> None:
+        """A problem that nothing can be done about here."""
+        self.first = DataError(message)
+        raise self.first
+
+
+class _TextBuilder(tfds.core.GeneratorBasedBuilder):
+    """Documents split by a hash of their content, so that equal documents fall on one side."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, cache_dir: Path, label: str, config: DataConfig, problems: ProblemLog) -> None:
+        self._data, self._problems = config, problems
+        self._keys = ["text"] if config.source == "stdlib" else [config.text_key]
+        if config.target_key is not None:
+            self._keys.append(config.target_key)
+        builder_config = tfds.core.BuilderConfig(name=label, version="1.0.0")
+        super().__init__(data_dir=str(cache_dir), config=builder_config)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"name": tfds.features.Text(), **{key: tfds.features.Text() for key in self._keys}}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager
+        return {"train": self._generate_examples(held_out=False), "validation": self._generate_examples(held_out=True)}
+
+    def _generate_examples(self, *, held_out: bool) -> Iterator[tuple[int, dict[str, str]]]:
+        # Twice over the files, once for each split: a bad one is reported in the first pass only.
+        before = list(self._problems.skipped)
+        for index, (name, fields) in enumerate(self._documents()):
+            if is_held_out("\0".join(fields.values()), self._data.validation_fraction) == held_out:
+                yield index, {"name": name, **fields}
+        if held_out:
+            self._problems.skipped = before
+
+    def _documents(self) -> Iterator[_Document]:
+        raise TypeError(f"{type(self).__name__} must say what its documents are")
+
+
+class StdlibText(_TextBuilder):
+    """Source of the running interpreter's standard library, one document per file."""
+
+    @classmethod
+    def for_interpreter(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> StdlibText:
+        """The builder of this interpreter; its name holds the version and a hash of the content."""
+        root = Path(sysconfig.get_path("stdlib"))
+        files = stdlib_files(root)
+        if not files:
+            raise DataError(
+                f"this Python has no library source in {root} (some distributions ship it compiled or zipped); "
+                f"use data.source=files with data.path, or another Python"
+            )
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(path.read_bytes())
+        label = f"python{platform.python_version()}-{_label(digest.hexdigest(), config)}"
+        builder = cls(cache_dir=cache_dir, label=label, config=config, problems=problems)
+        builder._files, builder._root = files, root
+        return builder
+
+    _files: list[Path]
+    _root: Path
+
+    def _documents(self) -> Iterator[_Document]:
+        for path in self._files:
+            text = decode(path.read_bytes(), str(path), self._problems)
+            if text:
+                yield path.relative_to(self._root).as_posix(), {"text": text}
+
+
+class FilesText(_TextBuilder):
+    """Documents of a file or folder: a .txt is one, a line of .jsonl or a row of .parquet is one."""
+
+    @classmethod
+    def for_path(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> FilesText:
+        """The builder of `config.path`; its name holds a hash of names, sizes and times."""
+        root = Path(config.path or "").expanduser()
+        if not root.exists():
+            raise DataError(f"data.path {root} does not exist")
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        files = [path for path in files if path.name.endswith(_SUFFIXES)]
+        if not files:
+            raise DataError(f"data.path {root} holds no file ending in {', '.join(_SUFFIXES)}")
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        if not any(size for _, size, _ in stats):
+            raise DataError(f"data.path {root}: all {len(files)} files are empty")
+        keys = f"{config.text_key}/{config.target_key}/{config.on_bad_text}"
+        label = f"files-{_label(repr((stats, keys)), config)}"
+        builder = cls(cache_dir=cache_dir, label=label, config=config, problems=problems)
+        builder._files = files
+        return builder
+
+    _files: list[Path]
+
+    def _documents(self) -> Iterator[_Document]:
+        for path in self._files:
+            reader = self._rows if path.name.endswith(".parquet") else self._lines
+            if path.suffix == ".txt":
+                reader = self._whole
+            yield from reader(path)
+
+    def _whole(self, path: Path) -> Iterator[_Document]:
+        text = decode(path.read_bytes(), str(path), self._problems)
+        if text and text.strip():
+            yield str(path), {self._keys[0]: text}
+
+    def _lines(self, path: Path) -> Iterator[_Document]:
+        for number, line in enumerate(_open_lines(path), start=1):
+            where = f"{path}:{number}"
+            text = decode(line, where, self._problems)
+            if text is None or not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                self._problems.report(f"{where} is not JSON ({error.msg})")
+                continue
+            yield from self._record(record, where)
+
+    def _rows(self, path: Path) -> Iterator[_Document]:
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(path)
+        except Exception as error:
+            self._problems.report(f"{path} is not a Parquet file ({str(error).splitlines()[0]})")
+            return
+        missing = [key for key in self._keys if key not in table.schema_arrow.names]
+        if missing:
+            self._problems.fail(_missing_key(missing[0], str(path), table.schema_arrow.names))
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=self._keys):
+            for row in batch.to_pylist():
+                number += 1
+                yield from self._record(row, f"{path}:{number}")
+
+    def _record(self, record: Any, where: str) -> Iterator[_Document]:
+        if not isinstance(record, dict):
+            self._problems.report(f"{where} holds a {type(record).__name__}, not an object")
+            return
+        for key in self._keys:
+            if key not in record:
+                self._problems.fail(_missing_key(key, where, list(record)))
+        fields = {key: record[key] for key in self._keys}
+        wrong = [key for key, value in fields.items() if not isinstance(value, str)]
+        if wrong:
+            self._problems.report(f"{where}: {wrong[0]!r} is a {type(fields[wrong[0]]).__name__}, not text")
+        elif all(value.strip() for value in fields.values()):
+            yield where, fields
+
+
+def stdlib_files(root: Path) -> list[Path]:
+    """The library's modules below `root`, sorted, without tests and demonstrations."""
+    found = (path for path in root.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(root).parts))
+    return sorted(path for path in found if path.is_file())
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to validation: a pure function of its content."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def decode(data: bytes, where: str, problems: ProblemLog) -> str | None:
+    """UTF-8 text, or None when it is not and the problem log lets it pass."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problems.report(f"{where} is not UTF-8 (byte {error.start})")
+        return None
+
+
+def _label(content: str, config: DataConfig) -> str:
+    shaped = f"{content}/{config.validation_fraction}"
+    return hashlib.sha256(shaped.encode()).hexdigest()[:10]
+
+
+def _missing_key(key: str, where: str, known: list[str]) -> str:
+    return f"{where} has no field {key!r}; set data.text_key (or target_key) to one of: {', '.join(sorted(known))}"
+
+
+def _open_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if path.suffix == ".gz":
+            yield from gzip.open(file)
+        elif path.suffix == ".zst":
+            import zstandard
+
+            yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
+        else:
+            yield from file

@@ -1,0 +1,150 @@
+"""Where documents come from: the embedded corpus, the user's files, or any TFDS name, all through one path.
+
+TFDS prepares each as ArrayRecord once and reads it as a random-access data source, which needs no TensorFlow. The two
+builders live in `jaxllm.data.builders`; the split into training and validation is theirs, by a hash of the content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxllm.config import DataConfig
+from jaxllm.data import DataError
+from jaxllm.data.builders import FilesText, ProblemLog, StdlibText
+
+_log = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """Documents of a corpus.
+
+    Attributes:
+        name: what it is and in which version, for logs and checkpoints.
+        train: random access to records, dicts of bytes.
+        validation: the held-out part.
+    """
+
+    name: str
+    train: Sequence[Any]
+    validation: Sequence[Any]
+
+
+def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
+    """Prepares the corpus of a config if that has not been done, and opens it.
+
+    Raises:
+        DataError: when it is missing, empty, unreadable, or can't be had without a network.
+    """
+    problems = ProblemLog(stop=config.on_bad_text == "stop")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            if config.source == "stdlib":
+                builder = StdlibText.for_interpreter(cache_dir, config, problems)
+            elif config.source == "files":
+                builder = FilesText.for_path(cache_dir, config, problems)
+            else:
+                builder = _tfds_builder(config.source, cache_dir)
+        _prepare(builder, problems)
+    except OSError as error:
+        raise DataError(
+            f"cannot prepare {config.source} in {cache_dir}: {error.strerror or error}; set data.cache_dir to a "
+            f"writable folder with free space"
+        ) from error
+    for skipped in problems.skipped:
+        _log.warning("skipped %s", skipped)
+    train, validation = _splits(builder, config)
+    return Source(builder.info.full_name, train, validation)
+
+
+def texts(records: Sequence[Any], key: str) -> Iterator[str]:
+    """The text of each record, in order."""
+    for i in range(len(records)):
+        yield field(records[i], key)
+
+
+def field(record: dict[str, Any], key: str) -> str:
+    """One text of a record, decoded.
+
+    Raises:
+        DataError: when the record has no such field, naming those it has.
+    """
+    if key not in record:
+        raise DataError(f"records have no field {key!r}; set data.text_key to one of: {', '.join(sorted(record))}")
+    value = record[key]
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _tfds_builder(name: str, cache_dir: Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        # Registers the text datasets that are loaded lazily, such as c4 and wiki40b.
+        import tensorflow_datasets.text
+
+        return tfds.builder(name, data_dir=str(cache_dir))
+    except Exception as error:
+        raise DataError(
+            f"no TFDS dataset {name!r} ({_first_line(error)}); use stdlib, files, or a name from the TFDS catalogue"
+        ) from error
+
+
+def _prepare(builder: Any, problems: ProblemLog) -> None:
+    try:
+        with _quiet():
+            builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        if problems.first is not None:
+            raise problems.first from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(
+            f"{builder.info.full_name} could not be prepared without TensorFlow ({_first_line(error)}); it may need a "
+            f"network, Apache Beam, or to be prepared elsewhere as array_record and put into data.cache_dir"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's prints, bars and advice about downloads out of a run's log."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[Any]]:
+    import tensorflow_datasets as tfds
+
+    # Read from the folder alone: that reader can be sent to worker processes, a builder with its own arguments can't.
+    builder = tfds.builder_from_directory(builder.data_dir)
+    known = builder.info.splits
+    held_out = next((name for name in ("validation", "test") if name in known), None)
+    if held_out is not None:
+        names = ("train", held_out)
+    else:
+        percent = max(round(100 * config.validation_fraction), 1)
+        names = (f"train[{percent}%:]", f"train[:{percent}%]")
+    train, validation = (builder.as_data_source(split=name) for name in names)
+    if not len(train) or not len(validation):
+        raise DataError(
+            f"{builder.info.full_name} has {len(train)} training and {len(validation)} validation documents; both "
+            f"are needed: add documents or raise data.validation_fraction"
+        )
+    return train, validation
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

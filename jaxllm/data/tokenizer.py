@@ -1,0 +1,195 @@
+"""Text to ids and back, losslessly: a byte-level BPE of the `tokenizers` library, or a SentencePiece model.
+
+Ids of a trained tokenizer: pad 0, end 1, unknown 2, then bytes and merges, and 100 sentinels at the end, counted down
+from the last id as T5 does. Text that spells a special token never becomes one; `tokenizers` forgets that setting in
+pickles and files, so it is set again in both places.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as _Fast
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxllm.data import DataError
+
+NUM_SENTINELS = 100
+_PAD, _EOS, _UNK = "<pad>", "</s>", "<unk>"
+_SMALLEST = 256 + 3 + NUM_SENTINELS
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer that never reads special tokens from text.
+
+    Attributes:
+        vocab_size: number of ids, sentinels included.
+        pad_id: padding.
+        eos_id: end of a document, and what its first token is predicted from.
+        sentinel_ids: ids of the sentinels, the first one first; empty when the tokenizer has none.
+    """
+
+    def __init__(self, fast: _Fast) -> None:
+        """Finds the special ids by their usual names."""
+        self._fast = fast
+        self._restrict()
+        self.vocab_size: int = fast.get_vocab_size(with_added_tokens=True)
+        self.pad_id = self._special(_PAD, "<|finetune_right_pad_id|>", "<|pad|>", default=0)
+        self.eos_id = self._special(_EOS, "<|end_of_text|>", "<|endoftext|>", "<eos>", default=None)
+        found = [fast.token_to_id(f"<extra_id_{i}>") for i in range(NUM_SENTINELS)]
+        self.sentinel_ids = np.array([i for i in found if i is not None], np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32, without any special token."""
+        return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are spelled out."""
+        return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 [vocab_size]; 0 for special tokens."""
+        special = {int(i) for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        # A byte-level token is written with one character per byte; others are their text.
+        byte_level = isinstance(self._fast.decoder, decoders.ByteLevel)
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token, i in self._fast.get_vocab(with_added_tokens=True).items():
+            if i not in special:
+                sizes[i] = len(token) if byte_level else len(token.encode())
+        return sizes
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the tokenizer, for checkpoints."""
+        return hashlib.sha256(self._fast.to_str().encode()).hexdigest()[:12]
+
+    def save(self, path: Path) -> None:
+        """Writes tokenizer.json, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(self._fast.to_str(pretty=True), encoding="utf-8")
+        partial.replace(path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._restrict()
+
+    def _restrict(self) -> None:
+        self._fast.encode_special_tokens = True
+
+    def _special(self, *names: str, default: int | None) -> int:
+        for name in names:
+            found = self._fast.token_to_id(name)
+            if found is not None:
+                return found
+        if default is None:
+            raise DataError(f"the tokenizer has no end-of-text token; one of {', '.join(names)} is needed")
+        return default
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A bare SentencePiece .model; control symbols are never produced from text by the library itself."""
+
+    def __init__(self, path: Path) -> None:
+        """Loads it through the optional extra `sentencepiece`."""
+        try:
+            import sentencepiece
+        except ImportError:
+            raise DataError(
+                f"{path} is a SentencePiece model; reading it needs: pip install 'jaxllm[sentencepiece]'"
+            ) from None
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.Load(str(path))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path} is not a SentencePiece model ({error})") from None
+        self.vocab_size = self._model.GetPieceSize()
+        self.pad_id = max(self._model.pad_id(), 0)
+        self.eos_id = self._model.eos_id()
+        if self.eos_id < 0:
+            raise DataError(f"{path} has no end-of-text token, which documents need")
+        found = [self._model.PieceToId(f"<extra_id_{i}>") for i in range(NUM_SENTINELS)]
+        self.sentinel_ids = np.array([i for i in found if i != self._model.unk_id()], np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32, without any special token."""
+        return np.array(self._model.EncodeAsIds(text), np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return self._model.DecodeIds([int(i) for i in ids])
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 [vocab_size]; the piece's space mark counts as one."""
+        model, sizes = self._model, np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if model.IsByte(i):
+                sizes[i] = 1
+            elif not (model.IsControl(i) or model.IsUnknown(i)):
+                sizes[i] = len(model.IdToPiece(i).replace("\u2581", " ").encode())
+        return sizes
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the model, for checkpoints."""
+        return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()[:12]
+
+    def save(self, path: Path) -> None:
+        """Writes the .model beside where a tokenizer.json would be."""
+        path.with_suffix(".model").write_bytes(self._model.serialized_model_proto())
+
+    def _restrict(self) -> None:
+        """SentencePiece needs no restriction."""
+
+
+def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` ids; any text round-trips exactly.
+
+    Raises:
+        DataError: when the vocabulary has no room for bytes, specials and sentinels.
+    """
+    if vocab_size < _SMALLEST:
+        raise DataError(
+            f"model.vocab_size {vocab_size} is too small for 256 bytes, 3 special tokens and {NUM_SENTINELS} "
+            f"sentinels; use at least {_SMALLEST}"
+        )
+    fast = _Fast(models.BPE(unk_token=_UNK))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - NUM_SENTINELS,
+        special_tokens=[_PAD, _EOS, _UNK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(texts, trainer)
+    fast.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(NUM_SENTINELS))])
+    return Tokenizer(fast)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer.json, or a SentencePiece .model.
+
+    Raises:
+        DataError: when the file is missing or is neither.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"no tokenizer file {path}; give a tokenizer.json or .model, or data.tokenizer=train")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    try:
+        return Tokenizer(_Fast.from_file(str(path)))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception for malformed files
+        raise DataError(f"{path} is not a tokenizer.json ({error})") from None
