@@ -7,7 +7,7 @@ that ragged prompts leave holes instead of shifting. The layout is known to `wri
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class KVCache(NamedTuple):
 
 
 def init_cache(
-    *, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+    *, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> KVCache:
     """An empty cache of `capacity` slots."""
     shape = (batch, num_kv_heads, capacity, head_dim)

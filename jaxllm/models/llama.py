@@ -20,7 +20,7 @@ from jaxllm.models.layers import ACTIVATIONS, Linear, Params, RMSNorm, apply_sta
 from jaxllm.ops.attention import Pattern, attention
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
 
-Rope = tuple[Float[Array, "B T P"], Float[Array, "B T P"]]  # cos and sin of each pair's angle
+Rope = tuple[Float[Array, "#B T P"], Float[Array, "#B T P"]]  # cos and sin of each pair's angle
 
 
 class LlamaLayer(nn.Module):
@@ -109,7 +109,7 @@ class Llama(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         length: int | None = None,
     ) -> Float[Array, "B T V"]:
@@ -128,7 +128,7 @@ class Llama(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         length: int | None = None,
     ) -> Float[Array, "B T D"]:

@@ -1,0 +1,41 @@
+"""Shared by all tests: GPU skipping, one table of tolerances, and small models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Two host devices make the sharding laws testable on a CPU; must be set before jax starts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu" if not Path("/dev/nvidia0").exists() else "")
+
+import jax
+import pytest
+
+from jaxllm.config import LlamaConfig
+
+# dtype -> largest difference, relative to the largest value compared.
+TOLERANCE = {"float32": 1e-5, "float32_grad": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if jax.default_backend() == "gpu":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture
+def tiny() -> LlamaConfig:
+    return LlamaConfig(vocab_size=97, d_model=32, d_ff=48, num_layers=3, num_heads=4, num_kv_heads=2, max_length=64)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of 40 small text documents that repeat a few sentences, so that models learn from them quickly."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(40):
+        lines = [f"line {j}: the cat {i} sat on mat {j % 7} and saw {i * j} birds\n" for j in range(30)]
+        (folder / f"{i:02d}.txt").write_text("".join(lines), encoding="utf-8")
+    return folder

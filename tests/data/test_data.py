@@ -1,0 +1,232 @@
+"""The data layer: lossless text, exact packing, exact resume, and every complaint by name."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxllm.config import DataConfig
+from jaxllm.data import DataError
+from jaxllm.data.builders import is_held_out
+from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.sources import open_source, texts
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    sentences = [f"the quick brown fox {i} jumps over </s> the lazy dog <extra_id_0>\n" * 3 for i in range(50)]
+    return train_tokenizer(iter(sentences), vocab_size=500)
+
+
+def open_pipeline(corpus: Path, run_dir: Path, **changes: object) -> Pipeline:
+    run_dir.mkdir(exist_ok=True)
+    options = {"source": "files", "path": str(corpus), "sequence_length": 32, "validation_fraction": 0.2, **changes}
+    return build_pipeline(DataConfig(**options), vocab_size=420, batch_size=4, seed=3, run_dir=run_dir)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=80) | st.sampled_from(["</s>", "a<pad>b", "<extra_id_0> <extra_id_99>", "<unk>"]))
+def test_round_trip_is_exact_and_never_special(tokenizer: Tokenizer, text: str) -> None:
+    for each in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        ids = each.encode(text)
+        assert each.decode(ids) == text
+        assert not np.isin(ids, [0, 1, 2, *each.sentinel_ids]).any()
+        assert each.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_saved_tokenizer_keeps_the_rule(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.decode(loaded.encode("</s>")) == "</s>" and 1 not in loaded.encode("</s>")
+
+
+def test_special_ids(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    size = tokenizer.vocab_size
+    assert tokenizer.sentinel_ids.tolist() == list(range(size - 1, size - 101, -1))
+    assert tokenizer.token_bytes[[0, 1, 2, size - 1]].tolist() == [0, 0, 0, 0]
+
+
+def rebuild(batches: list[dict[str, np.ndarray]]) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of every segment, in order."""
+    found = []
+    for batch in batches:
+        for row in range(len(batch["tokens"])):
+            for segment in range(1, batch["segment_ids"][row].max() + 1):
+                inside = batch["segment_ids"][row] == segment
+                assert batch["positions"][row][inside].tolist() == list(range(inside.sum()))
+                found.append((batch["tokens"][row][inside].tolist(), batch["targets"][row][inside].tolist()))
+    return found
+
+
+def test_validation_rows_hold_every_document_exactly(corpus: Path, tmp_path: Path) -> None:
+    pipeline = open_pipeline(corpus, tmp_path / "run")
+    batches = list(pipeline.validation(1000))
+    for inputs, targets in rebuild(batches):
+        assert inputs[1:] == targets[:-1]
+    weight = sum(batch["weights"].sum() for batch in batches)
+    documents = [pipeline.tokenizer.encode(text) for text in texts(pipeline._source.validation, "text")]
+    assert weight == sum(len(ids) + 1 for ids in documents)
+    size = sum(pipeline.tokenizer.token_bytes[b["targets"]][b["weights"] > 0].sum() for b in batches)
+    assert size == sum(len(text.encode()) for text in texts(pipeline._source.validation, "text"))
+    again = list(pipeline.validation(1000))
+    for a, b in zip(batches, again, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(corpus: Path, tmp_path: Path, workers: int) -> None:
+    pipeline = open_pipeline(corpus, tmp_path / "run", workers=workers)
+    for _ in range(5):
+        next(pipeline)
+    state = json.loads(json.dumps(pipeline.get_state()))
+    want = [next(pipeline) for _ in range(6)]
+    pipeline.close()
+    resumed = open_pipeline(corpus, tmp_path / "run", workers=workers)
+    resumed.set_state(state)
+    for batch in want:
+        again = next(resumed)
+        for name in batch:
+            np.testing.assert_array_equal(again[name], batch[name])
+    resumed.close()
+
+
+@pytest.mark.parametrize("change", [{"workers": 1}, {"validation_fraction": 0.3}])
+def test_state_of_other_data_is_refused(corpus: Path, tmp_path: Path, change: dict) -> None:
+    state = open_pipeline(corpus, tmp_path / "run").get_state()
+    with pytest.raises(DataError, match="the checkpoint was made with"):
+        open_pipeline(corpus, tmp_path / "run", **change).set_state(state)
+
+
+def test_split_is_by_content_and_complete(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "copy.txt").write_text((corpus / "00.txt").read_text())
+    config = DataConfig(source="files", path=str(corpus), validation_fraction=0.3)
+    source = open_source(config, cache_dir=tmp_path / "cache")
+    train, held_out = set(texts(source.train, "text")), set(texts(source.validation, "text"))
+    assert not train & held_out
+    assert train | held_out == {path.read_text() for path in corpus.iterdir()}
+    assert len(source.train) + len(source.validation) == 41
+    assert all(is_held_out(text, 0.3) for text in held_out)
+
+
+def test_two_processes_share_the_documents(corpus: Path, tmp_path: Path) -> None:
+    config = DataConfig(source="files", path=str(corpus), sequence_length=16, validation_fraction=0.2)
+    seen = []
+    for index in range(2):
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        pipeline = build_pipeline(
+            config, vocab_size=420, batch_size=2, seed=0, run_dir=run, process_index=index, process_count=2
+        )
+        batches = [next(pipeline) for _ in range(40)]
+        text = "".join(pipeline.tokenizer.decode(row) for batch in batches for row in batch["tokens"])
+        seen.append({word for word in text.replace("\n", " ").split(" ") if word.isdigit()})
+    assert seen[0] != seen[1]
+
+
+def test_every_format_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    rows = {name: [f"{name} document {i} \u00e9" for i in range(8)] for name in ("plain", "gz", "zst", "parquet")}
+    lines = {name: "".join(json.dumps({"body": text}) + "\n" for text in docs).encode() for name, docs in rows.items()}
+    (folder / "a.jsonl").write_bytes(lines["plain"])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines["gz"]))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines["zst"]))
+    pq.write_table(pa.table({"body": rows["parquet"], "other": list(range(8))}), folder / "d.parquet")
+    config = DataConfig(source="files", path=str(folder), text_key="body", validation_fraction=0.3)
+    source = open_source(config, cache_dir=tmp_path / "cache")
+    found = [*texts(source.train, "body"), *texts(source.validation, "body")]
+    assert sorted(found) == sorted(text for docs in rows.values() for text in docs)
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+BAD = {
+    "does not exist": lambda p: p / "none",
+    "holds no file ending in": lambda p: write(p / "f" / "x.docx", b"x").parent,
+    "all 1 files are empty": lambda p: write(p / "f" / "x.txt", b""),
+    r"x.txt is not UTF-8 \(byte 1\); repair it or set data.on_bad_text=skip": lambda p: write(p / "x.txt", b"a\xff"),
+    r"x.jsonl:2 is not JSON": lambda p: write(p / "x.jsonl", b'{"text": "a"}\n{"text": \n'),
+    r"x.jsonl:1 has no field 'text'; set data.text_key .* body": lambda p: write(p / "x.jsonl", b'{"body": "a"}\n'),
+    "x.parquet is not a Parquet file": lambda p: write(p / "x.parquet", b"PAR0"),
+    "1 training and 0 validation documents": lambda p: write(p / "x.txt", b"only one"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_data_is_named(message: str, tmp_path: Path) -> None:
+    config = DataConfig(source="files", path=str(BAD[message](tmp_path / "in")), validation_fraction=0.01)
+    with pytest.raises(DataError, match=message):
+        open_source(config, cache_dir=tmp_path / "cache")
+
+
+def test_bad_text_is_skipped_and_counted(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(corpus / "bad.txt", b"\xff\xfe")
+    config = DataConfig(source="files", path=str(corpus), on_bad_text="skip", validation_fraction=0.3)
+    with caplog.at_level("WARNING", logger="jaxllm"):
+        source = open_source(config, cache_dir=tmp_path / "cache")
+    assert len(source.train) + len(source.validation) == 40
+    assert caplog.text.count("bad.txt is not UTF-8") == 1
+
+
+def test_unknown_dataset_and_blocked_cache_are_named(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no TFDS dataset 'no_such_corpus'"):
+        open_source(DataConfig(source="no_such_corpus"), cache_dir=tmp_path / "cache")
+    blocked = write(tmp_path / "file", b"x")
+    with pytest.raises(DataError, match="set data.cache_dir to a writable folder"):
+        open_source(DataConfig(source="files", path=str(corpus)), cache_dir=blocked / "cache")
+
+
+def test_vocabularies_that_do_not_fit_are_named(corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"vocab_size 300 is too small .* at least 359"):
+        train_tokenizer(iter(["a"]), vocab_size=300)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"the tokenizer has 500 ids, model.vocab_size is 420"):
+        open_pipeline(corpus, tmp_path / "run", tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="no tokenizer file"):
+        load_tokenizer(tmp_path / "none.json")
+    with pytest.raises(DataError, match="is not a tokenizer.json"):
+        load_tokenizer(write(tmp_path / "broken.json", b"{"))
+
+
+def test_sentencepiece_models_are_read_bare(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"the quick brown fox number {i} jumps" for i in range(300)))
+    prefix = str(tmp_path / "spm")
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(lines), model_prefix=prefix, vocab_size=120, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        byte_fallback=False, minloglevel=2, control_symbols=["<extra_id_1>", "<extra_id_0>"],
+    )  # fmt: skip
+    loaded = load_tokenizer(prefix + ".model")
+    again = pickle.loads(pickle.dumps(loaded))
+    ids = loaded.encode("the quick fox 7")
+    assert loaded.decode(ids) == again.decode(ids) == "the quick fox 7"
+    assert len(loaded.sentinel_ids) == 2 and (loaded.pad_id, loaded.eos_id) == (0, 1)
+
+
+def test_embedded_corpus_is_this_interpreter(tmp_path: Path) -> None:
+    source = open_source(DataConfig(), cache_dir=tmp_path)
+    assert len(source.train) > 300 and len(source.validation) > 10
+    assert sum(len(text) for text in texts(source.train, "text")) > 5_000_000
+    assert any("import" in text for text in texts(source.validation, "text"))

@@ -1,0 +1,84 @@
+"""The chunked vocabulary loss against the plain one, its memory and its number of products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.ops.losses import chunked_cross_entropy
+from tests.conftest import TOLERANCE
+
+
+def problem(dtype=jnp.float32):
+    hidden = jax.random.normal(jax.random.key(0), (3, 10, 16)).astype(dtype)
+    head = (jax.random.normal(jax.random.key(1), (50, 16)) * 0.5).astype(dtype)
+    targets = jax.random.randint(jax.random.key(2), (3, 10), 0, 50)
+    weights = jnp.ones((3, 10)).at[0, 4:].set(0).at[1].set(0.5)
+    return hidden, head, targets, weights
+
+
+def plain(hidden, head, targets, weights, z_loss):
+    logits = jnp.einsum("btd,vd->btv", hidden.astype(jnp.float32), head.astype(jnp.float32))
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (normalizer - target + z_loss * normalizer**2))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10, 30, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_equals_plain_loss_and_gradient(chunk: int, z_loss: float) -> None:
+    hidden, head, targets, weights = problem()
+    ours = jax.value_and_grad(
+        lambda h, w: 3 * chunked_cross_entropy(h, w, targets, weights, z_loss=z_loss, chunk=chunk).loss, argnums=(0, 1)
+    )(hidden, head)
+    want = jax.value_and_grad(lambda h, w: 3 * plain(h, w, targets, weights, z_loss), argnums=(0, 1))(hidden, head)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=TOLERANCE["float32_grad"], rtol=TOLERANCE["float32"])
+
+
+def test_sums_count_weights_and_hits() -> None:
+    hidden, head, targets, weights = problem()
+    sums = chunked_cross_entropy(hidden, head, targets, weights, z_loss=0.1, chunk=4)
+    hits = jnp.argmax(jnp.einsum("btd,vd->btv", hidden, head), axis=-1) == targets
+    assert float(sums.weight) == float(weights.sum()) == 4 + 5 + 10
+    np.testing.assert_allclose(sums.correct, jnp.sum(weights * hits), rtol=1e-6)
+    np.testing.assert_allclose(sums.nll, plain(hidden, head, targets, weights, 0.0), rtol=1e-5)
+    assert float(sums.loss) > float(sums.nll)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_gradients_are_close(dtype: str) -> None:
+    hidden, head, targets, weights = problem(dtype)
+    ours = jax.grad(lambda h, w: chunked_cross_entropy(h, w, targets, weights).loss, argnums=(0, 1))(hidden, head)
+    want = jax.grad(lambda h, w: plain(h, w, targets, weights, 0.0), argnums=(0, 1))(
+        hidden.astype(jnp.float32), head.astype(jnp.float32)
+    )
+    for a, b in zip(ours, want, strict=True):
+        assert a.dtype == dtype
+        difference = np.abs(np.asarray(a, np.float32) - np.asarray(b)).max()
+        assert difference < TOLERANCE[dtype] * np.abs(np.asarray(b)).max()
+
+
+def test_float16_keeps_gradients_of_unlikely_tokens() -> None:
+    """Probabilities near 1e-8 vanish in float16 unless they are carried at a larger scale."""
+    hidden, head = jnp.ones((1, 1, 1), jnp.float16), jnp.array([[0.0], [-16.5]], jnp.float16)
+    targets, weights = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+    grad = jax.grad(lambda w: 4096 * chunked_cross_entropy(hidden, w, targets, weights).loss)(head)
+    np.testing.assert_allclose(float(grad[1, 0]), 4096 * np.exp(-16.5), rtol=0.02)
+
+
+def test_three_products_with_the_head_and_never_all_logits() -> None:
+    hidden = jax.ShapeDtypeStruct((4, 256, 64), jnp.float32)
+    head = jax.ShapeDtypeStruct((4096, 64), jnp.float32)
+    targets, weights = jax.ShapeDtypeStruct((4, 256), jnp.int32), jax.ShapeDtypeStruct((4, 256), jnp.float32)
+
+    def loss(h, w, t, u):
+        return chunked_cross_entropy(h, w, t, u, chunk=64).loss
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    assert str(jax.make_jaxpr(gradient)(hidden, head, targets, weights)).count("dot_general") == 3
+    memory = gradient.lower(hidden, head, targets, weights).compile().memory_analysis().temp_size_in_bytes
+    all_logits = 4 * 256 * 4096 * 4
+    assert memory < all_logits / 2

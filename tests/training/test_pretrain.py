@@ -1,0 +1,220 @@
+"""Whole runs: resume is exact, stops are clean, damage is survived, and bad input is named before training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import RunConfig
+from jaxllm.config_file import dump_config, load_config, parse_config
+from jaxllm.models import build, init_params
+from jaxllm.training.checkpoint import CheckpointError, Checkpoints
+from jaxllm.training.run_folder import RunFolderError, open_run_folder
+from jaxllm.training.trainer import TrainingStopped, pretrain
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def config(run_dir: Path, corpus: Path, **changes: dict) -> RunConfig:
+    sections = {
+        "model": {"family": "llama", "vocab_size": 400, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        "data": {"source": "files", "path": str(corpus), "sequence_length": 32, "validation_fraction": 0.2},
+        "training": {
+            "run_dir": str(run_dir),
+            "steps": 8,
+            "batch_size": 4,
+            "save_every": 4,
+            "eval_every": 4,
+            "log_every": 1,
+            "eval_batches": 2,
+            "sample_tokens": 4,
+        },
+    }
+    for name, values in changes.items():
+        sections[name] = {**sections.get(name, {}), **values}
+    return parse_config(sections)
+
+
+def final_params(run: RunConfig) -> list[np.ndarray]:
+    """Parameters of the newest checkpoint, read by orbax alone."""
+    import orbax.checkpoint as ocp
+
+    folder = Path(run.training.run_dir) / "checkpoints"
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    state = ocp.StandardCheckpointer().restore((folder / str(step) / "state").absolute())
+    return [step, *jax.tree.leaves(state["params"])]
+
+
+def losses(run: RunConfig) -> dict[int, float]:
+    rows = (Path(run.training.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, rows) if "loss" in row}
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, corpus: Path) -> None:
+    whole, parts = (config(tmp_path / name, corpus) for name in ("whole", "parts"))
+    summary = pretrain(whole)
+    assert (summary.step, summary.finished, summary.resumed_from) == (8, True, 0)
+    first = pretrain(parts, stop_at=4)
+    assert (first.step, first.finished) == (4, False)
+    second = pretrain(parts)
+    assert (second.step, second.finished, second.resumed_from) == (8, True, 4)
+    for a, b in zip(final_params(whole), final_params(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(whole) == losses(parts)
+    assert summary.validation == second.validation
+    written = {path.name for path in Path(whole.training.run_dir).iterdir()}
+    assert {"config.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "tensorboard"} <= written
+    assert load_config(Path(whole.training.run_dir) / "config.yaml") == whole
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_goes_on_where_it_was(tmp_path: Path, corpus: Path, kill: signal.Signals) -> None:
+    changes = {"steps": 400, "save_every": 20, "eval_every": 400, "log_every": 5}
+    whole, parts = (config(tmp_path / name, corpus, training={**changes, "run_dir": str(tmp_path / name)})
+                    for name in ("whole", "parts"))
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(parts))
+    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    folder = Path(parts.training.run_dir) / "checkpoints"
+    deadline = time.time() + 120
+    while not (folder.exists() and any(p.name.isdigit() for p in folder.iterdir())):
+        assert process.poll() is None and time.time() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(kill)
+    code = process.wait(timeout=60)
+    assert code == (0 if kill == signal.SIGTERM else -signal.SIGKILL)
+    summary = pretrain(parts)
+    assert summary.finished and 0 < summary.resumed_from < 400
+    pretrain(whole)
+    for a, b in zip(final_params(whole), final_params(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
+    tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = config(tmp_path / "run", corpus)
+    pretrain(run, stop_at=6)
+    want = final_params(run)[1:]
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    for path in newest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 200:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with caplog.at_level("INFO", logger="jaxllm"):
+        summary = pretrain(run, stop_at=6)
+    assert summary.resumed_from == 4
+    assert "checkpoint 6" in caplog.text and "damaged" in caplog.text
+    for a, b in zip(final_params(run)[1:], want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_all_checkpoints_damaged_is_an_error_that_deletes_nothing(tmp_path: Path, corpus: Path) -> None:
+    run = config(tmp_path / "run", corpus)
+    pretrain(run, stop_at=4)
+    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        pretrain(run)
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, corpus: Path) -> None:
+    run = config(tmp_path / "run", corpus)
+    open_run_folder(run)
+    with pytest.raises(RunFolderError, match=r"optimizer.learning_rate: 0.0003 -> 0.001"):
+        pretrain(config(tmp_path / "run", corpus, optimizer={"learning_rate": 1e-3}))
+    open_run_folder(config(tmp_path / "run", corpus, training={"log_every": 7, "keep": 5}))
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    run = config(tmp_path / "run", corpus, optimizer={"learning_rate": 1e30, "clip_norm": None})
+    with pytest.raises(TrainingStopped, match=r"at step \d+; the last good checkpoint is"):
+        pretrain(run)
+    rows = losses(run)
+    assert all(np.isfinite(value) for value in rows.values())
+    calm = config(tmp_path / "calm", corpus)
+    pretrain(calm, stop_at=4)
+    kept = Checkpoints(tmp_path / "calm" / "checkpoints", keep=2)
+    assert kept.steps() == [4]
+    kept.close()
+
+
+def test_unwritable_run_dir_is_named(tmp_path: Path, corpus: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(RunFolderError, match=r"cannot write to training.run_dir .*choose a writable folder"):
+        pretrain(config(blocked / "run", corpus))
+
+
+def test_full_disk_is_an_error_and_keeps_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    state = {"x": jnp.arange(4.0)}
+    checkpoints.save(1, state, {"position": 1}, validation_loss=None)
+    checkpoints.wait()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(CheckpointError, match="cannot save step 2 .*No space left"):
+        checkpoints.save(2, state, {"position": 2}, validation_loss=None)
+    restored = checkpoints.restore(jax.eval_shape(lambda: state))
+    assert restored.step == 1 and restored.data == {"position": 1}
+    checkpoints.close()
+
+
+def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints.save(1, {"x": jnp.arange(4.0)}, {}, validation_loss=None)
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match=r"holds x as float32\[4\], this run needs bfloat16\[4\]"):
+        checkpoints.restore({"x": jax.ShapeDtypeStruct((4,), jnp.bfloat16)})
+    checkpoints.close()
+
+
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=loss)
+        checkpoints.wait()
+    assert checkpoints.steps() == [2, 4, 5]
+    checkpoints.close()
+
+
+def test_script_names_the_problem_and_prints_configs(tmp_path: Path, corpus: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(config(tmp_path / "run", corpus)))
+
+    def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=False)
+
+    wrong = script(str(file), "training.step=3")
+    assert wrong.returncode == 2 and "did you mean 'steps'" in wrong.stderr
+    printed = script(str(file), "--print-config", "training.steps=3")
+    assert printed.returncode == 0 and "steps: 3" in printed.stdout
+    missing = script(str(file), f"data.path={tmp_path / 'nowhere'}")
+    assert missing.returncode == 1 and "does not exist" in missing.stdout and "Traceback" not in missing.stderr
+    helped = script("--help")
+    assert "training.save_every (int, 100)" in helped.stdout
+
+
+def test_init_is_jitted_and_seeded(tmp_path: Path, corpus: Path) -> None:
+    model = build(config(tmp_path, corpus).model)
+    a, b, c = (init_params(model, jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert not np.array_equal(a["embed"], c["embed"])

@@ -1,0 +1,155 @@
+"""Laws of a step: accumulation is exact, precision keeps masters, donation aliases all of the state."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
+from jaxllm.models import build, init_params
+from jaxllm.training.loss import build_loss
+from jaxllm.training.optimizer import build_optimizer, build_schedule, decay_mask
+from jaxllm.training.train_step import TrainState, init_train_state, make_eval_step, make_train_step
+from tests.conftest import TOLERANCE
+
+
+def batch(rows: int = 4, length: int = 10) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 97, (rows, length + 1)).astype(np.int32)
+    weights = (rng.random((rows, length)) < 0.7).astype(np.float32)
+    weights[0] = 0  # microbatches of very different weight
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, length), np.int32),
+        "weights": weights,
+    }
+
+
+def setup(config: LlamaConfig, *, accumulation: int = 1, dtype=jnp.float32, **optimizer: object):
+    model = build(config, dtype=dtype)
+    rule = build_optimizer(OptimizerConfig(**optimizer), PrecisionConfig(), steps=100)
+    loss = build_loss(model, TrainingConfig(loss_chunk=8, z_loss=1e-3))
+    state = init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
+    return make_train_step(loss, rule, accumulation=accumulation, dtype=dtype), state, loss
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_equals_full_batch(tiny: LlamaConfig, accumulation: int) -> None:
+    whole_step, state, _ = setup(tiny)
+    split_step, _, _ = setup(tiny, accumulation=accumulation)
+    whole, whole_metrics = jax.jit(whole_step)(state, batch())
+    split, split_metrics = jax.jit(split_step)(state, batch())
+    for a, b in zip(split_metrics, whole_metrics, strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE["float32"])
+    for a, b in zip(jax.tree.leaves(split.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=TOLERANCE["float32_grad"])
+
+
+def test_weights_of_zero_teach_nothing(tiny: LlamaConfig) -> None:
+    step, state, _ = setup(tiny)
+    data = batch()
+    changed = {**data, "targets": np.where(data["weights"] > 0, data["targets"], 5)}
+    for a, b in zip(jax.tree.leaves(step(state, data)), jax.tree.leaves(step(state, changed)), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_masters_moments_and_metrics_stay_float32(tiny: LlamaConfig, dtype: str) -> None:
+    step, state, _ = setup(tiny, dtype=jnp.dtype(dtype))
+    state, metrics = jax.jit(step)(state, batch())
+    leaves = jax.tree.leaves((state.params, state.opt_state, metrics))
+    assert all(x.dtype == jnp.float32 for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+    exact = setup(tiny)
+    _, want = jax.jit(exact[0])(exact[1], batch())
+    np.testing.assert_allclose(metrics.loss, want.loss, rtol=TOLERANCE[dtype])
+    np.testing.assert_allclose(metrics.grad_norm, want.grad_norm, rtol=TOLERANCE["bfloat16"])
+
+
+def test_donation_aliases_the_whole_state(tiny: LlamaConfig) -> None:
+    step, state, _ = setup(tiny)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch()).compile()
+    held = sum(x.nbytes for x in jax.tree.leaves(state._replace(key=jax.random.key_data(state.key))))
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_it_learns_and_counts_steps(tiny: LlamaConfig) -> None:
+    step, state, loss = setup(tiny, learning_rate=3e-3)
+    step, data, losses = jax.jit(step), batch(), []
+    for _ in range(30):
+        state, metrics = step(state, data)
+        losses.append(float(metrics.loss))
+    assert int(state.step) == 30
+    assert losses[-1] < 0.6 * losses[0]
+    sums = make_eval_step(loss, dtype=jnp.float32)(state.params, data)
+    assert float(sums.loss / sums.weight) < losses[-1] * 1.02
+
+
+def test_a_step_compiles_once(tiny: LlamaConfig) -> None:
+    step, state, _ = setup(tiny)
+    jitted = jax.jit(step)
+    for _ in range(3):
+        state, _ = jitted(state, batch())
+    assert jitted._cache_size() == 1
+    assert isinstance(state, TrainState)
+
+
+def test_decay_spares_norms_and_biases(tiny: LlamaConfig) -> None:
+    params = init_params(build(dataclasses.replace(tiny, qkv_bias=True, qk_norm=True)), jax.random.key(0))
+    for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
+        name = path[-1].key
+        assert decays == (name in ("kernel", "embed", "lm_head")), jax.tree_util.keystr(path)
+
+
+def test_adamw_equals_optax_adamw(tiny: LlamaConfig) -> None:
+    config = OptimizerConfig(schedule="constant", clip_norm=None, learning_rate=1e-2)
+    ours = build_optimizer(config, PrecisionConfig(), steps=10)
+    want = optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decay_mask)
+    params = init_params(build(tiny), jax.random.key(0))
+    grads = jax.tree.map(jnp.cos, params)
+    a, b = (rule.update(grads, rule.init(params), params)[0] for rule in (ours, want))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+SCHEDULES = {
+    "cosine": ({}, {0: 0.25, 3: 1.0, 4: 1.0, 52: 0.55, 100: 0.1}),
+    "wsd": ({"decay_steps": 20}, {0: 0.25, 3: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+    "inverse_sqrt": ({}, {0: 0.25, 3: 1.0, 4: 1.0, 16: 0.5, 64: 0.25}),
+    "constant": ({}, {0: 0.25, 3: 1.0, 99: 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules(name: str) -> None:
+    changes, points = SCHEDULES[name]
+    config = OptimizerConfig(learning_rate=1.0, schedule=name, warmup_steps=4, **changes)
+    schedule = build_schedule(config, steps=100)
+    for step, want in points.items():
+        np.testing.assert_allclose(schedule(step), want, rtol=1e-5, err_msg=f"step {step}")
+
+
+def test_rms_scaling_is_per_layer_of_a_stack(tiny: LlamaConfig) -> None:
+    params = init_params(build(tiny), jax.random.key(0))
+    params["layers"]["q_proj"]["kernel"] = params["layers"]["q_proj"]["kernel"].at[1].multiply(10.0)
+    config = OptimizerConfig(name="adamw_rms", weight_decay=0.0, clip_norm=None, schedule="constant")
+    rule = build_optimizer(config, PrecisionConfig(), steps=10)
+    updates, _ = rule.update(jax.tree.map(jnp.ones_like, params), rule.init(params), params)
+    sizes = np.abs(np.asarray(updates["layers"]["q_proj"]["kernel"])).mean(axis=(1, 2))
+    np.testing.assert_allclose(sizes[1] / sizes[0], 10, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor"])
+def test_every_rule_trains(tiny: LlamaConfig, name: str) -> None:
+    step, state, _ = setup(tiny, name=name, learning_rate=1e-2)
+    step, losses = jax.jit(step), []
+    for _ in range(15):
+        state, metrics = step(state, batch())
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.9 * losses[0]
