@@ -124,7 +124,7 @@ class Pipeline:
                     f"the checkpoint was made with {key} {state.get(key)!r}, this run has {value!r}; resume with the "
                     f"same or start another training.run_dir"
                 )
-        self._iterator.set_state(state["iterator"])
+        self._iterator.set_state(_restore_tuples(state["iterator"]))
 
     def validation(self, count: int) -> Iterator[Batch]:
         """The first `count` validation batches, the same ones every time; the last one may hold padding rows."""
@@ -221,6 +221,18 @@ def _sample(records: Sequence[Any], key: str) -> Iterator[str]:
     stride = max(math.ceil(len(records) / _SAMPLE_DOCUMENTS), 1)
     for i in range(0, len(records), stride):
         yield field(records[i], key)
+
+
+def _restore_tuples(state: Any) -> Any:
+    """Undoes what JSON did to grain's packing state: a slice is compared as a tuple there, a list never equals it."""
+    if isinstance(state, list):
+        return [_restore_tuples(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    restored = {name: _restore_tuples(value) for name, value in state.items()}
+    if "remainder_slices" in restored:
+        restored["remainder_slices"] = {name: tuple(cut) for name, cut in restored["remainder_slices"].items()}
+    return restored
 
 
 def _pad_rows(value: np.ndarray, rows: int) -> np.ndarray:

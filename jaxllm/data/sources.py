@@ -103,6 +103,11 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
             raise problems.first from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if "No examples were yielded" in str(error):
+            raise DataError(
+                f"{builder.info.full_name}: the training or the validation split is empty; both are needed: add "
+                f"documents or raise data.validation_fraction"
+            ) from error
         raise DataError(
             f"{builder.info.full_name} could not be prepared without TensorFlow ({_first_line(error)}); it may need a "
             f"network, Apache Beam, or to be prepared elsewhere as array_record and put into data.cache_dir"

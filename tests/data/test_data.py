@@ -167,7 +167,7 @@ BAD = {
     r"x.jsonl:2 is not JSON": lambda p: write(p / "x.jsonl", b'{"text": "a"}\n{"text": \n'),
     r"x.jsonl:1 has no field 'text'; set data.text_key .* body": lambda p: write(p / "x.jsonl", b'{"body": "a"}\n'),
     "x.parquet is not a Parquet file": lambda p: write(p / "x.parquet", b"PAR0"),
-    "1 training and 0 validation documents": lambda p: write(p / "x.txt", b"only one"),
+    "split is empty; both are needed: add documents or raise": lambda p: write(p / "x.txt", b"only one"),
 }
 
 
@@ -201,7 +201,7 @@ def test_vocabularies_that_do_not_fit_are_named(corpus: Path, tmp_path: Path, to
     with pytest.raises(DataError, match=r"vocab_size 300 is too small .* at least 359"):
         train_tokenizer(iter(["a"]), vocab_size=300)
     tokenizer.save(tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match=r"the tokenizer has 500 ids, model.vocab_size is 420"):
+    with pytest.raises(DataError, match=r"the tokenizer has 448 ids, model.vocab_size is 420"):
         open_pipeline(corpus, tmp_path / "run", tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="no tokenizer file"):
         load_tokenizer(tmp_path / "none.json")
