@@ -25,9 +25,30 @@ from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, Trainin
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, dict[str, int]] = {
-    "A": {"vocab_size": 8192, "d_model": 256, "d_ff": 688, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4},
-    "B": {"vocab_size": 32000, "d_model": 512, "d_ff": 1376, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4},
-    "toy": {"vocab_size": 512, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    "A": {
+        "vocab_size": 8192,
+        "d_model": 256,
+        "d_ff": 688,
+        "num_layers": 4,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+    },
+    "B": {
+        "vocab_size": 32000,
+        "d_model": 512,
+        "d_ff": 1376,
+        "num_layers": 8,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+    },
+    "toy": {
+        "vocab_size": 512,
+        "d_model": 64,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
 }
 BATCHES = {"A": (8, 256), "B": (4, 512), "toy": (2, 32)}
 
@@ -47,9 +68,7 @@ def main() -> None:
         print(json.dumps(side(arguments.shape, arguments.dtype, arguments.steps, arguments.work)))
         return
     with tempfile.TemporaryDirectory() as work:
-        turns = [
-            {side: _turn(side, arguments, work) for side in ("jaxllm", "torch")} for _ in range(arguments.turns)
-        ]
+        turns = [{side: _turn(side, arguments, work) for side in ("jaxllm", "torch")} for _ in range(arguments.turns)]
         difference = _compare_logits(Path(work), arguments.dtype)
     ratios = [turn["jaxllm"]["tokens_per_second"] / turn["torch"]["tokens_per_second"] for turn in turns]
     result = {
@@ -86,7 +105,12 @@ def environment() -> dict[str, Any]:
 
 
 def _turn(side: str, arguments: argparse.Namespace, work: str) -> dict[str, Any]:
-    options = {"--shape": arguments.shape, "--dtype": arguments.dtype, "--steps": arguments.steps, "--work": work}
+    options = {
+        "--shape": arguments.shape,
+        "--dtype": arguments.dtype,
+        "--steps": arguments.steps,
+        "--work": work,
+    }
     flat = [str(part) for pair in options.items() for part in pair]
     output = subprocess.run(
         [sys.executable, __file__, "--side", side, *flat], check=True, stdout=subprocess.PIPE, text=True

@@ -123,7 +123,9 @@ def _family(cls: type) -> str:
 
 def _section_types() -> dict[str, tuple[type, ...]]:
     hints = typing.get_type_hints(RunConfig)
-    return {item.name: typing.get_args(hints[item.name]) or (hints[item.name],) for item in dataclasses.fields(RunConfig)}
+    return {
+        item.name: typing.get_args(hints[item.name]) or (hints[item.name],) for item in dataclasses.fields(RunConfig)
+    }
 
 
 @functools.cache

@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:

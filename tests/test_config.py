@@ -8,11 +8,27 @@ from pathlib import Path
 import pytest
 
 from jaxllm.config import LlamaConfig, RopeConfig, RunConfig, T5Config
-from jaxllm.config_file import ConfigError, config_differences, describe_keys, dump_config, load_config, parse_config
+from jaxllm.config_file import (
+    ConfigError,
+    config_differences,
+    describe_keys,
+    dump_config,
+    load_config,
+    parse_config,
+)
 from jaxllm.models import abstract_params, build, count_params
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-SMALL = {"model": {"family": "llama", "vocab_size": 512, "d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4}}
+SMALL = {
+    "model": {
+        "family": "llama",
+        "vocab_size": 512,
+        "d_model": 64,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+}
 
 
 def parse(**sections: dict) -> RunConfig:
@@ -68,7 +84,10 @@ BAD = [
     ({"model": {**SMALL["model"], "d_model": 65}}, "d_model 65 is not a multiple of num_heads 4"),
     ({"model": {**SMALL["model"], "family": "gpt"}}, "'llama', 't5'"),
     ({"model": {"family": "llama"}}, "model.vocab_size is required"),
-    ({"model": {**SMALL["model"], "max_length": 128}}, "data.sequence_length 256 exceeds model.max_length 128"),
+    (
+        {"model": {**SMALL["model"], "max_length": 128}},
+        "data.sequence_length 256 exceeds model.max_length 128",
+    ),
     ({"model": {**SMALL["model"], "rope": {"type": "linear"}}}, "needs factor"),
     ({"precision": {"compute": "float16"}}, "precision.loss_scale: dynamic"),
     ({"precision": {"retries": 2}}, "loss_scale: dynamic or retries: 0"),

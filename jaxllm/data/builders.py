@@ -22,7 +22,16 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 
 # Tests, generated tables of code points, and what ships beside the library proper.
-_NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__", "idle_test"}
+_NOT_LIBRARY = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "__pycache__",
+    "idle_test",
+}
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _Document = tuple[str, dict[str, str]]  # name and fields
 
@@ -69,7 +78,10 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
-        return {"train": self._generate_examples(held_out=False), "validation": self._generate_examples(held_out=True)}
+        return {
+            "train": self._generate_examples(held_out=False),
+            "validation": self._generate_examples(held_out=True),
+        }
 
     def _generate_examples(self, *, held_out: bool) -> Iterator[tuple[int, dict[str, str]]]:
         # Twice over the files, once for each split: a bad one is reported in the first pass only.

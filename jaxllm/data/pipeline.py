@@ -80,7 +80,14 @@ class Pipeline:
     """
 
     def __init__(
-        self, config: DataConfig, source: Source, tokenizer: Tokenizer, *, batch_size: int, seed: int, shard: slice
+        self,
+        config: DataConfig,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        shard: slice,
     ) -> None:
         """Opens the training iterator; see `build_pipeline`."""
         self.tokenizer, self.source_name = tokenizer, source.name

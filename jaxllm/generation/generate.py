@@ -68,9 +68,7 @@ def generate(
         row[: len(prompt)] = prompt
     if not isinstance(params["layers"], tuple):
         params = prepare_for_decode(params, dtype=model.dtype)
-    out = _run(
-        model, max_new_tokens, sampling, tuple(eos_ids), pad_id, params, tokens, lengths, jax.random.key(seed)
-    )
+    out = _run(model, max_new_tokens, sampling, tuple(eos_ids), pad_id, params, tokens, lengths, jax.random.key(seed))
     return [_cut(row, eos_ids) for row in np.asarray(out).tolist()]
 
 
@@ -113,9 +111,7 @@ def _run(
         return tokens, finished | ended
 
     def body(state: GenerateState, step_key: Array) -> tuple[GenerateState, Array]:
-        logits, cache = model.apply(
-            variables, state.cache, state.tokens, state.positions, method="decode_step"
-        )
+        logits, cache = model.apply(variables, state.cache, state.tokens, state.positions, method="decode_step")
         tokens, finished = choose(logits, state.finished, step_key)
         return GenerateState(cache, tokens, state.positions + 1, finished), tokens
 

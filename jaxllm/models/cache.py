@@ -30,9 +30,7 @@ class KVCache(NamedTuple):
     slot: Int[Array, ""]
 
 
-def init_cache(
-    *, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any
-) -> KVCache:
+def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
     """An empty cache of `capacity` slots."""
     shape = (batch, num_kv_heads, capacity, head_dim)
     return KVCache(
@@ -76,9 +74,7 @@ def attend(
     return mixed.astype(query.dtype).reshape(batch, heads, width)
 
 
-def visible_slots(
-    positions: Int[Array, "B S"], query: Int[Array, " B"], *, window: int | None = None
-) -> Array:
+def visible_slots(positions: Int[Array, "B S"], query: Int[Array, " B"], *, window: int | None = None) -> Array:
     """Slots that hold a token not after the query's position, and within the window."""
     seen = (positions >= 0) & (positions <= query[:, None])
     return seen if window is None else seen & (query[:, None] - positions < window)

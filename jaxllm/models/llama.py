@@ -16,7 +16,17 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
-from jaxllm.models.layers import ACTIVATIONS, Linear, Params, RMSNorm, apply_stack, embed, init_stack, saved, unstack
+from jaxllm.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    Params,
+    RMSNorm,
+    apply_stack,
+    embed,
+    init_stack,
+    saved,
+    unstack,
+)
 from jaxllm.ops.attention import Pattern, attention
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
 
@@ -53,9 +63,7 @@ class LlamaLayer(nn.Module):
         """One layer over whole sequences, and the keys and values [B, T, K, H] that decoding will need."""
         c = self.config
         query, key, value = self._project(self.attn_norm(x), rope)
-        mixed = attention(
-            query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention
-        )
+        mixed = attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
         return self._finish(x, saved(mixed, "attention")), key, value
 
     def decode(
@@ -149,7 +157,7 @@ class Llama(nn.Module):
         return self.final_norm(x)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """x @ head.T, accumulated and returned in float32."""
+        """X @ head.T, accumulated and returned in float32."""
         return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
 
     def head(self) -> Float[Array, "V D"]:
@@ -157,7 +165,12 @@ class Llama(nn.Module):
         return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], *, capacity: int, length: int | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        *,
+        capacity: int,
+        length: int | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Logits of the token after each prompt, and the cache; parameters as `prepare_for_decode` makes them.
 
@@ -213,9 +226,7 @@ class Llama(nn.Module):
         layer = LlamaLayer(c, parent=None)
         x, keys, values = embed(self.embed, tokens[:, None], dtype=self.dtype), [], []
         for params, key, value in zip(self._layer_list(), cache.keys, cache.values, strict=True):
-            x, key, value = layer.apply(
-                {"params": params}, x, rope, key, value, cache.slot, visible, method="decode"
-            )
+            x, key, value = layer.apply({"params": params}, x, rope, key, value, cache.slot, visible, method="decode")
             keys.append(key)
             values.append(value)
         logits = self.logits(self.final_norm(x))[:, 0]
@@ -230,14 +241,15 @@ class Llama(nn.Module):
 
     def _rope(self, positions: Array, length: int) -> Rope:
         c = self.config
-        frequencies, scaling = rope_frequencies(
-            c.rope, head_dim=c.head_dim, max_length=c.max_length, length=length
-        )
+        frequencies, scaling = rope_frequencies(c.rope, head_dim=c.head_dim, max_length=c.max_length, length=length)
         return rope_cos_sin(positions, frequencies, scaling)
 
     def _pattern(self, segment_ids: Array | None) -> Pattern:
         return Pattern(
-            causal=True, window=self.config.sliding_window, query_segments=segment_ids, key_segments=segment_ids
+            causal=True,
+            window=self.config.sliding_window,
+            query_segments=segment_ids,
+            key_segments=segment_ids,
         )
 
     def _init_layer(self, key: Array) -> Params:

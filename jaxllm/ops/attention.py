@@ -72,9 +72,7 @@ def attention(
     return masked_attention(query, key, value, mask=pattern.mask(*index), scale=scale, bias=bias)
 
 
-def choose(
-    implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None
-) -> str:
+def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None) -> str:
     """The path that `attention` takes, logged once by name."""
     obstacle = _cudnn_obstacle(query, key, pattern=pattern, bias=bias)
     if implementation == "cudnn" and obstacle:
@@ -133,9 +131,7 @@ def _softmax(scores: Float[Array, "B K G T S"], mask: Array | None) -> Float[Arr
 _QUERY_BLOCK = 128
 
 
-def _chunked(
-    query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None
-) -> Array:
+def _chunked(query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None) -> Array:
     length, keys = query.shape[1], key.shape[1]
     block = max(_QUERY_BLOCK, -(-length // 16))
     outputs = []
@@ -150,7 +146,12 @@ def _chunked(
         part = None if bias is None else bias[:, :, start:stop, first:last]
         outputs.append(
             masked_attention(
-                query[:, start:stop], key[:, first:last], value[:, first:last], mask=mask, scale=scale, bias=part
+                query[:, start:stop],
+                key[:, first:last],
+                value[:, first:last],
+                mask=mask,
+                scale=scale,
+                bias=part,
             )
         )
     return jnp.concatenate(outputs, axis=1)
@@ -171,9 +172,7 @@ def _cudnn_obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array |
     return None
 
 
-def _cudnn(
-    query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None
-) -> Array:
+def _cudnn(query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None) -> Array:
     return jax.nn.dot_product_attention(
         query,
         key,

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """x @ kernel over the last axis, accumulated in float32, in the dtype of x."""
+    """X @ kernel over the last axis, accumulated in float32, in the dtype of x."""
     if x.dtype == jnp.float32 or x.dtype == jnp.float64:
         return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
     return _linear(x, kernel)

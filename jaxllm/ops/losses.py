@@ -80,9 +80,7 @@ def _add(left: Sums, right: Sums) -> Sums:
     return left[0] + right[0], left[1] + right[1], left[2] + right[2]
 
 
-def _chunk_sums(
-    z_loss: float, head: Array, rows: Array, targets: Array, weights: Array
-) -> tuple[Sums, Array, Array]:
+def _chunk_sums(z_loss: float, head: Array, rows: Array, targets: Array, weights: Array) -> tuple[Sums, Array, Array]:
     logits = jnp.einsum("nd,vd->nv", rows, head, preferred_element_type=jnp.float32)
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     normalizer = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
@@ -117,13 +115,16 @@ def _cross_entropy_forward(
     return total, (row_grads, head_grad)
 
 
-def _cross_entropy_backward(
-    z_loss: float, saved: tuple[Array, Array], grads: Sums
-) -> tuple[Array, Array, None, None]:
+def _cross_entropy_backward(z_loss: float, saved: tuple[Array, Array], grads: Sums) -> tuple[Array, Array, None, None]:
     row_grads, head_grad = saved
     dtype = row_grads.dtype  # rows and head share the compute dtype
     slope = grads[0] / _INNER_SCALE.get(dtype, 1.0)
-    return (slope * row_grads.astype(jnp.float32)).astype(dtype), (slope * head_grad).astype(dtype), None, None
+    return (
+        (slope * row_grads.astype(jnp.float32)).astype(dtype),
+        (slope * head_grad).astype(dtype),
+        None,
+        None,
+    )
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -27,7 +27,7 @@ def segment_mask(query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Bool[Array
     return (query[:, :, None] == key[:, None, :]) & (key[:, None, :] > 0)
 
 
-def combine(*masks: Bool[Array, "..."] | None) -> Bool[Array, "..."] | None:
+def combine(*masks: Bool[Array, ...] | None) -> Bool[Array, ...] | None:
     """The conjunction of the masks given; None stands for all True."""
     result = None
     for mask in masks:

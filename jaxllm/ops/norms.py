@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
-    """weight * (x / sqrt(mean(x ** 2) + eps)), the bracket in float32 and rounded to x's dtype before the product.
+    """Weight * (x / sqrt(mean(x ** 2) + eps)), the bracket in float32 and rounded to x's dtype before the product.
 
     Rounding before the weight is what Meta's and transformers' code do; the other order differs in bfloat16.
     Source: arXiv 1910.07467.

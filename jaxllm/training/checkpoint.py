@@ -43,7 +43,9 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Opens or creates the folder and removes what an interrupted save left behind."""
         best = ocp.checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: -metrics["validation_loss"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
         latest = ocp.checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
@@ -52,7 +54,9 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         try:
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            # Named here, so that a new process can read what a checkpoint holds before restoring it.
+            handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder

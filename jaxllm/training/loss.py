@@ -5,16 +5,17 @@ A loss function maps (compute parameters, batch, key) to `LossSums`; the train s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxllm.config import TrainingConfig
 from jaxllm.models import Model
 from jaxllm.ops.losses import LossSums, chunked_cross_entropy
 
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array | np.ndarray]
 LossFunction = Callable[[Any, Batch, jax.Array], LossSums]
 
 

@@ -56,9 +56,7 @@ def _t5_flops(c: T5Config, batch: int, source: int, target: int) -> Flops:
     cross = c.num_layers * source**2 + c.num_decoder_layers * source * target
     self_attention = c.num_decoder_layers * target**2
     scale = 12.0 * inner * batch
-    return Flops(
-        weights + scale * (cross + self_attention / 2), weights + scale * (cross + self_attention), weights
-    )
+    return Flops(weights + scale * (cross + self_attention / 2), weights + scale * (cross + self_attention), weights)
 
 
 def device_peak(kind: str) -> float | None:

@@ -39,7 +39,7 @@ def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
 
 
 def _inverse_sqrt(peak: float, *, offset: int) -> optax.Schedule:
-    return lambda count: peak * jnp.sqrt(offset / (count + offset))
+    return lambda count: peak * jnp.sqrt(offset / (jnp.maximum(count, 0) + offset))
 
 
 def decay_mask(params: Any) -> Any:
@@ -52,9 +52,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def build_optimizer(
-    config: OptimizerConfig, precision: PrecisionConfig, *, steps: int
-) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, steps: int) -> optax.GradientTransformation:
     """The update rule of a run, with its loss scale around it."""
     schedule = build_schedule(config, steps=steps)
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]

@@ -15,9 +15,7 @@ from jaxllm.ops.sampling import Sampling
 SAMPLING = Sampling(temperature=0.7, top_k=50)
 
 
-def write_sample(
-    folder: Path, model: Model, params: Any, tokenizer: Tokenizer, config: TrainingConfig
-) -> str | None:
+def write_sample(folder: Path, model: Model, params: Any, tokenizer: Tokenizer, config: TrainingConfig) -> str | None:
     """Continues `config.sample_prompt` and writes it to sample.txt; None when no sample is asked for."""
     if not config.sample_tokens:
         return None

@@ -88,13 +88,18 @@ def make_train_step(
             nll=sums.nll / weight,
             accuracy=sums.correct / weight,
             weight=sums.weight,
-            grad_norm=optax.global_norm(grads) / scale,
+            grad_norm=global_norm(grads) / scale,
             loss_scale=scale,
         )
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key)
         return new, metrics
 
     return train_step
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Root of the sum of all squares, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
 
 
 def accumulate_gradients(

@@ -27,6 +27,7 @@ from jaxllm.training.metrics import MetricsWriter, device_peak, plot_curve, trai
 from jaxllm.training.optimizer import build_optimizer, build_schedule
 from jaxllm.training.precision import compute_dtype
 from jaxllm.training.run_folder import open_run_folder
+from jaxllm.training.samples import write_sample
 from jaxllm.training.train_step import (
     StepMetrics,
     TrainState,
@@ -34,7 +35,6 @@ from jaxllm.training.train_step import (
     make_eval_step,
     make_train_step,
 )
-from jaxllm.training.samples import write_sample
 
 _log = logging.getLogger(__name__)
 
@@ -240,7 +240,11 @@ class _Run:
         nll = weight = correct = size = 0.0
         for batch in self.pipeline.validation(self.config.training.eval_batches):
             sums = jax.device_get(self._eval_step(self.state.params, batch))
-            nll, weight, correct = nll + float(sums.nll), weight + float(sums.weight), correct + float(sums.correct)
+            nll, weight, correct = (
+                nll + float(sums.nll),
+                weight + float(sums.weight),
+                correct + float(sums.correct),
+            )
             size += self._bytes(batch)
         weight = max(weight, 1.0)
         return {
@@ -255,9 +259,7 @@ class _Run:
         if "bits_per_byte" in self.validation:
             compared = ", ".join(f"{name} {value:.3f}" for name, value in self.baselines.items())
             _log.info("validation bits/byte %.3f (%s)", self.validation["bits_per_byte"], compared)
-        text = write_sample(
-            self.folder, self.model, self.state.params, self.pipeline.tokenizer, self.config.training
-        )
+        text = write_sample(self.folder, self.model, self.state.params, self.pipeline.tokenizer, self.config.training)
         if text:
             _log.info("sample:\n%s", text)
         _log.info("curve in %s, everything else beside it", curve)

@@ -28,7 +28,13 @@ def tokenizer() -> Tokenizer:
 
 def open_pipeline(corpus: Path, run_dir: Path, **changes: object) -> Pipeline:
     run_dir.mkdir(exist_ok=True)
-    options = {"source": "files", "path": str(corpus), "sequence_length": 32, "validation_fraction": 0.2, **changes}
+    options = {
+        "source": "files",
+        "path": str(corpus),
+        "sequence_length": 32,
+        "validation_fraction": 0.2,
+        **changes,
+    }
     return build_pipeline(DataConfig(**options), vocab_size=420, batch_size=4, seed=3, run_dir=run_dir)
 
 
@@ -178,9 +184,7 @@ def test_bad_data_is_named(message: str, tmp_path: Path) -> None:
         open_source(config, cache_dir=tmp_path / "cache")
 
 
-def test_bad_text_is_skipped_and_counted(
-    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bad_text_is_skipped_and_counted(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(corpus / "bad.txt", b"\xff\xfe")
     config = DataConfig(source="files", path=str(corpus), on_bad_text="skip", validation_fraction=0.3)
     with caplog.at_level("WARNING", logger="jaxllm"):

@@ -21,7 +21,11 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
 
 @pytest.fixture(params=["plain", "window", "qk_norm_tied"])
 def model_and_params(request: pytest.FixtureRequest, tiny: LlamaConfig):
-    changes = {"plain": {}, "window": {"sliding_window": 4}, "qk_norm_tied": {"qk_norm": True, "tie_embeddings": True}}
+    changes = {
+        "plain": {},
+        "window": {"sliding_window": 4},
+        "qk_norm_tied": {"qk_norm": True, "tie_embeddings": True},
+    }
     model = build(dataclasses.replace(tiny, **changes[request.param]))
     return model, init_params(model, jax.random.key(0))
 
@@ -62,9 +66,7 @@ def test_decode_step_copies_no_cache(tiny: LlamaConfig) -> None:
     model = build(tiny)
     params = prepare_for_decode(init_params(model, jax.random.key(0)), dtype=jnp.float32)
     _, cache = model.apply({"params": params}, jnp.ones((1, 4), int), jnp.array([4]), capacity=64, method="prefill")
-    step = jax.jit(
-        lambda p, c, t, q: model.apply({"params": p}, c, t, q, method="decode_step"), donate_argnums=1
-    )
+    step = jax.jit(lambda p, c, t, q: model.apply({"params": p}, c, t, q, method="decode_step"), donate_argnums=1)
     compiled = step.lower(params, cache, jnp.array([1]), jnp.array([4])).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert compiled.memory_analysis().alias_size_in_bytes == held

@@ -32,7 +32,11 @@ def test_parameter_tree_is_frozen(tiny: LlamaConfig) -> None:
     """Checkpoints, sharding rules and interop depend on it: change the golden file on purpose only."""
     full = dataclasses.replace(tiny, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
     found = {}
-    for name, config in (("plain", tiny), ("tied", dataclasses.replace(tiny, tie_embeddings=True)), ("all", full)):
+    for name, config in (
+        ("plain", tiny),
+        ("tied", dataclasses.replace(tiny, tie_embeddings=True)),
+        ("all", full),
+    ):
         params = init_params(build(config), jax.random.key(0))
         leaves = jax.tree_util.tree_leaves_with_path(params)
         found[name] = {jax.tree_util.keystr(path): [str(x.dtype), *x.shape] for path, x in leaves}
@@ -99,7 +103,9 @@ def test_a_shift_of_all_positions_changes_nothing(tiny: LlamaConfig) -> None:
     batch = tokens(2, 11)
     shifted = jnp.arange(11)[None] + 1000
     np.testing.assert_allclose(
-        model.apply({"params": params}, batch, positions=shifted), model.apply({"params": params}, batch), atol=2e-4
+        model.apply({"params": params}, batch, positions=shifted),
+        model.apply({"params": params}, batch),
+        atol=2e-4,
     )
 
 
@@ -125,5 +131,6 @@ def test_tied_head_is_the_embedding(tiny: LlamaConfig) -> None:
     assert "lm_head" not in params
     untied = {**params, "lm_head": params["embed"]}
     np.testing.assert_array_equal(
-        build(tied).apply({"params": params}, tokens(1, 5)), build(tiny).apply({"params": untied}, tokens(1, 5))
+        build(tied).apply({"params": params}, tokens(1, 5)),
+        build(tiny).apply({"params": untied}, tokens(1, 5)),
     )

@@ -31,7 +31,8 @@ def plain(hidden, head, targets, weights, z_loss):
 def test_equals_plain_loss_and_gradient(chunk: int, z_loss: float) -> None:
     hidden, head, targets, weights = problem()
     ours = jax.value_and_grad(
-        lambda h, w: 3 * chunked_cross_entropy(h, w, targets, weights, z_loss=z_loss, chunk=chunk).loss, argnums=(0, 1)
+        lambda h, w: 3 * chunked_cross_entropy(h, w, targets, weights, z_loss=z_loss, chunk=chunk).loss,
+        argnums=(0, 1),
     )(hidden, head)
     want = jax.value_and_grad(lambda h, w: 3 * plain(h, w, targets, weights, z_loss), argnums=(0, 1))(hidden, head)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):

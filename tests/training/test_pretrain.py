@@ -28,7 +28,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 def config(run_dir: Path, corpus: Path, **changes: dict) -> RunConfig:
     sections = {
-        "model": {"family": "llama", "vocab_size": 400, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        "model": {
+            "family": "llama",
+            "vocab_size": 400,
+            "d_model": 32,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+        },
         "data": {"source": "files", "path": str(corpus), "sequence_length": 32, "validation_fraction": 0.2},
         "training": {
             "run_dir": str(run_dir),
@@ -74,15 +81,24 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, corpus: Path) 
     assert losses(whole) == losses(parts)
     assert summary.validation == second.validation
     written = {path.name for path in Path(whole.training.run_dir).iterdir()}
-    assert {"config.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "tensorboard"} <= written
+    assert {
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "loss.png",
+        "sample.txt",
+        "tensorboard",
+    } <= written
     assert load_config(Path(whole.training.run_dir) / "config.yaml") == whole
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process_goes_on_where_it_was(tmp_path: Path, corpus: Path, kill: signal.Signals) -> None:
     changes = {"steps": 400, "save_every": 20, "eval_every": 400, "log_every": 5}
-    whole, parts = (config(tmp_path / name, corpus, training={**changes, "run_dir": str(tmp_path / name)})
-                    for name in ("whole", "parts"))
+    whole, parts = (
+        config(tmp_path / name, corpus, training={**changes, "run_dir": str(tmp_path / name)})
+        for name in ("whole", "parts")
+    )
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(parts))
     command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), str(file)]
