@@ -118,7 +118,7 @@ def _type_name(cls: type, name: str) -> str:
 
 
 def _family(cls: type) -> str:
-    return next(item.default for item in dataclasses.fields(cls) if item.name == "family")
+    return str(next(item.default for item in dataclasses.fields(cls) if item.name == "family"))
 
 
 def _section_types() -> dict[str, tuple[type, ...]]:
@@ -132,10 +132,9 @@ def _section_types() -> dict[str, tuple[type, ...]]:
 def _adapter(section: str) -> Any:
     from pydantic import Discriminator, TypeAdapter
 
-    types = _section_types()[section]
-    if len(types) == 1:
-        return TypeAdapter(types[0])
-    return TypeAdapter(Annotated[types[0] | types[1], Discriminator("family")])
+    if section == "model":
+        return TypeAdapter(Annotated[schema.ModelConfig, Discriminator("family")])
+    return TypeAdapter(typing.get_type_hints(RunConfig)[section])
 
 
 def _parse_section(section: str, value: Any, where: str) -> Any:

@@ -15,8 +15,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxllm.models.cache import KVCache
+from jaxllm.models.layers import apply
 from jaxllm.models.llama import Llama, prepare_for_decode
 from jaxllm.ops.sampling import Sampling, sample
+
+GREEDY = Sampling()
 
 
 class GenerateState(NamedTuple):
@@ -41,7 +44,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
     seed: int = 0,
@@ -100,10 +103,9 @@ def _run(
     lengths: Array,
     key: Array,
 ) -> Array:
-    variables = {"params": params}
     # The last token is returned but never fed back, so it needs no slot.
     capacity = prompts.shape[1] + steps - 1
-    logits, cache = model.apply(variables, prompts, lengths, capacity=capacity, method="prefill")
+    logits, cache = apply(model, params, prompts, lengths, capacity=capacity, method="prefill")
 
     def choose(logits: Array, finished: Array, step_key: Array) -> tuple[Array, Array]:
         tokens = jnp.where(finished, pad_id, sample(logits, step_key, sampling))
@@ -111,7 +113,7 @@ def _run(
         return tokens, finished | ended
 
     def body(state: GenerateState, step_key: Array) -> tuple[GenerateState, Array]:
-        logits, cache = model.apply(variables, state.cache, state.tokens, state.positions, method="decode_step")
+        logits, cache = apply(model, params, state.cache, state.tokens, state.positions, method="decode_step")
         tokens, finished = choose(logits, state.finished, step_key)
         return GenerateState(cache, tokens, state.positions + 1, finished), tokens
 

@@ -1,1 +1,3 @@
+"""Checkpoints of other libraries, both ways, without their code."""
 
+"""Checkpoints of other libraries, both ways, without their code."""

@@ -33,6 +33,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 _SAVED = ("query", "key", "value", "attention", "gate", "up", "residual")
 
 
+def apply(module: nn.Module, params: Params, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+    """`module.apply` for modules that hold parameters and nothing else, so that the result is the method's own."""
+    return module.apply({"params": params}, *args, method=method, **kwargs)
+
+
 class Linear(nn.Module):
     """x @ kernel (+ bias); the kernel is [in, out], float32 as a parameter and in x's dtype in the product."""
 
@@ -42,6 +47,7 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     def setup(self) -> None:
+        """Creates the kernel, and the bias where there is one."""
         self.kernel = self.param("kernel", nn.initializers.normal(self.std), (self.inputs, self.outputs))
         if self.use_bias:
             self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
@@ -59,6 +65,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     def setup(self) -> None:
+        """Creates the weight."""
         self.weight = self.param("weight", nn.initializers.ones, (self.features,))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

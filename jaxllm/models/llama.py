@@ -21,6 +21,7 @@ from jaxllm.models.layers import (
     Linear,
     Params,
     RMSNorm,
+    apply,
     apply_stack,
     embed,
     init_stack,
@@ -39,6 +40,7 @@ class LlamaLayer(nn.Module):
     config: LlamaConfig
 
     def setup(self) -> None:
+        """Creates the projections and norms, named as in design.md."""
         c = self.config
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         residual_std = c.init_std / (2 * c.num_layers) ** 0.5  # GPT-2: keeps the stream's variance at init
@@ -103,6 +105,7 @@ class Llama(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
+        """Creates the embedding, the stacked layers, the last norm and the head."""
         c = self.config
         normal = nn.initializers.normal(c.init_std)
         self.embed = self.param("embed", normal, (c.vocab_size, c.d_model))
@@ -148,7 +151,7 @@ class Llama(nn.Module):
         pattern = self._pattern(segment_ids)
         layer = LlamaLayer(c, parent=None)
         x = apply_stack(
-            lambda params, h, _: layer.apply({"params": params}, h, rope, pattern),
+            lambda params, h, _: apply(layer, params, h, rope, pattern),
             self._layers(),
             embed(self.embed, tokens, dtype=self.dtype),
             mode=c.layers,
@@ -202,7 +205,7 @@ class Llama(nn.Module):
         )
         x, keys, values = embed(self.embed, tokens, dtype=self.dtype), [], []
         for i, params in enumerate(self._layer_list()):
-            x, key, value = layer.apply({"params": params}, x, rope, pattern, method="prefill")
+            x, key, value = apply(layer, params, x, rope, pattern, method="prefill")
             keys.append(kv.write(empty.keys[i], key, empty.slot))
             values.append(kv.write(empty.values[i], value, empty.slot))
         positions = empty.positions.at[:, :count].set(jnp.where(inside, index, -1))
@@ -226,7 +229,7 @@ class Llama(nn.Module):
         layer = LlamaLayer(c, parent=None)
         x, keys, values = embed(self.embed, tokens[:, None], dtype=self.dtype), [], []
         for params, key, value in zip(self._layer_list(), cache.keys, cache.values, strict=True):
-            x, key, value = layer.apply({"params": params}, x, rope, key, value, cache.slot, visible, method="decode")
+            x, key, value = apply(layer, params, x, rope, key, value, cache.slot, visible, method="decode")
             keys.append(key)
             values.append(value)
         logits = self.logits(self.final_norm(x))[:, 0]
@@ -256,7 +259,8 @@ class Llama(nn.Module):
         c = self.config
         pair = jnp.zeros((1, 1, c.head_dim // 2))
         x = jnp.zeros((1, 1, c.d_model))
-        return LlamaLayer(c, parent=None).init(key, x, (pair, pair), Pattern(causal=True))["params"]
+        variables: Any = LlamaLayer(c, parent=None).init(key, x, (pair, pair), Pattern(causal=True))
+        return variables["params"]
 
 
 def prepare_for_decode(params: Params, *, dtype: Any) -> Params:

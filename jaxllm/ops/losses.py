@@ -7,7 +7,7 @@ gradient, head gradient), where recomputation would take four. Sums, not means, 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,9 @@ def chunked_cross_entropy(
     if padding:
         rows = jnp.pad(rows, ((0, padding), (0, 0)))
         flat_targets, flat_weights = jnp.pad(flat_targets, (0, padding)), jnp.pad(flat_weights, (0, padding))
-    parts = tuple(item.reshape(-1, chunk, *item.shape[1:]) for item in (rows, flat_targets, flat_weights))
-    loss, nll, correct = _cross_entropy(z_loss, parts[0], head, parts[1], parts[2])
+    rows, flat_targets, flat_weights = (x.reshape(-1, chunk, *x.shape[1:]) for x in (rows, flat_targets, flat_weights))
+    sums: Any = _cross_entropy(z_loss, rows, head, flat_targets, flat_weights)
+    loss, nll, correct = sums
     return LossSums(loss, nll, jnp.sum(weights, dtype=jnp.float32), correct)
 
 

@@ -71,19 +71,19 @@ def _inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:
 
 def _dynamic(config: RopeConfig, head_dim: int, max_length: int, length: int) -> np.ndarray:
     """Base grown with the length beyond max_length (NTK-aware, reddit u/emozilla)."""
-    reached = max(length, max_length)
-    growth = config.factor * reached / max_length - (config.factor - 1)
+    factor, reached = config.factor or 1.0, max(length, max_length)
+    growth = factor * reached / max_length - (factor - 1)
     return _inverse_frequencies(config.theta * growth ** (head_dim / (head_dim - 2)), head_dim)
 
 
 def _llama3(config: RopeConfig, base: np.ndarray, max_length: int) -> np.ndarray:
     """Long waves divided by factor, short ones kept, a linear blend between (arXiv 2407.21783)."""
     original = config.original_max_length or max_length
-    low, high = config.low_freq_factor, config.high_freq_factor
+    low, high, factor = config.low_freq_factor, config.high_freq_factor, config.factor or 1.0
     wavelength = 2 * math.pi / base.astype(np.float64)
     blend = (original / wavelength - low) / (high - low)
-    mixed = (1 - blend) * base / config.factor + blend * base
-    scaled = np.where(wavelength > original / low, base / config.factor, mixed)
+    mixed = (1 - blend) * base / factor + blend * base
+    scaled = np.where(wavelength > original / low, base / factor, mixed)
     return _single(np.where(wavelength < original / high, base, scaled))
 
 

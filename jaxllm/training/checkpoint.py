@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 _log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Checkpoints:
         have = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
         for path, want in jax.tree_util.tree_leaves_with_path(abstract_state):
             leaf = have.get(_name(path))
-            if leaf is None or not hasattr(leaf, "dtype") or jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
+            if leaf is None or not hasattr(leaf, "dtype") or jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
                 continue
             if leaf.dtype != want.dtype or tuple(leaf.shape) != tuple(want.shape):
                 raise CheckpointError(

@@ -102,7 +102,7 @@ def scale_by_parameter_rms(minimum: float = 1e-3) -> optax.GradientTransformatio
         rms = jnp.sqrt(jnp.mean(jnp.square(param.astype(jnp.float32)), axis=axes, keepdims=True))
         return update * jnp.maximum(rms, minimum).astype(update.dtype)
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree_util.tree_map_with_path(scale, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -186,7 +186,7 @@ class _Run:
         return float(np.sum(self.pipeline.tokenizer.token_bytes[batch["targets"]] * batch["weights"]))
 
     def _record(self, pending: _Pending) -> None:
-        values = StepMetrics(*(float(value) for value in jax.device_get(pending.metrics)))
+        values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
         skipping = self.config.precision.loss_scale == "dynamic"
         if not skipping and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
             raise TrainingStopped(
@@ -194,7 +194,7 @@ class _Run:
                 f"checkpoint is {self._last_good()}. Lower optimizer.learning_rate, lengthen warmup_steps or "
                 f"tighten clip_norm, and start again from there or anew"
             )
-        self._meter.add(values.weight)
+        self._meter.add(float(values.weight))
         if pending.step % self.config.training.log_every and pending.step != 1:
             return
         row = {
@@ -202,7 +202,7 @@ class _Run:
             "bits_per_byte": values.nll * values.weight / math.log(2) / max(pending.bytes, 1.0),
             "accuracy": values.accuracy,
             "grad_norm": values.grad_norm,
-            "learning_rate": float(self.schedule(pending.step - 1)),
+            "learning_rate": np.asarray(self.schedule(pending.step - 1)).item(),
             **({"loss_scale": values.loss_scale} if skipping else {}),
             **self._meter.read(),
         }
@@ -324,7 +324,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Turns the first SIGTERM or Ctrl-C into a flag; a second one acts as usual."""
     received: list[int] = []
     try:
-        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def handle(number: int, _: Any) -> None:
             received.append(number)

@@ -24,7 +24,10 @@ def tokens(rows: int, length: int, vocab: int = 97) -> jax.Array:
 
 def gradient(config: LlamaConfig, params, batch: jax.Array):
     model = build(config)
-    loss = lambda p: jnp.mean(jax.nn.log_softmax(model.apply({"params": p}, batch))[..., 3])
+
+    def loss(p):
+        return jnp.mean(jax.nn.log_softmax(model.apply({"params": p}, batch))[..., 3])
+
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
@@ -111,7 +114,10 @@ def test_a_shift_of_all_positions_changes_nothing(tiny: LlamaConfig) -> None:
 
 def test_window_of_the_whole_length_is_no_window(tiny: LlamaConfig) -> None:
     params = init_params(build(tiny), jax.random.key(0))
-    run = lambda window: build(dataclasses.replace(tiny, sliding_window=window)).apply({"params": params}, tokens(1, 9))
+
+    def run(window):
+        return build(dataclasses.replace(tiny, sliding_window=window)).apply({"params": params}, tokens(1, 9))
+
     np.testing.assert_allclose(run(9), run(None), atol=TOLERANCE["float32"])
     assert np.abs(np.asarray(run(3) - run(None))).max() > 1e-3
 

@@ -121,7 +121,9 @@ def test_einsum_gradient_equals_autodiff() -> None:
     b = jax.random.normal(jax.random.key(1), (2, 6, 4, 5)).astype(jnp.bfloat16)
 
     def grads(function):
-        loss = lambda x, y: jnp.sum(jnp.sin(function("btkh,bskh->bkts", x, y).astype(jnp.float32)))
+        def loss(x, y):
+            return jnp.sum(jnp.sin(function("btkh,bskh->bkts", x, y).astype(jnp.float32)))
+
         return jax.grad(loss, argnums=(0, 1))(a, b)
 
     for ours, want in zip(grads(einsum), grads(jnp.einsum), strict=True):

@@ -54,7 +54,7 @@ def test_accumulated_equals_full_batch(tiny: LlamaConfig, accumulation: int) -> 
 
 def test_weights_of_zero_teach_nothing(tiny: LlamaConfig) -> None:
     step, state, _ = setup(tiny)
-    data = batch()
+    step, data = jax.jit(step), batch()
     changed = {**data, "targets": np.where(data["weights"] > 0, data["targets"], 5)}
     for a, b in zip(jax.tree.leaves(step(state, data)), jax.tree.leaves(step(state, changed)), strict=True):
         if jnp.issubdtype(a.dtype, jnp.floating):
@@ -88,7 +88,7 @@ def test_it_learns_and_counts_steps(tiny: LlamaConfig) -> None:
         losses.append(float(metrics.loss))
     assert int(state.step) == 30
     assert losses[-1] < 0.6 * losses[0]
-    sums = make_eval_step(loss, dtype=jnp.float32)(state.params, data)
+    sums = jax.jit(make_eval_step(loss, dtype=jnp.float32))(state.params, data)
     assert float(sums.loss / sums.weight) < losses[-1] * 1.02
 
 
@@ -145,9 +145,10 @@ def test_rms_scaling_is_per_layer_of_a_stack(tiny: LlamaConfig) -> None:
     np.testing.assert_allclose(sizes[1] / sizes[0], 10, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor"])
-def test_every_rule_trains(tiny: LlamaConfig, name: str) -> None:
-    step, state, _ = setup(tiny, name=name, learning_rate=1e-2)
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 1e-2), ("adamw_rms", 0.3), ("adafactor", 0.3)])
+def test_every_rule_trains(tiny: LlamaConfig, name: str, rate: float) -> None:
+    """Rules that scale by a tensor's RMS (0.02 at the start) need a larger rate for the same step."""
+    step, state, _ = setup(tiny, name=name, learning_rate=rate)
     step, losses = jax.jit(step), []
     for _ in range(15):
         state, metrics = step(state, batch())
