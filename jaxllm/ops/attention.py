@@ -1,12 +1,14 @@
 """Scaled dot-product attention with grouped key/value heads; one dispatcher, and paths that give the same result.
 
 `reference` builds all scores and is the definition. `chunked` does the same work by blocks of queries, leaving out
-the keys that a causal block can't see: half the scores, and only a block of them at a time. Grouped heads are never
-repeated: query heads are folded as [K, G]. Not here: projections, RoPE, caches.
+the keys that a causal block can't see: half the scores, and only a block of them at a time. `cudnn` is the fused
+kernel of NVIDIA GPUs (`jaxllm.ops.fused_attention`). Grouped heads are never repeated: query heads are folded as
+[K, G]. Not here: projections, RoPE, caches.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.ops import fused_attention as fused
 from jaxllm.ops.linear import einsum
 from jaxllm.ops.masks import causal_mask, combine, segment_mask, window_mask
 
@@ -29,12 +32,16 @@ class Pattern(NamedTuple):
         window: only the last `window` keys are seen.
         query_segments: document of each query [B, T]; None is one document.
         key_segments: document of each key [B, S], 0 = padding.
+        query_lengths: real queries of each row [B], the rest is padding on the right; None is all.
+        key_lengths: real keys of each row [B].
     """
 
     causal: bool = False
     window: int | None = None
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
+    query_lengths: Int[Array, " B"] | None = None
+    key_lengths: Int[Array, " B"] | None = None
 
     def mask(self, query_index: Int[Array, " T"], key_index: Int[Array, " S"]) -> Array | None:
         """The mask of a block of queries and keys, [T, S] or [B, T, S]; None when nothing is hidden."""
@@ -45,7 +52,9 @@ class Pattern(NamedTuple):
         segments = None
         if self.query_segments is not None and self.key_segments is not None:
             segments = segment_mask(self.query_segments[:, query_index], self.key_segments[:, key_index])
-        return combine(causal, window, segments)
+        queries = None if self.query_lengths is None else (query_index < self.query_lengths[:, None])[:, :, None]
+        keys = None if self.key_lengths is None else (key_index < self.key_lengths[:, None])[:, None, :]
+        return combine(causal, window, segments, queries, keys)
 
 
 def attention(
@@ -65,7 +74,7 @@ def attention(
     """
     chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
     if chosen == "cudnn":
-        return _cudnn(query, key, value, pattern=pattern, scale=scale, bias=bias)
+        return fused.fused_attention(query, key, value, scale=scale, bias=bias, **pattern._asdict())
     if chosen == "chunked":
         return _chunked(query, key, value, pattern=pattern, scale=scale, bias=bias)
     index = jnp.arange(query.shape[1]), jnp.arange(key.shape[1])
@@ -73,8 +82,11 @@ def attention(
 
 
 def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None) -> str:
-    """The path that `attention` takes, logged once by name."""
-    obstacle = _cudnn_obstacle(query, key, pattern=pattern, bias=bias)
+    """The path that `attention` takes, logged once by name; one query per row (initialisation) needs no kernel."""
+    if query.shape[1] == 1:
+        return "reference"
+    packed = pattern.query_segments is not None
+    obstacle = fused.obstacle(query, key, bias=bias, causal=pattern.causal, window=pattern.window, packed=packed)
     if implementation == "cudnn" and obstacle:
         raise ValueError(f"attention: cudnn cannot run this: {obstacle}; use attention: auto or chunked")
     if implementation != "auto":
@@ -84,7 +96,10 @@ def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, b
         chosen = "cudnn"
     else:
         chosen = "chunked" if query.shape[1] >= 2 * _QUERY_BLOCK else "reference"
-    note = f"attention: {chosen}" + (f" ({obstacle})" if on_gpu and obstacle else "")
+    reason = obstacle if on_gpu else None
+    if chosen == "cudnn" and packed:
+        reason = "packed documents by codes in the heads"
+    note = f"attention: {chosen}" + (f" ({reason})" if reason else "")
     if note not in _announced and query.shape[1] > _TRIVIAL:
         _announced.add(note)
         _log.info(note)
@@ -129,11 +144,16 @@ def _softmax(scores: Float[Array, "B K G T S"], mask: Array | None) -> Float[Arr
 
 
 _QUERY_BLOCK = 128
+# Attention weights of all blocks up to this size are kept for the backward pass; beyond it they are computed again.
+_KEPT_BYTES = 2**28
 
 
 def _chunked(query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None) -> Array:
     length, keys = query.shape[1], key.shape[1]
     block = max(_QUERY_BLOCK, -(-length // 16))
+    attend = functools.partial(masked_attention, scale=scale)
+    if query[..., 0].size * keys * query.dtype.itemsize > _KEPT_BYTES:
+        attend = jax.checkpoint(attend)
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
@@ -143,43 +163,7 @@ def _chunked(query: Array, key: Array, value: Array, *, pattern: Pattern, scale:
         if pattern.window is not None:
             first = max(0, start - pattern.window + 1)
         mask = pattern.mask(jnp.arange(start, stop), jnp.arange(first, last))
-        part = None if bias is None else bias[:, :, start:stop, first:last]
-        outputs.append(
-            masked_attention(
-                query[:, start:stop],
-                key[:, first:last],
-                value[:, first:last],
-                mask=mask,
-                scale=scale,
-                bias=part,
-            )
-        )
+        part = query[:, start:stop], key[:, first:last], value[:, first:last]
+        part_bias = None if bias is None else bias[:, :, start:stop, first:last]
+        outputs.append(attend(*part, mask=mask, bias=part_bias))
     return jnp.concatenate(outputs, axis=1)
-
-
-def _cudnn_obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> str | None:
-    """Why jax's cuDNN attention can't be used, or None."""
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN needs float16 or bfloat16, got {query.dtype}"
-    if query.shape[-1] % 8 or query.shape[-1] > 256:
-        return f"cuDNN needs head_dim a multiple of 8 up to 256, got {query.shape[-1]}"
-    if pattern.query_segments is not None:
-        return "packed documents would need a mask, which cuDNN turns into a bias with a gradient"
-    if bias is not None and (query.shape[1] % 2 or key.shape[1] % 2):
-        return "cuDNN trains with a bias only at even lengths"
-    if pattern.causal and query.shape[1] != key.shape[1]:
-        return "cuDNN aligns a causal mask at the top left, which differs when T != S"
-    return None
-
-
-def _cudnn(query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None) -> Array:
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias=None if bias is None else bias.astype(query.dtype),
-        scale=scale,
-        is_causal=pattern.causal,
-        local_window_size=None if pattern.window is None else (pattern.window - 1, 0),
-        implementation="cudnn",
-    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxllm.ops.attention import Pattern, attention, masked_attention
+from jaxllm.ops.fused_attention import append_codes, fused_attention, obstacle
 from jaxllm.ops.linear import einsum, linear
 from tests.conftest import TOLERANCE
 
@@ -50,30 +53,86 @@ def test_reference_is_the_definition(name: str) -> None:
     assert np.all(np.asarray(ours)[~seen] == 0)
 
 
-@pytest.mark.parametrize("length", [320, 257])
-@pytest.mark.parametrize("name", ["all", "causal", "window"])
-def test_chunked_equals_reference_with_gradients_and_bias(name: str, length: int) -> None:
-    q, k, v = operands(length, length)
-    bias = jax.random.normal(jax.random.key(9), (1, 6, length, length))
-
-    def total(implementation: str):
-        def loss(*args):
-            out = attention(*args[:3], pattern=PATTERNS[name], scale=0.3, bias=args[3], implementation=implementation)
-            return jnp.sum(jnp.sin(out))
-
-        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, bias)
-
-    for ours, want in zip(jax.tree.leaves(total("chunked")), jax.tree.leaves(total("reference")), strict=True):
-        np.testing.assert_allclose(ours, want, atol=TOLERANCE["float32_grad"], rtol=TOLERANCE["float32_grad"])
+LENGTHS = jnp.array([320, 200])
+PATTERNS |= {
+    "padded": Pattern(query_lengths=LENGTHS, key_lengths=LENGTHS),
+    "causal padded": Pattern(causal=True, query_lengths=LENGTHS, key_lengths=LENGTHS),
+    "packed both ways": Pattern(query_segments=SEGMENTS, key_segments=SEGMENTS),
+}
 
 
-def test_packed_chunked_equals_reference() -> None:
-    q, k, v = operands(320, 320)
-    outputs = [
-        attention(q, k, v, pattern=PATTERNS["packed"], scale=0.3, implementation=name)
-        for name in ("chunked", "reference")
-    ]
-    np.testing.assert_allclose(*outputs, atol=TOLERANCE["float32"])
+def coded(query, key, value, *, pattern, scale, bias, implementation):
+    """The cuDNN path's operands under jax's own definition."""
+    del implementation
+    fields = pattern._asdict()
+    return fused_attention(query, key, value, scale=scale, bias=bias, implementation="xla", **fields)
+
+
+PATHS = {"reference": attention, "chunked": attention, "coded": coded, "cudnn": attention}
+on_gpu = pytest.param("cudnn", marks=pytest.mark.gpu)
+
+
+def output_and_gradients(path: str, name: str, arguments: list[jax.Array], *, biased: bool):
+    def loss(*args):
+        bias = args[3] if biased else None
+        out = PATHS[path](*args[:3], pattern=PATTERNS[name], scale=0.3, bias=bias, implementation=path)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+    grad = jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments))), has_aux=True))
+    with jax.default_matmul_precision("highest"):
+        grads, out = grad(*arguments)
+    return {"output": out, **dict(zip(("query", "key", "value", "bias"), grads, strict=False))}
+
+
+@functools.cache
+def reference(name: str, biased: bool, dtype: str):
+    """Operands in `dtype`, and the reference's float32 results on them."""
+    arguments = operands(320, 320, dtype=dtype)
+    if biased:
+        arguments.append(jax.random.normal(jax.random.key(9), (1, 6, 320, 320)).astype(dtype))
+    exact = [x.astype(jnp.float32) for x in arguments]
+    return arguments, output_and_gradients("reference", name, exact, biased=biased)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("path", ["chunked", "coded", on_gpu])
+def test_every_path_equals_the_reference_with_gradients(path: str, name: str, biased: bool) -> None:
+    arguments, want = reference(name, biased, "bfloat16" if path == "cudnn" else "float32")
+    tolerance = TOLERANCE["bfloat16" if path == "cudnn" else "float32_grad"]
+    for part, ours in output_and_gradients(path, name, arguments, biased=biased).items():
+        scale = float(jnp.abs(want[part]).max())
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32) / scale, np.asarray(want[part]) / scale, atol=tolerance, err_msg=part
+        )
+
+
+def test_chunked_takes_any_length_and_recomputes_when_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = operands(257, 257)
+    want = output_and_gradients("reference", "causal", arguments, biased=False)
+    monkeypatch.setattr("jaxllm.ops.attention._KEPT_BYTES", 0)
+    ours = output_and_gradients("chunked", "causal", arguments, biased=False)
+    for part, value in want.items():
+        np.testing.assert_allclose(ours[part], value, atol=TOLERANCE["float32_grad"], err_msg=part)
+    kept = jax.make_jaxpr(lambda *args: jax.vjp(lambda *a: chunked_causal(*a), *args)[1])(*arguments)
+    assert max(variable.aval.size for variable in kept.jaxpr.outvars) < 2 * 6 * 128 * 257
+
+
+def chunked_causal(query, key, value):
+    return attention(query, key, value, pattern=PATTERNS["causal"], scale=0.3, implementation="chunked")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_codes_of_any_two_documents_are_a_margin_apart(dtype: str) -> None:
+    segments = jnp.arange(1024, dtype=jnp.int32)[None]
+    zeros = jnp.zeros((1, 1024, 1, 8), dtype)
+    query, key, value = append_codes(zeros, zeros, zeros, segments, segments, scale=0.125)
+    assert query.shape[-1] == value.shape[-1] == 24
+    score = 0.125 * np.asarray(query[0, :, 0], np.float64) @ np.asarray(key[0, :, 0], np.float64).T
+    same = np.diagonal(score)
+    assert np.ptp(same) == 0  # one constant, which a softmax cancels
+    assert np.max(score + np.diag(np.full(1024, -np.inf))) < same[0] - 190
+    assert not np.any(np.asarray(value))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -103,6 +162,19 @@ def test_cudnn_refuses_by_name_where_it_cannot_run() -> None:
     q, k, v = operands(8, 8)
     with pytest.raises(ValueError, match="cuDNN needs float16 or bfloat16, got float32"):
         attention(q, k, v, pattern=Pattern(), scale=1.0, implementation="cudnn")
+    reasons = {
+        "head_dim a multiple of 8 up to 256, got 12": ((4, 4, 12), {}),
+        "got 248 with document codes to 264": ((1024, 1024, 248), {"packed": True}),
+        "4 queries and 8 keys": ((4, 8, 8), {"causal": True}),
+        "a window for causal attention only": ((4, 4, 8), {"window": 2}),
+        "at even lengths only, got 5 and 4": ((5, 4, 8), {"bias": jnp.zeros((1, 6, 5, 4))}),
+        "broadcasts a bias over the batch only": ((4, 4, 8), {"bias": jnp.zeros((1, 1, 4, 4))}),
+    }
+    for reason, ((length, keys, width), changes) in reasons.items():
+        query = jnp.zeros((2, length, 6, width), jnp.bfloat16)
+        key = jnp.zeros((2, keys, 3, width), jnp.bfloat16)
+        facts = {"bias": None, "causal": False, "window": None, "packed": False, **changes}
+        assert reason in (obstacle(query, key, **facts) or "")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
