@@ -9,6 +9,7 @@ decision holds for all devices. Not here: multiplying the loss, which is the tra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,6 +82,15 @@ def dynamic_loss_scale(
             f"{(growth_factor, backoff_factor, growth_interval, hysteresis)}"
         )
     rule = optax.with_extra_args_support(inner)
+    move = functools.partial(
+        _moved,
+        growth_interval=growth_interval,
+        growth_factor=growth_factor,
+        backoff_factor=backoff_factor,
+        min_scale=min_scale,
+        max_scale=max_scale,
+        hysteresis=hysteresis,
+    )
 
     def init(params: optax.Params) -> LossScaleState:
         def zero() -> Array:  # a buffer for each: donation refuses one given twice
@@ -97,27 +107,38 @@ def dynamic_loss_scale(
         proposed, inner_state = rule.update(grads, state.inner, params, **extra)
         return (
             jax.tree.map(lambda x: jnp.where(finite, x, jnp.asarray(-0.0, x.dtype)), proposed),
-            moved(state, finite)._replace(
+            move(state, finite)._replace(
                 inner=jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner)
             ),
         )
 
-    def moved(state: LossScaleState, finite: Bool[Array, ""]) -> LossScaleState:
-        tracker = jnp.where(finite, state.tracker + 1, 0)
-        overflows = jnp.where(finite, 0, state.overflows + 1)
-        grown = state.scale * growth_factor
-        up = jnp.where((tracker >= growth_interval) & (grown <= max_scale), grown, state.scale)
-        shrunk = jnp.maximum(state.scale * backoff_factor, min_scale)
-        down = jnp.where(overflows >= hysteresis, shrunk, state.scale)
-        return state._replace(
-            scale=jnp.where(finite, up, down),
-            tracker=jnp.where(tracker >= growth_interval, 0, tracker),
-            overflows=overflows,
-            at_floor=jnp.where(finite | (state.scale > min_scale), 0, state.at_floor + 1),
-            skipped=state.skipped + ~finite,
-        )
-
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moved(
+    state: LossScaleState,
+    finite: Bool[Array, ""],
+    *,
+    growth_interval: int,
+    growth_factor: float,
+    backoff_factor: float,
+    min_scale: float,
+    max_scale: float,
+    hysteresis: int,
+) -> LossScaleState:
+    tracker = jnp.where(finite, state.tracker + 1, 0)
+    overflows = jnp.where(finite, 0, state.overflows + 1)
+    grown = state.scale * growth_factor
+    up = jnp.where((tracker >= growth_interval) & (grown <= max_scale), grown, state.scale)
+    shrunk = jnp.maximum(state.scale * backoff_factor, min_scale)
+    down = jnp.where(overflows >= hysteresis, shrunk, state.scale)
+    return state._replace(
+        scale=jnp.where(finite, up, down),
+        tracker=jnp.where(tracker >= growth_interval, 0, tracker),
+        overflows=overflows,
+        at_floor=jnp.where(finite | (state.scale > min_scale), 0, state.at_floor + 1),
+        skipped=state.skipped + ~finite,
+    )
 
 
 def static_loss_scale(inner: optax.GradientTransformation, scale: float) -> optax.GradientTransformationExtraArgs:
