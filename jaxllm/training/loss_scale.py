@@ -9,7 +9,6 @@ decision holds for all devices. Not here: multiplying the loss, which is the tra
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,25 +71,9 @@ def dynamic_loss_scale(
     Raises:
         ValueError: for constants with which the scale could not move as described.
     """
-    if not 0 < min_scale <= initial_scale <= max_scale:
-        raise ValueError(
-            f"need 0 < min_scale <= initial_scale <= max_scale, got {(min_scale, initial_scale, max_scale)}"
-        )
-    if not (growth_factor > 1 > backoff_factor > 0 and growth_interval >= 1 and hysteresis >= 1):
-        raise ValueError(
-            f"need growth_factor > 1 > backoff_factor > 0, growth_interval >= 1 and hysteresis >= 1, got "
-            f"{(growth_factor, backoff_factor, growth_interval, hysteresis)}"
-        )
+    movement = _Movement(growth_interval, growth_factor, backoff_factor, min_scale, max_scale, hysteresis)
+    _check(movement, initial_scale)
     rule = optax.with_extra_args_support(inner)
-    move = functools.partial(
-        _moved,
-        growth_interval=growth_interval,
-        growth_factor=growth_factor,
-        backoff_factor=backoff_factor,
-        min_scale=min_scale,
-        max_scale=max_scale,
-        hysteresis=hysteresis,
-    )
 
     def init(params: optax.Params) -> LossScaleState:
         def zero() -> Array:  # a buffer for each: donation refuses one given twice
@@ -107,7 +90,7 @@ def dynamic_loss_scale(
         proposed, inner_state = rule.update(grads, state.inner, params, **extra)
         return (
             jax.tree.map(lambda x: jnp.where(finite, x, jnp.asarray(-0.0, x.dtype)), proposed),
-            move(state, finite)._replace(
+            _moved(state, finite, movement)._replace(
                 inner=jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner)
             ),
         )
@@ -115,28 +98,36 @@ def dynamic_loss_scale(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _moved(
-    state: LossScaleState,
-    finite: Bool[Array, ""],
-    *,
-    growth_interval: int,
-    growth_factor: float,
-    backoff_factor: float,
-    min_scale: float,
-    max_scale: float,
-    hysteresis: int,
-) -> LossScaleState:
+class _Movement(NamedTuple):
+    growth_interval: int
+    growth_factor: float
+    backoff_factor: float
+    min_scale: float
+    max_scale: float
+    hysteresis: int
+
+
+def _check(by: _Movement, initial_scale: float) -> None:
+    if not 0 < by.min_scale <= initial_scale <= by.max_scale:
+        raise ValueError(
+            f"need 0 < min_scale <= initial_scale <= max_scale, got initial_scale {initial_scale} and {by}"
+        )
+    if not (by.growth_factor > 1 > by.backoff_factor > 0 and by.growth_interval >= 1 and by.hysteresis >= 1):
+        raise ValueError(f"need growth_factor > 1 > backoff_factor > 0 and counts of at least 1, got {by}")
+
+
+def _moved(state: LossScaleState, finite: Bool[Array, ""], by: _Movement) -> LossScaleState:
     tracker = jnp.where(finite, state.tracker + 1, 0)
     overflows = jnp.where(finite, 0, state.overflows + 1)
-    grown = state.scale * growth_factor
-    up = jnp.where((tracker >= growth_interval) & (grown <= max_scale), grown, state.scale)
-    shrunk = jnp.maximum(state.scale * backoff_factor, min_scale)
-    down = jnp.where(overflows >= hysteresis, shrunk, state.scale)
+    grown = state.scale * by.growth_factor
+    up = jnp.where((tracker >= by.growth_interval) & (grown <= by.max_scale), grown, state.scale)
+    shrunk = jnp.maximum(state.scale * by.backoff_factor, by.min_scale)
+    down = jnp.where(overflows >= by.hysteresis, shrunk, state.scale)
     return state._replace(
         scale=jnp.where(finite, up, down),
-        tracker=jnp.where(tracker >= growth_interval, 0, tracker),
+        tracker=jnp.where(tracker >= by.growth_interval, 0, tracker),
         overflows=overflows,
-        at_floor=jnp.where(finite | (state.scale > min_scale), 0, state.at_floor + 1),
+        at_floor=jnp.where(finite | (state.scale > by.min_scale), 0, state.at_floor + 1),
         skipped=state.skipped + ~finite,
     )
 
@@ -155,8 +146,8 @@ def unscale(grads: Any, scale: Float[Array, ""] | float) -> Any:
 def finite_rows(grads: Any) -> Any:
     """For each leaf, whether each row of its first axis (a layer, of a stack) is finite.
 
-    Of unscaled gradients one look is enough: an infinity or NaN stays one under division by any scale, and a scale
-    of 0 or infinity makes NaN of what was finite.
+    Of unscaled gradients one look is enough: what was infinite or NaN before the division by a scale is so after it,
+    and a scale of 0, or one below 1, may add to that.
     """
     return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))), grads)
 
