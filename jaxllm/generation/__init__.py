@@ -1,5 +1,5 @@
-"""Decoding with a functional cache."""
+"""Decoding with a functional cache: continue, stream, search, score."""
 
-from jaxllm.generation.generate import generate
+from jaxllm.generation.generate import generate, generate_stream
 
-__all__ = ["generate"]
+__all__ = ["generate", "generate_stream"]

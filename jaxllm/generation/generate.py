@@ -1,45 +1,27 @@
-"""Prefill, then a scan that carries the cache: one compiled program per (model, shapes, settings).
+"""Continue prompts: all at once, or as a stream of chunks.
 
-Rows that have finished go on emitting padding. Sampling mathematics is in `jaxllm.ops.sampling`.
+A host-side shell around `jaxllm.generation.loop`: checks and padding before, cutting rows at their end after. What
+needs the host while tokens appear (a stream, stop strings, checking) goes chunk by chunk; everything else is one call.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
-from jaxllm.models.cache import KVCache
-from jaxllm.models.layers import apply
-from jaxllm.models.llama import Llama, prepare_for_decode
-from jaxllm.ops.sampling import Sampling, sample
+from jaxllm.generation import loop
+from jaxllm.generation.requests import Request, make_request
+from jaxllm.generation.verify import check_checkable, check_recorded
+from jaxllm.models import Model
+from jaxllm.ops.sampling import GREEDY, Sampling
 
-GREEDY = Sampling()
-
-
-class GenerateState(NamedTuple):
-    """The carry of the decode loop.
-
-    Attributes:
-        cache: keys and values so far.
-        tokens: last token of each row [B], not yet in the cache.
-        positions: its position [B].
-        finished: rows that have emitted an end token [B].
-    """
-
-    cache: KVCache
-    tokens: Int[Array, " B"]
-    positions: Int[Array, " B"]
-    finished: Array
+Decode = Callable[[list[int]], str]
 
 
 def generate(
-    model: Llama,
+    model: Model,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -47,78 +29,160 @@ def generate(
     sampling: Sampling = GREEDY,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    samples: int = 1,
+    stop: Sequence[str] = (),
+    decode: Decode | None = None,
+    cache_dtype: str | None = None,
+    check: bool = False,
 ) -> list[list[int]]:
-    """Continues each prompt by up to `max_new_tokens`; a row ends with its first end token.
+    """New tokens after each prompt, up to `max_new_tokens`; a row ends with its first end token.
 
     Args:
-        model: a decoder.
+        model: a decoder, which continues its prompts, or an encoder-decoder, which answers them.
         params: its parameters, stacked as in training or as `prepare_for_decode` makes them.
         prompts: token ids of each row; lengths may differ.
         max_new_tokens: most tokens to add.
         sampling: greedy by default.
         eos_ids: ids that end a row; they are part of the output.
         pad_id: fills the batch, and rows that have ended.
-        seed: of the random choices.
+        seed: of the random choices; one per prompt makes a row independent of its place in the batch.
+        samples: rows per prompt, next to each other in the result; the prompt is read once.
+        stop: strings that end a row; it is cut after the token that completes one.
+        decode: ids to text, needed by `stop`.
+        cache_dtype: int8 halves or quarters the cache; None stores it in the compute dtype.
+        check: recompute every step's logits by a full forward and compare; needs training parameters.
 
     Raises:
-        ValueError: for an empty prompt, an id outside the vocabulary, or no room in the model's context.
+        ValueError: before anything is compiled, for an empty prompt, an id outside the vocabulary, no room in the
+            model's context, or settings that contradict each other.
+        AssertionError: when `check` finds a step that differs.
     """
-    _check(model, prompts, max_new_tokens)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.full((len(prompts), int(lengths.max())), pad_id, np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    if not isinstance(params["layers"], tuple):
-        params = prepare_for_decode(params, dtype=model.dtype)
-    out = _run(model, max_new_tokens, sampling, tuple(eos_ids), pad_id, params, tokens, lengths, jax.random.key(seed))
-    return [_cut(row, eos_ids) for row in np.asarray(out).tolist()]
+    if check:
+        check_checkable(params, cache_dtype)
+    _check_stop(stop, decode)
+    request = make_request(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        seed=seed,
+        samples=samples,
+        cache_dtype=cache_dtype,
+        record=check,
+    )
+    out = _in_pieces(request, params, stop, decode, check) if stop or check else _at_once(request)
+    return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in out.tolist()]
 
 
-def _check(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("every prompt needs at least one token; start with the end-of-text id to begin a document")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    vocab = model.config.vocab_size
-    for prompt in prompts:
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            raise ValueError(f"prompt holds ids outside 0..{vocab - 1}: {min(prompt)}..{max(prompt)}")
-
-
-def _cut(row: list[int], eos_ids: Sequence[int]) -> list[int]:
-    ends = [i for i, token in enumerate(row) if token in eos_ids]
-    return row[: ends[0] + 1] if ends else row
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(
-    model: Llama,
-    steps: int,
-    sampling: Sampling,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
+def generate_stream(
+    model: Model,
     params: Any,
-    prompts: Array,
-    lengths: Array,
-    key: Array,
-) -> Array:
-    # The last token is returned but never fed back, so it needs no slot.
-    capacity = prompts.shape[1] + steps - 1
-    logits, cache = apply(model, params, prompts, lengths, capacity=capacity, method="prefill")
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    seed: int | Sequence[int] = 0,
+    samples: int = 1,
+    stop: Sequence[str] = (),
+    decode: Decode | None = None,
+    cache_dtype: str | None = None,
+) -> Iterator[list[list[int]]]:
+    """As `generate`, yielding each row's new tokens chunk by chunk; a finished row yields empty lists."""
+    request = make_request(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        seed=seed,
+        samples=samples,
+        cache_dtype=cache_dtype,
+    )
+    _check_stop(stop, decode)
+    return _stream(request, stop, decode)
 
-    def choose(logits: Array, finished: Array, step_key: Array) -> tuple[Array, Array]:
-        tokens = jnp.where(finished, pad_id, sample(logits, step_key, sampling))
-        ended = jnp.isin(tokens, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(finished)
-        return tokens, finished | ended
 
-    def body(state: GenerateState, step_key: Array) -> tuple[GenerateState, Array]:
-        logits, cache = apply(model, params, state.cache, state.tokens, state.positions, method="decode_step")
-        tokens, finished = choose(logits, state.finished, step_key)
-        return GenerateState(cache, tokens, state.positions + 1, finished), tokens
+def _at_once(request: Request) -> np.ndarray:
+    r = request
+    return np.asarray(loop.run(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys, r.limit))
 
-    keys = jax.random.split(key, steps)
-    first, finished = choose(logits, jnp.zeros(lengths.shape, bool), keys[0])
-    state = GenerateState(cache, first, lengths, finished)
-    _, rest = jax.lax.scan(body, state, keys[1:])
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+def _in_pieces(request: Request, params: Any, stop: Sequence[str], decode: Decode | None, check: bool) -> np.ndarray:
+    parts = list(_chunks(request, stop, decode))
+    out = np.concatenate([tokens for tokens, _ in parts], axis=1)[:, : request.limit]
+    if check:
+        logits = np.concatenate([logits for _, logits in parts if logits is not None])
+        check_recorded(request, params, out, logits[: request.limit])
+    return out
+
+
+def _stream(request: Request, stop: Sequence[str], decode: Decode | None) -> Iterator[list[list[int]]]:
+    rows: list[list[int]] = [[] for _ in range(request.keys.shape[0])]
+    sent = [0] * len(rows)
+    for tokens, _ in _chunks(request, stop, decode):
+        for row, part in zip(rows, tokens.tolist(), strict=True):
+            row.extend(part)
+        whole = [_cut(row[: request.limit], request.settings.eos_ids, stop, decode) for row in rows]
+        yield [row[count:] for row, count in zip(whole, sent, strict=True)]
+        sent = [max(count, len(row)) for row, count in zip(whole, sent, strict=True)]
+
+
+def _chunks(
+    request: Request, stop: Sequence[str], decode: Decode | None
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Tokens [B, T] and recorded logits [T, B, V] of each chunk until all rows have finished."""
+    r = request
+    context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
+    stopped = np.zeros(r.keys.shape[0], bool)
+    rows: list[list[int]] = [[] for _ in stopped]
+    count = 0
+    for attended, until in loop.segments(r.settings.plan, r.settings.chunk):
+        while count < min(until, r.limit) and not stopped.all():
+            state, (tokens, logits) = loop.next_chunk(
+                r.decoder, r.settings, r.params, context, state, stopped, attended
+            )
+            chosen, count = np.asarray(tokens).T, count + r.settings.chunk
+            yield chosen, None if logits is None else np.asarray(logits)
+            for row, part in zip(rows, chosen.tolist(), strict=True):
+                row.extend(part)
+            stopped = np.asarray(state.finished) | [_stop_end(row, stop, decode) is not None for row in rows]
+
+
+def _check_stop(stop: Sequence[str], decode: Decode | None) -> None:
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop must be a sequence of non-empty strings, got {stop!r}")
+    if stop and decode is None:
+        raise ValueError("stop strings need `decode`, which turns ids into text")
+
+
+def _stop_end(row: list[int], stop: Sequence[str], decode: Decode | None) -> int | None:
+    """Number of tokens until the text holds one of the strings, found by bisection; None when it doesn't."""
+    if not stop or decode is None:
+        return None
+
+    def holds(count: int) -> bool:
+        text = decode(row[:count])
+        return any(part in text for part in stop)
+
+    if not holds(len(row)):
+        return None
+    low, high = 0, len(row)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _cut(row: list[int], eos_ids: Sequence[int], stop: Sequence[str], decode: Decode | None) -> list[int]:
+    ends = [i for i, token in enumerate(row) if token in eos_ids]
+    row = row[: ends[0] + 1] if ends else row
+    end = _stop_end(row, stop, decode)
+    return row if end is None else row[:end]

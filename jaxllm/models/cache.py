@@ -1,8 +1,9 @@
 """The key/value cache of decoding: preallocated, passed in and returned, never repeated to query heads.
 
 Arrays are per layer and head-major, [B, K, S, H]: a step then updates each in place under donation and reads a head's
-keys contiguously. Slots are shared by the rows of a batch; `positions` says which token of its row a slot holds, so
-that ragged prompts leave holes instead of shifting. The layout is known to `write` and `attend` only.
+keys contiguously. `positions` says which token of its row a slot holds, so that ragged prompts leave holes instead of
+shifting, rejected drafts stay invisible until they are overwritten, and a sliding window can wrap around. The layout,
+int8 included, is known to `write`, `write_at`, `attend` and `attend_many` only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.ops.attention import masked_attention
+from jaxllm.ops.quantize import Quantized, quantize
+
+Store = Float[Array, "B K S H"] | Quantized  # keys or values of one layer; quantised over H
 
 
 class KVCache(NamedTuple):
@@ -21,60 +27,134 @@ class KVCache(NamedTuple):
         keys: per layer [B, K, S, H], rotated.
         values: per layer [B, K, S, H].
         positions: position of the token in each slot [B, S]; -1 is an empty slot or padding.
-        slot: next slot to write, the same for all rows.
+        slot: tokens written so far, the same for all rows; the next goes to slot % S.
     """
 
-    keys: tuple[Float[Array, "B K S H"], ...]
-    values: tuple[Float[Array, "B K S H"], ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
     positions: Int[Array, "B S"]
     slot: Int[Array, ""]
 
 
 def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
-    """An empty cache of `capacity` slots."""
+    """An empty cache of `capacity` slots; dtype int8 stores it quantised."""
     shape = (batch, num_kv_heads, capacity, head_dim)
+
+    def store() -> Store:
+        values = jnp.zeros(shape, dtype)
+        return Quantized(values, jnp.zeros(shape[:-1], jnp.float32)) if dtype == jnp.int8 else values
+
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
+        keys=tuple(store() for _ in range(num_layers)),
+        values=tuple(store() for _ in range(num_layers)),
         positions=jnp.full((batch, capacity), -1, jnp.int32),
         slot=jnp.zeros((), jnp.int32),
     )
 
 
-def write(
-    store: Float[Array, "B K S H"], new: Float[Array, "B T K H"], slot: Int[Array, ""]
-) -> Float[Array, "B K S H"]:
+def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> Store:
     """Puts T new entries at slots slot..slot+T-1; the caller has checked that they fit (XLA would clamp)."""
-    return jax.lax.dynamic_update_slice_in_dim(store, jnp.swapaxes(new, 1, 2).astype(store.dtype), slot, axis=2)
+    return jax.tree.map(
+        lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, slot, axis=2),
+        store,
+        _like(store, jnp.swapaxes(new, 1, 2)),
+    )
+
+
+def write_at(store: Store, new: Float[Array, "B T K H"], slots: Int[Array, "B T"]) -> Store:
+    """Puts T new entries of each row at slots of its own; those beyond the capacity are dropped."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return jax.tree.map(lambda old, part: old.at[rows, :, slots].set(part, mode="drop"), store, _like(store, new))
+
+
+def _like(store: Store, new: Array) -> Array | Quantized:
+    return quantize(new, axis=-1) if isinstance(store, Quantized) else new.astype(store.dtype)
 
 
 def attend(
     query: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Store,
+    values: Store,
     *,
-    visible: Array,
+    visible: Bool[Array, "B A"],
     scale: float,
-    bias: Float[Array, "#B N S"] | None = None,
+    bias: Float[Array, "#B N A"] | None = None,
 ) -> Float[Array, "B N H"]:
-    """Attention of one query per row over the slots where `visible` [B, S] is True.
+    """Attention of one query per row over the first A slots where `visible` is True.
 
     Multiply-and-sum instead of a dot: with one query both are bound by reading the cache, and XLA fuses these.
     """
     batch, heads, width = query.shape
+    count = visible.shape[1]
+    keys, key_scale = _read(keys, count)
+    values, value_scale = _read(values, count)
     kv_heads = keys.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, 1, width).astype(jnp.float32)
     scores = scale * jnp.sum(grouped * keys[:, :, None].astype(jnp.float32), axis=-1)  # [B, K, G, S]
+    if key_scale is not None:
+        scores *= key_scale[:, :, None]
     if bias is not None:
         scores += bias.reshape(bias.shape[0], kv_heads, heads // kv_heads, -1).astype(jnp.float32)
     mask = visible[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(mask, weights, 0).astype(query.dtype).astype(jnp.float32)
+    if value_scale is not None:
+        weights *= value_scale[:, :, None]
     mixed = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=-2)  # [B, K, G, H]
     return mixed.astype(query.dtype).reshape(batch, heads, width)
 
 
-def visible_slots(positions: Int[Array, "B S"], query: Int[Array, " B"], *, window: int | None = None) -> Array:
-    """Slots that hold a token not after the query's position, and within the window."""
-    seen = (positions >= 0) & (positions <= query[:, None])
-    return seen if window is None else seen & (query[:, None] - positions < window)
+def attend_many(
+    query: Float[Array, "B T N H"],
+    keys: Store,
+    values: Store,
+    *,
+    visible: Bool[Array, "B T A"],
+    scale: float,
+    bias: Float[Array, "#B N T A"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of T queries per row over the first A slots, each where its `visible` is True."""
+    plain = []
+    for store in (keys, values):
+        part, part_scale = _read(store, visible.shape[2])
+        if part_scale is not None:
+            part = part.astype(jnp.float32) * part_scale[..., None]
+        plain.append(jnp.swapaxes(part, 1, 2).astype(query.dtype))
+    return masked_attention(query, *plain, mask=visible, scale=scale, bias=bias)
+
+
+def _read(store: Store, count: int) -> tuple[Array, Array | None]:
+    if isinstance(store, Quantized):
+        return store.values[:, :, :count], store.scale[:, :, :count]
+    return store[:, :, :count], None
+
+
+def visible_slots(
+    positions: Int[Array, "B S"], query: Int[Array, "*Q"], *, window: int | None = None
+) -> Bool[Array, "*Q S"]:
+    """Slots that hold a token not after the query's position ([B] or [B, T]), and within the window."""
+    slots = positions if query.ndim == 1 else positions[:, None]
+    seen = (slots >= 0) & (slots <= query[..., None])
+    return seen if window is None else seen & (query[..., None] - slots < window)
+
+
+def repeat_rows(cache: KVCache, times: int) -> KVCache:
+    """Each row `times` times in a row: samples or beams of one prompt share its prefill."""
+    keys, values, positions = repeat_tree((cache.keys, cache.values, cache.positions), times)
+    return KVCache(keys, values, positions, cache.slot)
+
+
+def repeat_tree(tree: Any, times: int) -> Any:
+    """Each row of every array `times` times in a row."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
+
+
+def reorder_rows(cache: KVCache, rows: Int[Array, " B"], *, start: int) -> KVCache:
+    """Row i takes over what row rows[i] holds from slot `start` on; before it the rows must agree (one prompt)."""
+
+    def move(store: Array) -> Array:
+        moved = jnp.take(store[:, :, start:], rows, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(store, moved, start, axis=2)
+
+    keys, values = jax.tree.map(move, (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values)

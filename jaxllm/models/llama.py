@@ -1,7 +1,6 @@
 """Llama (arXiv 2302.13971) and its relatives: a pre-norm decoder with rotary positions and grouped-query attention.
 
-Three pure entry points on one parameter tree: `__call__` and `hidden` for training and scoring (no cache at all),
-`prefill` and `decode_step` for generation (`KVCache` in, `KVCache` out, parameters from `prepare_for_decode`).
+For training and scoring, whole sequences and no cache at all; decoding is `jaxllm.models.llama_decode`.
 """
 
 from __future__ import annotations
@@ -9,13 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
-from jaxllm.models import cache as kv
-from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -26,7 +22,6 @@ from jaxllm.models.layers import (
     embed,
     init_stack,
     saved,
-    unstack,
 )
 from jaxllm.ops.attention import Pattern, attention
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
@@ -59,23 +54,10 @@ class LlamaLayer(nn.Module):
 
     def __call__(self, x: Float[Array, "B T D"], rope: Rope, pattern: Pattern) -> Float[Array, "B T D"]:
         """One layer over whole sequences."""
-        return self.prefill(x, rope, pattern)[0]
-
-    def prefill(self, x: Float[Array, "B T D"], rope: Rope, pattern: Pattern) -> tuple[Array, Array, Array]:
-        """One layer over whole sequences, and the keys and values [B, T, K, H] that decoding will need."""
         c = self.config
         query, key, value = self._project(self.attn_norm(x), rope)
         mixed = attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
-        return self._finish(x, saved(mixed, "attention")), key, value
-
-    def decode(
-        self, x: Float[Array, "B 1 D"], rope: Rope, keys: Array, values: Array, slot: Array, visible: Array
-    ) -> tuple[Array, Array, Array]:
-        """One layer for one new token per row; returns the stream and the updated stores."""
-        query, key, value = self._project(self.attn_norm(x), rope)
-        keys, values = kv.write(keys, key, slot), kv.write(values, value, slot)
-        mixed = kv.attend(query[:, 0], keys, values, visible=visible, scale=self.config.head_dim**-0.5)
-        return self._finish(x, mixed[:, None]), keys, values
+        return self._finish(x, saved(mixed, "attention"))
 
     def _project(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
         c = self.config
@@ -109,7 +91,7 @@ class Llama(nn.Module):
         c = self.config
         normal = nn.initializers.normal(c.init_std)
         self.embed = self.param("embed", normal, (c.vocab_size, c.d_model))
-        # Not by self.param alone: it would refuse the per-layer layout of decoding, and trace the initialiser again.
+        # Not by self.param alone: it would trace the initialiser again.
         if not self.has_variable("params", "layers"):
             self.param("layers", init_stack, self._init_layer, c.num_layers)
         self.final_norm = RMSNorm(c.d_model, c.norm_eps)
@@ -167,80 +149,8 @@ class Llama(nn.Module):
         """The output head in the compute dtype: its own, or the embedding when tied."""
         return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)
 
-    def prefill(
-        self,
-        tokens: Int[Array, "B T"],
-        lengths: Int[Array, " B"],
-        *,
-        capacity: int,
-        length: int | None = None,
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits of the token after each prompt, and the cache; parameters as `prepare_for_decode` makes them.
-
-        Args:
-            tokens: prompts, padded on the right.
-            lengths: real tokens of each row, at least 1.
-            capacity: slots of the cache, at least T plus the new tokens less one.
-            length: context length that dynamic and longrope scaling assume; None is `capacity`.
-
-        Raises:
-            ValueError: when the prompt alone exceeds the capacity.
-        """
-        c = self.config
-        batch, count = tokens.shape
-        if count > capacity:
-            raise ValueError(f"prompt of {count} tokens exceeds the cache's capacity of {capacity}; raise capacity")
-        index = jnp.arange(count)[None]
-        inside = index < lengths[:, None]
-        rope = self._rope(index, length or capacity)
-        pattern = self._pattern(inside.astype(jnp.int32))
-        layer = LlamaLayer(c, parent=None)
-        empty = kv.init_cache(
-            batch=batch,
-            capacity=capacity,
-            num_layers=c.num_layers,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            dtype=self.dtype,
-        )
-        x, keys, values = embed(self.embed, tokens, dtype=self.dtype), [], []
-        for i, params in enumerate(self._layer_list()):
-            x, key, value = apply(layer, params, x, rope, pattern, method="prefill")
-            keys.append(kv.write(empty.keys[i], key, empty.slot))
-            values.append(kv.write(empty.values[i], value, empty.slot))
-        positions = empty.positions.at[:, :count].set(jnp.where(inside, index, -1))
-        cache = KVCache(tuple(keys), tuple(values), positions, jnp.asarray(count, jnp.int32))
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-        return self.logits(self.final_norm(last))[:, 0], cache
-
-    def decode_step(
-        self,
-        cache: KVCache,
-        tokens: Int[Array, " B"],
-        positions: Int[Array, " B"],
-        *,
-        length: int | None = None,
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Appends one token per row and returns the logits of the next; `length` as in `prefill`."""
-        c = self.config
-        rope = self._rope(positions[:, None], length or cache.positions.shape[1])
-        seen = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], cache.slot, axis=1)
-        visible = kv.visible_slots(seen, positions, window=c.sliding_window)
-        layer = LlamaLayer(c, parent=None)
-        x, keys, values = embed(self.embed, tokens[:, None], dtype=self.dtype), [], []
-        for params, key, value in zip(self._layer_list(), cache.keys, cache.values, strict=True):
-            x, key, value = apply(layer, params, x, rope, key, value, cache.slot, visible, method="decode")
-            keys.append(key)
-            values.append(value)
-        logits = self.logits(self.final_norm(x))[:, 0]
-        return logits, KVCache(tuple(keys), tuple(values), seen, cache.slot + 1)
-
     def _layers(self) -> Any:
         return self.get_variable("params", "layers")
-
-    def _layer_list(self) -> list[Params]:
-        layers = self._layers()
-        return list(layers) if isinstance(layers, tuple) else unstack(layers)
 
     def _rope(self, positions: Array, length: int) -> Rope:
         c = self.config
@@ -261,9 +171,3 @@ class Llama(nn.Module):
         x = jnp.zeros((1, 1, c.d_model))
         variables: Any = LlamaLayer(c, parent=None).init(key, x, (pair, pair), Pattern(causal=True))
         return variables["params"]
-
-
-def prepare_for_decode(params: Params, *, dtype: Any) -> Params:
-    """The decoding layout: one tree per layer instead of stacks, cast once to the compute dtype."""
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return {**cast, "layers": tuple(unstack(cast["layers"]))}

@@ -1,4 +1,9 @@
-"""From logits to a token: temperature, top-k and top-p in transformers' order, or the largest."""
+"""From logits to a token: the processors of transformers, in its order and with its tie rules, then a draw.
+
+Repetition penalty and the ban on end tokens act on greedy choices too; temperature, top-k, top-p and min-p act on
+samples, each on what the one before left. Rows draw with keys of their own, so a row's sample does not depend on its
+batch mates. Not here: when to stop.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +22,17 @@ class Sampling:
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k largest logits and their ties; None keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
+        min_p: keep tokens at least this fraction as probable as the most probable; 0 keeps all.
+        repetition_penalty: divides positive logits of tokens already in the row, multiplies negative ones.
+        min_new_tokens: end tokens are impossible before so many new tokens.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -30,20 +41,66 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; null keeps all")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            raise ValueError("top_k and top_p choose among samples; set a temperature above 0")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}; 1 is none")
+        if self.min_new_tokens < 0:
+            raise ValueError(f"min_new_tokens must not be negative, got {self.min_new_tokens}")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
+            raise ValueError("top_k, top_p and min_p choose among samples; set a temperature above 0")
 
 
-def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:
-    """One token id per row."""
+GREEDY = Sampling()
+
+
+def process(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    *,
+    seen: Bool[Array, "B V"] | None = None,
+    banned: Bool[Array, "#B V"] | None = None,
+) -> Float[Array, "B V"]:
+    """Float32 logits after all processors; softmax of them is what a sample is drawn from.
+
+    Args:
+        logits: of the next token.
+        sampling: settings.
+        seen: tokens already in the row; needed by a repetition penalty.
+        banned: tokens that must not come now, the end tokens of a row that is too short.
+    """
+    logits = logits.astype(jnp.float32)
+    if seen is not None:
+        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+    if banned is not None:
+        logits = jnp.where(banned, -jnp.inf, logits)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / sampling.temperature
+        return logits
+    logits = logits / sampling.temperature
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
+
+
+def choose(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
+    """One token per row from processed logits; row i draws with keys[i]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:
+    """One token id per row of raw logits, without a history."""
+    return choose(process(logits, sampling), jax.random.split(key, logits.shape[0]), sampling)
+
+
+def penalise_repetition(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
+    """Makes each token in `seen` less likely once, however often it occurred (arXiv 1909.05858)."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
@@ -60,3 +117,10 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     drop = drop.at[..., -1].set(False)
     back = jnp.take_along_axis(drop, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(back, -jnp.inf, logits)
+
+
+def keep_min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """-inf where the probability is below p times the largest one."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    least = p * jnp.max(probabilities, axis=-1, keepdims=True)
+    return jnp.where(probabilities < least, -jnp.inf, logits)

@@ -1,0 +1,168 @@
+"""What the decoding loops need of a model family, and nothing else of it: one small adapter per family.
+
+An adapter is a hashable value around a model, so that it can be a static argument. `context` is what a generation
+keeps besides the cache: nothing for a decoder, the encoder's keys and values for an encoder-decoder. It is closed over
+by the loops, never carried, so that it is neither copied nor mistaken for another batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.models import Model, llama_decode
+from jaxllm.models.cache import KVCache
+from jaxllm.models.layers import apply
+from jaxllm.models.llama import Llama
+
+
+class Plan(NamedTuple):
+    """Static sizes of one generation: two requests of equal plans share compiled code.
+
+    Attributes:
+        prompt: columns of the padded prompts.
+        new: most new tokens, rounded up.
+        start: cache slots that are in use before the first new token.
+        slots: of the cache; fewer than start + new when a sliding window wraps around.
+        length: context length that dynamic and longrope scaling assume.
+        cache_dtype: name of the cache's dtype; None is that of the computation.
+    """
+
+    prompt: int
+    new: int
+    start: int
+    slots: int
+    length: int | None
+    cache_dtype: str | None
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """One family's side of the decoding loops."""
+
+    @property
+    def model(self) -> Model:
+        """The model itself."""
+        ...
+
+    def prepare(self, params: Any, *, int8: bool = False) -> Any:
+        """The decoding layout of training parameters; returns what is already prepared."""
+        ...
+
+    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+        """Raises a ValueError when the prompts can't be continued by `new` tokens."""
+        ...
+
+    def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
+        """Sizes for padded prompts and new tokens; `needed` tokens are really in the longest row."""
+        ...
+
+    def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
+        """Context, logits of the first new token [B, V], cache, and that token's position [B]."""
+        ...
+
+    def step(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
+    ) -> tuple[Array, KVCache]:
+        """Appends one token per row; logits [B, V] of the next."""
+        ...
+
+    def extend(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
+    ) -> tuple[Array, KVCache]:
+        """Appends T tokens per row at positions of their own; logits [B, T, V] after each."""
+        ...
+
+    def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+        """Tokens [B, T] that count as said before the first new one, and which of them are real."""
+        ...
+
+    def full_logits(
+        self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
+    ) -> Float[Array, "B N V"]:
+        """Logits that predict each of `new` [B, N] after the prompts, by one forward of the training model."""
+        ...
+
+
+@dataclass(frozen=True)
+class LlamaDecoder:
+    """A decoder continues its prompt."""
+
+    model: Llama
+
+    def prepare(self, params: Any, *, int8: bool = False) -> llama_decode.LlamaParams:
+        """See `Decoder`."""
+        if isinstance(params, llama_decode.LlamaParams):
+            return params
+        return llama_decode.prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
+
+    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+        """See `Decoder`; positions beyond the context only exist where dynamic scaling makes them."""
+        c = self.model.config
+        longest = max(len(prompt) for prompt in prompts)
+        context = int(c.max_length * (c.rope.factor or 1)) if c.rope.type == "dynamic" else c.max_length
+        if longest + new - 1 > context:
+            raise ValueError(
+                f"prompt of {longest} tokens and {new} new ones need {longest + new - 1} positions, the model's "
+                f"context has {context} (model.max_length); shorten the prompt or max_new_tokens"
+            )
+
+    def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
+        """See `Decoder`."""
+        c = self.model.config
+        slots = prompt + new
+        if wraps and c.sliding_window is not None:
+            slots = min(slots, c.sliding_window)
+        # Only these two let the length change the frequencies; others share one compiled program.
+        length = needed if c.rope.type in ("dynamic", "longrope") else c.max_length
+        return Plan(prompt, new, prompt, slots, length, cache_dtype)
+
+    def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
+        """See `Decoder`."""
+        dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
+        logits, cache = llama_decode.prefill(
+            self.model.config, params, tokens, lengths, capacity=plan.slots, length=plan.length, dtype=dtype
+        )
+        return None, logits, cache, lengths
+
+    def step(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
+    ) -> tuple[Array, KVCache]:
+        """See `Decoder`."""
+        config = self.model.config
+        return llama_decode.decode_step(config, params, cache, tokens, positions, length=plan.length, attended=attended)
+
+    def extend(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
+    ) -> tuple[Array, KVCache]:
+        """See `Decoder`."""
+        return llama_decode.extend(self.model.config, params, cache, tokens, positions, length=plan.length)
+
+    def history(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+        """See `Decoder`: the prompt."""
+        return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+
+    def full_logits(
+        self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
+    ) -> Float[Array, "B N V"]:
+        """See `Decoder`."""
+        columns = lengths[:, None] + jnp.arange(new.shape[1])
+        joined = jnp.pad(tokens, ((0, 0), (0, new.shape[1])))
+        joined = joined.at[jnp.arange(tokens.shape[0])[:, None], columns].set(new)
+        hidden = apply(self.model, params, joined, length=length, method="hidden")
+        before = jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
+        return apply(self.model, params, before, method="logits")
+
+
+def decoder_of(model: Model) -> Decoder:
+    """The adapter of a model's family."""
+    return _DECODERS[model.config.family](model)
+
+
+_DECODERS = {"llama": LlamaDecoder}

@@ -1,0 +1,178 @@
+"""From lists of ids to arrays of few shapes: every check before compilation, and the sizes that are compiled for.
+
+Lengths are rounded up to a handful of buckets, so that other lengths inside them compile nothing. Not here: anything
+that runs on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.generation.family import Decoder, Plan, decoder_of
+from jaxllm.models import Model
+from jaxllm.ops.sampling import GREEDY, Sampling
+
+# New tokens between two looks at who has finished; also the unit of the number of new tokens.
+CHUNK = 32
+
+
+class Settings(NamedTuple):
+    """What is compiled into a loop.
+
+    Attributes:
+        plan: sizes.
+        chunk: steps between two looks at who has finished.
+        sampling: how tokens are chosen.
+        eos_ids: end tokens.
+        pad_id: what finished rows emit.
+        samples: rows per prompt.
+        record: also return each step's logits.
+    """
+
+    plan: Plan
+    chunk: int
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    samples: int = 1
+    record: bool = False
+
+
+class Request(NamedTuple):
+    """Everything one generation runs on.
+
+    Attributes:
+        decoder: the family's adapter.
+        settings: static part.
+        params: decoding layout.
+        tokens: prompts, padded on the right to a bucket [B, T].
+        lengths: real tokens of each prompt [B].
+        keys: one PRNG key for each output row [B * samples].
+        limit: most new tokens.
+    """
+
+    decoder: Decoder
+    settings: Settings
+    params: Any
+    tokens: np.ndarray
+    lengths: np.ndarray
+    keys: jax.Array
+    limit: int
+
+
+def bucket(count: int, smallest: int) -> int:
+    """The least of smallest * (1, 2, 3, 4, 6, 8, 12, ...) that is not below count."""
+    size = smallest
+    while size < count:
+        half = size + size // 2
+        if size > smallest and half >= count:
+            return half
+        size *= 2
+    return size
+
+
+def make_request(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    seed: int | Sequence[int] = 0,
+    samples: int = 1,
+    cache_dtype: str | None = None,
+    extra: int = 0,
+    wraps: bool = True,
+    record: bool = False,
+) -> Request:
+    """Checks a generation and lays it out; arguments as `generate`.
+
+    Args:
+        model: of either family.
+        params: stacked as in training, or prepared.
+        prompts: ids of each row.
+        max_new_tokens: most tokens to add.
+        sampling: how tokens are chosen.
+        eos_ids: end tokens.
+        pad_id: fills prompts and finished rows.
+        seed: one for all, or one per prompt.
+        samples: rows per prompt.
+        cache_dtype: int8, or None for the compute dtype.
+        extra: slots that drafts need beyond the new tokens.
+        wraps: a sliding window's cache may be as short as the window.
+        record: keep each step's logits.
+    """
+    decoder = decoder_of(model)
+    check_ids(model, prompts, name="prompt")
+    _check_settings(model, sampling, max_new_tokens, eos_ids, pad_id, samples, cache_dtype)
+    decoder.check(prompts, new=max_new_tokens, pad_id=pad_id)
+    tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
+    chunk = min(CHUNK, bucket(max_new_tokens, 4))
+    needed = int(lengths.max()) + max_new_tokens
+    new = bucket(max_new_tokens + extra, chunk)
+    plan = decoder.plan(prompt=tokens.shape[1], new=new, needed=needed, cache_dtype=cache_dtype, wraps=wraps)
+    settings = Settings(plan, chunk, sampling, tuple(eos_ids), pad_id, samples, record)
+    keys = _row_keys(seed, len(prompts), samples)
+    return Request(decoder, settings, decoder.prepare(params), tokens, lengths, keys, max_new_tokens)
+
+
+def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one int32 array [B, width], padded on the right, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    return tokens, lengths
+
+
+def check_ids(model: Model, rows: Sequence[Sequence[int]], *, name: str) -> None:
+    """Raises a ValueError for no rows, an empty one, or an id outside the vocabulary."""
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError(f"every {name} needs at least one token; start with the end-of-text id to begin a document")
+    vocab = model.config.vocab_size
+    for row in rows:
+        if min(row) < 0 or max(row) >= vocab:
+            raise ValueError(f"{name} holds ids outside 0..{vocab - 1}: {min(row)}..{max(row)}")
+
+
+def _check_settings(
+    model: Model,
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    samples: int,
+    cache_dtype: str | None,
+) -> None:
+    vocab = model.config.vocab_size
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if sampling.min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens {sampling.min_new_tokens} exceeds max_new_tokens {max_new_tokens}")
+    outside = [i for i in (*eos_ids, pad_id) if not 0 <= i < vocab]
+    if outside:
+        raise ValueError(f"eos_ids and pad_id must lie in 0..{vocab - 1}, got {outside}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if samples > 1 and sampling.temperature == 0:
+        raise ValueError(f"{samples} greedy samples of one prompt would be equal; set a temperature above 0")
+    if cache_dtype not in (None, "int8"):
+        raise ValueError(f"cache_dtype must be int8 or None (the compute dtype), got {cache_dtype!r}")
+
+
+def _row_keys(seed: int | Sequence[int], prompts: int, samples: int) -> jax.Array:
+    """A key per output row, from its prompt's seed (or the seed and the prompt's index) and the sample's index."""
+    if isinstance(seed, int):
+        base = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(prompts))
+    elif len(seed) == prompts:
+        base = jax.vmap(jax.random.key)(np.asarray(seed, np.uint32))
+    else:
+        raise ValueError(f"seed needs one number, or one per prompt: got {len(seed)} for {prompts} prompts")
+    rows = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(samples)))(base)
+    return rows.reshape(-1)
