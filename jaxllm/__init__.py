@@ -15,6 +15,7 @@ from jaxllm.config import (
 )
 from jaxllm.config_file import ConfigError, load_config
 from jaxllm.generation import generate
+from jaxllm.interop.hf import load_hf, save_hf
 from jaxllm.models import build, count_params, init_params
 from jaxllm.models.llama import Llama
 from jaxllm.training.loss_scale import dynamic_loss_scale
@@ -38,4 +39,6 @@ __all__ = [
     "generate",
     "init_params",
     "load_config",
+    "load_hf",
+    "save_hf",
 ]

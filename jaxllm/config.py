@@ -505,6 +505,11 @@ class RunConfig:
                 f"shorten the rows or raise max_length",
             )
         _require(
+            self.training.init_from is None or data.tokenizer != "train",
+            "training.init_from brings parameters that know one tokenizer; set data.tokenizer to its file, "
+            "e.g. the tokenizer.json in that folder",
+        )
+        _require(
             optimizer.warmup_steps + optimizer.decay_steps <= steps,
             f"optimizer.warmup_steps {optimizer.warmup_steps} + decay_steps {optimizer.decay_steps} exceed "
             f"training.steps {steps}",

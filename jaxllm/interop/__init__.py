@@ -1,3 +1,5 @@
-"""Checkpoints of other libraries, both ways, without their code."""
+"""Weights of other libraries: Hugging Face directories and Meta's checkpoints to ours, and back."""
 
-"""Checkpoints of other libraries, both ways, without their code."""
+
+class InteropError(ValueError):
+    """A checkpoint of another library that cannot be read or written; the message names what is wrong in it."""

@@ -92,7 +92,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 state, data = self._read(step, abstract_state)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 _log.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, _first_line(error))
                 skipped.append(step)
                 continue
@@ -135,7 +135,7 @@ class Checkpoints:
 
 
 # orbax and tensorstore raise these for missing, truncated or garbled files.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -22,6 +22,7 @@ from jaxllm.config import RunConfig
 from jaxllm.data.pipeline import Pipeline, build_pipeline
 from jaxllm.models import build, count_params, init_params
 from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.initial_params import load_initial_params
 from jaxllm.training.loss import build_loss
 from jaxllm.training.metrics import MetricsWriter, device_peak, plot_curve, train_flops
 from jaxllm.training.optimizer import build_optimizer, build_schedule
@@ -140,6 +141,9 @@ class _Run:
             return init_train_state(init_params(self.model, init_key), optimizer, run_key)
 
         restored = self.checkpoints.restore(jax.eval_shape(fresh))
+        if restored is None and self.config.training.init_from:
+            params = load_initial_params(self.config.training.init_from, self.model)
+            return jax.jit(lambda loaded: init_train_state(loaded, optimizer, run_key))(params)
         if restored is None:
             return jax.jit(fresh)()
         self.resumed_from = restored.step

@@ -1,0 +1,141 @@
+"""Hugging Face directories to (model, parameters) and back, without torch or transformers.
+
+A family is a module with `MODEL_TYPES`, `IGNORED`, `read_config`, `write_config` and `entries`; this file finds it by
+config.json's model_type and moves the tensors. Not here: names of tensors and keys (the families), bytes
+(`safetensors_dir`), tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import ModelConfig
+from jaxllm.interop import InteropError, llama
+from jaxllm.interop.safetensors_dir import TensorFiles, read_json, read_params, write_params
+from jaxllm.models import Model, abstract_params, build
+
+_FAMILIES: dict[str, ModuleType] = {"llama": llama}  # by our family
+
+
+class SpecialIds(NamedTuple):
+    """Token ids that a directory declares.
+
+    Attributes:
+        bos: first token of a text, or None.
+        eos: tokens that end a text; empty when none is declared.
+        pad: padding, or None.
+    """
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+def load_hf(path: str | Path, *, dtype: Any = None) -> tuple[Model, dict[str, Any]]:
+    """The model and parameters of a directory that transformers' `save_pretrained` wrote.
+
+    Args:
+        path: directory with config.json and safetensors files, one or sharded.
+        dtype: of the parameters and of the model's activations, such as "bfloat16"; None takes the narrowest that
+            holds every tensor of the files exactly.
+
+    Raises:
+        InteropError: for an unknown model, a setting that cannot be reproduced, or tensors that do not fit.
+    """
+    config, files = _open(path)
+    module = _FAMILIES[config.family]
+    params = read_params(
+        files,
+        module.entries(config),
+        abstract_params(build(config)),
+        dtype=dtype,
+        ignored=module.IGNORED,
+    )
+    return build(config, dtype=jnp.result_type(*jax.tree.leaves(params))), params
+
+
+def load_hf_config(path: str | Path) -> ModelConfig:
+    """The model config of a directory; as `load_hf`, without reading the weights."""
+    return _open(path)[0]
+
+
+def save_hf(
+    path: str | Path,
+    model: Model,
+    params: Any,
+    *,
+    dtype: Any = None,
+    special_ids: SpecialIds | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that transformers 4.x and 5.x open, and `load_hf` reads back bit for bit.
+
+    Args:
+        path: the directory; weights of an earlier export there are replaced.
+        model: as `build` or `load_hf` made it.
+        params: its parameters, stacked over layers as in training.
+        dtype: of the tensors; None keeps each parameter's.
+        special_ids: begin, end and padding ids for config.json and generation_config.json; None declares none.
+        shard_bytes: most bytes of tensors in a file.
+
+    Raises:
+        InteropError: when no architecture of transformers has this combination of settings, naming it, or the
+            parameters are not the model's.
+    """
+    module = _FAMILIES[model.config.family]
+    raw = module.write_config(model.config)
+    kinds = [jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)] if dtype is None else [jnp.dtype(dtype)]
+    kind = jnp.result_type(*kinds).name
+    ids = {} if special_ids is None else _special_keys(special_ids)
+    # Both spellings: 4.x knows torch_dtype, 5.x prefers dtype. Absent ids would become the architecture's defaults.
+    raw |= {"dtype": kind, "torch_dtype": kind, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | ids
+    folder = Path(path)
+    write_params(folder, module.entries(model.config), params, dtype=dtype, shard_bytes=shard_bytes)
+    _write_json(folder / "config.json", raw)
+    if ids:
+        _write_json(folder / "generation_config.json", ids)
+
+
+def special_ids(path: str | Path) -> SpecialIds:
+    """Begin, end and padding ids of a directory; generation_config.json goes before config.json."""
+    folder = Path(path)
+    raw = read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        raw |= {key: value for key, value in read_json(folder / "generation_config.json").items() if value is not None}
+    eos = raw.get("eos_token_id")
+    ends: Sequence[int] = () if eos is None else [eos] if isinstance(eos, int) else eos
+    return SpecialIds(raw.get("bos_token_id"), tuple(ends), raw.get("pad_token_id"))
+
+
+def _open(path: str | Path) -> tuple[ModelConfig, TensorFiles]:
+    folder = Path(path).expanduser()
+    raw = read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    for module in _FAMILIES.values():
+        if kind in module.MODEL_TYPES:
+            files = TensorFiles(folder)
+            try:
+                return module.read_config(raw, files), files
+            except InteropError as error:
+                raise InteropError(f"{folder / 'config.json'}: {error}") from None
+            except ValueError as error:  # of our config's own invariants
+                raise InteropError(f"{folder / 'config.json'} cannot be a model here: {error}") from None
+    known = ", ".join(name for module in _FAMILIES.values() for name in module.MODEL_TYPES)
+    raise InteropError(f"{folder / 'config.json'} has model_type {kind!r}; known: {known}")
+
+
+def _special_keys(ids: SpecialIds) -> dict[str, Any]:
+    eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
+    keys = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

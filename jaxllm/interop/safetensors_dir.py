@@ -1,0 +1,357 @@
+"""A directory of safetensors files as a parameter tree, and back: one table of names drives both.
+
+A family lists its parameters as `Entry`s; reading fills one preallocated stack per parameter, slice by slice, so that
+no tensor exists twice as a whole. Files are reopened as reading goes on, because the pages of a mapped file count as
+the process's memory until it is closed. Not here: which name belongs to which parameter, config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.interop import InteropError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Names of safetensors' dtypes that a parameter may have.
+_DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_REOPEN_BYTES = 1 << 26  # bytes read from one mapping before it is given back
+_BLOCK, _ROWS = 16, 256  # transposition works on squares of _BLOCK, within _ROWS rows read at once
+
+
+class Entry(NamedTuple):
+    """One parameter of ours and the tensor or tensors that hold it.
+
+    Attributes:
+        path: its keys in the parameter tree.
+        name: the tensor; `{}` stands for the number of the layer when the parameter is stacked over layers.
+        layers: how many layers are stacked; 0 for a parameter that is not.
+        transposed: whether the last two axes are swapped in the file (kernels are [out, in] there).
+    """
+
+    path: tuple[str, ...]
+    name: str
+    layers: int = 0
+    transposed: bool = False
+
+    def tensors(self) -> list[str]:
+        """Names of its tensors, in the order of the stack."""
+        return [self.name.format(i) for i in range(self.layers)] if self.layers else [self.name]
+
+
+class _Info(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorFiles:
+    """The tensors of a directory by name; their data are read when asked for.
+
+    Attributes:
+        folder: the directory.
+        info: file, shape and safetensors dtype of each tensor.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Reads the headers of model.safetensors or of the shards that its index names.
+
+        Raises:
+            InteropError: for a missing or damaged file, naming it.
+        """
+        self.folder = Path(folder)
+        self.info = dict(self._headers())
+        self._open: tuple[Path, Any] | None = None
+        self._read = 0
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of a tensor, as far as it has them, copied out of the file."""
+        info = self.info[name]
+        array = self._file(info.file).get_slice(name)[start : min(stop, info.shape[0])]
+        self._read += array.nbytes
+        return array
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal in shape, dtype and every bit."""
+        if self.info[first][1:] != self.info[second][1:]:
+            return False
+        count = self.info[first].shape[0]
+        parts = ((self.rows(first, i, i + _ROWS), self.rows(second, i, i + _ROWS)) for i in range(0, count, _ROWS))
+        return all(a.tobytes() == b.tobytes() for a, b in parts)
+
+    def close(self) -> None:
+        """Gives back the mapping of the file in use."""
+        if self._open is not None:
+            self._open[1].__exit__(None, None, None)
+            self._open = None
+
+    def _file(self, path: Path) -> Any:
+        if self._open is None or self._open[0] != path or self._read > _REOPEN_BYTES:
+            self.close()
+            self._open, self._read = (path, _open(path)), 0
+        return self._open[1]
+
+    def _headers(self) -> Iterator[tuple[str, _Info]]:
+        shards = self._shards()
+        for path, wanted in shards.items():
+            with _open(path) as file:
+                present = set(file.keys())
+                for name in sorted(present) if wanted is None else wanted:
+                    if name not in present:
+                        raise InteropError(f"{self.folder / INDEX} places tensor {name} in {path.name}, which lacks it")
+                    part = file.get_slice(name)
+                    yield name, _Info(path, tuple(part.get_shape()), part.get_dtype())
+
+    def _shards(self) -> dict[Path, list[str] | None]:
+        if (self.folder / SINGLE).is_file():
+            return {self.folder / SINGLE: None}
+        if not (self.folder / INDEX).is_file():
+            raise InteropError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{_hint(self.folder)}")
+        placed = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not placed:
+            raise InteropError(f"{self.folder / INDEX} has no weight_map of tensor names to files")
+        shards: dict[Path, list[str] | None] = {}
+        for name, file in placed.items():
+            names = shards.setdefault(self.folder / file, [])
+            assert names is not None
+            names.append(name)
+        missing = [path.name for path in shards if not path.is_file()]
+        if missing:
+            raise InteropError(f"{self.folder} lacks {_listed(missing)}, which {INDEX} names; fetch it again")
+        return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InteropError: when the file is missing or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InteropError(f"no {path.name} in {path.parent}; give the directory that save_pretrained wrote") from None
+    except ValueError as error:
+        raise InteropError(f"{path} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InteropError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_params(
+    files: TensorFiles,
+    entries: Sequence[Entry],
+    abstract: Any,
+    *,
+    dtype: Any = None,
+    ignored: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The parameter tree that `entries` describe, on the default device.
+
+    Args:
+        files: the directory.
+        entries: every parameter of the model.
+        abstract: tree of shapes, as `jaxllm.models.abstract_params` makes it.
+        dtype: of the parameters; None takes the narrowest that holds every tensor exactly.
+        ignored: patterns of tensors that may be there and mean nothing.
+
+    Raises:
+        InteropError: naming the tensors that are missing, unexpected or of another shape or kind.
+    """
+    _check(files, entries, abstract, ignored)
+    if dtype is None:
+        found = {files.info[name].dtype for entry in entries for name in entry.tensors()}
+        dtype = jnp.result_type(*(_DTYPES[kind] for kind in found))
+    params: dict[str, Any] = {}
+    for entry in entries:
+        stack = _empty(_leaf(abstract, entry.path).shape, jnp.dtype(dtype))
+        for i, name in enumerate(entry.tensors()):
+            _fill(stack[i] if entry.layers else stack, files, name, entry.transposed)
+        _put(params, entry.path, jax.device_put(stack))
+    files.close()
+    return params
+
+
+def write_params(
+    folder: str | Path, entries: Sequence[Entry], params: Any, *, dtype: Any = None, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes model.safetensors, or shards and their index when it would exceed `shard_bytes`.
+
+    Files of an earlier export are replaced once all new ones are whole.
+
+    Args:
+        folder: the directory, created if need be.
+        entries: every parameter.
+        params: the tree, stacked over layers.
+        dtype: of the tensors; None keeps each parameter's.
+        shard_bytes: most bytes of tensors in a file.
+
+    Raises:
+        InteropError: when the tree is not the one that `entries` describe.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    _check_tree(entries, params)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = _plan(entries, params, dtype, shard_bytes)
+    names = [SINGLE] if len(plan) == 1 else [_shard_name(i, len(plan)) for i in range(len(plan))]
+    partial = [folder / f"{name}.partial" for name in names]
+    for tensors, path in zip(plan, partial, strict=True):
+        arrays = {name: _tensor(entry, i, params, dtype) for name, (entry, i) in tensors.items()}
+        save_file(arrays, str(path), metadata={"format": "pt"})
+    for old in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
+    for path in partial:
+        path.rename(path.with_suffix(""))
+    if len(plan) > 1:
+        placed = {name: file for tensors, file in zip(plan, names, strict=True) for name in tensors}
+        total = sum(_size(entry, params, dtype) for tensors in plan for entry, _ in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise InteropError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+
+
+def _hint(folder: Path) -> str:
+    if not folder.is_dir():
+        return "; there is no such directory"
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        return f", only {pickles[0]}, a pickle; save it again with safe_serialization=True"
+    return "; give the directory that save_pretrained wrote"
+
+
+def _check(files: TensorFiles, entries: Sequence[Entry], abstract: Any, ignored: Sequence[str]) -> None:
+    wanted = {name: entry for entry in entries for name in entry.tensors()}
+    unused = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
+    missing = [name for name in wanted if name not in files.info]
+    unexpected = [name for name in files.info if name not in wanted and not unused.fullmatch(name)]
+    wrong = []
+    for name, entry in wanted.items():
+        if name in missing:
+            continue
+        shape = _file_shape(entry, _leaf(abstract, entry.path).shape)
+        found = files.info[name]
+        if found.shape != shape:
+            wrong.append(f"{name} {list(found.shape)}, config.json makes it {list(shape)}")
+        elif found.dtype not in _DTYPES:
+            wrong.append(
+                f"{name} is {found.dtype}; only {', '.join(_DTYPES)} are weights (quantised files are not read)"
+            )
+    groups = (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shape or dtype", wrong))
+    problems = [f"{title}: {_listed(names)}" for title, names in groups if names]
+    if problems:
+        raise InteropError(f"{files.folder} does not fit its config.json: " + "; ".join(problems))
+
+
+def _check_tree(entries: Sequence[Entry], params: Any) -> None:
+    have = {tuple(str(getattr(k, "key", k)) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    want = {entry.path for entry in entries}
+    problems = [
+        f"{title}: {_listed(['/'.join(path) for path in sorted(paths)])}"
+        for title, paths in (("missing", want - have), ("unexpected", have - want))
+        if paths
+    ]
+    if problems:
+        raise InteropError(
+            "the parameters are not those of the model (stacked over layers, as in training): " + "; ".join(problems)
+        )
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _file_shape(entry: Entry, shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(shape[1:] if entry.layers else shape)
+    return (*shape[:-2], shape[-1], shape[-2]) if entry.transposed else shape
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array aligned so that XLA's CPU client takes it over instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool) -> None:
+    for start in range(0, files.info[name].shape[0], _ROWS):
+        part = files.rows(name, start, start + _ROWS)
+        if not transposed:
+            out[start : start + len(part)] = part
+            continue
+        # NumPy walks a whole transposed copy out of cache order; squares of a cache line are several times faster.
+        part = part if part.dtype == out.dtype else part.astype(out.dtype)
+        source, target = _bits(part), _bits(out)
+        for row in range(0, len(part), _BLOCK):
+            for column in range(0, part.shape[1], _BLOCK):
+                block = source[row : row + _BLOCK, column : column + _BLOCK]
+                target[column : column + _BLOCK, start + row : start + row + len(block)] = block.T
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """Half-precision floats as integers, which NumPy moves faster than its extension types."""
+    return array.view(np.uint16) if array.dtype.itemsize == 2 else array
+
+
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def _tensor(entry: Entry, layer: int, params: Any, dtype: Any) -> np.ndarray:
+    leaf = _leaf(params, entry.path)
+    array = np.asarray(leaf)[layer] if entry.layers else np.asarray(leaf)
+    array = array if dtype is None else array.astype(dtype)
+    return np.ascontiguousarray(array.swapaxes(-1, -2) if entry.transposed else array)
+
+
+def _size(entry: Entry, params: Any, dtype: Any) -> int:
+    leaf = _leaf(params, entry.path)
+    return leaf.size // max(entry.layers, 1) * jnp.dtype(leaf.dtype if dtype is None else dtype).itemsize
+
+
+def _plan(entries: Sequence[Entry], params: Any, dtype: Any, shard_bytes: int) -> list[dict[str, tuple[Entry, int]]]:
+    """Tensors of each file, layer by layer."""
+    ordered = [(entry, i, name) for entry in entries for i, name in enumerate(entry.tensors())]
+    ordered.sort(key=lambda item: (item[0].layers > 0, item[1]))
+    shards: list[dict[str, tuple[Entry, int]]] = [{}]
+    used = 0
+    for entry, i, name in ordered:
+        size = _size(entry, params, dtype)
+        if used + size > shard_bytes and shards[-1]:
+            shards.append({})
+            used = 0
+        shards[-1][name] = (entry, i)
+        used += size
+    return shards
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

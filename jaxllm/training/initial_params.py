@@ -1,0 +1,90 @@
+"""Parameters that a run starts from: another run's newest checkpoint, or a Hugging Face directory.
+
+The run's own config describes the model; what it was trained as must agree, because another epsilon or RoPE base would
+load without complaint and quietly be another function. Not here: resuming, which restores a whole state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.config_file import ConfigError, load_config
+from jaxllm.interop.hf import load_hf
+from jaxllm.models import Model, abstract_params, build
+from jaxllm.training.checkpoint import UNREADABLE, CheckpointError
+
+_log = logging.getLogger(__name__)
+
+# Settings that change no output for given parameters, or only what happens in training.
+_FREE = ("layers", "remat", "attention", "init_std", "init_factor", "dropout_rate")
+
+
+def load_initial_params(path: str | Path, model: Model) -> dict[str, Any]:
+    """Float32 parameters for `model` from a run folder or a Hugging Face directory.
+
+    Raises:
+        ConfigError: when `path` is neither, or holds another model, naming the settings that differ.
+        CheckpointError, InteropError: when its weights cannot be read.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.yaml").is_file():
+        found, params = load_run(folder)
+        _check_same(folder, found.model, model.config)
+    elif (folder / "config.json").is_file():
+        source, params = load_hf(folder, dtype=jnp.float32)
+        _check_same(folder, source.config, model.config)
+    else:
+        raise ConfigError(
+            f"training.init_from {folder} is neither a run folder (config.yaml) nor a Hugging Face directory "
+            f"(config.json)"
+        )
+    _log.info("initial parameters from %s", folder)
+    return params
+
+
+def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Config and float32 parameters of a run's newest whole checkpoint; the folder is left as it is.
+
+    Raises:
+        ConfigError: when there is no run.
+        CheckpointError: when it has no readable checkpoint.
+    """
+    config = load_config(Path(folder) / "config.yaml")
+    checkpoints = Path(folder).absolute() / "checkpoints"
+    steps = sorted((int(item.name) for item in checkpoints.glob("*") if item.name.isdigit()), reverse=True)
+    abstract = {"params": abstract_params(build(config.model))}
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    for step in steps:
+        wanted = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                return config, jax.device_put(reader.restore(checkpoints / str(step) / "state", args=wanted)["params"])
+        except UNREADABLE as error:
+            _log.warning("checkpoint %d in %s is damaged (%s)", step, checkpoints, error)
+    raise CheckpointError(f"no readable checkpoint in {checkpoints} (tried steps {steps})")
+
+
+def _check_same(folder: Path, there: ModelConfig, here: ModelConfig) -> None:
+    old, new = dataclasses.asdict(there), dataclasses.asdict(here)
+    ignored: set[str] = set(_FREE)
+    if there.family == "llama" and there.rope.type in ("default", "linear"):
+        ignored.add("max_length")  # other types stretch relative to it
+    differing = [
+        f"model.{key}: {old.get(key)} -> {new.get(key)}"
+        for key in dict.fromkeys([*old, *new])
+        if key not in ignored and old.get(key) != new.get(key)
+    ]
+    if differing:
+        listed = "\n  ".join(differing)
+        raise ConfigError(
+            f"training.init_from {folder} holds another model; these settings differ (there -> here):\n  {listed}\n"
+            f"set them in the config as they are there"
+        )
