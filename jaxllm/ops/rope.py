@@ -1,9 +1,14 @@
 """Rotary position embedding (arXiv 2104.09864) and its extensions to longer contexts.
 
-Frequencies are NumPy float32, made at trace time; angles, cosines and sines are float32 whatever the compute dtype.
-Heads are rotated in halves (pairs i, i + H/2), the layout of Hugging Face files. Dynamic and longrope depend on the
-length of the context: the caller names one static length for a whole generation, so that cached keys and new queries
-share one set of frequencies. Reference: transformers/modeling_rope_utils.py.
+Frequencies are NumPy float32, made at trace time step by step as the reference makes them, because at position 131071
+one unit in the last place is a hundredth of a radian; angles, cosines and sines are float32 whatever the compute dtype.
+Heads are rotated in halves (pairs i, i + H/2), the layout of Hugging Face files. Reference:
+transformers/modeling_rope_utils.py.
+
+Dynamic and longrope depend on the length of the context. It is an argument here, one static number for a whole
+generation: cached keys and new queries then share one set of frequencies, and a result does not depend on what was
+run before. transformers instead looks at the largest position of each call, so that its cached keys stay rotated with
+the frequencies of the call that made them; compare the two on whole sequences only.
 """
 
 from __future__ import annotations
@@ -26,21 +31,26 @@ def rope_frequencies(
         config: kind and parameters.
         head_dim: width of a head.
         max_length: the model's context length.
-        length: context length of this use, for dynamic and longrope; None is max_length.
+        length: positions 0..length-1 that this use may reach, for dynamic and longrope; None is max_length.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
     length = max_length if length is None else length
-    base = _inverse_frequencies(config.theta, head_dim)
+    periods = _periods(config.theta, head_dim)
+    if config.type == "default":
+        return _one / periods, 1.0
     if config.type == "linear":
-        return _single(base / np.float32(config.factor)), 1.0
+        return _one / periods / np.float32(config.factor), 1.0
     if config.type == "dynamic":
-        return _dynamic(config, head_dim, max_length, length), 1.0
+        return _one / _periods(_grown_base(config, head_dim, max_length, length), head_dim), 1.0
     if config.type == "llama3":
-        return _llama3(config, base, max_length), 1.0
+        return _llama3(config, _one / periods, max_length), 1.0
     if config.type == "yarn":
-        return _yarn(config, base, head_dim, max_length)
+        return _yarn(config, periods, max_length)
     if config.type == "longrope":
-        return _longrope(config, head_dim, max_length, length)
-    return base, 1.0
+        return _longrope(config, periods, max_length, length)
+    raise ValueError(f"rope type {config.type!r} is unknown")
 
 
 def rope_cos_sin(
@@ -60,35 +70,36 @@ def apply_rope(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _single(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values, np.float32)
+_one = np.float32(1)
 
 
-def _inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:
+def _periods(theta: float, head_dim: int) -> np.ndarray:
+    """Theta ** (2i / H); the power is exact before it is rounded, as the reference's is but for its last bit."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return _single(1.0 / np.power(np.float64(theta), exponents.astype(np.float64)))
+    return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
 
 
-def _dynamic(config: RopeConfig, head_dim: int, max_length: int, length: int) -> np.ndarray:
+def _grown_base(config: RopeConfig, head_dim: int, max_length: int, length: int) -> float:
     """Base grown with the length beyond max_length (NTK-aware, reddit u/emozilla)."""
-    factor, reached = config.factor or 1.0, max(length, max_length)
-    growth = factor * reached / max_length - (factor - 1)
-    return _inverse_frequencies(config.theta * growth ** (head_dim / (head_dim - 2)), head_dim)
+    assert config.factor is not None
+    growth = config.factor * max(length, max_length) / max_length - (config.factor - 1)
+    return config.theta * growth ** (head_dim / (head_dim - 2))
 
 
-def _llama3(config: RopeConfig, base: np.ndarray, max_length: int) -> np.ndarray:
+def _llama3(config: RopeConfig, inverse: np.ndarray, max_length: int) -> np.ndarray:
     """Long waves divided by factor, short ones kept, a linear blend between (arXiv 2407.21783)."""
-    original = config.original_max_length or max_length
-    low, high, factor = config.low_freq_factor, config.high_freq_factor, config.factor or 1.0
-    wavelength = 2 * math.pi / base.astype(np.float64)
+    original = np.float32(config.original_max_length or max_length)
+    low, high, factor = (np.float32(x) for x in (config.low_freq_factor, config.high_freq_factor, config.factor))
+    wavelength = np.float32(2 * math.pi) / inverse
     blend = (original / wavelength - low) / (high - low)
-    mixed = (1 - blend) * base / factor + blend * base
-    scaled = np.where(wavelength > original / low, base / factor, mixed)
-    return _single(np.where(wavelength < original / high, base, scaled))
+    mixed = (_one - blend) * inverse / factor + blend * inverse
+    scaled = np.where(wavelength > original / low, inverse / factor, mixed)
+    return np.where(wavelength < original / high, inverse, scaled)
 
 
-def _yarn(config: RopeConfig, base: np.ndarray, head_dim: int, max_length: int) -> tuple[np.ndarray, float]:
+def _yarn(config: RopeConfig, periods: np.ndarray, max_length: int) -> tuple[np.ndarray, float]:
     """Per-dimension blend of interpolation and extrapolation (arXiv 2309.00071)."""
+    head_dim = 2 * len(periods)
     original = config.original_max_length or max_length
     factor = max_length / original if config.factor is None else config.factor
 
@@ -101,8 +112,10 @@ def _yarn(config: RopeConfig, base: np.ndarray, head_dim: int, max_length: int) 
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    return _single(base / factor * ramp + base * (1 - ramp)), _yarn_scaling(config, factor)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    kept = _one - np.clip(ramp, 0, 1)
+    inverse = _one / (np.float32(factor) * periods) * (_one - kept) + _one / periods * kept
+    return inverse, _yarn_scaling(config, factor)
 
 
 def _yarn_scaling(config: RopeConfig, factor: float) -> float:
@@ -116,13 +129,12 @@ def _yarn_scaling(config: RopeConfig, factor: float) -> float:
     return growth(1.0)
 
 
-def _longrope(config: RopeConfig, head_dim: int, max_length: int, length: int) -> tuple[np.ndarray, float]:
+def _longrope(config: RopeConfig, periods: np.ndarray, max_length: int, length: int) -> tuple[np.ndarray, float]:
     """One list of divisors up to the original length, another beyond it (arXiv 2402.13753)."""
     original = config.original_max_length or max_length
-    divisors = np.asarray(config.long_factor if length > original else config.short_factor, np.float64)
+    divisors = np.asarray(config.long_factor if length > original else config.short_factor, np.float32)
     factor = max_length / original if config.factor is None else config.factor
     scaling = config.attention_factor
     if scaling is None:
         scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    return _single(1.0 / (divisors * config.theta**exponents)), scaling
+    return _one / (divisors * periods), scaling
