@@ -362,7 +362,10 @@ class DataConfig:
         on_bad_text: what a document that is not UTF-8 does: stop or skip (counted and named).
         tokenizer: train (byte-level BPE on the training split) or a tokenizer.json or SentencePiece .model file.
         sequence_length: tokens in a row (causal), or in an encoder row.
-        target_length: tokens in a decoder row; used by encoder-decoder objectives.
+        target_length: tokens in a decoder row; null, for span corruption, is what exactly fits sequence_length.
+        example_length: tokens of text in one example of an encoder-decoder; null takes as many as a row can hold,
+            less packs several into a row.
+        too_long: what a pair of seq2seq that does not fit a row does: stop or truncate (its end stays an end).
         objective: causal, prefix_lm, span_corruption, ul2 or seq2seq.
         noise_density: part of the tokens that span corruption hides.
         mean_span_length: mean length of a hidden span.
@@ -381,6 +384,8 @@ class DataConfig:
     tokenizer: str = "train"
     sequence_length: int = 256
     target_length: int | None = None
+    example_length: int | None = None
+    too_long: Literal["stop", "truncate"] = "stop"
     objective: Objective = "causal"
     noise_density: float = 0.15
     mean_span_length: float = 3.0
@@ -400,6 +405,8 @@ class DataConfig:
         _require(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.target_length is not None:
             _require(self.target_length >= 2, f"target_length must be at least 2, got {self.target_length}")
+        if self.example_length is not None:
+            _require(self.example_length >= 2, f"example_length must be at least 2, got {self.example_length}")
         _require(0 < self.noise_density < 1, f"noise_density must lie in (0, 1), got {self.noise_density}")
         _require(self.mean_span_length >= 1, f"mean_span_length must be at least 1, got {self.mean_span_length}")
         _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
@@ -489,10 +496,9 @@ class RunConfig:
         optimizer, steps = self.optimizer, self.training.steps
         encoder_decoder = model.family == "t5"
         _require(
-            (data.objective in ("span_corruption", "ul2", "seq2seq")) == encoder_decoder
-            or data.objective == "prefix_lm",
+            (data.objective != "causal") == encoder_decoder,
             f"data.objective {data.objective!r} does not fit model.family {model.family!r}; "
-            f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal or prefix_lm'}",
+            f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal'}",
         )
         _require(
             not encoder_decoder or data.objective == "span_corruption" or data.target_length is not None,

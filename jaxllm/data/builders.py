@@ -204,8 +204,12 @@ class FilesText(_TextBuilder):
         wrong = [key for key, value in fields.items() if not isinstance(value, str)]
         if wrong:
             self._problems.report(f"{where}: {wrong[0]!r} is a {type(fields[wrong[0]]).__name__}, not text")
-        elif all(value.strip() for value in fields.values()):
+            return
+        empty = [key for key, value in fields.items() if not value.strip()]
+        if not empty:
             yield where, fields
+        elif len(empty) < len(fields):
+            self._problems.report(f"{where}: {empty[0]!r} of the pair is empty")
 
 
 def stdlib_files(root: Path) -> list[Path]:

@@ -1,74 +1,58 @@
 """Batches of a run as an iterator whose whole state is a small JSON object.
 
-documents -> shuffle, repeat (grain, seeded) -> tokenise -> pack into rows -> shuffle rows in a window -> batch ->
-objective. A batch is a pure function of (config, seed, step, process), so that a resumed run sees what an
-uninterrupted one would have. What an objective does is in one `Recipe`; the pipeline knows none of them.
+documents -> shuffle, repeat (grain, seeded) -> tokenise -> join and cut -> hide, pack into rows -> shuffle rows in a
+window -> batch. A batch is a pure function of (config, seed, step, process), so that a resumed run sees what an
+uninterrupted one would have: randomness is keyed by the seed and the number of the cut, which no epoch repeats. What
+an objective does is in one `Recipe`; the pipeline knows none of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import lzma
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import ConcatThenSplitIterDataset, WindowShuffleIterDataset
+from grain.experimental import (
+    ConcatThenSplitIterDataset,
+    FlatMapIterDataset,
+    FlatMapTransform,
+    WindowShuffleIterDataset,
+)
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
+from jaxllm.data.packing import Batch
+from jaxllm.data.recipes import RECIPES
 from jaxllm.data.sources import Source, field, open_source, texts
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
-
-# Rows of one document follow each other out of packing; a batch should mix documents.
-_SHUFFLE_WINDOW = 4096
-
-
-class Recipe(NamedTuple):
-    """How an objective turns documents into batches.
-
-    Attributes:
-        encode: record -> arrays of one document.
-        lengths: row length of each of those arrays.
-        finish: packed batch and generator -> the batch that the model's loss expects.
-    """
-
-    encode: Callable[[dict[str, Any]], Batch]
-    lengths: dict[str, int]
-    finish: Callable[[Batch, np.random.Generator], Batch]
+# Rows of one document follow each other out of packing; a batch should mix documents. At most this many rows and tokens
+# are shuffled together: they are all read before the first batch, and again on resume.
+_WINDOW_ROWS, _WINDOW_TOKENS = 4096, 2**20
+# grain's own 16 threads and 500 documents cost more in bookkeeping than they read ahead.
+_READING = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=32)
+# Documents that are packed together where they are not cut.
+_GROUP = 256
 
 
-def causal_recipe(config: DataConfig, tokenizer: Tokenizer) -> Recipe:
-    """Next-token prediction: each document is (end, t1..tn) -> (t1..tn, end), so nothing crosses documents."""
+class _Rows(FlatMapTransform):
+    """Splits arrays [n, ...] into n rows."""
 
-    def encode(record: dict[str, Any]) -> Batch:
-        ids = tokenizer.encode(field(record, config.text_key))
-        end = np.array([tokenizer.eos_id], np.int32)
-        return {"tokens": np.concatenate([end, ids]), "targets": np.concatenate([ids, end])}
+    max_fan_out = sys.maxsize
 
-    def finish(packed: Batch, rng: np.random.Generator) -> Batch:
-        del rng
-        segments = packed["tokens_segment_ids"]
-        return {
-            "tokens": packed["tokens"],
-            "targets": packed["targets"],
-            "positions": packed["tokens_positions"],
-            "segment_ids": segments,
-            "weights": (segments > 0).astype(np.float32),
-        }
-
-    return Recipe(encode, {"tokens": config.sequence_length, "targets": config.sequence_length}, finish)
-
-
-RECIPES: dict[str, Callable[[DataConfig, Tokenizer], Recipe]] = {"causal": causal_recipe}
+    def flat_map(self, element: Batch) -> list[Batch]:
+        return [dict(zip(element, row, strict=True)) for row in zip(*element.values(), strict=True)]
 
 
 class Pipeline:
@@ -77,6 +61,7 @@ class Pipeline:
     Attributes:
         tokenizer: text to ids and back.
         source_name: corpus and version.
+        recipe: what the objective does.
     """
 
     def __init__(
@@ -88,11 +73,12 @@ class Pipeline:
         batch_size: int,
         seed: int,
         shard: slice,
+        decoder_start_id: int,
     ) -> None:
         """Opens the training iterator; see `build_pipeline`."""
         self.tokenizer, self.source_name = tokenizer, source.name
         self._config, self._source, self._batch_size = config, source, batch_size
-        self._recipe = RECIPES[config.objective](config, tokenizer)
+        self.recipe = RECIPES[config.objective](config, tokenizer, decoder_start_id)
         self._identity = {
             "source": source.name,
             "tokenizer": tokenizer.fingerprint,
@@ -100,9 +86,8 @@ class Pipeline:
             "shard": f"{shard.start}/{shard.step}",
         }
         documents = grain.MapDataset.source(source.train)[shard].seed(seed).shuffle().repeat()
-        rows = self._rows(documents.map(self._recipe.encode))
-        rows = WindowShuffleIterDataset(rows, window_size=_SHUFFLE_WINDOW, seed=seed)
-        batches = rows.batch(batch_size, drop_remainder=True).seed(seed).random_map(self._recipe.finish)
+        own = int(np.random.SeedSequence([seed, shard.start or 0]).generate_state(1)[0])
+        batches = self._rows(documents, seed=own).batch(batch_size, drop_remainder=True)
         if config.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
@@ -136,25 +121,24 @@ class Pipeline:
     def validation(self, count: int) -> Iterator[Batch]:
         """The first `count` validation batches, the same ones every time; the last one may hold padding rows."""
         # Shuffled with a fixed seed, so that the first batches already come from many documents.
-        documents = grain.MapDataset.source(self._source.validation).seed(0).shuffle().map(self._recipe.encode)
-        rows = WindowShuffleIterDataset(self._rows(documents), window_size=_SHUFFLE_WINDOW, seed=0)
-        batches = rows.batch(self._batch_size, drop_remainder=False)
-        for index, packed in zip(range(count), batches, strict=False):
-            padded = {name: _pad_rows(value, self._batch_size) for name, value in packed.items()}
-            yield self._recipe.finish(padded, np.random.default_rng(index))
+        documents = grain.MapDataset.source(self._source.validation).seed(0).shuffle()
+        batches = self._rows(documents, seed=0).batch(self._batch_size, drop_remainder=False)
+        for _, batch in zip(range(count), batches, strict=False):
+            yield {name: _pad_rows(value, self._batch_size) for name, value in batch.items()}
 
     def baselines(self) -> dict[str, float]:
         """Bits per byte of the validation text under two models that know no order, or no other text.
 
         unigram: each token at its add-one frequency in a sample of the training text; lzma: each document
-        compressed alone by xz at its strongest preset.
+        compressed alone by xz at its strongest preset. Of pairs, the answers.
         """
+        key = self._config.target_key or self._config.text_key
         counts = np.ones(self.tokenizer.vocab_size)
-        for text in _sample(self._source.train, self._config.text_key):
+        for text in _sample(self._source.train, key):
             counts += np.bincount(self.tokenizer.encode(text), minlength=len(counts))
         surprise = -np.log2(counts / counts.sum())
         bits = size = packed = 0.0
-        for text in _sample(self._source.validation, self._config.text_key):
+        for text in _sample(self._source.validation, key):
             data = text.encode()
             bits += float(surprise[self.tokenizer.encode(text)].sum())
             packed += 8 * len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=_XZ))
@@ -167,8 +151,17 @@ class Pipeline:
         if close is not None:
             close()
 
-    def _rows(self, documents: Any) -> Any:
-        return ConcatThenSplitIterDataset(documents.to_iter_dataset(), length_struct=self._recipe.lengths)
+    def _rows(self, documents: Any, *, seed: int) -> Any:
+        encoded = documents.map(self.recipe.encode).to_iter_dataset(_READING)
+        if self.recipe.cut is None:
+            cuts = encoded.batch(_GROUP, batch_fn=list)
+        else:
+            cuts = ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
+        rows = FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
+        window = min(_WINDOW_ROWS, max(_WINDOW_TOKENS // self.recipe.lengths[0], 1))
+        if self.recipe.cut is None:  # whole documents, shuffled before: only packing has put them into an order
+            window = min(window, _GROUP)
+        return WindowShuffleIterDataset(rows, window_size=window, seed=seed)
 
 
 _XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
@@ -184,6 +177,7 @@ def build_pipeline(
     run_dir: Path,
     process_index: int = 0,
     process_count: int = 1,
+    decoder_start_id: int = 0,
 ) -> Pipeline:
     """Opens the corpus and the tokenizer of a run.
 
@@ -195,12 +189,11 @@ def build_pipeline(
         run_dir: where the tokenizer, and unless `cache_dir` is set the prepared data, are kept.
         process_index: which part of the documents this process reads.
         process_count: of how many parts.
+        decoder_start_id: first decoder token of an example, for an encoder-decoder.
 
     Raises:
         DataError: naming what is missing or does not fit, and the fix.
     """
-    if config.objective not in RECIPES:
-        raise DataError(f"data.objective {config.objective!r} is not built yet; known: {', '.join(RECIPES)}")
     source = open_source(config, cache_dir=Path(config.cache_dir or run_dir / "data").expanduser())
     tokenizer = _tokenizer(config, source, vocab_size, run_dir)
     if tokenizer.vocab_size > vocab_size:
@@ -209,7 +202,15 @@ def build_pipeline(
             f"{tokenizer.vocab_size}"
         )
     shard = slice(process_index, None, process_count)
-    return Pipeline(config, source, tokenizer, batch_size=batch_size, seed=seed, shard=shard)
+    return Pipeline(
+        config,
+        source,
+        tokenizer,
+        batch_size=batch_size,
+        seed=seed,
+        shard=shard,
+        decoder_start_id=decoder_start_id,
+    )
 
 
 def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Path) -> Tokenizer:
@@ -218,7 +219,9 @@ def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Pat
     cached = run_dir / "tokenizer.json"
     if cached.exists():
         return load_tokenizer(cached)
-    tokenizer = train_tokenizer(texts(source.train, config.text_key), vocab_size=vocab_size)
+    keys = [key for key in (config.text_key, config.target_key) if key is not None]
+    every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
+    tokenizer = train_tokenizer(every, vocab_size=vocab_size)
     tokenizer.save(cached)
     _log.info("trained a tokenizer of %d ids on %d documents", tokenizer.vocab_size, len(source.train))
     return tokenizer

@@ -48,7 +48,7 @@ class Tokenizer:
         """Ids of a text, int32, without any special token."""
         return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens are spelled out."""
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -123,7 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Ids of a text, int32, without any special token."""
         return np.array(self._model.EncodeAsIds(text), np.int32)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids."""
         return self._model.DecodeIds([int(i) for i in ids])
 

@@ -1,0 +1,307 @@
+"""What a model is asked to do with text: span corruption, UL2's mixture of it, prefix-LM; each with its inverse.
+
+Pure functions on NumPy arrays, over a batch of equally long pieces of text at once: a generator and tokens in,
+(inputs, targets) out, both ending in the end-of-text token. Nothing here strips, pads or drops a token, and no id has
+a meaning except the sentinels, which text must not contain. Not here: where text comes from, and packing into rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxllm.data import DataError
+
+Tokens = np.ndarray  # int32, [n] or [rows, n]
+
+
+class Denoiser(NamedTuple):
+    """One way to hide parts of a text.
+
+    Attributes:
+        density: part of the tokens that is hidden.
+        mean_span_length: mean length of a hidden span; None hides one span, the end of the text.
+        mode: text put before the inputs (UL2's mode token); empty puts none.
+    """
+
+    density: float
+    mean_span_length: float | None
+    mode: str = ""
+
+
+# The mixture of denoisers of arXiv 2205.05131, equally likely: regular, sequential and extreme ones.
+UL2 = (
+    Denoiser(0.15, 3.0, "[NLU]"),
+    Denoiser(0.15, 8.0, "[NLU]"),
+    Denoiser(0.25, None, "[S2S]"),
+    Denoiser(0.5, 3.0, "[NLG]"),
+    Denoiser(0.5, 8.0, "[NLG]"),
+    Denoiser(0.15, 64.0, "[NLG]"),
+    Denoiser(0.5, 64.0, "[NLG]"),
+)
+
+
+class Pairs(NamedTuple):
+    """Examples of different lengths, each side joined into one array, so that no step loops over examples.
+
+    Attributes:
+        inputs: inputs of all examples.
+        input_lengths: length of each.
+        targets: targets of all examples.
+        target_lengths: length of each.
+    """
+
+    inputs: Tokens
+    input_lengths: np.ndarray
+    targets: Tokens
+    target_lengths: np.ndarray
+
+    def examples(self) -> list[tuple[Tokens, Tokens]]:
+        """Inputs and targets of one example after the other, for people and tests."""
+        inputs = np.split(self.inputs, np.cumsum(self.input_lengths)[:-1])
+        targets = np.split(self.targets, np.cumsum(self.target_lengths)[:-1])
+        return list(zip(inputs, targets, strict=True))[: len(self.input_lengths)]
+
+
+class Noise(NamedTuple):
+    """How much of a text is hidden.
+
+    Attributes:
+        tokens: hidden tokens.
+        spans: spans they lie in.
+    """
+
+    tokens: int
+    spans: int
+
+
+class Lengths(NamedTuple):
+    """Lengths of one example.
+
+    Attributes:
+        raw: tokens of text.
+        inputs: tokens of the encoder, end included.
+        targets: tokens of the decoder, end included.
+    """
+
+    raw: int
+    inputs: int
+    targets: int
+
+
+def noise_of(length: int, denoiser: Denoiser) -> Noise:
+    """How many tokens and spans of a text of `length` are hidden.
+
+    round(length * density), at least one token hidden and one kept; round(hidden / mean) spans, at least one, and not
+    more than can be told apart (a span is never empty, nor is what lies between two). Source: random_spans_noise_mask
+    of google-research/text-to-text-transfer-transformer, which fails where the last clause matters.
+    """
+    if length < 2:
+        return Noise(0, 0)
+    tokens = min(max(round(length * denoiser.density), 1), length - 1)
+    if denoiser.mean_span_length is None:
+        return Noise(tokens, 1)
+    spans = max(round(tokens / denoiser.mean_span_length), 1)
+    return Noise(tokens, min(spans, tokens, length - tokens))
+
+
+def lengths_of(raw: int, denoiser: Denoiser) -> Lengths:
+    """Lengths of the example made of `raw` tokens: a sentinel stands for each span on both sides, then the end."""
+    tokens, spans = noise_of(raw, denoiser)
+    # A single token is not hidden; a sentinel in the targets still says so (as the reference does).
+    return Lengths(raw, raw - tokens + spans + 1, tokens + (spans if raw != 1 else 1) + 1)
+
+
+def solve_lengths(denoiser: Denoiser, *, inputs: int, targets: int | None = None) -> Lengths:
+    """The longest example whose inputs (and targets, where given) fit.
+
+    At density 0.5 one token less on both sides when the targets would be longer than the inputs. Source:
+    random_spans_helper of google-research/text-to-text-transfer-transformer; (512, 0.15, 3.0) gives 568, 512, 114.
+
+    Raises:
+        DataError: when not even two tokens fit.
+    """
+
+    def fits(raw: int) -> bool:
+        made = lengths_of(raw, denoiser)
+        return made.inputs <= inputs and (targets is None or made.targets <= targets)
+
+    if not fits(2):
+        room = f"{inputs} inputs" + ("" if targets is None else f" and {targets} targets")
+        raise DataError(f"no example of {denoiser} fits into {room}; raise data.sequence_length or target_length")
+    low, high = 2, 4
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    found = lengths_of(low, denoiser)
+    if denoiser.density == 0.5 and found.targets > found.inputs and low > 2:
+        return lengths_of(low - 1, denoiser)._replace(targets=found.targets - 1)
+    return found
+
+
+def compositions(rng: np.random.Generator, rows: int, items: int, parts: int) -> np.ndarray:
+    """`items` split into `parts` non-empty parts, [rows, parts]: every such split is equally likely.
+
+    A split is a choice of parts - 1 of the items - 1 gaps. Each gap gets a random key whose lowest bits are replaced
+    by the gap's number, so that the smallest keys, found by partition, are the choice.
+    """
+    gaps = items - 1
+    cuts = np.empty((rows, 0), np.int64)
+    if parts > 1:
+        number = np.uint64((1 << gaps.bit_length()) - 1)
+        keys = rng.integers(0, 2**64, size=(rows, gaps), dtype=np.uint64)
+        keys &= ~number
+        keys |= np.arange(gaps, dtype=np.uint64)
+        keys.partition(parts - 2, axis=1)
+        cuts = (keys[:, : parts - 1] & number).astype(np.int64) + 1
+        cuts.sort(axis=1)
+    return np.diff(cuts, axis=1, prepend=0, append=items)
+
+
+def noise_mask(rng: np.random.Generator, rows: int, length: int, denoiser: Denoiser) -> np.ndarray:
+    """Which tokens are hidden, bool [rows, length]: kept and hidden runs alternate, from kept to hidden."""
+    tokens, spans = noise_of(length, denoiser)
+    if spans == 0:
+        return np.zeros((rows, length), bool)
+    runs = np.empty((rows, spans, 2), np.int64)
+    runs[:, :, 0] = compositions(rng, rows, length - tokens, spans)
+    runs[:, :, 1] = compositions(rng, rows, tokens, spans)
+    return np.repeat(np.tile([False, True], rows * spans), runs.ravel()).reshape(rows, length)
+
+
+def span_corruption(
+    rng: np.random.Generator, tokens: Tokens, denoiser: Denoiser, *, sentinels: Tokens, eos_id: int
+) -> tuple[Tokens, Tokens]:
+    """Inputs with a sentinel for each hidden span, targets with a sentinel before each; [rows, n] each.
+
+    The mask ends with a hidden span, hence targets have no closing sentinel. Source: arXiv 1910.10683 section 3.1.4.
+
+    Raises:
+        DataError: when there are more spans than sentinels.
+    """
+    rows, length = tokens.shape
+    needed = max(noise_of(length, denoiser).spans, 1)
+    if needed > len(sentinels):
+        raise DataError(
+            f"{length} tokens hide {needed} spans, the tokenizer has {len(sentinels)} sentinels; raise "
+            f"data.mean_span_length, lower noise_density or data.example_length, or use another tokenizer"
+        )
+    mask = noise_mask(rng, rows, length, denoiser)
+    inputs = _mark_runs(tokens, mask, sentinels, eos_id)
+    return inputs, _mark_runs(tokens, ~mask, sentinels, eos_id)
+
+
+def _mark_runs(tokens: Tokens, mask: np.ndarray, sentinels: Tokens, eos_id: int) -> Tokens:
+    """Each run of the mask becomes one sentinel, counted from the left; all rows have equally many runs."""
+    rows, length = tokens.shape
+    if length == 0:
+        return np.full((rows, 1), eos_id, np.int32)
+    first = mask.copy()
+    first[:, 1:] &= ~mask[:, :-1]
+    marked = np.array(tokens, np.int32)
+    starts = np.flatnonzero(first)
+    marked.ravel()[starts] = np.tile(sentinels[: len(starts) // rows], rows)
+    kept = marked[first | ~mask].reshape(rows, -1)
+    out = np.full((rows, kept.shape[1] + 1), eos_id, np.int32)
+    out[:, :-1] = kept
+    return out
+
+
+def fill_spans(inputs: Tokens, targets: Tokens, *, sentinels: Tokens, eos_id: int) -> Tokens:
+    """The text of one example, [n]: the inverse of `span_corruption`, exact; works on a model's targets too.
+
+    Each sentinel of the inputs is replaced by what follows it in the targets, by nothing where it is not there.
+    """
+    inputs, targets = before_end(inputs, eos_id), before_end(targets, eos_id)
+    order = np.full(1 + max(inputs.max(initial=0), targets.max(initial=0), sentinels.max(initial=0)), -1)
+    order[sentinels] = np.arange(len(sentinels))
+    filling = {int(order[part[0]]): part[1:] for part in _split_before(targets, order[targets] >= 0)[1:]}
+    parts = _split_before(inputs, order[inputs] >= 0)
+    found = [parts[0]]
+    for part in parts[1:]:
+        found += [filling.get(int(order[part[0]]), part[:0]), part[1:]]
+    return np.concatenate(found).astype(np.int32)
+
+
+def before_end(tokens: Tokens, eos_id: int) -> Tokens:
+    """Tokens without the end that an example closes with."""
+    return tokens[:-1] if len(tokens) and tokens[-1] == eos_id else tokens
+
+
+def _split_before(tokens: Tokens, marks: np.ndarray) -> Sequence[Tokens]:
+    return np.split(tokens, np.flatnonzero(marks))
+
+
+def denoise(
+    rng: np.random.Generator,
+    tokens: Tokens,
+    denoisers: Sequence[Denoiser],
+    *,
+    raw: Sequence[int],
+    modes: Sequence[Tokens],
+    sentinels: Tokens,
+    eos_id: int,
+) -> Pairs:
+    """A stretch of text, [n], cut into examples, each for a denoiser drawn with equal chances.
+
+    Args:
+        rng: draws denoisers and spans.
+        tokens: the text, at least one token; all is used, the last example may be shorter than the others.
+        denoisers: what may be drawn.
+        raw: tokens of an example of each denoiser.
+        modes: ids put before the inputs of each denoiser.
+        sentinels: ids that stand for hidden spans, in order.
+        eos_id: ends inputs and targets.
+    """
+    kinds = rng.integers(len(denoisers), size=len(tokens) // min(raw) + 1)
+    ends = np.cumsum(np.asarray(raw)[kinds])
+    count = int(np.searchsorted(ends, len(tokens))) + 1
+    kinds, ends = kinds[:count], np.minimum(ends[:count], len(tokens))
+    lengths = np.diff(ends, prepend=0)
+    parts = []
+    for kind, length in sorted(set(zip(kinds.tolist(), lengths.tolist(), strict=True))):
+        starts = (ends - lengths)[(kinds == kind) & (lengths == length)]
+        pieces = tokens[starts[:, None] + np.arange(length)]
+        inputs, targets = span_corruption(rng, pieces, denoisers[kind], sentinels=sentinels, eos_id=eos_id)
+        mode = np.broadcast_to(modes[kind].astype(np.int32), (len(starts), len(modes[kind])))
+        parts.append((np.concatenate([mode, inputs], axis=1), targets))
+    return _join(parts)
+
+
+def _join(parts: Sequence[tuple[Tokens, Tokens]]) -> Pairs:
+    """Blocks of equally long examples as pairs."""
+    fields = []
+    for blocks in zip(*parts, strict=True):
+        fields.append(np.concatenate([block.ravel() for block in blocks]))
+        fields.append(np.concatenate([np.full(block.shape[0], block.shape[1]) for block in blocks]))
+    return Pairs(*fields)
+
+
+def prefix_lm(rng: np.random.Generator, tokens: Tokens, *, eos_id: int) -> Pairs:
+    """Each text of [rows, n] cut at a uniformly drawn place: its beginning as inputs, the rest as targets.
+
+    A single token is all inputs. Source: arXiv 1910.10683 section 3.2.3.
+    """
+    rows, length = tokens.shape
+    cut = rng.integers(1, length, size=(rows, 1)) if length > 1 else np.full((rows, 1), length)
+    place = np.arange(length + 1)
+    closed = np.full((rows, length + 1), eos_id, np.int32)
+    closed[:, :-1] = tokens
+    targets = closed[place >= cut]
+    np.put_along_axis(closed, cut, eos_id, axis=1)
+    return Pairs(closed[place <= cut], cut[:, 0] + 1, targets, length + 1 - cut[:, 0])
+
+
+def join_prefix(inputs: Tokens, targets: Tokens, *, eos_id: int) -> Tokens:
+    """The text of one example: the inverse of `prefix_lm`."""
+    return np.concatenate([before_end(inputs, eos_id), before_end(targets, eos_id)])
+
+
+def causal(tokens: Tokens, *, eos_id: int) -> tuple[Tokens, Tokens]:
+    """Next-token prediction of one document: (end, t1..tn) -> (t1..tn, end); `targets[:-1]` is its inverse."""
+    end = np.array([eos_id], np.int32)
+    return np.concatenate([end, tokens]), np.concatenate([tokens, end])

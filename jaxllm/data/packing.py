@@ -1,0 +1,95 @@
+"""Examples of an encoder-decoder packed into rows of two fixed lengths, with segment ids on both sides.
+
+A row holds as many whole examples as fit on both sides; none is split or shortened. Segment ids count from 1 and are
+equal for the inputs and the targets of one example, so that one comparison masks self- and cross-attention alike;
+0 is padding. Relative positions inside a segment are plain differences, so that no positions are needed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxllm.data import DataError
+from jaxllm.data.objectives import Pairs
+
+Batch = dict[str, np.ndarray]
+
+
+def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_id: int) -> Batch:
+    """Rows [n, inputs_length] and [n, targets_length] that hold every example once.
+
+    Decoder tokens are the targets shifted right inside each example, beginning with `start_id`.
+
+    Raises:
+        DataError: when an example is longer than a row.
+    """
+    sizes = np.stack([pairs.input_lengths, pairs.target_lengths], axis=1)
+    room = np.array([inputs_length, targets_length])
+    if (sizes > room).any():
+        longest = sizes.max(axis=0)
+        raise DataError(
+            f"an example of {longest[0]} inputs or {longest[1]} targets does not fit a row of {inputs_length} and "
+            f"{targets_length}; raise data.sequence_length or data.target_length"
+        )
+    row = first_fit(sizes, room)
+    segment, offsets = _slots(row, sizes)
+    count = int(row.max(initial=-1)) + 1
+    shifted = np.roll(pairs.targets, 1)
+    shifted[np.cumsum(pairs.target_lengths) - pairs.target_lengths] = start_id
+    source = _places(row * inputs_length + offsets[:, 0], pairs.input_lengths)
+    target = _places(row * targets_length + offsets[:, 1], pairs.target_lengths)
+
+    def spread(place: np.ndarray, width: int, values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
+        out = np.zeros(count * width, dtype)
+        out[place] = values
+        return out.reshape(count, width)
+
+    return {
+        "encoder_tokens": spread(source, inputs_length, pairs.inputs),
+        "encoder_segment_ids": spread(source, inputs_length, np.repeat(segment, pairs.input_lengths)),
+        "decoder_tokens": spread(target, targets_length, shifted),
+        "decoder_segment_ids": spread(target, targets_length, np.repeat(segment, pairs.target_lengths)),
+        "targets": spread(target, targets_length, pairs.targets),
+        "weights": spread(target, targets_length, np.ones(1, np.float32), np.float32),
+    }
+
+
+def unpack_pairs(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets of every example of packed rows, row by row: the inverse of `pack_pairs`, up to the order."""
+    found = []
+    for row in range(len(batch["targets"])):
+        inside = batch["encoder_segment_ids"][row], batch["decoder_segment_ids"][row]
+        for segment in range(1, inside[0].max(initial=0) + 1):
+            inputs = batch["encoder_tokens"][row][inside[0] == segment]
+            found.append((inputs, batch["targets"][row][inside[1] == segment]))
+    return found
+
+
+def first_fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """The row of each example, [n]: the largest first, each into the first row with room on both sides."""
+    rows = np.zeros(len(sizes), np.int64)
+    free = np.tile(room, (len(sizes), 1))
+    used = 0
+    for i in np.argsort(-(sizes / room).max(axis=1), kind="stable"):
+        fits = (free[:used] >= sizes[i]).all(axis=1)
+        rows[i] = fits.argmax() if fits.any() else used
+        used = max(used, rows[i] + 1)
+        free[rows[i]] -= sizes[i]
+    return rows
+
+
+def _slots(row: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of each example in its row, from 1, and where it begins on both sides."""
+    order = np.argsort(row, kind="stable")
+    first = np.searchsorted(row[order], row[order])  # where the row of each begins, in this order
+    before = np.cumsum(sizes[order], axis=0) - sizes[order]
+    segment, offsets = np.empty(len(row), np.int32), np.empty_like(sizes)
+    segment[order] = np.arange(len(row)) - first + 1
+    offsets[order] = before - before[first]
+    return segment, offsets
+
+
+def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[i], starts[i] + 1, ... for each i, `lengths[i]` of them, joined."""
+    begin = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - begin, lengths)

@@ -1,0 +1,211 @@
+"""How each objective turns documents into rows: what is cut where, what is hidden, what the loss expects.
+
+One `Recipe` per objective; the pipeline runs any of them and knows none. A decoder row is (tokens, positions,
+segment_ids, targets, weights); an encoder-decoder row is what `pack_pairs` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.config import DataConfig
+from jaxllm.data import DataError
+from jaxllm.data.objectives import (
+    UL2,
+    Denoiser,
+    Lengths,
+    Pairs,
+    causal,
+    denoise,
+    fill_spans,
+    join_prefix,
+    noise_of,
+    prefix_lm,
+    solve_lengths,
+)
+from jaxllm.data.packing import Batch, pack_pairs
+from jaxllm.data.sources import field
+from jaxllm.data.tokenizer import Tokenizer
+
+# Examples in a stretch of text that is cut, hidden and packed at once: enough to pack well and to vectorise over.
+_EXAMPLES_AT_ONCE = 64
+
+
+class Recipe(NamedTuple):
+    """How an objective turns documents into rows.
+
+    Attributes:
+        encode: record -> arrays of one document.
+        cut: length at which joined documents are cut, by array; None leaves documents whole, in groups.
+        expand: one such cut (or list of documents) and a generator -> rows, arrays [n, ...].
+        restore: inputs and targets of one example -> its text as tokens; None where nothing is hidden.
+        lengths: tokens of a row: of the encoder (or the decoder-only model), and of the decoder (or 0).
+    """
+
+    encode: Callable[[dict[str, Any]], Batch]
+    cut: dict[str, int] | None
+    expand: Callable[[Any, np.random.Generator], Batch]
+    restore: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+    lengths: tuple[int, int]
+
+
+def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
+    """Next-token prediction: each document is (end, t1..tn) -> (t1..tn, end), so nothing crosses documents."""
+    del start_id
+
+    def encode(record: dict[str, Any]) -> Batch:
+        tokens, targets = causal(tokenizer.encode(field(record, config.text_key)), eos_id=tokenizer.eos_id)
+        return {"tokens": tokens, "targets": targets}
+
+    length = config.sequence_length
+
+    def expand(packed: Batch, rng: np.random.Generator) -> Batch:
+        del rng
+        packed = {name: value.reshape(-1, length) for name, value in packed.items()}
+        packed = {name: value[packed["tokens_segment_ids"][:, 0] > 0] for name, value in packed.items()}
+        segments, positions = packed["tokens_segment_ids"], packed["tokens_positions"]
+        inside = segments > 0
+        # A row starts anew: its first document is number 1, from position 0.
+        began = np.where(segments == segments[:, :1], positions[:, :1], 0)
+        return {
+            "tokens": packed["tokens"],
+            "targets": packed["targets"],
+            "positions": np.where(inside, positions - began, 0),
+            "segment_ids": np.where(inside, segments - segments[:, :1] + 1, 0),
+            "weights": inside.astype(np.float32),
+        }
+
+    cut = _EXAMPLES_AT_ONCE * length
+    return Recipe(encode, {"tokens": cut, "targets": cut}, expand, None, (length, 0))
+
+
+def span_corruption_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
+    """T5's objective: documents joined without a mark between them, as the reference does."""
+    denoiser = Denoiser(config.noise_density, config.mean_span_length)
+    return _denoising(config, tokenizer, start_id, (denoiser,))
+
+
+def ul2_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
+    """UL2's mixture of seven denoisers; the mode is text before the inputs, as in its released checkpoints."""
+    return _denoising(config, tokenizer, start_id, UL2)
+
+
+def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoisers: Sequence[Denoiser]) -> Recipe:
+    sentinels, eos = tokenizer.sentinel_ids, tokenizer.eos_id
+    modes = [tokenizer.encode(each.mode) for each in denoisers]
+    made = [_example_lengths(config, each, len(mode)) for each, mode in zip(denoisers, modes, strict=True)]
+    needed = max(noise_of(lengths.raw, each).spans for lengths, each in zip(made, denoisers, strict=True))
+    if needed > len(sentinels):
+        raise DataError(
+            f"objective {config.objective} hides up to {needed} spans in an example, the tokenizer has "
+            f"{len(sentinels)} sentinels (<extra_id_0> and on); use a tokenizer with more, lower data.example_length "
+            f"or data.noise_density, or raise data.mean_span_length"
+        )
+    raw = [lengths.raw for lengths in made]
+    rows = (config.sequence_length, config.target_length or max(lengths.targets for lengths in made))
+    by_mode = sorted((mode for mode in modes if len(mode)), key=len, reverse=True)
+
+    def encode(record: dict[str, Any]) -> Batch:
+        tokens = tokenizer.encode(field(record, config.text_key))
+        found = np.isin(tokens, sentinels)
+        if found.any():
+            raise DataError(
+                f"the tokenizer reads {tokenizer.decode(tokens[found][:1])!r} in a document as a sentinel, which "
+                f"makes hidden spans ambiguous; mark it as a special token in tokenizer.json"
+            )
+        return {"tokens": tokens}
+
+    def expand(piece: Batch, rng: np.random.Generator) -> Batch:
+        text = piece["tokens"][piece["tokens_segment_ids"] > 0]
+        pairs = denoise(rng, text, denoisers, raw=raw, modes=modes, sentinels=sentinels, eos_id=eos)
+        return pack_pairs(pairs, inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
+
+    def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        mode = next((mode for mode in by_mode if np.array_equal(inputs[: len(mode)], mode)), inputs[:0])
+        return fill_spans(inputs[len(mode) :], targets, sentinels=sentinels, eos_id=eos)
+
+    return Recipe(encode, {"tokens": _EXAMPLES_AT_ONCE * max(raw)}, expand, restore, rows)
+
+
+def _example_lengths(config: DataConfig, denoiser: Denoiser, mode_length: int) -> Lengths:
+    """The longest example of a denoiser that fits a row and `data.example_length`."""
+    inputs = config.sequence_length - mode_length
+    best = solve_lengths(denoiser, inputs=inputs, targets=config.target_length)
+    if config.objective == "span_corruption" and config.example_length is None:
+        exact = solve_lengths(denoiser, inputs=inputs)
+        if config.target_length is not None and config.target_length < exact.targets:
+            raise DataError(
+                f"span corruption of {exact.raw} tokens makes {exact.inputs} inputs and {exact.targets} targets, "
+                f"data.target_length is {config.target_length}; set it to {exact.targets} or null, or set "
+                f"data.example_length to {best.raw} for shorter examples"
+            )
+    return best if config.example_length is None else best._replace(raw=min(best.raw, config.example_length))
+
+
+def prefix_lm_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
+    """The beginning of a stretch of text as inputs, the rest as targets; cut at a uniformly drawn place."""
+    eos = tokenizer.eos_id
+    rows = (config.sequence_length, config.target_length or config.sequence_length)
+    raw = min(*rows, config.example_length or rows[0])
+
+    def encode(record: dict[str, Any]) -> Batch:
+        return {"tokens": tokenizer.encode(field(record, config.text_key))}
+
+    def expand(piece: Batch, rng: np.random.Generator) -> Batch:
+        text = piece["tokens"][piece["tokens_segment_ids"] > 0]
+        whole = len(text) // raw * raw
+        pairs = [prefix_lm(rng, text[:whole].reshape(-1, raw), eos_id=eos)]
+        if whole < len(text):
+            pairs.append(prefix_lm(rng, text[None, whole:], eos_id=eos))
+        joined = Pairs(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
+        return pack_pairs(joined, inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
+
+    def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return join_prefix(inputs, targets, eos_id=eos)
+
+    return Recipe(encode, {"tokens": _EXAMPLES_AT_ONCE * raw}, expand, restore, rows)
+
+
+def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
+    """Pairs of the fields text_key and target_key; each ends in the end token."""
+    target_key = config.target_key
+    if target_key is None:
+        raise DataError("objective seq2seq needs data.target_key, the field that holds the answer")
+    keys = {"inputs": config.text_key, "targets": target_key}
+    rows = (config.sequence_length, config.target_length or config.sequence_length)
+    room = dict(zip(keys, rows, strict=True))
+    end = np.array([tokenizer.eos_id], np.int32)
+
+    def encode(record: dict[str, Any]) -> Batch:
+        document = {side: tokenizer.encode(field(record, key)) for side, key in keys.items()}
+        for side, tokens in document.items():
+            if len(tokens) >= room[side] and config.too_long == "stop":
+                length = "sequence_length" if side == "inputs" else "target_length"
+                raise DataError(
+                    f"the {keys[side]!r} of a pair has {len(tokens)} tokens and an end, data.{length} is {room[side]} "
+                    f"({tokenizer.decode(tokens[:12])!r}...); raise it, or set data.too_long=truncate"
+                )
+            document[side] = np.concatenate([tokens[: room[side] - 1], end])
+        return document
+
+    def expand(documents: list[Batch], rng: np.random.Generator) -> Batch:
+        del rng
+        sides = []
+        for side in keys:
+            sides.append(np.concatenate([document[side] for document in documents]))
+            sides.append(np.array([len(document[side]) for document in documents]))
+        return pack_pairs(Pairs(*sides), inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
+
+    return Recipe(encode, None, expand, None, rows)
+
+
+RECIPES: dict[str, Callable[[DataConfig, Tokenizer, int], Recipe]] = {
+    "causal": causal_recipe,
+    "span_corruption": span_corruption_recipe,
+    "ul2": ul2_recipe,
+    "prefix_lm": prefix_lm_recipe,
+    "seq2seq": seq2seq_recipe,
+}
