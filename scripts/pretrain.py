@@ -29,8 +29,10 @@ def main() -> int:
         print(dump_config(config), end="")
         return 0
     from jaxllm.training.console import training_console
+    from jaxllm.training.device import prepare_process
     from jaxllm.training.trainer import TrainingStopped, pretrain
 
+    prepare_process()
     with training_console(config):
         try:
             pretrain(config)

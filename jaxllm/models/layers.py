@@ -152,8 +152,13 @@ def _rematerialised(layer: Callable[..., Array], remat: str) -> Callable[..., Ar
     if remat == "none":
         return layer
     policy = {
-        "elementwise": policies.save_only_these_names(*_SAVED),
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "elementwise": policies.save_from_both_policies(policies.save_only_these_names(*_SAVED), _is_fused_attention),
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _is_fused_attention),
         "full": policies.nothing_saveable,
     }[remat]
     return jax.checkpoint(layer, policy=policy)
+
+
+def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A fused kernel's output and softmax statistics: neither a dot nor named, and without them it would run twice."""
+    return primitive.name.startswith("dot_product_attention_fwd")

@@ -1,4 +1,4 @@
-"""Floating-point work of a model, peaks of devices, and the record of a run (JSONL, TensorBoard, a PNG).
+"""Floating-point work of a model, and the record of a run (JSONL, TensorBoard, a PNG).
 
 The formulas count what the algorithm needs: recomputation and the embedding lookup are not work. JSONL is the record;
 everything else can be made from it.
@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import LlamaConfig, T5Config
-
-# Dense bfloat16 matmul peaks by datasheet, by a part of jax's device_kind.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12}
 
 
 class Flops(NamedTuple):
@@ -57,11 +54,6 @@ def _t5_flops(c: T5Config, batch: int, source: int, target: int) -> Flops:
     self_attention = c.num_decoder_layers * target**2
     scale = 12.0 * inner * batch
     return Flops(weights + scale * (cross + self_attention / 2), weights + scale * (cross + self_attention), weights)
-
-
-def device_peak(kind: str) -> float | None:
-    """Peak FLOP/s of a device by its name, or None where no datasheet figure applies (CPUs)."""
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
 
 
 class MetricsWriter:

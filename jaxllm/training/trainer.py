@@ -22,9 +22,12 @@ from jaxllm.config import RunConfig
 from jaxllm.data.pipeline import Pipeline, build_pipeline
 from jaxllm.models import build, count_params, init_params
 from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.compiled import CompiledOnce
+from jaxllm.training.device import detect_device
+from jaxllm.training.fit import announce_fit
 from jaxllm.training.initial_params import load_initial_params
 from jaxllm.training.loss import build_loss
-from jaxllm.training.metrics import MetricsWriter, device_peak, plot_curve, train_flops
+from jaxllm.training.metrics import MetricsWriter, plot_curve, train_flops
 from jaxllm.training.optimizer import build_optimizer, build_schedule
 from jaxllm.training.precision import compute_dtype
 from jaxllm.training.run_folder import open_run_folder
@@ -113,8 +116,9 @@ class _Run:
         optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
         loss = build_loss(self.model, training)
         step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=self.dtype)
-        self._train_step = jax.jit(step, donate_argnums=0)
-        self._eval_step = jax.jit(make_eval_step(loss, dtype=self.dtype))
+        self._train_step = CompiledOnce(step, name="train step", donate_argnums=0)
+        self._eval_step = CompiledOnce(make_eval_step(loss, dtype=self.dtype), name="evaluation step")
+        announce_fit(config, optimizer, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
         self.resumed_from = 0
@@ -284,7 +288,7 @@ class _Meter:
             config.model, batch=batch, length=data.sequence_length, target_length=data.target_length or 0
         )
         self._flops = flops
-        self._peak = device_peak(jax.devices()[0].device_kind)
+        self._peak = detect_device().flops
         self._reset()
 
     def _reset(self) -> None:

@@ -1,0 +1,57 @@
+"""A step that is compiled once, so that a recompilation cannot happen unseen.
+
+jit would compile again for every new shape or dtype, for minutes and without a word. Here the first call compiles, and
+an argument that differs later is refused by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import jax
+
+_log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class RecompilationError(RuntimeError):
+    """A step was given arguments of another shape, dtype or structure than it was compiled for."""
+
+
+class CompiledOnce(Generic[P, R]):
+    """A pure function behind one executable, compiled for the arguments of its first call."""
+
+    def __init__(self, function: Callable[P, R], *, name: str, **options: Any) -> None:
+        """`name` is for messages; `options` are those of `jax.jit`, such as donate_argnums."""
+        self._jitted = jax.jit(function, **options)
+        self._name = name
+        self._executable: jax.stages.Compiled | None = None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs the executable.
+
+        Raises:
+            RecompilationError: naming the argument that changed.
+        """
+        if self._executable is None:
+            self._executable = self._compile(*args, **kwargs)
+        try:
+            return self._executable(*args, **kwargs)
+        except TypeError as error:
+            raise RecompilationError(
+                f"the {self._name} was compiled for other arguments; batches must keep their shapes and dtypes. {error}"
+            ) from error
+
+    def _compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
+        start = time.perf_counter()
+        executable = self._jitted.lower(*args, **kwargs).compile()
+        seconds = time.perf_counter() - start
+        memory = executable.memory_analysis()
+        size = 0.0 if memory is None else (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
+        _log.info("%s compiled in %.1f s, %.2f GB with its arguments", self._name, seconds, size)
+        return executable

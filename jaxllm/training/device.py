@@ -1,0 +1,86 @@
+"""The accelerator of a run: what it is and can do, and the settings that must be made before jax opens it.
+
+An XLA flag that a release does not know aborts the process, so flags are tried in another process first, and only
+scripts call `prepare_process`; importing jaxllm changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+# Datasheet figures by a part of jax's device_kind: dense bfloat16 FLOP/s and memory bytes/s.
+_PEAKS = {
+    "H200": (989e12, 4.8e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.04e12),
+    "L40S": (362e12, 0.86e12),
+    "A10": (125e12, 0.6e12),
+    "L4": (121e12, 0.3e12),
+}
+
+# What JAX's guide to GPU performance recommends for one device; benchmarks/gpu measures with and without.
+TRAIN_FLAGS = ("--xla_gpu_triton_gemm_any=true",)
+# Whole decode loops as CUDA graphs; not set by any script, measured by benchmarks/gpu.
+DECODE_FLAGS = (
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+    "--xla_gpu_graph_min_graph_size=1",
+)
+
+
+class Device(NamedTuple):
+    """One accelerator.
+
+    Attributes:
+        kind: jax's name of it.
+        count: how many of them there are.
+        memory: bytes that this process may use on each; None where the platform does not say (CPU).
+        flops: peak bfloat16 FLOP/s by datasheet, None where none applies.
+        bandwidth: peak memory bytes/s by datasheet.
+    """
+
+    kind: str
+    count: int
+    memory: int | None
+    flops: float | None
+    bandwidth: float | None
+
+
+def detect_device() -> Device:
+    """The default devices of this process."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    flops, bandwidth = next((peaks for name, peaks in _PEAKS.items() if name in kind), (None, None))
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return Device(kind, len(devices), memory, flops, bandwidth)
+
+
+def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
+    """Lets jax take most of a GPU's memory and sets the flags that its XLA accepts; a no-op without an NVIDIA GPU.
+
+    What the environment already says stays. Call it before jax opens its devices.
+    """
+    if not Path("/dev/nvidia0").exists():
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    accepted = accepted_flags(flags)
+    os.environ["XLA_FLAGS"] = " ".join([*accepted, os.environ.get("XLA_FLAGS", "")]).strip()
+
+
+def accepted_flags(flags: Sequence[str]) -> tuple[str, ...]:
+    """Those of `flags` with which a process that compiles something survives."""
+    if not flags or _survives(flags):
+        return tuple(flags)
+    return tuple(flag for flag in flags if _survives([flag]))
+
+
+def _survives(flags: Sequence[str]) -> bool:
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-c", "import jax; jax.jit(lambda x: x + 1)(1.0)"]
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0

@@ -1,0 +1,160 @@
+"""Whether a run fits into the device's memory, from abstract shapes, before anything is allocated.
+
+Parameters, moments and gradients are counted leaf by leaf. Activations are what the traced backward pass asks the
+forward pass to keep, so the remat policy is in them. XLA may fuse some of it away: the estimate errs on the safe side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import Var
+
+from jaxllm.config import LlamaConfig, RunConfig
+from jaxllm.models import abstract_params, build
+from jaxllm.training.device import Device
+from jaxllm.training.loss import build_loss
+from jaxllm.training.precision import cast_floating, compute_dtype
+
+_log = logging.getLogger(__name__)
+
+
+class FitError(ValueError):
+    """A run that is too large for its device; the message says what to change."""
+
+
+class Fit(NamedTuple):
+    """Bytes that a run needs on each device.
+
+    Attributes:
+        parameters: float32 masters and their copy in the compute dtype.
+        moments: the optimizer's state.
+        gradients: one set in the compute dtype, and float32 sums when microbatches are accumulated.
+        activations: kept for the backward pass of one microbatch, and one layer's share again while it is used.
+        logits: the chunk of the vocabulary loss, as logits, probabilities and gradient.
+    """
+
+    parameters: int
+    moments: int
+    gradients: int
+    activations: int
+    logits: int
+
+    def table(self) -> str:
+        """The parts and their sum in one line."""
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self._asdict().items())
+        return f"{parts}; {sum(self) / 1e9:.1f} GB in all"
+
+
+def estimate_fit(config: RunConfig, optimizer: optax.GradientTransformation, *, devices: int = 1) -> Fit:
+    """Memory of a run on each of `devices`, which share parameters, moments and the rows of a batch."""
+    training, dtype = config.training, compute_dtype(config.precision)
+    params = abstract_params(build(config.model, dtype=dtype))
+    compute = jax.eval_shape(lambda tree: cast_floating(tree, dtype), params)
+    rows = -(-training.batch_size // (training.accumulation * devices))
+    masters, copy = tree_bytes(params), tree_bytes(compute)
+    size = jnp.dtype(dtype).itemsize
+    return Fit(
+        parameters=(masters + (copy if copy != masters else 0)) // devices,
+        moments=tree_bytes(jax.eval_shape(optimizer.init, params)) // devices,
+        gradients=(copy + (masters if training.accumulation > 1 else 0)) // devices,
+        activations=_activations(config, rows),
+        logits=min(training.loss_chunk, rows * _target_length(config)) * config.model.vocab_size * (8 + size),
+    )
+
+
+def announce_fit(config: RunConfig, optimizer: optax.GradientTransformation, device: Device) -> None:
+    """Logs the estimate and refuses a run that is too large; silent for devices that don't know their memory (CPUs)."""
+    if device.memory is None:
+        return
+    fit = estimate_fit(config, optimizer, devices=device.count)
+    _log.info("%d x %s with %.1f GB; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
+    check_fit(fit, limit=device.memory)
+
+
+def check_fit(fit: Fit, *, limit: int) -> None:
+    """Refuses what exceeds `limit` bytes.
+
+    Raises:
+        FitError: with the parts and what makes the largest of them smaller.
+    """
+    if sum(fit) <= limit:
+        return
+    advice = {
+        "activations": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
+        "moments": "set optimizer.moment_dtype=bfloat16 or optimizer.name=adafactor",
+        "logits": "lower training.loss_chunk",
+        "parameters": "choose a smaller model",
+        "gradients": "choose a smaller model, or training.accumulation=1 if its activations then fit",
+    }
+    largest = sorted(fit._asdict().items(), key=lambda part: -part[1])[:2]
+    raise FitError(
+        f"this run needs about {sum(fit) / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB: {fit.table()}. "
+        + "; ".join(f"{name}: {advice[name]}" for name, _ in largest)
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all leaves, abstract or not."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def abstract_batch(config: RunConfig, *, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of `rows` rows."""
+
+    def field(length: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, length), dtype)
+
+    length, targets = config.data.sequence_length, _target_length(config)
+    batch = {"targets": field(targets), "weights": field(targets, jnp.float32)}
+    if isinstance(config.model, LlamaConfig):
+        return {**batch, **{name: field(length) for name in ("tokens", "positions", "segment_ids")}}
+    encoder = {f"encoder_{name}": field(length) for name in ("tokens", "segment_ids")}
+    return {**batch, **encoder, **{f"decoder_{name}": field(targets) for name in ("tokens", "segment_ids")}}
+
+
+def _target_length(config: RunConfig) -> int:
+    if isinstance(config.model, LlamaConfig):
+        return config.data.sequence_length
+    return config.data.target_length or config.data.sequence_length
+
+
+def _activations(config: RunConfig, rows: int) -> int:
+    layer = _kept(_with(config, remat="none", layers="scan", num_layers=2), rows) - _kept(
+        _with(config, remat="none", layers="scan", num_layers=1), rows
+    )
+    return _kept(config, rows) + max(layer, 0)
+
+
+def _with(config: RunConfig, **changes: Any) -> RunConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def _kept(config: RunConfig, rows: int) -> int:
+    """Bytes that the backward pass of a microbatch needs beyond its arguments."""
+    dtype = compute_dtype(config.precision)
+    model = build(config.model, dtype=dtype)
+    loss = build_loss(model, config.training)
+    params = jax.eval_shape(lambda tree: cast_floating(tree, dtype), abstract_params(model))
+    return residual_bytes(
+        lambda tree, batch: loss(tree, batch, jax.random.key(0)).loss, params, abstract_batch(config, rows=rows)
+    )
+
+
+def residual_bytes(function: Callable[[Any, Any], jax.Array], params: Any, batch: Any) -> int:
+    """Bytes of what `jax.vjp` of a function keeps, the arguments themselves left out."""
+
+    def kept(tree: Any, data: Any) -> Any:
+        return jax.vjp(lambda part: function(part, data), tree)[1]
+
+    closed, shapes = jax.make_jaxpr(kept, return_shape=True)(params, batch)
+    inputs = set(closed.jaxpr.invars)
+    outputs = zip(closed.jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
+    kept_once = {var: shape for var, shape in outputs if isinstance(var, Var) and var not in inputs}
+    return tree_bytes(list(kept_once.values()))

@@ -1,0 +1,61 @@
+"""What the structure tests look at: abstract programs of a run, and counts over jaxprs and lowered text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from jaxllm.config import RunConfig
+from jaxllm.models import abstract_params, build
+from jaxllm.training.fit import abstract_batch
+from jaxllm.training.loss import build_loss
+from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.precision import compute_dtype
+from jaxllm.training.train_step import init_train_state, make_train_step
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this process choose and lower what a Hopper GPU with cuDNN 9.10 would get."""
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo."
+    monkeypatch.setattr(cudnn + "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn + "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def traced_train_step(config: RunConfig) -> Any:
+    """The train step of a run on abstract arguments; nothing is allocated."""
+    dtype = compute_dtype(config.precision)
+    model = build(config.model, dtype=dtype)
+    rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
+    loss = build_loss(model, config.training)
+    step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype)
+    state = jax.eval_shape(lambda p: init_train_state(p, rule, jax.random.key(0)), abstract_params(model))
+    batch = abstract_batch(config, rows=config.training.batch_size)
+    return jax.jit(step, donate_argnums=0).trace(state, batch)
+
+
+def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """All equations with how often they run; loops of unknown length and branches are refused."""
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, list(jaxprs_in_params(equation.params))
+        yield equation, times
+        if inner and name in ("while", "cond"):
+            raise ValueError(f"{name} holds a program that runs an unknown number of times")
+        for part in inner:
+            yield from equations(part, times * equation.params.get("length", 1) if name == "scan" else times)
+
+
+def dot_flops(jaxpr: Any) -> int:
+    """Multiplications and additions of all matrix products."""
+    total = 0
+    for equation, times in equations(jaxpr):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * times * math.prod(left[i] for i in contracted) * equation.outvars[0].aval.size
+    return total

@@ -1,0 +1,38 @@
+"""The published FLOP formulas are the matrix products of the traced step, exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from jaxllm.config import DataConfig, LlamaConfig, RunConfig, TrainingConfig
+from jaxllm.training.metrics import train_flops
+from tests.structure.programs import dot_flops, traced_train_step
+
+
+def run(model: LlamaConfig, length: int) -> RunConfig:
+    training = TrainingConfig(batch_size=4, accumulation=2, loss_chunk=2 * length // 4)
+    return RunConfig(model=model, data=DataConfig(sequence_length=length), training=training)
+
+
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_llama_formula_is_the_dot_count(tiny: LlamaConfig, layers: str, kv_heads: int) -> None:
+    model = dataclasses.replace(tiny, layers=layers, num_kv_heads=kv_heads, head_dim=10, attention="reference")
+    config = run(model, 16)
+    counted = dot_flops(traced_train_step(config).jaxpr.jaxpr)
+    flops = train_flops(model, batch=4, length=16)
+    assert counted == flops.full
+    # The causal figure leaves out half of the attention.
+    assert flops.full - flops.causal == flops.causal - flops.weights
+
+
+def test_elementwise_remat_repeats_only_the_scores(tiny: LlamaConfig) -> None:
+    counts = {}
+    for remat in ("none", "elementwise", "full"):
+        model = dataclasses.replace(tiny, remat=remat, attention="reference")
+        counts[remat] = dot_flops(traced_train_step(run(model, 16)).jaxpr.jaxpr)
+    scores = 2 * (4 * 4 * 16 * 16 * 8) * 3  # of 4 rows, 4 heads and 3 layers; the weights are not kept
+    assert counts["elementwise"] == counts["none"] + scores
+    assert counts["full"] > counts["elementwise"]
