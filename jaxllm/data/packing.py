@@ -55,13 +55,17 @@ def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_i
 
 
 def unpack_pairs(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets of every example of packed rows, row by row: the inverse of `pack_pairs`, up to the order."""
+    """Inputs and targets of every example of packed rows, row by row: the inverse of `pack_pairs`, up to the order.
+
+    Of decoder-only rows, the tokens and targets of every document.
+    """
     found = []
-    for row in range(len(batch["targets"])):
-        inside = batch["encoder_segment_ids"][row], batch["decoder_segment_ids"][row]
-        for segment in range(1, inside[0].max(initial=0) + 1):
-            inputs = batch["encoder_tokens"][row][inside[0] == segment]
-            found.append((inputs, batch["targets"][row][inside[1] == segment]))
+    tokens = batch["encoder_tokens"] if "encoder_tokens" in batch else batch["tokens"]
+    sides = [batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids") if name in batch]
+    sides = sides or [batch["segment_ids"]] * 2
+    for row, (left, right) in enumerate(zip(*sides, strict=True)):
+        segments = range(1, left.max(initial=0) + 1)
+        found += [(tokens[row][left == segment], batch["targets"][row][right == segment]) for segment in segments]
     return found
 
 

@@ -28,7 +28,7 @@ from grain.experimental import (
     WindowShuffleIterDataset,
 )
 
-from jaxllm.config import DataConfig
+from jaxllm.config import DataConfig, RunConfig
 from jaxllm.data import DataError
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import RECIPES
@@ -126,6 +126,17 @@ class Pipeline:
         for _, batch in zip(range(count), batches, strict=False):
             yield {name: _pad_rows(value, self._batch_size) for name, value in batch.items()}
 
+    def once(self, documents: int) -> Iterator[Batch]:
+        """Batches made of the first training documents, each used once; the last may hold fewer rows."""
+        chosen = grain.MapDataset.source(self._source.train)[:documents]
+        return iter(self._rows(chosen, seed=0).batch(self._batch_size, drop_remainder=False))
+
+    def tokens(self, documents: int) -> Iterator[np.ndarray]:
+        """Tokens of the same documents, before the objective does anything; of pairs, both fields."""
+        keys = [key for key in (self._config.text_key, self._config.target_key) if key is not None]
+        for i in range(min(documents, len(self._source.train))):
+            yield from (self.tokenizer.encode(field(self._source.train[i], key)) for key in keys)
+
     def baselines(self) -> dict[str, float]:
         """Bits per byte of the validation text under two models that know no order, or no other text.
 
@@ -166,6 +177,18 @@ class Pipeline:
 
 _XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 _SAMPLE_DOCUMENTS = 400
+
+
+def open_run_pipeline(config: RunConfig, run_dir: Path) -> Pipeline:
+    """The pipeline of a run on one process; raises what `build_pipeline` does."""
+    return build_pipeline(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        run_dir=run_dir,
+        decoder_start_id=config.model.decoder_start_id if config.model.family == "t5" else 0,
+    )
 
 
 def build_pipeline(

@@ -18,6 +18,7 @@ from jaxllm.data.objectives import (
     Denoiser,
     Lengths,
     Pairs,
+    before_end,
     causal,
     denoise,
     fill_spans,
@@ -41,14 +42,14 @@ class Recipe(NamedTuple):
         encode: record -> arrays of one document.
         cut: length at which joined documents are cut, by array; None leaves documents whole, in groups.
         expand: one such cut (or list of documents) and a generator -> rows, arrays [n, ...].
-        restore: inputs and targets of one example -> its text as tokens; None where nothing is hidden.
+        restore: inputs and targets of one example -> its text as tokens.
         lengths: tokens of a row: of the encoder (or the decoder-only model), and of the decoder (or 0).
     """
 
     encode: Callable[[dict[str, Any]], Batch]
     cut: dict[str, int] | None
     expand: Callable[[Any, np.random.Generator], Batch]
-    restore: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+    restore: Callable[[np.ndarray, np.ndarray], np.ndarray]
     lengths: tuple[int, int]
 
 
@@ -78,8 +79,12 @@ def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Re
             "weights": inside.astype(np.float32),
         }
 
+    def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        del inputs
+        return before_end(targets, tokenizer.eos_id)
+
     cut = _EXAMPLES_AT_ONCE * length
-    return Recipe(encode, {"tokens": cut, "targets": cut}, expand, None, (length, 0))
+    return Recipe(encode, {"tokens": cut, "targets": cut}, expand, restore, (length, 0))
 
 
 def span_corruption_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
@@ -199,7 +204,10 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
             sides.append(np.array([len(document[side]) for document in documents]))
         return pack_pairs(Pairs(*sides), inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
 
-    return Recipe(encode, None, expand, None, rows)
+    def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return join_prefix(inputs, targets, eos_id=tokenizer.eos_id)
+
+    return Recipe(encode, None, expand, restore, rows)
 
 
 RECIPES: dict[str, Callable[[DataConfig, Tokenizer, int], Recipe]] = {

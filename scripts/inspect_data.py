@@ -1,0 +1,55 @@
+"""Shows what a run's data looks like to its model: python scripts/inspect_data.py configs/t5_tiny.yaml --audit."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import logging
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+
+from jaxllm.config_file import ConfigError, load_config
+
+
+def main() -> int:
+    """Prints examples in colour, or the audit of a corpus."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file of the run, e.g. configs/t5_tiny.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. data.noise_density=0.3")
+    parser.add_argument("--examples", type=int, default=3, help="examples to print")
+    parser.add_argument("--audit", action="store_true", help="account for every token of many documents instead")
+    parser.add_argument("--documents", type=int, default=500, help="documents of the audit")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.WARNING)
+    from jaxllm.data import DataError
+    from jaxllm.data.inspect import audit, report, view
+    from jaxllm.data.packing import unpack_pairs
+    from jaxllm.data.pipeline import open_run_pipeline
+
+    console = Console()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        folder = Path(config.training.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(open_run_pipeline(config, folder)) as pipeline:
+            if arguments.audit:
+                console.print(report(audit(pipeline, documents=arguments.documents)))
+                return 0
+            examples = itertools.chain.from_iterable(unpack_pairs(batch) for batch in pipeline)
+            for inputs, targets in itertools.islice(examples, arguments.examples):
+                source = pipeline.recipe.restore(inputs, targets)
+                seen = view(inputs, targets, source=source, tokenizer=pipeline.tokenizer)
+                for title, text in zip(seen._fields, seen, strict=True):
+                    console.print(Panel(text, title=title, title_align="left"))
+    except (ConfigError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

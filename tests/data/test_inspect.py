@@ -1,0 +1,70 @@
+"""The audit tells a sound objective from one that drops tokens or draws spans by another law."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxllm.config import DataConfig
+from jaxllm.data.inspect import audit, report, total_variation, view
+from jaxllm.data.packing import unpack_pairs
+from jaxllm.data.pipeline import Pipeline, build_pipeline
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def pipeline(corpus: Path, tmp_path: Path) -> Pipeline:
+    config = DataConfig(source="files", path=str(corpus), objective="span_corruption", sequence_length=128)
+    return build_pipeline(config, vocab_size=420, batch_size=8, seed=0, run_dir=tmp_path)
+
+
+def test_a_sound_objective_drops_nothing_and_follows_the_law(pipeline: Pipeline) -> None:
+    found = audit(pipeline, documents=40)
+    assert (found.dropped, found.added) == (0, 0) and found.documents <= 40
+    assert found.tokens == sum(len(tokens) for tokens in pipeline.tokens(40))
+    assert found.density == pytest.approx(0.15, abs=0.005)
+    assert found.padding[0] < 0.05 and found.padding[1] < 0.05
+    assert sum(found.expected.values()) == pytest.approx(sum(found.spans.values()))
+    assert total_variation(found) < 0.06
+    assert report(found).row_count == 6 + 14
+
+
+def test_dropped_tokens_and_another_law_are_seen(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = pipeline.recipe.restore
+    pipeline.recipe = pipeline.recipe._replace(restore=lambda inputs, targets: restore(inputs, targets)[1:])
+    found = audit(pipeline, documents=20)
+    assert found.dropped == found.examples > 0
+
+    def regular(rng: np.random.Generator, rows: int, items: int, parts: int) -> np.ndarray:
+        del rng
+        sizes = np.full(parts, items // parts)
+        sizes[: items % parts] += 1
+        return np.tile(sizes, (rows, 1))
+
+    monkeypatch.setattr("jaxllm.data.objectives.compositions", regular)
+    assert total_variation(audit(pipeline, documents=20)) > 0.5
+
+
+def test_colours_agree_and_spell_the_text(pipeline: Pipeline) -> None:
+    for inputs, targets in unpack_pairs(next(pipeline.validation(1))):
+        source = pipeline.recipe.restore(inputs, targets)
+        seen = view(inputs, targets, source=source, tokenizer=pipeline.tokenizer)
+        assert seen.source.plain == pipeline.tokenizer.decode(source)
+        assert seen.inputs.plain == pipeline.tokenizer.decode(inputs)
+        assert seen.targets.plain == pipeline.tokenizer.decode(targets)
+        styles = [[str(span.style) for span in text.spans if span.style] for text in (seen.inputs, seen.targets)]
+        assert styles[0] == styles[1] and len(styles[0]) > 1
+
+
+def test_script_shows_and_audits(corpus: Path, tmp_path: Path) -> None:
+    settings = ["data.source=files", f"data.path={corpus}", f"training.run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, str(ROOT / "scripts" / "inspect_data.py"), str(ROOT / "configs" / "t5_tiny.yaml")]
+    shown = subprocess.run([*command, *settings, "--audit"], capture_output=True, text=True, check=True).stdout
+    assert "tokens dropped, added" in shown and "0, 0" in shown
+    wrong = subprocess.run([*command, "data.path=/nowhere"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "error:" in wrong.stderr and "Traceback" not in wrong.stderr
