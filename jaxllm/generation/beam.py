@@ -1,0 +1,244 @@
+"""Beam search with transformers' rules: which candidates finish, how they are scored, when a row can't improve.
+
+One compiled loop for both families. Beams of a prompt share its prefill; after each step the cache follows the chosen
+parents, from the first new token on. Reference: transformers/generation/utils.py, `_beam_search`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.generation.family import Decoder
+from jaxllm.generation.loop import GenerateState, ban_end, ended, segments, start
+from jaxllm.generation.requests import Settings, make_request
+from jaxllm.models import Model
+from jaxllm.models.cache import reorder_rows
+from jaxllm.ops.sampling import Sampling, process
+
+# What transformers adds to a score to rule a beam out; finite, so that sums stay ordered.
+_RULED_OUT = -1e9
+
+
+class Beam(NamedTuple):
+    """One finished beam.
+
+    Attributes:
+        tokens: new tokens, the end token included.
+        score: sum of log-probabilities / number of tokens ** length_penalty.
+    """
+
+    tokens: list[int]
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSettings:
+    """How a beam search is run; hashable, so that it can be a static argument.
+
+    Attributes:
+        beams: kept at every step.
+        length_penalty: exponent of the length that divides a score; above 0 favours long outputs.
+        early_stopping: True ends a row once `beams` have finished; False once the best running one, at its present
+            length, can't beat the worst finished; never, once it can't at the longest possible length.
+        returned: best beams to return of each row.
+    """
+
+    beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    returned: int = 1
+
+    def __post_init__(self) -> None:
+        if self.beams < 2:
+            raise ValueError(f"beams must be at least 2, got {self.beams}; one beam is a greedy generate")
+        if not 1 <= self.returned <= self.beams:
+            raise ValueError(f"returned must lie in 1..{self.beams} (beams), got {self.returned}")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping must be True, False or never, got {self.early_stopping!r}")
+
+
+class BeamState(NamedTuple):
+    """The carry of the search; rows of `decoding` are beams, next to each other per prompt.
+
+    Attributes:
+        decoding: cache, next logits and history of the running beams.
+        tokens: of the running beams [B, K, N].
+        scores: sums of log-probabilities of the running beams [B, K], best first.
+        done_tokens: of the best finished beams [B, K, N].
+        done_lengths: their lengths [B, K].
+        done_scores: their normalised scores [B, K], best first.
+        done: which of them exist [B, K].
+        improvable: rows that may still find a better beam [B].
+        ending: all candidates of the last step ended.
+    """
+
+    decoding: GenerateState
+    tokens: Int[Array, "B K N"]
+    scores: Float[Array, "B K"]
+    done_tokens: Int[Array, "B K N"]
+    done_lengths: Int[Array, "B K"]
+    done_scores: Float[Array, "B K"]
+    done: Bool[Array, "B K"]
+    improvable: Bool[Array, " B"]
+    ending: Bool[Array, ""]
+
+
+def beam_search(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    search: BeamSettings,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    cache_dtype: str | None = None,
+) -> list[list[Beam]]:
+    """The best beams of each prompt, best first; arguments as `generate`.
+
+    Raises:
+        ValueError: as `generate`, or when there are fewer tokens than candidates.
+    """
+    candidates = max(2, 1 + len(eos_ids)) * search.beams
+    if candidates > search.beams * model.config.vocab_size:
+        raise ValueError(f"{candidates} candidates exceed {search.beams} beams of {model.config.vocab_size} tokens")
+    request = make_request(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens),
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        cache_dtype=cache_dtype,
+        wraps=False,
+    )
+    r, settings = request, request.settings._replace(samples=search.beams)
+    out = _search(r.decoder, settings, search, r.params, r.tokens, r.lengths, r.keys, r.limit)
+    tokens, lengths, scores = (np.asarray(x)[:, : search.returned].tolist() for x in out)
+    return [
+        [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]
+        for row in zip(tokens, lengths, scores, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _search(
+    decoder: Decoder,
+    settings: Settings,
+    search: BeamSettings,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    keys: Array,
+    limit: Array,
+) -> tuple[Array, Array, Array]:
+    context, decoding = start(decoder, settings, params, tokens, lengths, keys)
+    state = _init(decoding, search.beams, settings)
+
+    for attended, until in segments(settings.plan, 1):
+
+        def unfinished(state: BeamState, until: int = until) -> Array:
+            open_beams = ~(jnp.all(state.done) & (search.early_stopping is True))
+            more = state.decoding.count < jnp.minimum(until, limit)
+            return more & jnp.any(state.improvable) & open_beams & ~state.ending
+
+        def body(state: BeamState, attended: int = attended) -> BeamState:
+            new, chosen = _select(state, settings, search, limit)
+            d = new.decoding
+            logits, cache = decoder.step(params, context, d.cache, chosen, d.positions, settings.plan, attended)
+            decoding = d._replace(cache=cache, logits=logits, positions=d.positions + 1)
+            return new._replace(decoding=decoding)
+
+        state = jax.lax.while_loop(unfinished, body, state)
+    return state.done_tokens, state.done_lengths, state.done_scores
+
+
+def _init(decoding: GenerateState, beams: int, settings: Settings) -> BeamState:
+    rows = decoding.positions.shape[0] // beams
+    tokens = jnp.full((rows, beams, settings.plan.new), settings.pad_id, jnp.int32)
+    # All beams start equal: only the first may be continued.
+    scores = jnp.zeros((rows, beams)).at[:, 1:].set(_RULED_OUT)
+    return BeamState(
+        decoding=decoding,
+        tokens=tokens,
+        scores=scores,
+        done_tokens=tokens,
+        done_lengths=jnp.zeros((rows, beams), jnp.int32),
+        done_scores=jnp.full((rows, beams), _RULED_OUT),
+        done=jnp.zeros((rows, beams), bool),
+        improvable=jnp.ones(rows, bool),
+        ending=jnp.zeros((), bool),
+    )
+
+
+def _select(
+    state: BeamState, settings: Settings, search: BeamSettings, limit: Array
+) -> tuple[BeamState, Int[Array, " B"]]:
+    """Chooses the next running beams and updates the finished ones; also the tokens to feed, one per beam."""
+    d, (rows, beams) = state.decoding, state.scores.shape
+    vocab = d.logits.shape[-1]
+    banned = ban_end(settings, d.count[None], vocab)
+    steps = process(jax.nn.log_softmax(d.logits), settings.sampling, seen=d.seen, banned=banned)
+    totals = (steps.reshape(rows, beams, vocab) + state.scores[..., None]).reshape(rows, beams * vocab)
+    # Enough candidates that `beams` of them go on even if all end tokens are among them.
+    totals, index = jax.lax.top_k(totals, max(2, 1 + len(settings.eos_ids)) * beams)  # [B, C]
+    parents, chosen = index // vocab, index % vocab
+    tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
+    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[..., None], d.count, axis=2)
+    ends = ended(chosen, settings.eos_ids) | (d.count + 1 >= limit)
+
+    going, best = jax.lax.top_k(totals + ends * _RULED_OUT, beams)
+    done = _finish(state, search, tokens, totals, ends)
+    rows_of = jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
+    chosen = jnp.take_along_axis(chosen, best, axis=1).reshape(-1)
+    seen = None if d.seen is None else d.seen[rows_of.reshape(-1)].at[jnp.arange(chosen.shape[0]), chosen].set(True)
+    cache = reorder_rows(d.cache, rows_of.reshape(-1), start=settings.plan.start)
+    new = done._replace(
+        decoding=d._replace(cache=cache, count=d.count + 1, seen=seen),
+        tokens=jnp.take_along_axis(tokens, best[..., None], axis=1),
+        scores=going,
+        ending=jnp.all(ends),
+    )
+    return new._replace(improvable=new.improvable & _can_improve(new, search, limit)), chosen
+
+
+def _finish(state: BeamState, search: BeamSettings, tokens: Array, totals: Array, ends: Array) -> BeamState:
+    """Merges the candidates that ended into the best finished beams."""
+    beams, length = state.scores.shape[1], state.decoding.count + 1
+    finishing = ends & (jnp.arange(totals.shape[1]) < beams)
+    full = jnp.all(state.done, axis=1, keepdims=True) & (search.early_stopping is True)
+    closed = full | ~state.improvable[:, None]
+    scores = totals / length.astype(jnp.float32) ** search.length_penalty
+    scores += _RULED_OUT * (closed.astype(jnp.float32) + ~finishing)
+    scores, best = jax.lax.top_k(jnp.concatenate([state.done_scores, scores], axis=1), beams)
+
+    def merged(old: Array, new: Array) -> Array:
+        both = jnp.concatenate([old, new], axis=1)
+        return jnp.take_along_axis(both, best.reshape(*best.shape, *[1] * (both.ndim - 2)), axis=1)
+
+    return state._replace(
+        done_tokens=merged(state.done_tokens, tokens),
+        done_lengths=merged(state.done_lengths, jnp.full(totals.shape, length)),
+        done_scores=scores,
+        done=merged(state.done, finishing),
+    )
+
+
+def _can_improve(state: BeamState, search: BeamSettings, limit: Array) -> Bool[Array, " B"]:
+    """Whether the best running beam may still beat the worst finished one, by the rule of `early_stopping`."""
+    longest = search.early_stopping == "never" and search.length_penalty > 0
+    length = jnp.asarray(limit if longest else state.decoding.count, jnp.float32)
+    reachable = state.scores[:, :1] / length**search.length_penalty
+    worst = jnp.where(state.done, jnp.min(state.done_scores, axis=1, keepdims=True), _RULED_OUT)
+    return jnp.any(reachable > worst, axis=1)

@@ -1,0 +1,69 @@
+"""How probable given continuations are: one forward of the training model, no cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxllm.generation.family import Decoder, decoder_of
+from jaxllm.generation.requests import bucket, check_ids, pad
+from jaxllm.models import Model
+
+
+def score(
+    model: Model,
+    params: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    pad_id: int = 0,
+) -> list[list[float]]:
+    """Log-probability of each token of each continuation, given its prompt and the tokens before it.
+
+    Args:
+        model: a decoder, or an encoder-decoder whose encoder reads the prompt.
+        params: as in training.
+        prompts: ids of each row.
+        continuations: ids whose probability is asked for, one sequence per prompt.
+        pad_id: fills the batch.
+
+    Raises:
+        ValueError: for rows that are empty, outside the vocabulary, unpaired or longer than the context.
+    """
+    decoder = decoder_of(model)
+    if len(prompts) != len(continuations):
+        raise ValueError(f"each prompt needs one continuation: got {len(prompts)} and {len(continuations)}")
+    check_ids(model, prompts, name="prompt")
+    check_ids(model, continuations, name="continuation")
+    longest = max(map(len, continuations))
+    decoder.check(prompts, new=longest, pad_id=pad_id)
+    tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
+    new, counts = pad(continuations, bucket(longest, 16), pad_id)
+    plan = decoder.plan(
+        prompt=tokens.shape[1],
+        new=new.shape[1],
+        needed=int(lengths.max()) + longest,
+        cache_dtype=None,
+        wraps=False,
+    )
+    out = np.asarray(_log_probabilities(decoder, plan.length, params, tokens, lengths, new))
+    return [row[:count].tolist() for row, count in zip(out, counts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _log_probabilities(
+    decoder: Decoder,
+    length: int | None,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    new: Int[Array, "B N"],
+) -> Float[Array, "B N"]:
+    logits = decoder.full_logits(params, tokens, lengths, new, length=length)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), new[..., None], axis=-1)[..., 0]
