@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """X @ kernel over the last axis, accumulated in float32, in the dtype of x."""
-    if x.dtype == jnp.float32 or x.dtype == jnp.float64:
-        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
     return _linear(x, kernel)
 
 
@@ -29,7 +27,8 @@ def einsum(equation: str, left: Array, right: Array) -> Array:
 
 
 def _contract(equation: str, left: Array, right: Array) -> Array:
-    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32).astype(left.dtype)
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    return jnp.einsum(equation, left, right, preferred_element_type=wide).astype(left.dtype)
 
 
 @jax.custom_vjp
@@ -44,7 +43,12 @@ def _linear_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = saved
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    return _contract("...f,df->...d", grad, kernel), _contract("nd,nf->df", rows, grads)
+    # XLA:CPU transposes the first operand, fused with whatever made it: let that be the narrower one.
+    if rows.shape[1] > grads.shape[1]:
+        kernel_grad = _contract("nf,nd->fd", grads, rows).T
+    else:
+        kernel_grad = _contract("nd,nf->df", rows, grads)
+    return _contract("...f,df->...d", grad, kernel), kernel_grad
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
