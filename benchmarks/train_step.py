@@ -152,7 +152,7 @@ def run_jaxllm(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]
     logits = jax.jit(lambda p, t: model.apply({"params": p}, t))(params, tokens[:1, :-1])
     np.save(work / "jaxllm.npy", np.asarray(logits))
     optimizer = build_optimizer(OptimizerConfig(schedule="constant"), PrecisionConfig(), steps=1000)
-    loss = build_loss(model, TrainingConfig(loss_chunk=1024))
+    loss = build_loss(model, TrainingConfig(loss_chunk=256))
     step = jax.jit(make_train_step(loss, optimizer, accumulation=1, dtype=compute), donate_argnums=0)
     state = init_train_state(params, optimizer, jax.random.key(1))
     data = {

@@ -1,14 +1,13 @@
 """Scaled dot-product attention with grouped key/value heads; one dispatcher, and paths that give the same result.
 
 `reference` builds all scores and is the definition. `chunked` does the same work by blocks of queries, leaving out
-the keys that a causal block can't see: half the scores, and only a block of them at a time. `cudnn` is the fused
-kernel of NVIDIA GPUs (`jaxllm.ops.fused_attention`). Grouped heads are never repeated: query heads are folded as
+the keys that a causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused kernel of NVIDIA GPUs
+(`jaxllm.ops.fused_attention`). Grouped heads are never repeated: query heads are folded as
 [K, G]. Not here: projections, RoPE, caches.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops import fused_attention as fused
+from jaxllm.ops.chunked_attention import QUERY_BLOCK, chunked_attention
 from jaxllm.ops.linear import einsum
 from jaxllm.ops.masks import causal_mask, combine, segment_mask, window_mask
 
@@ -76,7 +76,7 @@ def attention(
     if chosen == "cudnn":
         return fused.fused_attention(query, key, value, scale=scale, bias=bias, **pattern._asdict())
     if chosen == "chunked":
-        return _chunked(query, key, value, pattern=pattern, scale=scale, bias=bias)
+        return chunked_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
     index = jnp.arange(query.shape[1]), jnp.arange(key.shape[1])
     return masked_attention(query, key, value, mask=pattern.mask(*index), scale=scale, bias=bias)
 
@@ -95,7 +95,7 @@ def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, b
     if on_gpu and not obstacle:
         chosen = "cudnn"
     else:
-        chosen = "chunked" if query.shape[1] >= 2 * _QUERY_BLOCK else "reference"
+        chosen = "chunked" if query.shape[1] >= 2 * QUERY_BLOCK else "reference"
     reason = obstacle if on_gpu else None
     if chosen == "cudnn" and packed:
         reason = "packed documents by codes in the heads"
@@ -141,29 +141,3 @@ def _softmax(scores: Float[Array, "B K G T S"], mask: Array | None) -> Float[Arr
     # -inf would make 0 * NaN of a row that sees nothing; the finite minimum and the second where make it zero.
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.where(mask, weights, 0)
-
-
-_QUERY_BLOCK = 128
-# Attention weights of all blocks up to this size are kept for the backward pass; beyond it they are computed again.
-_KEPT_BYTES = 2**28
-
-
-def _chunked(query: Array, key: Array, value: Array, *, pattern: Pattern, scale: float, bias: Array | None) -> Array:
-    length, keys = query.shape[1], key.shape[1]
-    block = max(_QUERY_BLOCK, -(-length // 16))
-    attend = functools.partial(masked_attention, scale=scale)
-    if query[..., 0].size * keys * query.dtype.itemsize > _KEPT_BYTES:
-        attend = jax.checkpoint(attend)
-    outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        first, last = 0, keys
-        if pattern.causal:
-            last = min(stop, keys)
-        if pattern.window is not None:
-            first = max(0, start - pattern.window + 1)
-        mask = pattern.mask(jnp.arange(start, stop), jnp.arange(first, last))
-        part = query[:, start:stop], key[:, first:last], value[:, first:last]
-        part_bias = None if bias is None else bias[:, :, start:stop, first:last]
-        outputs.append(attend(*part, mask=mask, bias=part_bias))
-    return jnp.concatenate(outputs, axis=1)

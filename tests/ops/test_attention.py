@@ -110,7 +110,7 @@ def test_every_path_equals_the_reference_with_gradients(path: str, name: str, bi
 def test_chunked_takes_any_length_and_recomputes_when_large(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = operands(257, 257)
     want = output_and_gradients("reference", "causal", arguments, biased=False)
-    monkeypatch.setattr("jaxllm.ops.attention._KEPT_BYTES", 0)
+    monkeypatch.setattr("jaxllm.ops.chunked_attention._KEPT_BYTES", 0)
     ours = output_and_gradients("chunked", "causal", arguments, biased=False)
     for part, value in want.items():
         np.testing.assert_allclose(ours[part], value, atol=TOLERANCE["float32_grad"], err_msg=part)
