@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops import norms
+from jaxllm.ops.broadcast import rows_of
 from jaxllm.ops.linear import linear
 
 Params = dict[str, Any]
@@ -55,7 +56,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Maps the last axis from `inputs` to `outputs`."""
         y = linear(x, self.kernel.astype(x.dtype))
-        return y + self.bias.astype(x.dtype) if self.use_bias else y
+        return y + rows_of(self.bias.astype(x.dtype), y) if self.use_bias else y
 
 
 class RMSNorm(nn.Module):

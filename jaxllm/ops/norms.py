@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops.broadcast import rows_of
+
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
     """Weight * (x / sqrt(mean(x ** 2) + eps)), the bracket in float32 and rounded to x's dtype before the product.
@@ -15,4 +17,4 @@ def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float)
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return weight * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+    return rows_of(weight, x) * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)

@@ -187,6 +187,9 @@ class Retries(NamedTuple):
     min_scale: float = 1.0
 
 
+NO_RETRIES = Retries()
+
+
 class _Attempt(NamedTuple):
     count: Int[Array, ""]
     scale: Float[Array, ""]

@@ -2,7 +2,8 @@
 
 Loss functions return sums; they are divided once, by the weight of the whole batch, so that accumulating microbatches
 of different weight is exact. Parameters are cast to the compute dtype once per step, outside the accumulation scan;
-gradients are accumulated in float32. jit, donation and sharding happen at the caller.
+gradients are accumulated in float32. A batch whose gradients overflow is skipped by the optimizer's loss scale, or
+recomputed here with a smaller one. jit, donation and sharding happen at the caller.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops.losses import LossSums
+from jaxllm.training.attribution import first_nonfinite
 from jaxllm.training.loss import Batch, LossFunction
-from jaxllm.training.loss_scale import loss_scale_of
+from jaxllm.training.loss_scale import (
+    NO_RETRIES,
+    Retries,
+    loss_scale_of,
+    loss_scale_state,
+    replace_loss_scale,
+    retry,
+    unscale,
+)
 from jaxllm.training.precision import cast_floating
 
 
@@ -47,6 +57,10 @@ class StepMetrics(NamedTuple):
         weight: sum of the weights.
         grad_norm: global norm of the unscaled gradient, before clipping.
         loss_scale: scale that this step's gradients carried.
+        skipped: steps skipped since the start, this one included.
+        retried: recomputations since the start, those of this step included.
+        at_floor: overflows in a row with the scale at its floor.
+        culprit: number of the first non-finite group in `gradient_groups`, -1 when all were finite or none scaled.
     """
 
     loss: Float[Array, ""]
@@ -55,6 +69,10 @@ class StepMetrics(NamedTuple):
     weight: Float[Array, ""]
     grad_norm: Float[Array, ""]
     loss_scale: Float[Array, ""]
+    skipped: Float[Array, ""]
+    retried: Float[Array, ""]
+    at_floor: Float[Array, ""]
+    culprit: Float[Array, ""]
 
 
 def init_train_state(params: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -63,7 +81,12 @@ def init_train_state(params: Any, optimizer: optax.GradientTransformation, key: 
 
 
 def make_train_step(
-    loss_function: LossFunction, optimizer: optax.GradientTransformation, *, accumulation: int, dtype: Any
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int,
+    dtype: Any,
+    retries: Retries = NO_RETRIES,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The pure step of a run.
 
@@ -72,29 +95,65 @@ def make_train_step(
         optimizer: takes gradients scaled by its own loss scale, if it has one.
         accumulation: microbatches the leading axis of a batch is split into.
         dtype: compute dtype.
+        retries: how often an overflowing batch is computed again before it is skipped.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
-        scale = loss_scale_of(state.opt_state)
         weight = jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
         params = cast_floating(state.params, dtype)
-        sums, grads = accumulate_gradients(
-            loss_function, params, batch, key, factor=scale / weight, accumulation=accumulation
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = StepMetrics(
-            loss=sums.loss / weight,
-            nll=sums.nll / weight,
-            accuracy=sums.correct / weight,
-            weight=sums.weight,
-            grad_norm=global_norm(grads) / scale,
-            loss_scale=scale,
-        )
+
+        def gradients(scale: Array) -> tuple[LossSums, Any]:
+            return accumulate_gradients(
+                loss_function, params, batch, key, factor=scale / weight, accumulation=accumulation
+            )
+
+        culprit, (sums, grads), opt_state = _finite_gradients(gradients, state.opt_state, retries)
+        scale = loss_scale_of(opt_state)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        metrics = _metrics(sums, weight, global_norm(unscale(grads, scale)), scale, opt_state, culprit)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key)
         return new, metrics
 
     return train_step
+
+
+def _finite_gradients(
+    gradients: Callable[[Array], tuple[LossSums, Any]], opt_state: Any, retries: Retries
+) -> tuple[Int[Array, ""], tuple[LossSums, Any], Any]:
+    """Culprit, sums and gradients, and the state whose scale they carry; only a loss scale asks for a culprit."""
+    scaling = loss_scale_state(opt_state)
+    if scaling is None:
+        return jnp.full((), -1, jnp.int32), gradients(jnp.ones((), jnp.float32)), opt_state
+
+    def attempt(scale: Array) -> tuple[Array, tuple[LossSums, Any]]:
+        sums, grads = gradients(scale)
+        return first_nonfinite(unscale(grads, scale)), (sums, grads)
+
+    if retries.limit == 0:
+        return *attempt(scaling.scale), opt_state
+    culprit, value, scaling = retry(attempt, scaling, retries)
+    return culprit, value, replace_loss_scale(opt_state, scaling)
+
+
+def _metrics(
+    sums: LossSums, weight: Array, grad_norm: Array, scale: Array, opt_state: Any, culprit: Array
+) -> StepMetrics:
+    scaling = loss_scale_state(opt_state)
+    counts = (0, 0, 0) if scaling is None else (scaling.skipped, scaling.retried, scaling.at_floor)
+    skipped, retried, at_floor, number = (jnp.asarray(count, jnp.float32) for count in (*counts, culprit))
+    return StepMetrics(
+        loss=sums.loss / weight,
+        nll=sums.nll / weight,
+        accuracy=sums.correct / weight,
+        weight=sums.weight,
+        grad_norm=grad_norm,
+        loss_scale=scale,
+        skipped=skipped,
+        retried=retried,
+        at_floor=at_floor,
+        culprit=number,
+    )
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:

@@ -1,7 +1,8 @@
 """The host loop: moves time, and does nothing that a pure function could.
 
 Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host. A stop
-signal is answered between steps, with a checkpoint. A loss that is not finite stops the run before anything is saved.
+signal is answered between steps, with a checkpoint. A loss that is not finite, or a loss scale that can't shrink any
+more, stops the run before anything is saved.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -27,8 +28,10 @@ from jaxllm.training.device import detect_device
 from jaxllm.training.fit import announce_fit
 from jaxllm.training.initial_params import load_initial_params
 from jaxllm.training.loss import build_loss
+from jaxllm.training.loss_scale import Retries
 from jaxllm.training.metrics import MetricsWriter, plot_curve, train_flops
 from jaxllm.training.optimizer import build_optimizer, build_schedule
+from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.precision import compute_dtype
 from jaxllm.training.run_folder import open_run_folder
 from jaxllm.training.samples import write_sample
@@ -74,7 +77,7 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
 
     Raises:
         ConfigError, DataError, CheckpointError: before training, naming the value and the fix.
-        TrainingStopped: when the loss is not finite.
+        TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
     if config.training.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.training.compilation_cache).absolute()))
@@ -101,7 +104,7 @@ class _Pending(NamedTuple):
 
     step: int
     metrics: StepMetrics
-    bytes: float
+    batch: dict[str, np.ndarray]
 
 
 class _Run:
@@ -115,7 +118,8 @@ class _Run:
         self.schedule = build_schedule(config.optimizer, steps=training.steps)
         optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
         loss = build_loss(self.model, training)
-        step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=self.dtype)
+        retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)
+        step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=self.dtype, retries=retries)
         self._train_step = CompiledOnce(step, name="train step", donate_argnums=0)
         self._eval_step = CompiledOnce(make_eval_step(loss, dtype=self.dtype), name="evaluation step")
         announce_fit(config, optimizer, detect_device())
@@ -124,6 +128,7 @@ class _Run:
         self.resumed_from = 0
         self.state = self._initial_state(optimizer)
         self.step = self.resumed_from
+        self.overflow = OverflowWatch(config, self.state.params)
         self.writer = MetricsWriter(folder, resume_step=self.step)
         self.baselines = pipeline.baselines()
         self._meter = _Meter(config)
@@ -166,7 +171,7 @@ class _Run:
                 batch = next(self.pipeline)
             self.state, metrics = self._train_step(self.state, batch)
             self.step += 1
-            previous, pending = pending, _Pending(self.step, metrics, self._bytes(batch))
+            previous, pending = pending, _Pending(self.step, metrics, batch)
             if previous is not None:
                 self._record(previous)
             evaluate, save = self.step % training.eval_every == 0, self.step % training.save_every == 0
@@ -195,25 +200,28 @@ class _Run:
 
     def _record(self, pending: _Pending) -> None:
         values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
-        skipping = self.config.precision.loss_scale == "dynamic"
-        if not skipping and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-            raise TrainingStopped(
-                f"loss {values.loss}, gradient norm {values.grad_norm} at step {pending.step}; the last good "
-                f"checkpoint is {self._last_good()}. Lower optimizer.learning_rate, lengthen warmup_steps or "
-                f"tighten clip_norm, and start again from there or anew"
-            )
+        scaling = self.config.precision.loss_scale != "none"
+        if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
+            self._stop(pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}")
+        with self._meter.paused():
+            reason = self.overflow.check(pending.step, values, self.state, pending.batch)
+        if reason is not None:
+            self._stop(pending.step, reason)
         self._meter.add(float(values.weight))
         if pending.step % self.config.training.log_every and pending.step != 1:
             return
         row = {
             "loss": values.loss,
-            "bits_per_byte": values.nll * values.weight / math.log(2) / max(pending.bytes, 1.0),
+            "bits_per_byte": values.nll * values.weight / math.log(2) / max(self._bytes(pending.batch), 1.0),
             "accuracy": values.accuracy,
             "grad_norm": values.grad_norm,
-            "learning_rate": np.asarray(self.schedule(pending.step - 1)).item(),
-            **({"loss_scale": values.loss_scale} if skipping else {}),
+            "learning_rate": np.asarray(self.schedule(pending.step - 1 - int(values.skipped))).item(),
             **self._meter.read(),
         }
+        if scaling:
+            row |= {"loss_scale": values.loss_scale, "skipped": values.skipped, "retried": values.retried}
+        with self._meter.paused():
+            row |= self.overflow.headroom(pending.step, self.state, pending.batch)
         self.writer.write(pending.step, row)
         _log.info(
             "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s",
@@ -224,6 +232,12 @@ class _Run:
             row["grad_norm"],
             row["learning_rate"],
             row["tokens_per_second"],
+        )
+
+    def _stop(self, step: int, reason: str) -> NoReturn:
+        raise TrainingStopped(
+            f"{reason} at step {step}; the last good checkpoint is {self._last_good()}. Lower "
+            f"optimizer.learning_rate, lengthen warmup_steps or tighten clip_norm, and start again from there or anew"
         )
 
     def _last_good(self) -> str:

@@ -1,0 +1,69 @@
+"""Which gradient overflowed first: names of parameter groups in the order in which the backward pass reaches them.
+
+An infinity that arises in layer k spoils the gradients of every layer below, so the first group in backward order is
+the one to name. A layer of a stack is a group of its own. Not here: activations (`jaxllm.training.observe`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxllm.training.loss_scale import finite_rows
+
+# Parts of both families in forward order; what is not named comes last.
+_FORWARD = (
+    *("embed", "encoder", "decoder", "relative_bias", "layers", "attn_norm", "attention", "cross_norm", "cross"),
+    *("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp", "gate_proj", "up_proj"),
+    *("down_proj", "final_norm", "lm_head"),
+)
+_RANK = {name: rank for rank, name in enumerate(_FORWARD)}
+
+
+def gradient_groups(params: Any) -> tuple[str, ...]:
+    """Names such as layers/2/down_proj/kernel, in the order of the backward pass."""
+    return tuple(name for name, _, _ in _groups(params))
+
+
+def first_nonfinite(grads: Any) -> Int[Array, ""]:
+    """Index into `gradient_groups` of the first group that holds an infinity or NaN, -1 when all are finite.
+
+    It asks the very question that the loss scale asks of unscaled gradients, so that XLA answers both in one pass.
+    """
+    flags = [row.reshape(-1) for row in jax.tree.leaves(finite_rows(grads))]
+    groups = _groups(grads)
+    starts = np.concatenate([[0], np.cumsum([flag.size for flag in flags])])
+    whole = jnp.stack([jnp.all(flag) for flag in flags])
+    joined = jnp.concatenate([*flags, whole])
+    index = [starts[leaf] + row if row is not None else starts[-1] + leaf for _, leaf, row in groups]
+    bad = ~joined[np.array(index)]
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _groups(params: Any) -> list[tuple[str, int, int | None]]:
+    """Name, number of the leaf, and row of the leaf for layers of a stack."""
+    found = []
+    for leaf, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        names = [str(getattr(part, "key", part)) for part in path]
+        rows = range(value.shape[0]) if "layers" in names else [None]
+        found.extend((_order(names, row), "/".join(_inserted(names, row)), leaf, row) for row in rows)
+    found.sort(key=lambda group: group[0], reverse=True)
+    return [group[1:] for group in found]
+
+
+def _order(names: list[str], row: int | None) -> tuple[tuple[int, str], ...]:
+    keys = [(_RANK.get(name, len(_RANK)), name) for name in names]
+    if row is not None:
+        keys.insert(names.index("layers") + 1, (row, ""))
+    return tuple(keys)
+
+
+def _inserted(names: list[str], row: int | None) -> list[str]:
+    if row is None:
+        return names
+    after = names.index("layers") + 1
+    return [*names[:after], str(row), *names[after:]]

@@ -1,0 +1,162 @@
+"""The precision ledger: every operation of the real train step whose dtypes matter, read from its jaxpr.
+
+Matrix products, reductions, exponentials, norms and casts, by the dtypes they read, accumulate in and return. Sums
+accumulated below float32 are errors unless `ALLOWED` gives a reason. Nothing is compiled and no array is made. Not
+here: what a backend does inside a kernel (`kernel` rows name those).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import RunConfig
+from jaxllm.models import abstract_params, build
+from jaxllm.training.loss import build_loss
+from jaxllm.training.loss_scale import Retries
+from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.precision import compute_dtype
+from jaxllm.training.programs import LOOP, is_backward, label, programs
+from jaxllm.training.train_step import init_train_state, make_train_step
+
+
+class Entry(NamedTuple):
+    """One kind of operation at one place.
+
+    Attributes:
+        kind: matmul, reduction, exp, norm, cast or kernel.
+        operation: JAX's name of it.
+        where: modules around it, and the pass.
+        inputs: dtypes read.
+        accumulation: dtype of the running sum; for casts and pointwise functions that of the output.
+        output: dtype returned.
+    """
+
+    kind: str
+    operation: str
+    where: str
+    inputs: str
+    accumulation: str
+    output: str
+
+    @property
+    def low(self) -> bool:
+        """Whether it sums below float32."""
+        return self.kind in ("matmul", "reduction") and self.accumulation in ("bfloat16", "float16")
+
+
+# (part of `where`, operation) -> why a sum below float32 is right there.
+ALLOWED: dict[tuple[str, str], str] = {}
+
+_KINDS = {
+    **dict.fromkeys(("dot_general", "ragged_dot_general", "conv_general_dilated"), "matmul"),
+    **dict.fromkeys(("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"), "reduction"),
+    **dict.fromkeys(("scatter-add", "scatter_add", "reduce_window_sum", "psum", "add_reduce"), "reduction"),
+    **dict.fromkeys(("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "sin", "cos", "pow"), "exp"),
+    **dict.fromkeys(("rsqrt", "sqrt"), "norm"),
+    "convert_element_type": "cast",
+}
+
+
+def train_step_ledger(config: RunConfig) -> Counter[Entry]:
+    """How often each entry runs in one train step of `config`, over layers, chunks and microbatches."""
+    dtype = compute_dtype(config.precision)
+    model = build(config.model, dtype=dtype)
+    rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
+    loss = build_loss(model, config.training)
+    retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)
+    accumulation = config.training.accumulation
+    step = make_train_step(loss, rule, accumulation=accumulation, dtype=dtype, retries=retries)
+    params = abstract_params(model)
+    state = jax.eval_shape(lambda p: init_train_state(p, rule, jax.random.key(0)), params)
+    return ledger(jax.make_jaxpr(step)(state, abstract_batch(config)).jaxpr)
+
+
+def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of one batch of a run; the data's contract, without the data."""
+    rows, length = config.training.batch_size, config.data.sequence_length
+    if config.model.family == "llama":
+        names = {name: length for name in ("tokens", "positions", "segment_ids", "targets", "weights")}
+    else:
+        target = config.data.target_length or length
+        names = {name: length for name in ("encoder_tokens", "encoder_segment_ids")}
+        names |= {name: target for name in ("decoder_tokens", "decoder_segment_ids", "targets", "weights")}
+    dtypes = {"weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct((rows, size), dtypes.get(name, jnp.int32)) for name, size in names.items()}
+
+
+def ledger(jaxpr: Any) -> Counter[Entry]:
+    """Entries of any program and how often each runs; of a condition's branches the larger count, of a while one turn."""
+    return _walk(jaxpr, (), 1)
+
+
+def violations(entries: Counter[Entry]) -> list[Entry]:
+    """Sums below float32 that `ALLOWED` does not excuse."""
+    return [entry for entry in entries if entry.low and not _allowed(entry)]
+
+
+def format_ledger(entries: Counter[Entry]) -> str:
+    """A table for reading, one line per entry, what is below float32 and not allowed marked LOW."""
+    rows = [("", "count", *Entry._fields)]
+    bad = set(violations(entries))
+    rows += [("LOW" if entry in bad else "", str(entries[entry]), *entry) for entry in sorted(entries)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _allowed(entry: Entry) -> bool:
+    return any(part in entry.where and operation == entry.operation for part, operation in ALLOWED)
+
+
+def _walk(jaxpr: Any, stacks: tuple[str, ...], times: int) -> Counter[Entry]:
+    total: Counter[Entry] = Counter()
+    for eqn in jaxpr.eqns:
+        here = (*stacks, str(eqn.source_info.name_stack))
+        entry = _entry(eqn, here)
+        if entry is not None:
+            total[entry] += times
+        if _is_kernel(eqn):
+            continue
+        inside, repeats = here, times
+        if eqn.primitive.name in ("scan", "while"):
+            inside, repeats = (*here, LOOP), times * eqn.params.get("length", 1)
+        bodies = [_walk(body, inside, repeats) for body in programs(eqn)]
+        total += _largest(bodies) if eqn.primitive.name == "cond" else sum(bodies, Counter())
+    return total
+
+
+def _largest(branches: Sequence[Counter[Entry]]) -> Counter[Entry]:
+    result: Counter[Entry] = Counter()
+    for branch in branches:
+        result |= branch
+    return result
+
+
+def _entry(eqn: Any, stacks: Sequence[str]) -> Entry | None:
+    name = eqn.primitive.name
+    kind = "kernel" if _is_kernel(eqn) else _KINDS.get(name)
+    inputs = [str(atom.aval.dtype) for atom in eqn.invars if _floating(atom)]
+    outputs = [str(atom.aval.dtype) for atom in eqn.outvars if _floating(atom)]
+    if kind is None or not inputs or not outputs or (kind == "cast" and inputs[0] == outputs[0]):
+        return None
+    large = max((math.prod(atom.aval.shape) for atom in (*eqn.invars, *eqn.outvars)), default=0)
+    if large <= 1 and kind != "kernel":
+        return None  # single numbers, such as the learning rate's schedule
+    module = label(stacks)[1] or "step"
+    where = f"{module} (backward)" if is_backward(stacks) else module
+    accumulation = eqn.params.get("preferred_element_type") or outputs[0]
+    return Entry(kind, name, where, " ".join(dict.fromkeys(inputs)), str(jnp.dtype(accumulation)), outputs[0])
+
+
+def _is_kernel(eqn: Any) -> bool:
+    return "pallas" in eqn.primitive.name or "dot_product_attention" in eqn.primitive.name
+
+
+def _floating(atom: Any) -> bool:
+    dtype = getattr(atom.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)

@@ -1,0 +1,75 @@
+"""What the host does about overflows: names them, measures the headroom that is left, and stops when nothing helps.
+
+The step itself says which gradient overflowed; the rest is found by computing the same batch again and observing it
+(`jaxllm.training.observe`). The host reads a step while the next one runs, so the parameters are those of at most one
+step later, and the very same when the steps between were skipped. Not here: skipping and retrying.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import RunConfig
+from jaxllm.models import build
+from jaxllm.training.attribution import gradient_groups
+from jaxllm.training.loss import Batch, build_loss
+from jaxllm.training.observe import Observer, first_nonfinite, headroom
+from jaxllm.training.precision import cast_floating, compute_dtype
+from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
+
+_log = logging.getLogger(__name__)
+
+
+class OverflowWatch:
+    """The host's view of the loss scale of one run."""
+
+    def __init__(self, config: RunConfig, params: Any) -> None:
+        """Compiles nothing yet: an observer does so when it is first used."""
+        self._limit = config.precision.max_overflows
+        self._groups = gradient_groups(params)
+        self._dtype = dtype = compute_dtype(config.precision)
+        self._observes = config.precision.compute == "float16"
+        self._accumulation = accumulation = config.training.accumulation
+        # A scan over layers gives readings by layer; the parameters are the same either way.
+        model = build(dataclasses.replace(config.model, layers="scan"), dtype=dtype)
+        loss = build_loss(model, config.training)
+
+        def forward(params: Any, batch: Batch, key: jax.Array) -> Any:
+            return loss(cast_floating(params, dtype), batch, key)
+
+        def gradients(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
+            factor = scale / jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
+            compute = cast_floating(params, dtype)
+            return accumulate_gradients(loss, compute, batch, key, factor=factor, accumulation=accumulation)
+
+        self._forward, self._gradients = Observer(forward, dtype), Observer(gradients, dtype)
+
+    def check(self, step: int, values: StepMetrics, state: TrainState, batch: Batch) -> str | None:
+        """Reports an overflow of step `step` in the log; returns why the run must stop, if it must."""
+        if values.culprit < 0:
+            return None
+        scale = float(values.loss_scale)
+        key = jax.random.fold_in(state.key, step - 1)
+        where = first_nonfinite(self._gradients(state.params, batch, key, jnp.float32(scale)))
+        value = "none when computed again"
+        if where is not None:
+            value = f"{where.name} in the {'backward' if where.backward else 'forward'} pass"
+        cause = f"first non-finite gradient: {self._groups[int(values.culprit)]}; first non-finite value: {value}"
+        _log.warning("step %d: overflow at loss scale 2^%g; %s", step, math.log2(scale), cause)
+        if values.at_floor < self._limit:
+            return None
+        return f"{int(values.at_floor)} overflows in a row with the loss scale at its floor of {scale:g}: {cause}"
+
+    def headroom(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:
+        """Doublings left to each block's activations in one microbatch, for float16; nothing for wider ranges."""
+        if not self._observes:
+            return {}
+        part = {name: rows[: len(rows) // self._accumulation] for name, rows in batch.items()}
+        readings = self._forward(state.params, part, jax.random.fold_in(state.key, step - 1))
+        return {f"headroom/{block}": bits for block, bits in headroom(readings, self._dtype).items()}

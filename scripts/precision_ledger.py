@@ -1,0 +1,35 @@
+"""Lists every dtype decision of a run's train step: python scripts/precision_ledger.py CONFIG [section.key=value ...].
+
+Exits with 1 when something is summed below float32 without a reason on the allow-list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from jaxllm.config_file import ConfigError, load_config
+
+
+def main() -> int:
+    """Parses the command line, reads the train step, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. precision.compute=bfloat16")
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from jaxllm.training.ledger import format_ledger, train_step_ledger, violations
+
+    entries = train_step_ledger(config)
+    print(format_ledger(entries))
+    bad = violations(entries)
+    print(f"{len(entries)} kinds of operations, {len(bad)} summed below float32 without a reason (marked LOW)")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
