@@ -30,9 +30,15 @@ Rope = tuple[Float[Array, "#B T P"], Float[Array, "#B T P"]]  # cos and sin of e
 
 
 class LlamaLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+        config: architecture.
+        dtype: of the sublayers; the stream x keeps its own.
+    """
 
     config: LlamaConfig
+    dtype: Any
 
     def setup(self) -> None:
         """Creates the projections and norms, named as in design.md."""
@@ -55,7 +61,7 @@ class LlamaLayer(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], rope: Rope, pattern: Pattern) -> Float[Array, "B T D"]:
         """One layer over whole sequences."""
         c = self.config
-        query, key, value = self._project(self.attn_norm(x), rope)
+        query, key, value = self._project(self.attn_norm(x).astype(self.dtype), rope)
         mixed = attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
         return self._finish(x, saved(mixed, "attention"))
 
@@ -69,10 +75,10 @@ class LlamaLayer(nn.Module):
         return saved(query, "query"), saved(key, "key"), saved(value, "value")
 
     def _finish(self, x: Array, mixed: Array) -> Array:
-        x = saved(x + self.o_proj(mixed.reshape(*x.shape[:2], -1)), "residual")
-        h = self.mlp_norm(x)
+        x = saved(x + self.o_proj(mixed.reshape(*x.shape[:2], -1)).astype(x.dtype), "residual")
+        h = self.mlp_norm(x).astype(self.dtype)
         gate, up = saved(self.gate_proj(h), "gate"), saved(self.up_proj(h), "up")
-        return x + self.down_proj(ACTIVATIONS[self.config.activation](gate) * up)
+        return x + self.down_proj(ACTIVATIONS[self.config.activation](gate) * up).astype(x.dtype)
 
 
 class Llama(nn.Module):
@@ -81,10 +87,12 @@ class Llama(nn.Module):
     Attributes:
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
+        residual_dtype: of the residual stream, where layers add up; None is `dtype`.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
+    residual_dtype: Any = None
 
     def setup(self) -> None:
         """Creates the embedding, the stacked layers, the last norm and the head."""
@@ -131,15 +139,15 @@ class Llama(nn.Module):
             positions = jnp.arange(tokens.shape[1])[None]
         rope = self._rope(positions, length or tokens.shape[1])
         pattern = self._pattern(segment_ids)
-        layer = LlamaLayer(c, parent=None)
+        layer = LlamaLayer(c, self.dtype, parent=None)
         x = apply_stack(
             lambda params, h, _: apply(layer, params, h, rope, pattern),
             self._layers(),
-            embed(self.embed, tokens, dtype=self.dtype),
+            embed(self.embed, tokens, dtype=self.dtype).astype(self.residual_dtype or self.dtype),
             mode=c.layers,
             remat=c.remat,
         )
-        return self.final_norm(x)
+        return self.final_norm(x).astype(self.dtype)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """X @ head.T, accumulated and returned in float32."""
@@ -169,5 +177,5 @@ class Llama(nn.Module):
         c = self.config
         pair = jnp.zeros((1, 1, c.head_dim // 2))
         x = jnp.zeros((1, 1, c.d_model))
-        variables: Any = LlamaLayer(c, parent=None).init(key, x, (pair, pair), Pattern(causal=True))
+        variables: Any = LlamaLayer(c, self.dtype, parent=None).init(key, x, (pair, pair), Pattern(causal=True))
         return variables["params"]

@@ -91,7 +91,7 @@ def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def ledger(jaxpr: Any) -> Counter[Entry]:
-    """Entries of any program and how often each runs; of a condition's branches the larger count, of a while one turn."""
+    """Entries of a program and how often each runs: of a condition the larger branch, of a while one turn."""
     return _walk(jaxpr, (), 1)
 
 
