@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import RunConfig
 from jaxllm.models import abstract_params, build
+from jaxllm.training.fit import abstract_batch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
@@ -74,20 +75,7 @@ def train_step_ledger(config: RunConfig) -> Counter[Entry]:
     step = make_train_step(loss, rule, accumulation=accumulation, dtype=dtype, retries=retries)
     params = abstract_params(model)
     state = jax.eval_shape(lambda p: init_train_state(p, rule, jax.random.key(0)), params)
-    return ledger(jax.make_jaxpr(step)(state, abstract_batch(config)).jaxpr)
-
-
-def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of one batch of a run; the data's contract, without the data."""
-    rows, length = config.training.batch_size, config.data.sequence_length
-    if config.model.family == "llama":
-        names = {name: length for name in ("tokens", "positions", "segment_ids", "targets", "weights")}
-    else:
-        target = config.data.target_length or length
-        names = {name: length for name in ("encoder_tokens", "encoder_segment_ids")}
-        names |= {name: target for name in ("decoder_tokens", "decoder_segment_ids", "targets", "weights")}
-    dtypes = {"weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct((rows, size), dtypes.get(name, jnp.int32)) for name, size in names.items()}
+    return ledger(jax.make_jaxpr(step)(state, abstract_batch(config, rows=config.training.batch_size)).jaxpr)
 
 
 def ledger(jaxpr: Any) -> Counter[Entry]:
