@@ -130,9 +130,7 @@ def prefill(
     if count > capacity and (c.sliding_window is None or capacity != c.sliding_window):
         raise ValueError(f"prompt of {count} tokens exceeds the cache's capacity of {capacity}; raise capacity")
     index = jnp.arange(count)[None]
-    inside = index < lengths[:, None]
-    segments = inside.astype(jnp.int32)
-    pattern = Pattern(causal=True, window=c.sliding_window, query_segments=segments, key_segments=segments)
+    pattern = Pattern(causal=True, window=c.sliding_window, query_lengths=lengths, key_lengths=lengths)
     rope = _rope(c, index, length or capacity)
     cache = kv.init_cache(
         batch=batch,
