@@ -18,6 +18,7 @@ from jaxllm.generation import generate
 from jaxllm.interop.hf import load_hf, save_hf
 from jaxllm.models import build, count_params, init_params
 from jaxllm.models.llama import Llama
+from jaxllm.models.t5 import T5
 from jaxllm.training.loss_scale import dynamic_loss_scale
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "PrecisionConfig",
     "RopeConfig",
     "RunConfig",
+    "T5",
     "T5Config",
     "TrainingConfig",
     "build",

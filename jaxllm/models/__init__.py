@@ -9,25 +9,29 @@ import jax.numpy as jnp
 
 from jaxllm.config import LlamaConfig, T5Config
 from jaxllm.models.llama import Llama
+from jaxllm.models.t5 import T5
 
-Model = Llama
+Model = Llama | T5
 
 
 def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32) -> Model:
     """The model of a config; `dtype` is the compute dtype."""
-    return Llama(config, dtype)
+    return T5(config, dtype) if isinstance(config, T5Config) else Llama(config, dtype)
 
 
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
     """Random parameters in float32; jitted, because op-by-op initialisation costs seconds."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return jax.jit(lambda k: model.init(k, tokens)["params"])(key)
+    return jax.jit(lambda k: model.init(k, *_inputs(model))["params"])(key)
 
 
 def abstract_params(model: Model) -> dict[str, Any]:
     """Shapes and dtypes of the parameters, without allocating them."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *_inputs(model))["params"])
+
+
+def _inputs(model: Model) -> tuple[jax.Array, ...]:
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+    return (tokens, tokens) if isinstance(model, T5) else (tokens,)
 
 
 def count_params(model: Model) -> int:

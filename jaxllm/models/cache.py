@@ -1,4 +1,4 @@
-"""The key/value cache of decoding: preallocated, passed in and returned, never repeated to query heads.
+"""The key/value caches of decoding: preallocated, passed in and returned, never repeated to query heads.
 
 Arrays are per layer and head-major, [B, K, S, H]: a step then updates each in place under donation and reads a head's
 keys contiguously. `positions` says which token of its row a slot holds, so that ragged prompts leave holes instead of
@@ -34,6 +34,20 @@ class KVCache(NamedTuple):
     values: tuple[Any, ...]
     positions: Int[Array, "B S"]
     slot: Int[Array, ""]
+
+
+class CrossCache(NamedTuple):
+    """What a decoder reads of its encoder: made once by prefill, closed over by the decode loop, never written.
+
+    Attributes:
+        keys: per decoder layer [B, N, S, H].
+        values: per decoder layer [B, N, S, H].
+        visible: tokens of the source that are not padding [B, S].
+    """
+
+    keys: tuple[Float[Array, "B N S H"], ...]
+    values: tuple[Float[Array, "B N S H"], ...]
+    visible: Bool[Array, "B S"]
 
 
 def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:

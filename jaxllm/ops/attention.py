@@ -9,6 +9,7 @@ the keys that a causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn`
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from jaxllm.ops.masks import causal_mask, combine, segment_mask, window_mask
 
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
+
+Drop = Callable[[Array], Array]
 
 
 class Pattern(NamedTuple):
@@ -66,19 +69,26 @@ def attention(
     scale: float,
     bias: Float[Array, "#B N T S"] | None = None,
     implementation: str = "auto",
+    drop: Drop | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T + bias) v over the keys that `pattern` shows; a query that sees none gives zeros.
+
+    `drop` (dropout, as a function) is applied to the softmax's weights, which only the reference path holds.
 
     Raises:
         ValueError: for an implementation that cannot do this, naming the reason and one that can.
     """
+    if drop is not None:
+        if implementation not in ("auto", "reference"):
+            raise ValueError(f"attention: {implementation} has no dropout; use attention: auto or dropout_rate: 0")
+        implementation = "reference"
     chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
     if chosen == "cudnn":
         return fused.fused_attention(query, key, value, scale=scale, bias=bias, **pattern._asdict())
     if chosen == "chunked":
         return chunked_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
     index = jnp.arange(query.shape[1]), jnp.arange(key.shape[1])
-    return masked_attention(query, key, value, mask=pattern.mask(*index), scale=scale, bias=bias)
+    return masked_attention(query, key, value, mask=pattern.mask(*index), scale=scale, bias=bias, drop=drop)
 
 
 def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None) -> str:
@@ -118,6 +128,7 @@ def masked_attention(
     mask: Array | None,
     scale: float,
     bias: Float[Array, "#B N T S"] | None = None,
+    drop: Drop | None = None,
 ) -> Float[Array, "B T N H"]:
     """The definition, with all scores in memory; `mask` is [T, S] or [B, T, S], True = attend.
 
@@ -131,6 +142,8 @@ def masked_attention(
     if bias is not None:
         scores += bias.astype(wide).reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
     weights = _softmax(scores, mask).astype(query.dtype)
+    if drop is not None:
+        weights = drop(weights)
     return einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 

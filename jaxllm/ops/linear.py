@@ -74,3 +74,19 @@ def _einsum_backward(equation: str, saved: tuple[Array, Array], grad: Array) -> 
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+@jax.custom_vjp
+def linear_float32(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+    """X @ kernel in float32 from low-precision factors: for sums that x's dtype cannot hold.
+
+    The gradient comes back in x's dtype, as everywhere else.
+    """
+    return jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=jnp.float32)
+
+
+def _linear_float32_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    return _linear_backward(saved, grad.astype(saved[0].dtype))
+
+
+linear_float32.defvjp(lambda x, kernel: (linear_float32(x, kernel), (x, kernel)), _linear_float32_backward)

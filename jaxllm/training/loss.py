@@ -1,6 +1,6 @@
 """What a family minimises on a batch: hidden states through the chunked vocabulary loss.
 
-A loss function maps (compute parameters, batch, key) to `LossSums`; the train step knows nothing else of a model.
+A loss function maps (compute parameters, batch, key or None) to `LossSums`; the train step knows nothing else of a model.
 """
 
 from __future__ import annotations
@@ -13,27 +13,36 @@ import jax
 from jaxllm.config import TrainingConfig
 from jaxllm.models import Model
 from jaxllm.models.layers import apply
+from jaxllm.models.t5 import T5
 from jaxllm.ops.losses import LossSums, chunked_cross_entropy
 
 Batch = Mapping[str, Any]  # arrays, of NumPy or of jax
-LossFunction = Callable[[Any, Batch, jax.Array], LossSums]
+LossFunction = Callable[[Any, Batch, jax.Array | None], LossSums]
 
 
 def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
-    """The training loss of a model, per `config.z_loss` and `config.loss_chunk`."""
+    """The training loss of a model, per `config.z_loss` and `config.loss_chunk`; key None is no dropout."""
+    hidden = _t5_hidden if isinstance(model, T5) else _llama_hidden
 
-    def llama_loss(params: Any, batch: Batch, key: jax.Array) -> LossSums:
-        hidden = apply(
-            model,
-            params,
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            method="hidden",
-        )
-        head = apply(model, params, method="head")
+    def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
         return chunked_cross_entropy(
-            hidden, head, batch["targets"], batch["weights"], z_loss=config.z_loss, chunk=config.loss_chunk
+            hidden(model, params, batch, key),
+            apply(model, params, method="head"),
+            batch["targets"],
+            batch["weights"],
+            z_loss=config.z_loss,
+            chunk=config.loss_chunk,
         )
 
-    return llama_loss
+    return loss
+
+
+def _llama_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    inputs = {name: batch[name] for name in ("positions", "segment_ids")}
+    return apply(model, params, batch["tokens"], **inputs, method="hidden")
+
+
+def _t5_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    segments = {name: batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids")}
+    tokens = batch["encoder_tokens"], batch["decoder_tokens"]
+    return apply(model, params, *tokens, **segments, key=key, method="hidden")

@@ -1,0 +1,20 @@
+"""Dropout from an explicit key; no key is no dropout, so that there is no training flag to forget."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def dropout(x: Float[Array, "*B"], key: Array | None, *, rate: float) -> Float[Array, "*B"]:
+    """Zeroes a part `rate` of x and divides the rest by 1 - rate (arXiv 1207.0580)."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_keys(key: Array | None, count: int) -> tuple[Array | None, ...]:
+    """Independent keys for `count` places; None stays None."""
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))

@@ -1,0 +1,85 @@
+"""T5's relative position bias: one learned number per head and bucket of distances (arXiv 1910.10683 section 2.1).
+
+Buckets are computed on the host, in integers: T5's rule takes a logarithm, and another platform's logarithm could put
+a border one distance off. A bias depends on the distance alone, so the table is multiplied by one-hot rows of the
+T + S distances around zero, and the result is laid out as [N, T, S] by reshapes: the gradient is a sum and a small
+matmul, where indexing would have a scatter of T * S terms. Not here: attention, which adds the bias to its scores.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def relative_bucket(distance: np.ndarray, *, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """The bucket of each distance (key index minus query index).
+
+    With `bidirectional`, half of the buckets are for keys after the query; else those share bucket 0. Of the b buckets
+    of a direction the first m = b // 2 hold one distance each, and bucket m + j starts at the first n with
+    n >= m * (max_distance / m) ** (j / (b - m)).
+    """
+    if bidirectional:
+        buckets //= 2
+        offset, n = np.where(distance > 0, buckets, 0), np.abs(distance)
+    else:
+        offset, n = np.zeros_like(distance), np.maximum(-distance, 0)
+    starts = np.array(_bucket_starts(buckets, max_distance))
+    return (offset + np.searchsorted(starts, n, side="right") - 1).astype(np.int32)
+
+
+@functools.cache
+def _bucket_starts(buckets: int, max_distance: int) -> tuple[int, ...]:
+    """First distance of each bucket of one direction, by the rule without logarithm or root."""
+    exact = buckets // 2
+    wide = buckets - exact
+
+    def first(j: int) -> int:
+        # The smallest n with n^wide >= exact^wide * (max_distance / exact)^j, both sides times exact^j.
+        bound = exact**wide * max_distance**j
+        low, high = exact, max_distance
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if middle**wide * exact**j >= bound else (middle + 1, high)
+        return low
+
+    return (*range(exact), *(first(j) for j in range(wide)))
+
+
+def relative_bias(
+    table: Float[Array, "R N"], *, queries: int, keys: int, max_distance: int, bidirectional: bool
+) -> Float[Array, "1 N T S"]:
+    """The bias of every query and key of two sequences that share their first index, in float32."""
+    distance = np.arange(-queries, keys)
+    bucket = relative_bucket(distance, buckets=table.shape[0], max_distance=max_distance, bidirectional=bidirectional)
+    # Row t wants distances -t .. keys - 1 - t: with distance 0 first, that is the cycle started t places earlier.
+    # Repeating the cycle of W and cutting rows of W - 1 moves each row by one place.
+    cycle, width = _rows(table, np.roll(bucket, -queries)).T, queries + keys  # [N, W]
+    repeated = jnp.broadcast_to(cycle[:, None], (table.shape[1], queries, width)).reshape(table.shape[1], -1)
+    rows = repeated[:, : queries * (width - 1)].reshape(table.shape[1], queries, width - 1)
+    return rows[None, :, :, :keys]
+
+
+def relative_bias_row(
+    table: Float[Array, "R N"], query: Int[Array, " B"], keys: Int[Array, "B S"], *, max_distance: int, capacity: int
+) -> Float[Array, "B N S"]:
+    """The causal bias of one query per row, by the positions of query and keys, in float32.
+
+    Keys after the query, and empty slots, get a number that means nothing: they are masked.
+    """
+    bucket = relative_bucket(
+        -np.arange(capacity), buckets=table.shape[0], max_distance=max_distance, bidirectional=False
+    )
+    by_distance = _rows(table, bucket)  # [capacity, N]
+    distance = jnp.clip(query[:, None] - keys, 0, capacity - 1)
+    return jnp.swapaxes(by_distance[distance], 1, 2)
+
+
+def _rows(table: Float[Array, "R N"], bucket: np.ndarray) -> Float[Array, "W N"]:
+    wide = jnp.promote_types(table.dtype, jnp.float32)
+    hot = jnp.asarray(bucket[:, None] == np.arange(table.shape[0]), wide)
+    return jnp.dot(hot, table.astype(wide), precision=jax.lax.Precision.HIGHEST)
