@@ -24,6 +24,7 @@ from jaxllm.training.loss_scale import dynamic_loss_scale
 __version__ = "0.1.0"
 
 __all__ = [
+    "T5",
     "ConfigError",
     "DataConfig",
     "Llama",
@@ -32,7 +33,6 @@ __all__ = [
     "PrecisionConfig",
     "RopeConfig",
     "RunConfig",
-    "T5",
     "T5Config",
     "TrainingConfig",
     "build",

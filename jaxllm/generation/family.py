@@ -7,7 +7,7 @@ by the loops, never carried, so that it is neither copied nor mistaken for anoth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -165,4 +165,4 @@ def decoder_of(model: Model) -> Decoder:
     return _DECODERS[model.config.family](model)
 
 
-_DECODERS = {"llama": LlamaDecoder}
+_DECODERS: dict[str, Callable[[Any], Decoder]] = {"llama": LlamaDecoder}

@@ -111,22 +111,17 @@ def init_stack(key: Array, init_layer: Callable[[Array], Params], num_layers: in
     return jax.vmap(init_layer)(jax.random.split(key, num_layers))
 
 
-def unstack(params: Params) -> list[Params]:
-    """The trees of the single layers; `lax.split`, because its transpose is one concatenation."""
+def unstack(params: Any) -> list[Any]:
+    """The single layers of a stacked tree; `lax.split`, because its transpose is one concatenation."""
     leaves, structure = jax.tree.flatten(params)
     count = leaves[0].shape[0]
     parts = [jax.lax.split(leaf, [1] * count, axis=0) for leaf in leaves]
     return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count)]
 
 
-def layer_list(params: Params | tuple[Params, ...]) -> list[Params]:
-    """The trees of the single layers, from either layout: stacked, or a tuple as decoding has it."""
-    return list(params) if isinstance(params, tuple) else unstack(params)
-
-
 def apply_stack(
     layer: Callable[..., Array],
-    params: Params | tuple[Params, ...],
+    params: Params,
     x: Float[Array, "B T D"],
     per_layer: Any = None,
     *,
@@ -137,18 +132,18 @@ def apply_stack(
 
     Args:
         layer: pure function of one layer's parameters, the residual stream, and what is its own (such as a key).
-        params: stacked parameters, leading axis L; a tuple of layers, as decoding has them, is never scanned.
+        params: stacked parameters, leading axis L.
         x: residual stream.
         per_layer: tree with a leading axis L, or None.
         mode: scan or unroll.
         remat: none, elementwise, dots or full.
     """
     body = _rematerialised(layer, remat)
-    if mode == "scan" and not isinstance(params, tuple):
+    if mode == "scan":
         return jax.lax.scan(lambda h, part: (body(part[0], h, part[1]), None), x, (params, per_layer))[0]
-    layers = layer_list(params)
-    extras = unstack(per_layer) if per_layer is not None else [None] * len(layers)
-    for layer_params, extra in zip(layers, extras, strict=True):
+    count = jax.tree.leaves(params)[0].shape[0]
+    extras = unstack(per_layer) if per_layer is not None else [None] * count
+    for layer_params, extra in zip(unstack(params), extras, strict=True):
         x = body(layer_params, x, extra)
     return x
 

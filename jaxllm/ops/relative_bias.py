@@ -64,10 +64,10 @@ def relative_bias(
     return rows[None, :, :, :keys]
 
 
-def relative_bias_row(
-    table: Float[Array, "R N"], query: Int[Array, " B"], keys: Int[Array, "B S"], *, max_distance: int, capacity: int
-) -> Float[Array, "B N S"]:
-    """The causal bias of one query per row, by the positions of query and keys, in float32.
+def relative_bias_at(
+    table: Float[Array, "R N"], queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, max_distance: int, capacity: int
+) -> Float[Array, "B N T S"]:
+    """The causal bias between given positions below `capacity`, in float32, for decoding from a cache.
 
     Keys after the query, and empty slots, get a number that means nothing: they are masked.
     """
@@ -75,8 +75,8 @@ def relative_bias_row(
         -np.arange(capacity), buckets=table.shape[0], max_distance=max_distance, bidirectional=False
     )
     by_distance = _rows(table, bucket)  # [capacity, N]
-    distance = jnp.clip(query[:, None] - keys, 0, capacity - 1)
-    return jnp.swapaxes(by_distance[distance], 1, 2)
+    distance = jnp.clip(queries[:, :, None] - keys[:, None], 0, capacity - 1)
+    return jnp.einsum("btsn->bnts", by_distance[distance])
 
 
 def _rows(table: Float[Array, "R N"], bucket: np.ndarray) -> Float[Array, "W N"]:

@@ -1,6 +1,6 @@
 """What a family minimises on a batch: hidden states through the chunked vocabulary loss.
 
-A loss function maps (compute parameters, batch, key or None) to `LossSums`; the train step knows nothing else of a model.
+A loss function maps (compute parameters, batch, key) to `LossSums`; the train step knows nothing else of a model.
 """
 
 from __future__ import annotations

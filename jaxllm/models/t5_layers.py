@@ -1,0 +1,180 @@
+"""One layer of T5's encoder and of its decoder, with dropout at T5's places and each bias from its stack or its own.
+
+A layer works in the compute dtype; the residual stream has a dtype of its own, because T5's outgrows float16. Scores
+are not divided by sqrt(head_dim): T5 puts that into q's initial size. Not here: the stacks (`jaxllm.models.t5`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.config import T5Config
+from jaxllm.models.layers import ACTIVATIONS, Linear, RMSNorm, saved
+from jaxllm.ops.attention import Pattern, attention
+from jaxllm.ops.dropout import dropout, split_keys
+from jaxllm.ops.linear import linear_float32
+
+# Gives a layer its bias, from its own table where it has one (UMT5) or else the one that its stack shares.
+BiasOf = Callable[[Array | None], Array | None]
+
+
+def stream_dtype(dtype: Any) -> Any:
+    """Dtype of the residual stream: T5's outgrows float16, whose largest number is 65504."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+class T5Attention(nn.Module):
+    """Attention of x over a source, which is x itself or the encoder's output."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Creates the four projections."""
+        c = self.config
+        inner, std = c.num_heads * c.head_dim, c.init_factor * c.d_model**-0.5
+        self.q_proj = Linear(c.d_model, inner, std * c.head_dim**-0.5)
+        self.k_proj = Linear(c.d_model, inner, std)
+        self.v_proj = Linear(c.d_model, inner, std)
+        self.o_proj = Linear(inner, c.d_model, c.init_factor * inner**-0.5)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], source: Float[Array, "B S D"], pattern: Pattern, bias: Any, key: Array | None
+    ) -> Float[Array, "B T D"]:
+        """Attention over whole sequences; `key` is for dropout on its weights."""
+        c = self.config
+        drop = None if key is None else functools.partial(dropout, key=key, rate=c.dropout_rate)
+        keys, values = self.keys_values(source)
+        mixed = attention(
+            saved(self._heads(self.q_proj(x)), "query"),
+            saved(keys, "key"),
+            saved(values, "value"),
+            pattern=pattern,
+            scale=1.0,
+            bias=bias,
+            implementation=c.attention,
+            drop=drop,
+        )
+        return self.o_proj(saved(mixed, "attention").reshape(*x.shape[:2], -1))
+
+    def keys_values(self, source: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+        """What the source offers to queries."""
+        return self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+
+
+class T5MLP(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) when not gated."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Creates two or three projections."""
+        c = self.config
+        std = c.init_factor * c.d_model**-0.5
+        if c.gated:
+            self.gate_proj = Linear(c.d_model, c.d_ff, std)
+        self.up_proj = Linear(c.d_model, c.d_ff, std)
+        self.down_proj = Linear(c.d_ff, c.d_model, c.init_factor * c.d_ff**-0.5)
+
+    def __call__(self, x: Float[Array, "B T D"], key: Array | None) -> Float[Array, "B T D"]:
+        """Maps each position by itself; float16 in, float32 out, because this sum is what overflows in T5."""
+        c = self.config
+        activation, up = ACTIVATIONS[c.activation], saved(self.up_proj(x), "up")
+        h = activation(saved(self.gate_proj(x), "gate")) * up if c.gated else activation(up)
+        h = dropout(h, key, rate=c.dropout_rate)
+        if h.dtype == jnp.float16:
+            return linear_float32(h, self.down_proj.kernel.astype(h.dtype))
+        return self.down_proj(h)
+
+
+class EncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+        config: architecture.
+        dtype: of the sublayers; the stream keeps its own (`stream_dtype`).
+    """
+
+    config: T5Config
+    dtype: Any
+
+    def setup(self) -> None:
+        """Creates the sublayers, their norms, and the bias table where each layer has its own."""
+        c = self.config
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.attention = T5Attention(c)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.mlp = T5MLP(c)
+        self.relative_bias = create_table(self, c) if c.relative_per_layer else None
+
+    def __call__(
+        self, x: Float[Array, "B S D"], pattern: Pattern, bias_of: BiasOf, key: Array | None
+    ) -> Float[Array, "B S D"]:
+        """One layer over whole sequences."""
+        weights_key, attention_key, inner_key, mlp_key = split_keys(key, 4)
+        h = self.attn_norm(x).astype(self.dtype)
+        bias = bias_of(self.relative_bias)
+        x = _add(self.config, x, self.attention(h, h, pattern, bias, weights_key), attention_key)
+        h = self.mlp_norm(x).astype(self.dtype)
+        return _add(self.config, x, self.mlp(h, inner_key), mlp_key)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + cross_attention(norm(x), encoded), then x + mlp(norm(x)).
+
+    Attributes:
+        config: architecture.
+        dtype: of the sublayers; the stream keeps its own (`stream_dtype`).
+    """
+
+    config: T5Config
+    dtype: Any
+
+    def setup(self) -> None:
+        """Creates the sublayers, their norms, and the bias table where each layer has its own."""
+        c = self.config
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.attention = T5Attention(c)
+        self.cross_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.cross_attention = T5Attention(c)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.mlp = T5MLP(c)
+        self.relative_bias = create_table(self, c) if c.relative_per_layer else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B S D"],
+        pattern: Pattern,
+        cross_pattern: Pattern,
+        bias_of: BiasOf,
+        key: Array | None,
+    ) -> Float[Array, "B T D"]:
+        """One layer over whole sequences."""
+        c = self.config
+        weights_key, attention_key, cross_weights_key, cross_key, inner_key, mlp_key = split_keys(key, 6)
+        h = self.attn_norm(x).astype(self.dtype)
+        bias = bias_of(self.relative_bias)
+        x = _add(c, x, self.attention(h, h, pattern, bias, weights_key), attention_key)
+        h = self.cross_norm(x).astype(self.dtype)
+        x = _add(c, x, self.cross_attention(h, encoded, cross_pattern, None, cross_weights_key), cross_key)
+        h = self.mlp_norm(x).astype(self.dtype)
+        return _add(c, x, self.mlp(h, inner_key), mlp_key)
+
+
+def _add(c: T5Config, x: Array, update: Array, key: Array | None) -> Array:
+    return saved(x + dropout(update, key, rate=c.dropout_rate).astype(x.dtype), "residual")
+
+
+def create_table(module: nn.Module, c: T5Config) -> Float[Array, "R N"]:
+    """The relative bias of a layer or of a stack."""
+    std = c.init_factor * c.d_model**-0.5
+    return module.param("relative_bias", nn.initializers.normal(std), (c.relative_buckets, c.num_heads))
