@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.interop import InteropError, llama
+from jaxllm.interop import InteropError, llama, t5
 from jaxllm.interop.safetensors_dir import TensorFiles, read_json, read_params, write_params
 from jaxllm.models import Model, abstract_params, build
 
-_FAMILIES: dict[str, ModuleType] = {"llama": llama}  # by our family
+_FAMILIES: dict[str, ModuleType] = {"llama": llama, "t5": t5}  # by our family
 
 
 class SpecialIds(NamedTuple):
@@ -100,7 +100,8 @@ def save_hf(
     write_params(folder, module.entries(model.config), params, dtype=dtype, shard_bytes=shard_bytes)
     _write_json(folder / "config.json", raw)
     if ids:
-        _write_json(folder / "generation_config.json", ids)
+        start = {key: raw[key] for key in ("decoder_start_token_id",) if key in raw}
+        _write_json(folder / "generation_config.json", ids | start)
 
 
 def special_ids(path: str | Path) -> SpecialIds:

@@ -70,13 +70,18 @@ class TensorFiles:
         """
         self.folder = Path(folder)
         self.info = dict(self._headers())
+        self._alias: dict[str, str] = {}
         self._open: tuple[Path, Any] | None = None
         self._read = 0
+
+    def alias(self, name: str, tensor: str) -> None:
+        """Lets an absent tensor be read as another: files hold only one of the names of a shared tensor."""
+        self.info[name], self._alias[name] = self.info[tensor], tensor
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of a tensor, as far as it has them, copied out of the file."""
         info = self.info[name]
-        array = self._file(info.file).get_slice(name)[start : min(stop, info.shape[0])]
+        array = self._file(info.file).get_slice(self._alias.get(name, name))[start : min(stop, info.shape[0])]
         self._read += array.nbytes
         return array
 

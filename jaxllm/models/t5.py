@@ -132,10 +132,12 @@ class T5(nn.Module):
     Attributes:
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
+        residual_dtype: of the residual stream, where layers add up; None is `dtype`, or float32 for float16.
     """
 
     config: T5Config
     dtype: Any = jnp.float32
+    residual_dtype: Any = None
 
     def setup(self) -> None:
         """Creates the embedding that both stacks share, the stacks, and the head."""
@@ -231,4 +233,4 @@ class T5(nn.Module):
         return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return embed(self.embed, tokens, dtype=self.dtype).astype(stream_dtype(self.dtype))
+        return embed(self.embed, tokens, dtype=self.dtype).astype(self.residual_dtype or stream_dtype(self.dtype))
