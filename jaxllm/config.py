@@ -366,6 +366,8 @@ class DataConfig:
         example_length: tokens of text in one example of an encoder-decoder; null takes as many as a row can hold,
             less packs several into a row.
         too_long: what a pair of seq2seq that does not fit a row does: stop or truncate (its end stays an end).
+        document_mask: tokens attend to their own document only; false lets all documents of a causal row see each
+            other, which spares a GPU's fused attention the wider heads that tell documents apart.
         objective: causal, prefix_lm, span_corruption, ul2 or seq2seq.
         noise_density: part of the tokens that span corruption hides.
         mean_span_length: mean length of a hidden span.
@@ -386,6 +388,7 @@ class DataConfig:
     target_length: int | None = None
     example_length: int | None = None
     too_long: Literal["stop", "truncate"] = "stop"
+    document_mask: bool = True
     objective: Objective = "causal"
     noise_density: float = 0.15
     mean_span_length: float = 3.0
@@ -410,6 +413,10 @@ class DataConfig:
         _require(0 < self.noise_density < 1, f"noise_density must lie in (0, 1), got {self.noise_density}")
         _require(self.mean_span_length >= 1, f"mean_span_length must be at least 1, got {self.mean_span_length}")
         _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+        _require(
+            self.document_mask or self.objective == "causal",
+            f"document_mask: false is for objective causal; got {self.objective}, whose examples must not mix",
+        )
         _require(
             (self.objective == "seq2seq") == (self.target_key is not None),
             f"target_key goes with objective: seq2seq and only with it, got objective {self.objective!r} and "

@@ -69,6 +69,14 @@ def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Re
         packed = {name: value[packed["tokens_segment_ids"][:, 0] > 0] for name, value in packed.items()}
         segments, positions = packed["tokens_segment_ids"], packed["tokens_positions"]
         inside = segments > 0
+        if not config.document_mask:
+            # The row is one text; padding ends it, so that causality alone hides it.
+            return {
+                "tokens": packed["tokens"],
+                "targets": packed["targets"],
+                "positions": np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape).copy(),
+                "weights": inside.astype(np.float32),
+            }
         # A row starts anew: its first document is number 1, from position 0.
         began = np.where(segments == segments[:, :1], positions[:, :1], 0)
         return {

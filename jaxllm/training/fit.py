@@ -114,7 +114,8 @@ def abstract_batch(config: RunConfig, *, rows: int) -> dict[str, jax.ShapeDtypeS
     length, targets = config.data.sequence_length, _target_length(config)
     batch = {"targets": field(targets), "weights": field(targets, jnp.float32)}
     if isinstance(config.model, LlamaConfig):
-        return {**batch, **{name: field(length) for name in ("tokens", "positions", "segment_ids")}}
+        names = ("tokens", "positions", *(["segment_ids"] if config.data.document_mask else []))
+        return {**batch, **{name: field(length) for name in names}}
     encoder = {f"encoder_{name}": field(length) for name in ("tokens", "segment_ids")}
     return {**batch, **encoder, **{f"decoder_{name}": field(targets) for name in ("tokens", "segment_ids")}}
 

@@ -38,7 +38,7 @@ def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
 
 
 def _llama_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    inputs = {name: batch[name] for name in ("positions", "segment_ids")}
+    inputs = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
     return apply(model, params, batch["tokens"], **inputs, method="hidden")
 
 
