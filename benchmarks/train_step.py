@@ -24,7 +24,7 @@ import numpy as np
 from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, int]] = {
     "A": {
         "vocab_size": 8192,
         "d_model": 256,
@@ -131,7 +131,7 @@ def _tokens(shape: str) -> np.ndarray:
     return np.random.default_rng(0).integers(0, SHAPES[shape]["vocab_size"], (batch, length + 1)).astype(np.int32)
 
 
-def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]:
+def run_jaxllm(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
     """Times our step; saves weights for the other side and logits for the comparison."""
     import jax
 
@@ -147,9 +147,7 @@ def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]
     model = build(config, dtype=compute)
     params = init_params(model, jax.random.key(0))
     tokens = _tokens(shape)
-    flat: dict[str, Any] = {
-        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)
-    }
+    flat = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     np.savez(work / "weights.npz", **flat)
     logits = jax.jit(lambda p, t: model.apply({"params": p}, t))(params, tokens[:1, :-1])
     np.save(work / "jaxllm.npy", np.asarray(logits))
@@ -181,8 +179,7 @@ def run_torch(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = LlamaForCausalLM(_torch_config(shape))
-    model = model.to(device)
+    model = LlamaForCausalLM(_torch_config(shape)).to(device)
     _copy_weights(model, np.load(work / "weights.npz"))
     tokens = torch.tensor(_tokens(shape), dtype=torch.long, device=device)
     cast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxllm.data.objectives import before_end, span_length_law
-from jaxllm.data.packing import unpack_pairs
+from jaxllm.data.packing import segments_of, unpack_pairs
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ class Audit(NamedTuple):
         density: part of the tokens that is hidden; 0 where no sentinel is used.
         spans: observed count by span length.
         expected: count by span length under the exact law of these examples.
-        padding: part of the encoder's and of the decoder's slots that is padding.
+        padding: part of the encoder's and of the decoder's slots that is padding; of a decoder alone, the same twice.
     """
 
     documents: int
@@ -98,9 +98,8 @@ def audit(pipeline: Pipeline, *, documents: int) -> Audit:
     rows = examples = hidden = 0
     used, slots = np.zeros(2), np.zeros(2)
     for batch in pipeline.once(documents):
-        sides = [ids for name, ids in batch.items() if name.endswith("segment_ids")]
         rows += len(batch["targets"])
-        for side, ids in enumerate(sides):
+        for side, ids in enumerate(segments_of(batch)):
             used[side] += np.count_nonzero(ids)
             slots[side] += ids.size
         for inputs, targets in unpack_pairs(batch):
@@ -122,7 +121,7 @@ def audit(pipeline: Pipeline, *, documents: int) -> Audit:
         density=hidden / max(int(before.sum()), 1),
         spans=dict(sorted(spans.items())),
         expected=_expected(groups),
-        padding=(float(padding[0]), float(padding[1]) if slots[1] else 0.0),
+        padding=(float(padding[0]), float(padding[1])),
     )
 
 

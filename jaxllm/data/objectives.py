@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 
 Tokens = np.ndarray  # int32, [n] or [rows, n]
@@ -142,6 +143,16 @@ def solve_lengths(denoiser: Denoiser, *, inputs: int, targets: int | None = None
     if denoiser.density == 0.5 and found.targets > found.inputs and low > 2:
         return lengths_of(low - 1, denoiser)._replace(targets=found.targets - 1)
     return found
+
+
+def row_lengths(config: DataConfig) -> tuple[int, int]:
+    """Tokens of a row: of the encoder (or the decoder-only model), and of the decoder (or 0)."""
+    if config.objective == "causal":
+        return config.sequence_length, 0
+    if config.target_length is not None:
+        return config.sequence_length, config.target_length
+    denoiser = Denoiser(config.noise_density, config.mean_span_length)
+    return config.sequence_length, solve_lengths(denoiser, inputs=config.sequence_length).targets
 
 
 def compositions(rng: np.random.Generator, rows: int, items: int, parts: int) -> np.ndarray:

@@ -57,16 +57,22 @@ def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_i
 def unpack_pairs(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
     """Inputs and targets of every example of packed rows, row by row: the inverse of `pack_pairs`, up to the order.
 
-    Of decoder-only rows, the tokens and targets of every document.
+    Of decoder-only rows, the tokens and targets of every document, or of the row where documents see each other.
     """
     found = []
     tokens = batch["encoder_tokens"] if "encoder_tokens" in batch else batch["tokens"]
-    sides = [batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids") if name in batch]
-    sides = sides or [batch["segment_ids"]] * 2
-    for row, (left, right) in enumerate(zip(*sides, strict=True)):
+    for row, (left, right) in enumerate(zip(*segments_of(batch), strict=True)):
         segments = range(1, left.max(initial=0) + 1)
         found += [(tokens[row][left == segment], batch["targets"][row][right == segment]) for segment in segments]
     return found
+
+
+def segments_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids of the inputs and of the targets; a decoder-only model has one for both."""
+    if "encoder_segment_ids" in batch:
+        return batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+    ids = batch["segment_ids"] if "segment_ids" in batch else (batch["weights"] > 0).astype(np.int32)
+    return ids, ids
 
 
 def first_fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:

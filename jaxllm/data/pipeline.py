@@ -237,9 +237,11 @@ def build_pipeline(
 
 
 def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Path) -> Tokenizer:
-    if config.tokenizer != "train":
-        return load_tokenizer(config.tokenizer)
     cached = run_dir / "tokenizer.json"
+    if config.tokenizer != "train":
+        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer.save(cached)
+        return tokenizer
     if cached.exists():
         return load_tokenizer(cached)
     keys = [key for key in (config.text_key, config.target_key) if key is not None]

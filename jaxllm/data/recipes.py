@@ -18,13 +18,13 @@ from jaxllm.data.objectives import (
     Denoiser,
     Lengths,
     Pairs,
-    before_end,
     causal,
     denoise,
     fill_spans,
     join_prefix,
     noise_of,
     prefix_lm,
+    row_lengths,
     solve_lengths,
 )
 from jaxllm.data.packing import Batch, pack_pairs
@@ -89,7 +89,7 @@ def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Re
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         del inputs
-        return before_end(targets, tokenizer.eos_id)
+        return targets[targets != tokenizer.eos_id]
 
     cut = _EXAMPLES_AT_ONCE * length
     return Recipe(encode, {"tokens": cut, "targets": cut}, expand, restore, (length, 0))
@@ -118,7 +118,7 @@ def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoiser
             f"or data.noise_density, or raise data.mean_span_length"
         )
     raw = [lengths.raw for lengths in made]
-    rows = (config.sequence_length, config.target_length or max(lengths.targets for lengths in made))
+    rows = row_lengths(config)
     by_mode = sorted((mode for mode in modes if len(mode)), key=len, reverse=True)
 
     def encode(record: dict[str, Any]) -> Batch:
@@ -161,7 +161,7 @@ def _example_lengths(config: DataConfig, denoiser: Denoiser, mode_length: int) -
 def prefix_lm_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
     """The beginning of a stretch of text as inputs, the rest as targets; cut at a uniformly drawn place."""
     eos = tokenizer.eos_id
-    rows = (config.sequence_length, config.target_length or config.sequence_length)
+    rows = row_lengths(config)
     raw = min(*rows, config.example_length or rows[0])
 
     def encode(record: dict[str, Any]) -> Batch:
@@ -188,7 +188,7 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
     if target_key is None:
         raise DataError("objective seq2seq needs data.target_key, the field that holds the answer")
     keys = {"inputs": config.text_key, "targets": target_key}
-    rows = (config.sequence_length, config.target_length or config.sequence_length)
+    rows = row_lengths(config)
     room = dict(zip(keys, rows, strict=True))
     end = np.array([tokenizer.eos_id], np.int32)
 

@@ -17,6 +17,7 @@ import optax
 from jax.extend.core import Var
 
 from jaxllm.config import LlamaConfig, RunConfig
+from jaxllm.data.objectives import row_lengths
 from jaxllm.models import abstract_params, build
 from jaxllm.training.device import Device
 from jaxllm.training.loss import build_loss
@@ -123,7 +124,7 @@ def abstract_batch(config: RunConfig, *, rows: int) -> dict[str, jax.ShapeDtypeS
 def _target_length(config: RunConfig) -> int:
     if isinstance(config.model, LlamaConfig):
         return config.data.sequence_length
-    return config.data.target_length or config.data.sequence_length
+    return row_lengths(config.data)[1]
 
 
 def _activations(config: RunConfig, rows: int) -> int:

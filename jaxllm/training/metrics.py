@@ -96,8 +96,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_curve(folder: Path, *, baselines: dict[str, float]) -> Path:
-    """Draws training and validation bits per byte over steps from metrics.jsonl into loss.png."""
+def plot_curve(folder: Path, *, baselines: dict[str, float], name: str = "bits_per_byte") -> Path:
+    """Draws the metric `name` of training and validation over steps from metrics.jsonl into loss.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,14 +105,14 @@ def plot_curve(folder: Path, *, baselines: dict[str, float]) -> Path:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, label in (("bits_per_byte", "training"), ("validation/bits_per_byte", "validation")):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    for key, label, marker in ((name, "training", None), (f"validation/{name}", "validation", "o")):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if "/" in name else None, markersize=3)
-    for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-        axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=name)
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
+    for (label, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+        axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel(name.replace("_", " "))
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     figure.savefig(folder / "loss.png", dpi=130)

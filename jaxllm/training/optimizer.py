@@ -57,13 +57,14 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     schedule = build_schedule(config, steps=steps)
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     if config.name == "adafactor":
-        parts.append(_adafactor(config, schedule))
+        # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
+        parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     else:
         parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype))
-        if config.name == "adamw_rms":
-            parts.append(scale_by_parameter_rms())
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
-        parts.append(optax.scale_by_learning_rate(schedule))
+    if config.name != "adamw":
+        parts.append(scale_by_parameter_rms())
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    parts.append(optax.scale_by_learning_rate(schedule))
     inner = optax.chain(*parts)
     if precision.loss_scale == "dynamic":
         return dynamic_loss_scale(
@@ -77,16 +78,6 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     if precision.loss_scale == "static":
         return static_loss_scale(inner, precision.initial_scale)
     return inner
-
-
-def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adafactor(
-        schedule,
-        multiply_by_parameter_scale=True,
-        clipping_threshold=1.0,
-        weight_decay_rate=config.weight_decay or None,
-        weight_decay_mask=decay_mask,
-    )
 
 
 def scale_by_parameter_rms(minimum: float = 1e-3) -> optax.GradientTransformation:

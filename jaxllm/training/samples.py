@@ -1,25 +1,45 @@
-"""What a trained model says, written at the end of a run."""
+"""What a trained model says, written at the end of a run: a decoder continues a prompt, T5 fills in blanks."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxllm.config import TrainingConfig
+from jaxllm.data.objectives import before_end
+from jaxllm.data.packing import unpack_pairs
+from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.generation import generate
 from jaxllm.models import Model
-from jaxllm.ops.sampling import Sampling
+from jaxllm.models.t5 import T5
+from jaxllm.ops.sampling import GREEDY, Sampling
 
 # Greedy text of a small model runs in circles; this is mild enough to show what it learned.
 SAMPLING = Sampling(temperature=0.7, top_k=50)
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_HELD_OUT = 2
 
 
-def write_sample(folder: Path, model: Model, params: Any, tokenizer: Tokenizer, config: TrainingConfig) -> str | None:
-    """Continues `config.sample_prompt` and writes it to sample.txt; None when no sample is asked for."""
+def write_sample(folder: Path, model: Model, params: Any, pipeline: Pipeline, config: TrainingConfig) -> str | None:
+    """Writes what the model makes of `config.sample_prompt` to sample.txt; None when no sample is asked for.
+
+    T5 also gets two held-out examples, of which the truth is shown.
+    """
     if not config.sample_tokens:
         return None
-    prompt = [tokenizer.eos_id, *(int(i) for i in tokenizer.encode(config.sample_prompt))]
+    text = (_fill_in if isinstance(model, T5) else _continue)(model, params, pipeline, config)
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    return text
+
+
+def _continue(model: Model, params: Any, pipeline: Pipeline, config: TrainingConfig) -> str:
+    tokenizer = pipeline.tokenizer
+    prompt = [tokenizer.eos_id, *tokenizer.encode(config.sample_prompt).tolist()]
     new = generate(
         model,
         params,
@@ -31,6 +51,67 @@ def write_sample(folder: Path, model: Model, params: Any, tokenizer: Tokenizer, 
         seed=config.seed,
     )[0]
     kept = [token for token in new if token != tokenizer.eos_id]
-    text = tokenizer.decode([*prompt[1:], *kept])
-    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    return tokenizer.decode([*prompt[1:], *kept])
+
+
+def _fill_in(model: Model, params: Any, pipeline: Pipeline, config: TrainingConfig) -> str:
+    tokenizer = pipeline.tokenizer
+    held_out = itertools.chain.from_iterable(unpack_pairs(batch) for batch in pipeline.validation(1))
+    examples: list[tuple[np.ndarray, np.ndarray | None]] = list(itertools.islice(held_out, _HELD_OUT))
+    if config.sample_prompt:
+        examples.insert(0, (encode_blanks(config.sample_prompt, tokenizer), None))
+    written = generate(
+        model,
+        params,
+        [inputs.tolist() for inputs, _ in examples],
+        max_new_tokens=config.sample_tokens,
+        sampling=GREEDY,
+        eos_ids=(tokenizer.eos_id,),
+        pad_id=tokenizer.pad_id,
+    )
+    parts = []
+    for (inputs, truth), answer in zip(examples, written, strict=True):
+        parts += ["--- text with blanks", tokenizer.decode(before_end(inputs, tokenizer.eos_id))]
+        parts += ["--- the model's answer", tokenizer.decode(answer)]
+        if truth is not None:
+            parts += ["--- the truth", tokenizer.decode(truth)]
+        if np.isin(inputs, tokenizer.sentinel_ids).any():
+            parts += ["--- filled in", filled_in(inputs, np.array(answer, np.int32), tokenizer)]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def encode_blanks(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of an encoder input in which <extra_id_i> stands for blank i, ended by the end token.
+
+    Raises:
+        ValueError: for a blank beyond the tokenizer's sentinels.
+    """
+    ids = []
+    for i, part in enumerate(_SENTINEL.split(text)):
+        if i % 2 == 0:
+            ids.append(tokenizer.encode(part))
+            continue
+        if int(part) >= len(tokenizer.sentinel_ids):
+            raise ValueError(f"<extra_id_{part}> is a blank beyond the {len(tokenizer.sentinel_ids)} of the tokenizer")
+        ids.append(tokenizer.sentinel_ids[[int(part)]])
+    return np.concatenate([*ids, [tokenizer.eos_id]]).astype(np.int32)
+
+
+def filled_in(inputs: np.ndarray, answer: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text with what was written for each blank between guillemets."""
+    answers = {}
+    for part in _before_sentinels(before_end(answer, tokenizer.eos_id), tokenizer):
+        answers.setdefault(int(part[0]), part[1:])
+    text = ""
+    for part in _before_sentinels(before_end(inputs, tokenizer.eos_id), tokenizer):
+        if part[0] in tokenizer.sentinel_ids:
+            text += f"«{tokenizer.decode(answers.get(int(part[0]), part[:0]))}»"
+            part = part[1:]
+        text += tokenizer.decode(part)
     return text
+
+
+def _before_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    cuts = np.flatnonzero(np.isin(tokens, tokenizer.sentinel_ids))
+    return [part for part in np.split(tokens, cuts) if len(part)]

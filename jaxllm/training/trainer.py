@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import RunConfig
-from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.pipeline import Pipeline, open_run_pipeline
 from jaxllm.models import build, count_params, init_params
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.compiled import CompiledOnce
@@ -35,6 +35,7 @@ from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.precision import compute_dtype
 from jaxllm.training.run_folder import open_run_folder
 from jaxllm.training.samples import write_sample
+from jaxllm.training.spans import SpanEvaluation
 from jaxllm.training.train_step import (
     StepMetrics,
     TrainState,
@@ -57,7 +58,7 @@ class Summary(NamedTuple):
         step: optimizer steps done in total.
         resumed_from: step it started at, 0 for a new run.
         finished: whether the last step was reached.
-        validation: last evaluation: loss, bits_per_byte, accuracy.
+        validation: last evaluation: loss, bits_per_byte (T5: bits_per_target_byte, spans_exact), accuracy.
         folder: the run folder.
     """
 
@@ -84,13 +85,7 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     folder = open_run_folder(config)
     training = config.training
-    pipeline = build_pipeline(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        batch_size=training.batch_size,
-        seed=training.seed,
-        run_dir=folder,
-    )
+    pipeline = open_run_pipeline(config, folder)
     with contextlib.closing(pipeline), contextlib.closing(_Run(config, folder, pipeline)) as run:
         with _stop_signals() as stopped:
             run.train(until=min(training.steps, stop_at or training.steps), stopped=stopped)
@@ -122,6 +117,9 @@ class _Run:
         step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=self.dtype, retries=retries)
         self._train_step = CompiledOnce(step, name="train step", donate_argnums=0)
         self._eval_step = CompiledOnce(make_eval_step(loss, dtype=self.dtype), name="evaluation step")
+        self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype)
+        # A decoder-only model predicts every byte of the text; T5 those that are hidden from it.
+        self._bits = "bits_per_byte" if config.model.family == "llama" else "bits_per_target_byte"
         announce_fit(config, optimizer, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
@@ -131,7 +129,7 @@ class _Run:
         self.overflow = OverflowWatch(config, self.state.params)
         self.writer = MetricsWriter(folder, resume_step=self.step)
         self.baselines = pipeline.baselines()
-        self._meter = _Meter(config)
+        self._meter = _Meter(config, pipeline.recipe.lengths)
         _log.info(
             "%s, %.2fM parameters, %s in %s, tokenizer of %d",
             config.model.family,
@@ -207,12 +205,12 @@ class _Run:
             reason = self.overflow.check(pending.step, values, self.state, pending.batch)
         if reason is not None:
             self._stop(pending.step, reason)
-        self._meter.add(float(values.weight))
+        self._meter.add(_tokens(pending.batch))
         if pending.step % self.config.training.log_every and pending.step != 1:
             return
         row = {
             "loss": values.loss,
-            "bits_per_byte": values.nll * values.weight / math.log(2) / max(self._bytes(pending.batch), 1.0),
+            self._bits: values.nll * values.weight / math.log(2) / max(self._bytes(pending.batch), 1.0),
             "accuracy": values.accuracy,
             "grad_norm": values.grad_norm,
             "learning_rate": np.asarray(self.schedule(pending.step - 1 - int(values.skipped))).item(),
@@ -228,7 +226,7 @@ class _Run:
             pending.step,
             self.config.training.steps,
             row["loss"],
-            row["bits_per_byte"],
+            row[self._bits],
             row["grad_norm"],
             row["learning_rate"],
             row["tokens_per_second"],
@@ -250,15 +248,12 @@ class _Run:
             self.validation = {"step": self.step, **self.evaluate()}
         row = {f"validation/{k}": v for k, v in self.validation.items() if k != "step"}
         self.writer.write(self.step, row)
-        _log.info(
-            "step %d  validation loss %.4f  bits/byte %.3f",
-            self.step,
-            self.validation["loss"],
-            self.validation["bits_per_byte"],
-        )
+        shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.validation.items() if k != "step")
+        _log.info("step %d  validation %s", self.step, shown)
 
     def evaluate(self) -> dict[str, float]:
-        """Loss per token, bits per byte and accuracy on the first validation batches, the same every time."""
+        """Loss per token, bits per byte, accuracy and T5's spans on the first validation batches, always the same."""
+        self._spans.reset()
         nll = weight = correct = size = 0.0
         for batch in self.pipeline.validation(self.config.training.eval_batches):
             sums = jax.device_get(self._eval_step(self.state.params, batch))
@@ -268,20 +263,22 @@ class _Run:
                 correct + float(sums.correct),
             )
             size += self._bytes(batch)
+            self._spans.add(self.state.params, batch)
         weight = max(weight, 1.0)
         return {
             "loss": nll / weight,
-            "bits_per_byte": nll / math.log(2) / max(size, 1.0),
+            self._bits: nll / math.log(2) / max(size, 1.0),
             "accuracy": correct / weight,
+            **self._spans.result(),
         }
 
     def finish(self) -> None:
         """Draws the curve and writes a sample of what the model says."""
-        curve = plot_curve(self.folder, baselines=self.baselines)
-        if "bits_per_byte" in self.validation:
+        curve = plot_curve(self.folder, baselines=self.baselines, name=self._bits)
+        if self._bits in self.validation:
             compared = ", ".join(f"{name} {value:.3f}" for name, value in self.baselines.items())
-            _log.info("validation bits/byte %.3f (%s)", self.validation["bits_per_byte"], compared)
-        text = write_sample(self.folder, self.model, self.state.params, self.pipeline.tokenizer, self.config.training)
+            _log.info("validation %s %.3f (%s)", self._bits.replace("_", " "), self.validation[self._bits], compared)
+        text = write_sample(self.folder, self.model, self.state.params, self.pipeline, self.config.training)
         if text:
             _log.info("sample:\n%s", text)
         _log.info("curve in %s, everything else beside it", curve)
@@ -293,15 +290,17 @@ class _Run:
         self.checkpoints.close()
 
 
+def _tokens(batch: dict[str, np.ndarray]) -> float:
+    """Tokens that are not padding, on both sides of an encoder-decoder."""
+    return float(np.count_nonzero(batch["weights"]) + np.count_nonzero(batch.get("encoder_segment_ids", 0)))
+
+
 class _Meter:
     """Tokens per second, utilisation and the host's share of waiting for data, since the last reading."""
 
-    def __init__(self, config: RunConfig) -> None:
-        data, batch = config.data, config.training.batch_size
-        flops = train_flops(
-            config.model, batch=batch, length=data.sequence_length, target_length=data.target_length or 0
-        )
-        self._flops = flops
+    def __init__(self, config: RunConfig, lengths: tuple[int, int]) -> None:
+        batch = config.training.batch_size
+        self._flops = train_flops(config.model, batch=batch, length=lengths[0], target_length=lengths[1])
         self._peak = detect_device().flops
         self._reset()
 

@@ -111,6 +111,48 @@ def test_adamw_equals_optax_adamw(tiny: LlamaConfig) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor"])
+def test_decay_is_multiplied_by_the_rate_in_every_rule(name: str) -> None:
+    config = OptimizerConfig(name=name, learning_rate=1e-3, weight_decay=0.1, schedule="constant")
+    rule = build_optimizer(config, PrecisionConfig(), steps=10)
+    params = {"kernel": jnp.full((4, 4), 2.0), "weight": jnp.full((4,), 2.0)}
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -2e-4, rtol=1e-5)
+    np.testing.assert_array_equal(updates["weight"], 0.0)
+
+
+def test_adafactor_equals_optax_adafactor() -> None:
+    config = OptimizerConfig(
+        name="adafactor", learning_rate=1e-2, weight_decay=0.0, schedule="constant", clip_norm=None
+    )
+    ours, want = build_optimizer(config, PrecisionConfig(), steps=10), optax.adafactor(1e-2)
+    key = jax.random.key(0)
+    params = {"kernel": jax.random.normal(key, (130, 140)), "weight": jnp.ones(7)}
+    states = [rule.init(params) for rule in (ours, want)]
+    for i in range(3):
+        grads = jax.tree.map(lambda x, i=i: jnp.sin(x * (i + 1)), params)
+        results = [rule.update(grads, state, params) for rule, state in zip((ours, want), states, strict=True)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *(update for update, _ in results))
+        states = [state for _, state in results]
+
+
+def test_adamw_rms_is_adam_times_the_parameters_rms() -> None:
+    """The recipe written out: lr * max(rms(p), 1e-3) * Adam's step, bias-corrected."""
+    config = OptimizerConfig(
+        name="adamw_rms", learning_rate=2e-2, weight_decay=0.0, schedule="constant", clip_norm=None, b2=0.999, eps=1e-6
+    )
+    rule = build_optimizer(config, PrecisionConfig(), steps=10)
+    p, m, v = np.linspace(-3, 2, 12).reshape(3, 4), np.zeros((3, 4)), np.zeros((3, 4))
+    params = {"kernel": jnp.asarray(p, jnp.float32)}
+    state = rule.init(params)
+    for step in range(1, 4):
+        g = np.cos(p * step)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        adam = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-6)
+        updates, state = rule.update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)
+        np.testing.assert_allclose(updates["kernel"], -2e-2 * np.sqrt((p**2).mean()) * adam, rtol=1e-4)
+
+
 SCHEDULES = {
     "cosine": ({}, {0: 0.25, 3: 1.0, 4: 1.0, 52: 0.55, 100: 0.1}),
     "wsd": ({"decay_steps": 20}, {0: 0.25, 3: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
