@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Fills wheels/ with what a machine that has jax, flax and optax but no network lacks for scripts/pretrain.py.
+# For Python 3.12 on x86-64 Linux; run it where there is a network, then carry wheels/ along (git ignores it).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+mkdir -p wheels
+platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64
+  --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform any)
+"${PYTHON:-python3}" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+  "${platforms[@]}" -d wheels \
+  tensorflow-datasets array_record dm-tree immutabledict simple-parsing docstring-parser tensorflow-metadata \
+  googleapis-common-protos termcolor toml importlib-resources grain portpicker pydantic==2.12.5 pydantic-core==2.41.5 \
+  annotated-types typing-inspection tensorboardX
+"${PYTHON:-python3}" -m pip wheel -q --no-deps -w wheels promise # has no wheel of its own
+du -sh wheels

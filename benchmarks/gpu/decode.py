@@ -1,0 +1,95 @@
+"""Greedy decoding as `generate_stream` runs it: chunks of steps with the state donated, beside the memory roof."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu.common import achievable, report, shape, spread
+from jaxllm.config import LlamaConfig
+from jaxllm.generation import loop
+from jaxllm.generation.family import decoder_of
+from jaxllm.generation.requests import make_request
+from jaxllm.models import abstract_params, build
+from jaxllm.training.fit import tree_bytes
+
+# Shape, batch, prompt, new tokens, int8 weights.
+_LLAMA = {f"{name}_b{batch}": (name, batch, 512, 512, False) for name in ("1b", "8b") for batch in (1, 8, 64)}
+CASES = {
+    **_LLAMA,
+    **{f"t5_large_b{batch}": ("t5_large", batch, 512, 128, False) for batch in (1, 8, 64)},
+    "8b_int8_b1": ("8b", 1, 512, 512, True),
+}
+
+
+def random_params(model: Any, *, int8: bool) -> Any:
+    """Random weights in the decoding layout, leaf by leaf: the float32 masters of 8B would not leave much room."""
+    prepared = jax.eval_shape(lambda tree: decoder_of(model).prepare(tree, int8=int8), abstract_params(model))
+    leaves, structure = jax.tree.flatten(prepared)
+
+    def fill(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.dtype == jnp.int8:
+            return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
+        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+
+    filled = [jax.jit(fill, static_argnums=1)(jax.random.key(i), leaf) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, filled)
+
+
+def main(name: str, *, toy: bool) -> None:
+    """Measures and reports one case."""
+    shape_name, batch, prompt, new, int8 = CASES[name]
+    batch, prompt, new = (min(batch, 2), 16, 8) if toy else (batch, prompt, new)
+    model = build(shape(shape_name, toy=toy), dtype=jnp.float32 if toy else jnp.bfloat16)
+    params = random_params(model, int8=int8)
+    prompts = np.random.default_rng(0).integers(1, model.config.vocab_size, (batch, prompt)).tolist()
+    request = make_request(model, params, prompts, max_new_tokens=new)
+    settings, start = request.settings, time.perf_counter()
+    inputs = (request.decoder, settings, params)
+    context, state = jax.block_until_ready(loop.begin(*inputs, request.tokens, request.lengths, request.keys))
+    first, times, tokens = time.perf_counter() - start, [], []
+    before = time.perf_counter()
+    jax.block_until_ready(loop.begin(*inputs, request.tokens, request.lengths, request.keys))
+    prefill, stopped = time.perf_counter() - before, jnp.zeros((batch,), bool)
+    done = 0
+    for attended, until in loop.segments(settings.plan, settings.chunk):
+        warm = True  # the first chunk of each segment compiles
+        while done < until:
+            before = time.perf_counter()
+            state, (chosen, _) = loop.next_chunk(*inputs, context, state, stopped, attended)
+            tokens.append(np.asarray(chosen))
+            done += settings.chunk
+            if not warm or toy:
+                times.append((time.perf_counter() - before) / settings.chunk)
+            warm = False
+    if not all(((0 <= part) & (part < model.config.vocab_size)).all() for part in tokens):
+        raise SystemExit(f"{name}: tokens outside the vocabulary")
+    step = spread(times)
+    context_length = (prompt + new / 2) / settings.plan.slots  # mean part of the cache that holds something
+    cached = tree_bytes((state.cache.keys, state.cache.values)) * context_length
+    moved = _read(model.config, params) + tree_bytes(context) + cached
+    report(
+        "decode",
+        name,
+        seconds=step,
+        tokens_per_second=batch / step["median"],
+        prefill_seconds=prefill,
+        compile_and_prefill_seconds=first,
+        read_gb_per_step=moved / 1e9,
+        **_roof(moved, step["median"]),
+    )
+
+
+def _read(config: Any, params: Any) -> int:
+    """Bytes of the weights that one step reads: all but the encoder, and one row of a separate embedding."""
+    decoding = params.layers if isinstance(config, LlamaConfig) else params.decoder
+    return tree_bytes((decoding, params.head))
+
+
+def _roof(moved: float, seconds: float) -> dict[str, float]:
+    reachable = achievable(jax.devices()[0].device_kind)
+    return {} if reachable is None else {"part_of_measured_bandwidth": moved / seconds / reachable[1]}

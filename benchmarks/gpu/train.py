@@ -1,0 +1,173 @@
+"""The train step as scripts/pretrain.py runs it, on synthetic batches of real shapes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
+from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
+from jaxllm.models import build, init_params
+from jaxllm.training.device import detect_device
+from jaxllm.training.fit import estimate_fit
+from jaxllm.training.loss import build_loss
+from jaxllm.training.metrics import train_flops
+from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.precision import compute_dtype
+from jaxllm.training.train_step import init_train_state, make_train_step
+
+
+class Case(NamedTuple):
+    """One train step.
+
+    Attributes:
+        shape: name of the model's shape.
+        rows: rows of a microbatch.
+        length: tokens of a row, of the encoder for T5.
+        targets: tokens of a decoder row.
+        compute: dtype; float16 comes with a dynamic loss scale.
+        documents: documents packed into a row and kept apart; 1 is no document mask at all.
+        accumulation: microbatches.
+        remat: what the backward pass computes again.
+    """
+
+    shape: str
+    rows: int
+    length: int
+    targets: int = 0
+    compute: Literal["bfloat16", "float16"] = "bfloat16"
+    documents: int = 1
+    accumulation: int = 1
+    remat: str = "elementwise"
+
+
+CASES = {
+    "llama_1b": Case("1b", 8, 4096),
+    "llama_8b_8layers": Case("8b_8layers", 2, 8192),
+    "t5_large": Case("t5_large", 64, 512, 114),
+    "t5_base": Case("t5_base", 128, 512, 114),
+    "llama_1b_fp16": Case("1b", 8, 4096, compute="float16"),
+    "t5_large_fp16": Case("t5_large", 64, 512, 114, compute="float16"),
+    "llama_1b_packed": Case("1b", 8, 4096, documents=4),
+    "llama_8b_8layers_packed": Case("8b_8layers", 2, 8192, documents=4),
+    "llama_1b_accumulated": Case("1b", 8, 4096, accumulation=8),
+    "llama_1b_no_remat": Case("1b", 4, 4096, remat="none"),
+}
+
+
+def run_config(case: Case, *, toy: bool) -> RunConfig:
+    """The run of a case."""
+    model = shape(case.shape, toy=toy, remat=case.remat)
+    t5 = isinstance(model, T5Config)
+    return RunConfig(
+        model=model,
+        precision=PrecisionConfig(compute=case.compute, loss_scale="dynamic" if case.compute == "float16" else "none"),
+        optimizer=OptimizerConfig(schedule="constant", name="adamw_rms" if t5 else "adamw"),
+        data=DataConfig(
+            objective="span_corruption" if t5 else "causal",
+            document_mask=t5 or case.documents > 1,
+            sequence_length=16 if toy else case.length,
+            target_length=(8 if toy else case.targets) if t5 else None,
+        ),
+        training=TrainingConfig(
+            batch_size=(2 if toy else case.rows) * case.accumulation,
+            accumulation=case.accumulation,
+            loss_chunk=8 if toy else 4096,
+        ),
+    )
+
+
+def synthetic_batch(config: RunConfig, *, documents: int) -> dict[str, np.ndarray]:
+    """A batch of random tokens in rows of equally long documents."""
+    rng, rows = np.random.default_rng(0), config.training.batch_size
+
+    def tokens(length: int) -> np.ndarray:
+        return rng.integers(1, config.model.vocab_size, (rows, length), dtype=np.int32)
+
+    def segments(length: int) -> np.ndarray:
+        return np.tile(np.arange(length, dtype=np.int32) * documents // length + 1, (rows, 1))
+
+    length, targets = config.data.sequence_length, config.data.target_length
+    if targets is not None:
+        names = {"encoder_tokens": tokens(length), "encoder_segment_ids": segments(length)}
+        names |= {"decoder_tokens": tokens(targets), "decoder_segment_ids": segments(targets)}
+    else:
+        names = {"tokens": tokens(length), "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
+        names |= {"segment_ids": segments(length)} if config.data.document_mask else {}
+    width = targets or length
+    return {**names, "targets": tokens(width), "weights": np.ones((rows, width), np.float32)}
+
+
+def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
+    """Compiled step, initial state and compile seconds."""
+    dtype = compute_dtype(config.precision)
+    model = build(config.model, dtype=dtype)
+    rule = build_optimizer(config.optimizer, config.precision, steps=100_000)
+    loss = build_loss(model, config.training)
+    step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype)
+
+    def fresh() -> Any:
+        return init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
+
+    before = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(fresh), batch).compile()
+    return compiled, jax.jit(fresh)(), time.perf_counter() - before
+
+
+def main(name: str, *, toy: bool) -> None:
+    """Measures and reports one case."""
+    case = CASES[name]
+    config = run_config(case, toy=toy)
+    batch = jax.device_put(synthetic_batch(config, documents=case.documents))
+    step, state, compile_seconds = prepare(config, batch)
+    metrics: list[Any] = []
+
+    def run(count: int) -> None:
+        nonlocal state
+        for _ in range(count):
+            state, last = step(state, batch)
+            metrics.append(last)
+        jax.block_until_ready(metrics[-1])
+
+    run(1 if toy else 4)
+    times = spread(time_groups(run, groups=1 if toy else 8, size=1 if toy else 4))
+    rule = build_optimizer(config.optimizer, config.precision, steps=100_000)
+    losses = [float(each.loss) for each in metrics]
+    if not all(np.isfinite(losses)):
+        raise SystemExit(f"{name}: the loss is not finite: {losses}")
+    report(
+        "train",
+        name,
+        seconds=times,
+        compile_seconds=compile_seconds,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        estimated_gb=sum(estimate_fit(config, rule)) / 1e9,
+        **speed(config, times["median"]),
+        **memory(step),
+    )
+
+
+def speed(config: RunConfig, seconds: float) -> dict[str, float]:
+    """Tokens or sequences per second, and the part of the device's peak."""
+    rows, length, targets = config.training.batch_size, config.data.sequence_length, config.data.target_length
+    flops = train_flops(config.model, batch=rows, length=length, target_length=targets or 0)
+    values = {"tflops": flops.causal / seconds / 1e12}
+    values |= {"sequences_per_second": rows / seconds} if targets else {"tokens_per_second": rows * length / seconds}
+    device = detect_device()
+    reachable = achievable(device.kind)
+    if device.flops is not None:
+        values |= {"mfu": flops.causal / seconds / device.flops, "mfu_palm": flops.full / seconds / device.flops}
+    if reachable is not None:
+        values["part_of_measured_matmul"] = flops.causal / seconds / reachable[0]
+    return values
+
+
+def memory(step: Any) -> dict[str, float]:
+    """Gigabytes that the executable asks for, and the most that the device has held."""
+    analysis, stats = step.memory_analysis(), jax.devices()[0].memory_stats() or {}
+    values = {} if analysis is None else {"temporary_gb": analysis.temp_size_in_bytes / 1e9}
+    return values | ({"peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {})
