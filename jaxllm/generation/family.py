@@ -81,6 +81,10 @@ class Decoder(Protocol):
         """Tokens [B, T] that count as said before the first new one, and which of them are real."""
         ...
 
+    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
+        """Where drafts are looked up [B, W], its lengths; what has been said, whose end is looked for, its lengths."""
+        ...
+
     def full_logits(
         self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
     ) -> Float[Array, "B N V"]:
@@ -148,16 +152,27 @@ class LlamaDecoder:
         """See `Decoder`: the prompt."""
         return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
 
+    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
+        """See `Decoder`: the row itself, prompt and new tokens."""
+        joined = _join(tokens, lengths, new)
+        return joined, lengths + counts, joined, lengths + counts
+
     def full_logits(
         self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
     ) -> Float[Array, "B N V"]:
         """See `Decoder`."""
         columns = lengths[:, None] + jnp.arange(new.shape[1])
-        joined = jnp.pad(tokens, ((0, 0), (0, new.shape[1])))
-        joined = joined.at[jnp.arange(tokens.shape[0])[:, None], columns].set(new)
+        joined = _join(tokens, lengths, new)
         hidden = apply(self.model, params, joined, length=length, method="hidden")
         before = jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
         return apply(self.model, params, before, method="logits")
+
+
+def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
+    """Each prompt and right after it its new tokens."""
+    columns = lengths[:, None] + jnp.arange(new.shape[1])
+    joined = jnp.pad(tokens, ((0, 0), (0, new.shape[1])))
+    return joined.at[jnp.arange(tokens.shape[0])[:, None], columns].set(new)
 
 
 def decoder_of(model: Model) -> Decoder:

@@ -1,0 +1,304 @@
+"""Speculative decoding (arXiv 2211.17192): cheap drafts, checked several at once, without changing the result.
+
+Greedy output is that of `generate`; sampled output has the same distribution. Drafts come from what stands in the
+prompt after the latest words (for an encoder-decoder: in the encoder's input), or from a smaller model. Rows advance
+by different counts, so every token sits in the cache slot of its own position and a rejected one is overwritten.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.generation.family import Decoder
+from jaxllm.generation.loop import ban_end, ended, start
+from jaxllm.generation.requests import Settings, make_request
+from jaxllm.models import Model
+from jaxllm.models.cache import KVCache
+from jaxllm.ops.sampling import GREEDY, Sampling, choose, process
+
+# Longest run of latest tokens that is looked for; shorter ones are tried when it isn't found.
+_LONGEST_RUN = 3
+
+
+class Speculated(NamedTuple):
+    """What a speculative generation gave.
+
+    Attributes:
+        rows: new tokens of each prompt, as `generate` returns them.
+        tokens_per_step: new tokens for each forward of the large model, averaged over rows; 1 is no gain.
+    """
+
+    rows: list[list[int]]
+    tokens_per_step: float
+
+
+class Side(NamedTuple):
+    """Arrays of one of the two models: the large one, or the one that drafts."""
+
+    params: Any
+    context: Any
+
+
+class Draft(NamedTuple):
+    """Proposed tokens [B, k], and what the drafting model thought of all tokens [B, k, V]; None when certain."""
+
+    tokens: Int[Array, "B k"]
+    probabilities: Float[Array, "B k V"] | None
+
+
+class SpeculativeState(NamedTuple):
+    """The carry of the loop.
+
+    Attributes:
+        cache: of the large model; the last token of each row is not in it.
+        draft_cache: of the drafting model, as far as the cache; None with prompt lookup.
+        out: new tokens [B, N].
+        counts: how many of them each row has.
+        steps: forwards of the large model in which each row was still going [B].
+        finished: rows that are done [B].
+    """
+
+    cache: KVCache
+    draft_cache: KVCache | None
+    out: Int[Array, "B N"]
+    counts: Int[Array, " B"]
+    steps: Int[Array, " B"]
+    finished: Bool[Array, " B"]
+
+
+def generate_speculative(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    drafts: int = 4,
+    draft_model: Model | None = None,
+    draft_params: Any = None,
+    sampling: Sampling = GREEDY,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    seed: int | Sequence[int] = 0,
+) -> Speculated:
+    """As `generate`, in fewer forwards of the model.
+
+    Args:
+        model: the model whose output is wanted.
+        params: its parameters.
+        prompts: token ids of each row.
+        max_new_tokens: most tokens to add.
+        drafts: tokens proposed for each forward.
+        draft_model: a smaller model of the same family and vocabulary; None looks drafts up in the prompt.
+        draft_params: its parameters.
+        sampling: greedy by default; a repetition penalty is refused, since drafts change what it counts.
+        eos_ids: ids that end a row.
+        pad_id: fills the batch.
+        seed: of the random choices.
+
+    Raises:
+        ValueError: as `generate`, or for a draft model that doesn't fit.
+    """
+    _check_draft(model, draft_model, draft_params, drafts, sampling)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
+    options |= {"pad_id": pad_id, "seed": seed, "extra": drafts, "wraps": False}
+    large = make_request(model, params, prompts, **options)
+    small = None if draft_model is None else make_request(draft_model, draft_params, prompts, **options)
+    decoders = large.decoder, None if small is None else small.decoder
+    plans = large.settings, None if small is None else small.settings
+    weights = large.params, None if small is None else small.params
+    out, counts, steps = _run(decoders, plans, drafts, weights, large.tokens, large.lengths, large.keys, large.limit)
+    counts, steps = np.asarray(counts), np.asarray(steps)
+    rows = [row[:count] for row, count in zip(np.asarray(out).tolist(), counts, strict=True)]
+    # The first token of a row comes from reading its prompt.
+    return Speculated(rows, float(np.sum(counts - 1) / max(1, np.sum(steps))))
+
+
+def _check_draft(model: Model, draft_model: Model | None, draft_params: Any, drafts: int, sampling: Sampling) -> None:
+    if drafts < 1:
+        raise ValueError(f"drafts must be at least 1, got {drafts}")
+    if (draft_model is None) != (draft_params is None):
+        raise ValueError("draft_model and draft_params go together")
+    if sampling.repetition_penalty != 1:
+        raise ValueError("a repetition penalty depends on every token before; use generate, or set it to 1")
+    if draft_model is not None:
+        ours, theirs = model.config, draft_model.config
+        if (ours.family, ours.vocab_size) != (theirs.family, theirs.vocab_size):
+            raise ValueError(
+                f"the draft model is a {theirs.family} of {theirs.vocab_size} tokens, the model a {ours.family} of "
+                f"{ours.vocab_size}; both must agree"
+            )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    decoders: tuple[Decoder, Decoder | None],
+    plans: tuple[Settings, Settings | None],
+    drafts: int,
+    weights: tuple[Any, Any],
+    tokens: Array,
+    lengths: Array,
+    keys: Array,
+    limit: Array,
+) -> tuple[Array, Array, Array]:
+    (decoder, drafter), (settings, draft_settings) = decoders, plans
+    context, begun = start(decoder, settings, weights[0], tokens, lengths, keys)
+    large, small, draft_cache = Side(weights[0], context), None, None
+    if drafter is not None and draft_settings is not None:
+        draft_context, drafting = start(drafter, draft_settings, weights[1], tokens, lengths, keys)
+        small, draft_cache = Side(weights[1], draft_context), drafting.cache
+    first_position = begun.positions
+    zeros = jnp.zeros_like(first_position)
+    logits = _processed(begun.logits[:, None], zeros, settings)
+    first = _pick(logits, _keys(keys, zeros, 0), settings)[:, 0]
+    out = jnp.full((tokens.shape[0], settings.plan.new), settings.pad_id, jnp.int32).at[:, 0].set(first)
+    finished = ended(first, settings.eos_ids) | (limit <= 1)
+    state = SpeculativeState(begun.cache, draft_cache, out, zeros + 1, zeros, finished)
+
+    def body(state: SpeculativeState) -> SpeculativeState:
+        if drafter is None or small is None or draft_settings is None:
+            draft = _look_up(*decoder.lookup(tokens, lengths, state.out, state.counts), drafts)
+        else:
+            positions = first_position + state.counts - 1
+            draft, cache = _draft(drafter, draft_settings, small, state, positions, keys, drafts)
+            state = state._replace(draft_cache=cache)
+        return _verify(decoder, settings, large, state, draft, first_position, keys, limit)
+
+    state = jax.lax.while_loop(lambda state: ~jnp.all(state.finished), body, state)
+    return state.out, state.counts, state.steps
+
+
+def _keys(keys: Array, counts: Array, purpose: int | Array) -> Array:
+    """A key per row for one purpose at its present count."""
+    return jax.vmap(lambda key, count: jax.random.fold_in(jax.random.fold_in(key, count), purpose))(keys, counts)
+
+
+def _processed(logits: Float[Array, "B T V"], counts: Int[Array, " B"], settings: Settings) -> Float[Array, "B T V"]:
+    """Processors on the logits of tokens number counts, counts + 1, ... of each row."""
+    numbers = counts[:, None] + jnp.arange(logits.shape[1])
+    banned = ban_end(settings, numbers.reshape(-1), logits.shape[-1])
+    flat = process(logits.reshape(-1, logits.shape[-1]), settings.sampling, banned=banned)
+    return flat.reshape(logits.shape)
+
+
+def _pick(logits: Float[Array, "B T V"], keys: Array, settings: Settings) -> Int[Array, "B T"]:
+    count = logits.shape[1]
+    each = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
+    return choose(logits.reshape(-1, logits.shape[-1]), each, settings.sampling).reshape(logits.shape[:2])
+
+
+def _last(state: SpeculativeState) -> Int[Array, "B 1"]:
+    return jnp.take_along_axis(state.out, state.counts[:, None] - 1, axis=1)
+
+
+def _look_up(
+    source: Int[Array, "B W"],
+    lengths: Int[Array, " B"],
+    said: Int[Array, "B R"],
+    said_lengths: Int[Array, " B"],
+    drafts: int,
+) -> Draft:
+    """What followed the latest occurrence in `source` of the longest run of tokens that ends `said`."""
+
+    def row(source: Array, length: Array, said: Array, said_length: Array) -> Array:
+        index = jnp.arange(source.shape[0])
+        run, matching = jnp.zeros_like(index), index < length
+        for back in range(1, _LONGEST_RUN + 1):
+            # Position i continues a run if the `back` tokens before it are the last ones said.
+            wanted = said[said_length - back]
+            matching &= (index >= back) & (said_length >= back) & (jnp.roll(source, back) == wanted)
+            run += matching
+        best = jnp.argmax(run * source.shape[0] + index * (run > 0))
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(source, (0, drafts)), best, drafts)
+
+    return Draft(jax.vmap(row)(source, lengths, said, said_lengths), None)
+
+
+def _draft(
+    drafter: Decoder,
+    settings: Settings,
+    side: Side,
+    state: SpeculativeState,
+    positions: Array,
+    keys: Array,
+    drafts: int,
+) -> tuple[Draft, KVCache]:
+    """Lets the small model go on by itself; one step more than drafts, so that its cache holds them all."""
+
+    def step(carry: tuple[KVCache, Array], i: Array) -> tuple[tuple[KVCache, Array], tuple[Array, Array]]:
+        cache, tokens = carry
+        logits, cache = drafter.extend(
+            side.params, side.context, cache, tokens, (positions + i)[:, None], settings.plan
+        )
+        logits = _processed(logits, state.counts + i, settings)
+        new = _pick(logits, _keys(keys, state.counts, 1 + i), settings)
+        return (cache, new), (new[:, 0], jax.nn.softmax(logits[:, 0]))
+
+    carry = state.draft_cache, _last(state)
+    (cache, _), (tokens, probabilities) = jax.lax.scan(step, carry, jnp.arange(drafts + 1))
+    return Draft(tokens[:drafts].T, jnp.swapaxes(probabilities[:drafts], 0, 1)), cache
+
+
+def _verify(
+    decoder: Decoder,
+    settings: Settings,
+    side: Side,
+    state: SpeculativeState,
+    draft: Draft,
+    first_position: Array,
+    keys: Array,
+    limit: Array,
+) -> SpeculativeState:
+    """One forward over the last token and the drafts; keeps what the large model would have said as well."""
+    fed = jnp.concatenate([_last(state), draft.tokens], axis=1)
+    offsets = jnp.arange(fed.shape[1])
+    positions = (first_position + state.counts - 1)[:, None] + offsets
+    logits, cache = decoder.extend(side.params, side.context, state.cache, fed, positions, settings.plan)
+    logits = _processed(logits, state.counts, settings)
+    accept = _accept_greedy if settings.sampling.temperature == 0 else _accept_sampled
+    accepted, tokens = accept(logits, draft, _keys(keys, state.counts, 0))
+    ends = ended(tokens, settings.eos_ids) & (offsets <= accepted[:, None])
+    until_end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1), accepted) + 1
+    new = jnp.where(state.finished, 0, jnp.minimum(until_end, limit - state.counts))
+    columns = jnp.where(offsets < new[:, None], state.counts[:, None] + offsets, state.out.shape[1])
+    out = state.out.at[jnp.arange(fed.shape[0])[:, None], columns].set(tokens, mode="drop")
+    counts = state.counts + new
+    stopped = (
+        state.finished
+        | (counts >= limit)
+        | ended(_last(state._replace(out=out, counts=counts))[:, 0], settings.eos_ids)
+    )
+    return SpeculativeState(cache, state.draft_cache, out, counts, state.steps + ~state.finished, stopped)
+
+
+def _accept_greedy(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
+    """How many drafts are the largest logits, and those: the token after the accepted ones is among them."""
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    agreed = jnp.cumprod(tokens[:, :-1] == draft.tokens, axis=1)
+    return jnp.sum(agreed, axis=1), tokens
+
+
+def _accept_sampled(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
+    """Accepts draft x with probability min(1, p(x) / q(x)); else draws from max(p - q, 0), so that p is the law.
+
+    A draft that was looked up has q(x) = 1.
+    """
+    vocab, drafts = logits.shape[-1], draft.tokens.shape[1]
+    p = jax.nn.softmax(logits)
+    q = jax.nn.one_hot(draft.tokens, vocab) if draft.probabilities is None else draft.probabilities
+    p_x, q_x = (jnp.take_along_axis(x, draft.tokens[..., None], axis=-1)[..., 0] for x in (p[:, :-1], q))
+    pair = jax.vmap(jax.random.split)(keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (drafts,)))(pair[:, 0])
+    accepted = jnp.sum(jnp.cumprod(uniform * q_x < p_x, axis=1), axis=1)
+    # After the last draft nothing was proposed, so the remainder is p itself.
+    rest = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
+    rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]
+    drawn = jax.vmap(jax.random.categorical)(pair[:, 1], jnp.log(rest)).astype(jnp.int32)
+    tokens = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
+    return accepted, jnp.where(jnp.arange(drafts + 1) == accepted[:, None], drawn[:, None], tokens)
