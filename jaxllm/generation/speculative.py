@@ -162,11 +162,11 @@ def _run(
     state = SpeculativeState(begun.cache, draft_cache, out, zeros + 1, zeros, finished)
 
     def body(state: SpeculativeState) -> SpeculativeState:
-        if drafter is None or small is None or draft_settings is None:
+        if drafter is None or small is None or draft_settings is None or state.draft_cache is None:
             draft = _look_up(*decoder.lookup(tokens, lengths, state.out, state.counts), drafts)
         else:
             positions = first_position + state.counts - 1
-            draft, cache = _draft(drafter, draft_settings, small, state, positions, keys, drafts)
+            draft, cache = _draft(drafter, draft_settings, small, state, state.draft_cache, positions, keys, drafts)
             state = state._replace(draft_cache=cache)
         return _verify(decoder, settings, large, state, draft, first_position, keys, limit)
 
@@ -225,6 +225,7 @@ def _draft(
     settings: Settings,
     side: Side,
     state: SpeculativeState,
+    cache: KVCache,
     positions: Array,
     keys: Array,
     drafts: int,
@@ -240,7 +241,7 @@ def _draft(
         new = _pick(logits, _keys(keys, state.counts, 1 + i), settings)
         return (cache, new), (new[:, 0], jax.nn.softmax(logits[:, 0]))
 
-    carry = state.draft_cache, _last(state)
+    carry = cache, _last(state)
     (cache, _), (tokens, probabilities) = jax.lax.scan(step, carry, jnp.arange(drafts + 1))
     return Draft(tokens[:drafts].T, jnp.swapaxes(probabilities[:drafts], 0, 1)), cache
 

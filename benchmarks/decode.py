@@ -1,0 +1,267 @@
+"""Greedy decoding beside transformers.generate: same shapes, same random weights, outputs compared first.
+
+    python benchmarks/decode.py --shape A --batch 1          needs the extras `parity`
+
+Shapes A, B and TA suit a CPU; 1b, 8b and t5_large a GPU.
+
+Each side (ours, transformers with its dynamic and with its static cache) runs in its own process, in turns, because a
+machine's speed drifts; ratios are taken within a turn. A time is that of a whole generation, prompt included, after one
+that warms up. The roofline is what a step must read (weights, and the cache up to the present length) over the read
+bandwidth measured in the same process. Results go to benchmarks/results/decode_*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import LlamaConfig, ModelConfig, T5Config
+
+RESULTS = Path(__file__).parent / "results"
+SIDES = ("jaxllm", "torch_dynamic", "torch_static")
+_A: dict[str, Any] = {"vocab_size": 8192, "d_model": 256, "d_ff": 688, "num_heads": 8}
+SHAPES: dict[str, ModelConfig] = {
+    "A": LlamaConfig(**_A, num_layers=4, num_kv_heads=4),
+    "B": LlamaConfig(vocab_size=32000, d_model=512, d_ff=1376, num_layers=8, num_heads=8, num_kv_heads=4),
+    "TA": T5Config(**_A, num_layers=4, head_dim=32),
+    "1b": LlamaConfig(
+        vocab_size=128256,
+        d_model=2048,
+        d_ff=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        tie_embeddings=True,
+        max_length=8192,
+    ),
+    "8b": LlamaConfig(
+        vocab_size=128256, d_model=4096, d_ff=14336, num_layers=32, num_heads=32, num_kv_heads=8, max_length=8192
+    ),
+    "t5_large": T5Config(vocab_size=32128, d_model=1024, d_ff=2816, num_layers=24, num_heads=16, head_dim=64),
+}
+
+
+def main() -> None:
+    """Alternates the sides, checks that they say the same, writes the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="A")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=3, help="timed generations of a side in a turn")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--int8", action="store_true", help="our weights in int8; outputs then differ a little")
+    parser.add_argument("--side", choices=[*SIDES, "weights"], help="run one side in this process")
+    parser.add_argument("--work", type=Path, help="folder the sides share")
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(_side(arguments)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        _start("weights", work)
+        turns = [{side: _start(side, work) for side in SIDES} for _ in range(arguments.turns)]
+        agreement = _agreement(Path(work), exact=arguments.dtype == "float32" and not arguments.int8)
+    speed = "tokens_per_second"
+    ratios = {side: [turn["jaxllm"][speed] / turn[side][speed] for turn in turns] for side in SIDES[1:]}
+    result = {
+        "benchmark": "decode",
+        **{name: getattr(arguments, name) for name in ("shape", "batch", "prompt", "new", "dtype", "int8")},
+        "ratio": {side: {"min": min(x), "median": statistics.median(x), "max": max(x)} for side, x in ratios.items()},
+        "equal_tokens": agreement,
+        "turns": turns,
+        **_environment(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    kind = f"{arguments.shape}_b{arguments.batch}_{arguments.dtype}{'_int8' if arguments.int8 else ''}"
+    path = RESULTS / f"decode_{kind}_{result['device'].replace(' ', '_')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    ours = [turn["jaxllm"] for turn in turns]
+    print(
+        f"{path.name}: {statistics.median(x[speed] for x in ours):.0f} tokens/s, "
+        f"{statistics.median(x['roofline_fraction'] for x in ours):.0%} of the measured bandwidth; ratio "
+        + ", ".join(f"{statistics.median(x):.2f} ({side})" for side, x in ratios.items())
+    )
+
+
+def _start(side: str, work: str) -> dict[str, Any]:
+    """The same command line once more, for one side."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--work", work]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def _side(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.side == "weights":
+        return _write_weights(arguments)
+    return run_jaxllm(arguments) if arguments.side == "jaxllm" else run_torch(arguments)
+
+
+def _agreement(work: Path, *, exact: bool) -> float:
+    """Share of new tokens that are the same on all sides."""
+    ours, *theirs = (np.load(work / f"{side}.npy") for side in SIDES)
+    shares = [float(np.mean(ours == other)) for other in theirs]
+    if exact and min(shares) < 1:
+        raise SystemExit(f"only {min(shares):.1%} of the tokens agree: a speed of a wrong model says nothing")
+    return min(shares)
+
+
+def _environment() -> dict[str, Any]:
+    import importlib.metadata as metadata
+
+    import jax
+
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip()
+    versions = {name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers")}
+    date = time.strftime("%Y-%m-%d")
+    return {"device": jax.devices()[0].device_kind, "versions": versions, "commit": commit, "date": date}
+
+
+def _prompts(arguments: argparse.Namespace) -> np.ndarray:
+    # Ids from 2 on: 0 and 1 are padding and end in T5.
+    shape, vocab = (arguments.batch, arguments.prompt), SHAPES[arguments.shape].vocab_size
+    return np.random.default_rng(0).integers(2, vocab, shape).astype(np.int32)
+
+
+def _write_weights(arguments: argparse.Namespace) -> dict[str, Any]:
+    import jax
+
+    from jaxllm.interop.hf import save_hf
+    from jaxllm.models import build, init_params
+
+    model = build(SHAPES[arguments.shape], dtype=np.dtype(np.float32))
+    save_hf(arguments.work / "model", model, init_params(model, jax.random.key(0)))
+    return {}
+
+
+def run_jaxllm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times `generate` and measures what it needs."""
+    import jax
+
+    from jaxllm.generation import generate
+    from jaxllm.generation.family import decoder_of
+    from jaxllm.interop.hf import load_hf
+
+    model, params = load_hf(arguments.work / "model", dtype=arguments.dtype)
+    prepared = jax.block_until_ready(decoder_of(model).prepare(params, int8=arguments.int8))
+    del params
+    prompts = _prompts(arguments).tolist()
+    rows, times = [], []
+    for _ in range(arguments.repeats + 1):
+        before = time.perf_counter()
+        rows = generate(model, prepared, prompts, max_new_tokens=arguments.new)
+        times.append(time.perf_counter() - before)
+    np.save(arguments.work / "jaxllm.npy", np.array(rows))
+    result = _result(times, arguments)
+    bandwidth = _bandwidth()
+    needed = _bytes_per_step(model, prepared, arguments)
+    steps_per_second = result["tokens_per_second"] / arguments.batch
+    return result | {
+        "bytes_per_step": needed,
+        "bandwidth_bytes_per_second": bandwidth,
+        "roofline_tokens_per_second": arguments.batch * bandwidth / needed,
+        "roofline_fraction": needed * steps_per_second / bandwidth,
+        **_memory(model, prepared, prompts, arguments),
+    }
+
+
+def _bytes_per_step(model: Any, params: Any, arguments: argparse.Namespace) -> float:
+    """Weights of the decoder, head included, and the cache up to the mean length; of the embedding only rows."""
+    import jax
+
+    def size(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    c, width = model.config, np.dtype(model.dtype).itemsize
+    mean = arguments.new / 2
+    if c.family == "t5":
+        pairs = 2 * c.num_decoder_layers * c.num_heads * c.head_dim * width
+        cross = sum(size(layer.cross.key_value) for layer in params.decoder.layers)
+        return size((params.decoder, params.head)) - cross + arguments.batch * pairs * (arguments.prompt + mean)
+    pairs = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width
+    return size((params.layers, params.head)) + arguments.batch * pairs * (arguments.prompt + mean)
+
+
+def _bandwidth() -> float:
+    """Bytes per second of the best of ten sums over an array that fits no cache."""
+    import jax
+    import jax.numpy as jnp
+
+    count = 2**28 if jax.default_backend() == "gpu" else 2**26
+    array = jnp.ones((count,), jnp.float32)
+    total = jax.jit(lambda x: jnp.sum(x.reshape(1024, -1), axis=1))
+    times = []
+    for _ in range(11):
+        before = time.perf_counter()
+        total(array).block_until_ready()
+        times.append(time.perf_counter() - before)
+    return array.nbytes / min(times[1:])
+
+
+def _memory(model: Any, params: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, int]:
+    """Bytes of parameters and cache, and what a chunk of steps needs above them."""
+    import jax
+
+    from jaxllm.generation import loop
+    from jaxllm.generation.requests import make_request
+
+    r = make_request(model, params, prompts, max_new_tokens=arguments.new)
+    context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
+    stopped, attended = np.zeros(arguments.batch, bool), r.settings.plan.slots
+    lowered = loop.next_chunk.lower(r.decoder, r.settings, r.params, context, state, stopped, attended)
+    memory = lowered.compile().memory_analysis()
+    return {
+        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves((context, state.cache))),
+        "bytes_above_parameters_and_cache": memory.temp_size_in_bytes,
+    }
+
+
+def run_torch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times transformers' generate on the same weights."""
+    import torch
+    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+
+    family = SHAPES[arguments.shape].family
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loader: Any = T5ForConditionalGeneration if family == "t5" else LlamaForCausalLM
+    model: Any = (
+        loader.from_pretrained(arguments.work / "model", dtype=getattr(torch, arguments.dtype)).to(device).eval()
+    )
+    config = model.generation_config
+    config.eos_token_id, config.bos_token_id, config.pad_token_id = None, None, 0
+    config.decoder_start_token_id = 0
+    tokens = torch.tensor(_prompts(arguments), dtype=torch.long, device=device)
+    options: dict[str, Any] = {"max_new_tokens": arguments.new, "do_sample": False}
+    if arguments.side == "torch_static":
+        options["cache_implementation"] = "static"
+    skipped = 1 if family == "t5" else arguments.prompt
+    out, times = tokens, []
+    for _ in range(arguments.repeats + 1):
+        before = time.perf_counter()
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options).cpu()
+        times.append(time.perf_counter() - before)
+    np.save(arguments.work / f"{arguments.side}.npy", out[:, skipped:].numpy())
+    return _result(times, arguments)
+
+
+def _result(times: list[float], arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "tokens_per_second": arguments.batch * arguments.new / statistics.median(times[1:]),
+        "seconds": times[1:],
+        "first_seconds": times[0],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Continues text with a trained model: python scripts/generate.py RUN_OR_HF_FOLDER "def read_" [options].
+
+A T5 fills blanks: python scripts/generate.py FOLDER "The <extra_id_0> sat on the <extra_id_1>."
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """Reads one prompt, or a file of them, and writes what the model says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="run folder (config.yaml) or Hugging Face directory (config.json)")
+    parser.add_argument("prompt", nargs="?", help="text; - reads standard input")
+    parser.add_argument("--prompt-file", type=Path, help="file that holds the prompt")
+    parser.add_argument("--batch", type=Path, help="file with a prompt per line; results as JSON lines on stdout")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="string that ends the output; may be repeated")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--int8", action="store_true", help="store the weights as int8")
+    arguments = parser.parse_args()
+    if sum(x is not None for x in (arguments.prompt, arguments.prompt_file, arguments.batch)) != 1:
+        parser.error("give exactly one of: a prompt (- for standard input), --prompt-file, --batch")
+    try:
+        _speak(arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _speak(arguments: argparse.Namespace) -> None:
+    from jaxllm.generation import generate, generate_stream
+    from jaxllm.ops.sampling import Sampling
+    from jaxllm.training.speaker import load_speaker
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    prompts = _prompts(arguments)
+    speaker = load_speaker(arguments.folder, dtype=arguments.dtype, int8=arguments.int8)
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "sampling": sampling, "seed": arguments.seed}
+    options |= {"eos_ids": speaker.eos_ids, "pad_id": speaker.pad_id, "stop": arguments.stop, "decode": speaker.decode}
+    request, before = (speaker.model, speaker.params, [speaker.encode(text) for text in prompts]), time.perf_counter()
+    if arguments.batch:
+        rows = generate(*request, **options)
+        for prompt, row in zip(prompts, rows, strict=True):
+            print(json.dumps({"prompt": prompt, "text": speaker.decode(row), "tokens": len(row)}, ensure_ascii=False))
+        count = sum(map(len, rows))
+    else:
+        chunks: list[int] = []
+        stream = generate_stream(*request, **options)
+        for piece in speaker.pieces(chunk for chunk in stream if not chunks.append(len(chunk[0]))):
+            print(piece, end="", flush=True)
+        count = sum(chunks)
+        print()
+    seconds = time.perf_counter() - before
+    print(f"{count} tokens in {seconds:.2f} s, compilation included: {count / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.batch:
+        return arguments.batch.read_text(encoding="utf-8").splitlines()
+    if arguments.prompt_file:
+        return [arguments.prompt_file.read_text(encoding="utf-8")]
+    return [sys.stdin.read() if arguments.prompt == "-" else arguments.prompt]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
