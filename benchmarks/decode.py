@@ -219,7 +219,7 @@ def _memory(model: Any, params: Any, prompts: list[list[int]], arguments: argpar
     context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
     stopped, attended = np.zeros(arguments.batch, bool), r.settings.plan.slots
     lowered = loop.next_chunk.lower(r.decoder, r.settings, r.params, context, state, stopped, attended)
-    memory = lowered.compile().memory_analysis()
+    memory: Any = lowered.compile().memory_analysis()
     return {
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves((context, state.cache))),

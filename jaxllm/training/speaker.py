@@ -53,7 +53,7 @@ class Speaker(NamedTuple):
             return [*self.begin, *map(int, self.tokenizer.encode(text))]
         ids, parts = [], _SENTINEL.split(text)
         for words, number in zip(parts[::2], [*parts[1::2], None], strict=True):
-            # Spaces around a sentinel are its own: targets were cut between tokens.
+            # A space alone, between two sentinels or after the last, says nothing.
             ids.extend(map(int, self.tokenizer.encode(words)) if words.strip() or number is None else ())
             if number is not None:
                 ids.append(self._sentinel(int(number)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -93,8 +94,8 @@ def test_drafts_come_from_the_encoders_input() -> None:
     from jaxllm.generation.speculative import _look_up
 
     decoder = decoder_of(build(CONFIG))
-    source, said = np.array([[4, 7, 8, 9, 3, 7, 8, 2, 6, 0]]), np.array([[1, 9, 3, 7, 8, 0, 0]])
-    place = decoder.lookup(source, np.array([9]), said, np.array([5]))
+    source, said = jnp.array([[4, 7, 8, 9, 3, 7, 8, 2, 6, 0]]), jnp.array([[1, 9, 3, 7, 8, 0, 0]])
+    place = decoder.lookup(source, jnp.array([9]), said, jnp.array([5]))
     draft = jax.jit(_look_up, static_argnums=4)(*place, 2)
     assert draft.tokens.tolist() == [[2, 6]]
     assert draft.probabilities is None
