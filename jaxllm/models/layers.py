@@ -18,8 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops import norms
-from jaxllm.ops.broadcast import rows_of
-from jaxllm.ops.linear import linear
+from jaxllm.ops.linear import biased_linear, linear
 
 Params = dict[str, Any]
 
@@ -55,8 +54,8 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Maps the last axis from `inputs` to `outputs`."""
-        y = linear(x, self.kernel.astype(x.dtype))
-        return y + rows_of(self.bias.astype(x.dtype), y) if self.use_bias else y
+        kernel = self.kernel.astype(x.dtype)
+        return biased_linear(x, kernel, self.bias.astype(x.dtype)) if self.use_bias else linear(x, kernel)
 
 
 class RMSNorm(nn.Module):

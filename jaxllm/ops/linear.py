@@ -20,6 +20,13 @@ def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array,
     return _linear(x, kernel)
 
 
+def biased_linear(
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
+) -> Float[Array, "*B F"]:
+    """X @ kernel + bias; the bias joins the float32 accumulator, so that the sum too is rounded once."""
+    return _biased(x, kernel, bias)
+
+
 def einsum(equation: str, left: Array, right: Array) -> Array:
     """A two-operand einsum accumulated in float32, in the dtype of `left`; for products of activations."""
     if left.dtype == jnp.float32 or left.dtype == jnp.float64:
@@ -55,6 +62,25 @@ def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def _biased(x: Array, kernel: Array, bias: Array) -> Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    product = jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=wide)
+    return (product + bias.astype(wide)).astype(x.dtype)
+
+
+def _biased_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _biased(x, kernel, bias), (x, kernel)
+
+
+def _biased_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+    total = jnp.sum(grad, axis=range(grad.ndim - 1), dtype=jnp.promote_types(grad.dtype, jnp.float32))
+    return *_linear_backward(saved, grad), total.astype(grad.dtype)
+
+
+_biased.defvjp(_biased_forward, _biased_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

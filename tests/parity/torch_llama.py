@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.parity import llama_cases as cases
 
+torch.set_num_threads(1)  # these models are too small to share
+
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a case with its hashed weights, and the plain attention of the definition."""
