@@ -1,0 +1,96 @@
+"""Meta's layout: ranks are joined, q and k rows reordered, and the model is the one of the Hugging Face file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxllm.config import RopeConfig
+from jaxllm.interop import InteropError
+from jaxllm.interop.meta import load_meta, neighbours
+from tests.interop.test_directories import FULL, assert_same_bits, random_params
+
+ROPE = RopeConfig(type="llama3", theta=5e5, factor=8.0, original_max_length=8192)
+CONFIG = dataclasses.replace(FULL, num_heads=4, num_kv_heads=2, head_dim=6, max_length=131072, rope=ROPE, d_ff=40)
+NAMES = {
+    "q_proj": "attention.wq",
+    "k_proj": "attention.wk",
+    "v_proj": "attention.wv",
+    "o_proj": "attention.wo",
+    "gate_proj": "feed_forward.w1",
+    "up_proj": "feed_forward.w3",
+    "down_proj": "feed_forward.w2",
+}
+
+
+def write_meta(folder: Path, params, *, ranks: int, columns: bool) -> None:
+    """What Meta's trainer would have saved, cut into ranks."""
+    files: list[dict[str, np.ndarray]] = [{} for _ in range(ranks)]
+
+    def put(name: str, array, axis: int | None) -> None:
+        parts = [array] * ranks if axis is None else np.split(array, ranks, axis=axis)
+        for file, part in zip(files, parts, strict=True):
+            file[name] = np.ascontiguousarray(part)
+
+    put("tok_embeddings.weight", np.pad(np.asarray(params["embed"]), ((0, 1), (0, 0))), 1 if columns else 0)
+    put("output.weight", np.pad(np.asarray(params["lm_head"]), ((0, 1), (0, 0))), 0)
+    put("norm.weight", np.asarray(params["final_norm"]["weight"]), None)
+    for i in range(CONFIG.num_layers):
+        for ours, theirs in (("attn_norm", "attention_norm"), ("mlp_norm", "ffn_norm")):
+            put(f"layers.{i}.{theirs}.weight", np.asarray(params["layers"][ours]["weight"][i]), None)
+        for ours, theirs in NAMES.items():
+            kernel = np.asarray(params["layers"][ours]["kernel"][i]).T
+            bias = np.asarray(params["layers"][ours]["bias"][i])
+            heads = {"q_proj": CONFIG.num_heads, "k_proj": CONFIG.num_kv_heads}.get(ours)
+            if heads:
+                kernel, bias = neighbours(kernel, heads), neighbours(bias, heads)
+            rows = ours not in ("o_proj", "down_proj")
+            put(f"layers.{i}.{theirs}.weight", kernel, 0 if rows else 1)
+            put(f"layers.{i}.{theirs}.bias", bias, 0 if rows else None)
+    for number, file in enumerate(files):
+        save_file(file, folder / f"consolidated.{number:02d}.safetensors")
+    raw = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "norm_eps": 1e-5, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(raw | {"rope_theta": 5e5, "use_scaled_rope": True}))
+
+
+@pytest.mark.parametrize(("ranks", "columns"), [(1, False), (2, False), (2, True)])
+def test_ranks_are_joined_and_rows_reordered(tmp_path: Path, ranks: int, columns: bool) -> None:
+    params = random_params(CONFIG, "bfloat16")
+    write_meta(tmp_path, params, ranks=ranks, columns=columns)
+    model, found = load_meta(tmp_path)
+    assert model.config == dataclasses.replace(CONFIG, vocab_size=98) and model.dtype == jnp.bfloat16
+    for name in ("embed", "lm_head"):
+        found[name] = found[name][:-1]
+    assert_same_bits(found, params)
+
+
+def test_neighbouring_pairs_score_as_reordered_halves_do() -> None:
+    """The definition: Meta rotates (x[2i], x[2i+1]) as one complex number."""
+    rng = np.random.default_rng(0)
+    head, angles = 6, rng.uniform(0, 6, 3)
+    rows = rng.standard_normal((head, 5))  # q_proj of one head, halves layout
+    x = rng.standard_normal(5)
+    ours = rows @ x
+    turned = (
+        ours[:3] * np.cos(angles) - ours[3:] * np.sin(angles),
+        ours[3:] * np.cos(angles) + ours[:3] * np.sin(angles),
+    )
+    theirs = (neighbours(rows, 1) @ x).reshape(3, 2)
+    complex_turn = (theirs[:, 0] + 1j * theirs[:, 1]) * np.exp(1j * angles)
+    np.testing.assert_allclose(turned[0], complex_turn.real)
+    np.testing.assert_allclose(turned[1], complex_turn.imag)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text('{"dim": 24, "n_layers": 2, "n_heads": 4}')
+    with pytest.raises(InteropError, match=r"holds no consolidated\*.pth"):
+        load_meta(tmp_path)
+    save_file({"norm.weight": np.zeros(24, np.float32)}, tmp_path / "consolidated.00.safetensors")
+    with pytest.raises(InteropError, match=r"lacks tensor tok_embeddings.weight"):
+        load_meta(tmp_path)
