@@ -74,7 +74,7 @@ def announce_fit(config: RunConfig, optimizer: optax.GradientTransformation, dev
     """Logs the estimate and refuses a run that is too large; silent for devices that don't know their memory (CPUs)."""
     if device.memory is None:
         return
-    fit = estimate_fit(config, optimizer, devices=device.count)
+    fit = estimate_fit(config, optimizer)  # the host loop trains on one device
     _log.info("%d x %s with %.1f GB; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
     check_fit(fit, limit=device.memory)
 
