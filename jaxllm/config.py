@@ -265,6 +265,7 @@ class PrecisionConfig:
 
     Attributes:
         compute: dtype of activations and matmul inputs; parameters, moments and losses stay float32.
+        residual: dtype of the residual stream, where layers add up; null is compute, but float32 in a float16 T5.
         loss_scale: none, static or dynamic; float16 needs one of the last two.
         initial_scale: first value of the loss scale.
         growth_interval: finite steps in a row after which a dynamic scale doubles.
@@ -278,6 +279,7 @@ class PrecisionConfig:
     __pydantic_config__ = _STRICT
 
     compute: Float = "float32"
+    residual: Float | None = None
     loss_scale: Literal["none", "static", "dynamic"] = "none"
     initial_scale: float = 65536.0
     growth_interval: int = 2000

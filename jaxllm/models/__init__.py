@@ -14,9 +14,16 @@ from jaxllm.models.t5 import T5
 Model = Llama | T5
 
 
-def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32) -> Model:
-    """The model of a config; `dtype` is the compute dtype."""
-    return T5(config, dtype) if isinstance(config, T5Config) else Llama(config, dtype)
+def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32, residual_dtype: Any = None) -> Model:
+    """The model of a config.
+
+    Args:
+        config: architecture.
+        dtype: of activations and matmul inputs.
+        residual_dtype: of the residual stream; None is the family's: `dtype`, but float32 in a float16 T5.
+    """
+    family = T5 if isinstance(config, T5Config) else Llama
+    return family(config, dtype, residual_dtype)
 
 
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:

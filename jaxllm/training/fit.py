@@ -18,10 +18,10 @@ from jax.extend.core import Var
 
 from jaxllm.config import LlamaConfig, RunConfig
 from jaxllm.data.objectives import row_lengths
-from jaxllm.models import abstract_params, build
+from jaxllm.models import abstract_params
 from jaxllm.training.device import Device
 from jaxllm.training.loss import build_loss
-from jaxllm.training.precision import cast_floating, compute_dtype
+from jaxllm.training.precision import build_model, cast_floating, compute_dtype
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Fit(NamedTuple):
 def estimate_fit(config: RunConfig, optimizer: optax.GradientTransformation, *, devices: int = 1) -> Fit:
     """Memory of a run on each of `devices`, which share parameters, moments and the rows of a batch."""
     training, dtype = config.training, compute_dtype(config.precision)
-    params = abstract_params(build(config.model, dtype=dtype))
+    params = abstract_params(build_model(config))
     compute = jax.eval_shape(lambda tree: cast_floating(tree, dtype), params)
     rows = -(-training.batch_size // (training.accumulation * devices))
     masters, copy = tree_bytes(params), tree_bytes(compute)
@@ -141,7 +141,7 @@ def _with(config: RunConfig, **changes: Any) -> RunConfig:
 def _kept(config: RunConfig, rows: int) -> int:
     """Bytes that the backward pass of a microbatch needs beyond its arguments."""
     dtype = compute_dtype(config.precision)
-    model = build(config.model, dtype=dtype)
+    model = build_model(config)
     loss = build_loss(model, config.training)
     params = jax.eval_shape(lambda tree: cast_floating(tree, dtype), abstract_params(model))
     return residual_bytes(

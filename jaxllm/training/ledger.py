@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import RunConfig
-from jaxllm.models import abstract_params, build
+from jaxllm.models import abstract_params
 from jaxllm.training.fit import abstract_batch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import compute_dtype
+from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.programs import LOOP, is_backward, label, programs
 from jaxllm.training.train_step import init_train_state, make_train_step
 
@@ -67,7 +67,7 @@ _KINDS = {
 def train_step_ledger(config: RunConfig) -> Counter[Entry]:
     """How often each entry runs in one train step of `config`, over layers, chunks and microbatches."""
     dtype = compute_dtype(config.precision)
-    model = build(config.model, dtype=dtype)
+    model = build_model(config)
     rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
     loss = build_loss(model, config.training)
     retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import RunConfig
-from jaxllm.models import build
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch, build_loss
 from jaxllm.training.observe import Observer, first_nonfinite, headroom
-from jaxllm.training.precision import cast_floating, compute_dtype
+from jaxllm.training.precision import build_model, cast_floating, compute_dtype
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
 _log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class OverflowWatch:
         self._observes = config.precision.compute == "float16"
         self._accumulation = accumulation = config.training.accumulation
         # A scan over layers gives readings by layer; the parameters are the same either way.
-        model = build(dataclasses.replace(config.model, layers="scan"), dtype=dtype)
+        model = build_model(dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan")))
         loss = build_loss(model, config.training)
 
         def forward(params: Any, batch: Batch, key: jax.Array) -> Any:

@@ -1,24 +1,57 @@
-"""Which dtype is used where: one cast per optimizer step from float32 masters to the compute dtype.
+"""Which dtype is used where: float32 masters, one compute dtype, and the float32 islands that no setting sinks.
 
-The float32 islands live where the mathematics is: norms, softmax, RoPE angles, relative bias, logits and loss. Not
-here: the loss scale (`jaxllm.training.loss_scale`).
+`precision.compute` sets all of it. The islands are where the mathematics is, and each is float32 whatever the compute
+dtype: the squares and root of a norm (`ops.norms`), scores after their product and the softmax (`ops.attention`),
+angles of RoPE (`ops.rope`), T5's relative bias until it is added (`ops.relative_bias`), T5's MLP output under float16
+(`ops.linear.linear_float32`), logits and loss (`ops.losses`), every sum of a gradient, moments and updates. One has a
+switch, because both sides have a use: the residual stream (`precision.residual`). `scripts/precision_ledger.py` shows
+them in the program itself. Not here: the loss scale (`jaxllm.training.loss_scale`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import PrecisionConfig
+from jaxllm.config import PrecisionConfig, RunConfig
+from jaxllm.models import Model, build
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
+class Policy(NamedTuple):
+    """The dtypes of a run.
+
+    Attributes:
+        param: masters, gradients, moments.
+        compute: activations and matmul inputs; masters are cast to it once per step.
+        output: logits and losses.
+        residual: the stream that layers add to; None is the family's choice.
+    """
+
+    param: Any
+    compute: Any
+    output: Any
+    residual: Any
+
+
+def policy(config: PrecisionConfig) -> Policy:
+    """The dtypes that a config means."""
+    residual = None if config.residual is None else _DTYPES[config.residual]
+    return Policy(jnp.float32, _DTYPES[config.compute], jnp.float32, residual)
+
+
 def compute_dtype(config: PrecisionConfig) -> Any:
     """The dtype of activations and matmul inputs."""
-    return _DTYPES[config.compute]
+    return policy(config).compute
+
+
+def build_model(config: RunConfig) -> Model:
+    """The model of a run, in its dtypes."""
+    dtypes = policy(config.precision)
+    return build(config.model, dtype=dtypes.compute, residual_dtype=dtypes.residual)
 
 
 def cast_floating(tree: Any, dtype: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxllm.config import RunConfig
 from jaxllm.data.pipeline import Pipeline, open_run_pipeline
-from jaxllm.models import build, count_params, init_params
+from jaxllm.models import count_params, init_params
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.compiled import CompiledOnce
 from jaxllm.training.device import detect_device
@@ -32,7 +32,7 @@ from jaxllm.training.loss_scale import Retries
 from jaxllm.training.metrics import MetricsWriter, plot_curve, train_flops
 from jaxllm.training.optimizer import build_optimizer, build_schedule
 from jaxllm.training.overflow import OverflowWatch
-from jaxllm.training.precision import compute_dtype
+from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.run_folder import open_run_folder
 from jaxllm.training.samples import write_sample
 from jaxllm.training.spans import SpanEvaluation
@@ -109,7 +109,7 @@ class _Run:
         self.config, self.folder, self.pipeline = config, folder, pipeline
         training = config.training
         self.dtype = compute_dtype(config.precision)
-        self.model = build(config.model, dtype=self.dtype)
+        self.model = build_model(config)
         self.schedule = build_schedule(config.optimizer, steps=training.steps)
         optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
         loss = build_loss(self.model, training)
