@@ -2,17 +2,19 @@
 
     python benchmarks/precision.py [--families llama t5] [--steps 300] [--full]
 
-Each run is a whole `pretrain` of configs/llama_tiny.yaml or configs/t5_tiny.yaml, with a narrower model unless
---full. Every run reads the same tokenizer. The gradients of the trained float32 model are then computed in float16 at
-several loss scales: an element is lost when float16 makes it 0 and float32 does not. Results:
+The models and rules are those of configs/llama_tiny.yaml and configs/t5_tiny.yaml, narrower and on shorter rows unless
+--full. All runs of a family take the very same arrays. The gradients of the trained float32 model are then computed in
+float16 at several loss scales: an element is lost when float16 makes it 0 and float32 does not. Results:
 benchmarks/results/precision_*.json, docs/images/precision_*.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -28,12 +30,12 @@ from jaxllm.config import RunConfig
 from jaxllm.config_file import load_config
 from jaxllm.data.pipeline import build_pipeline
 from jaxllm.models import build, init_params
-from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.loss import build_loss
+from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import build_model, cast_floating
-from jaxllm.training.train_step import accumulate_gradients, init_train_state
-from jaxllm.training.trainer import pretrain
+from jaxllm.training.overflow import OverflowWatch
+from jaxllm.training.precision import build_model, cast_floating, compute_dtype
+from jaxllm.training.train_step import accumulate_gradients, init_train_state, make_eval_step, make_train_step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -50,8 +52,8 @@ RUNS = {
     "float16, scale 1": ("precision.compute=float16", "precision.loss_scale=static", "precision.initial_scale=1"),
 }
 NARROW = {
-    "llama": ("d_model=128", "d_ff=320", "num_layers=3", "num_heads=4", "num_kv_heads=2", "vocab_size=2048"),
-    "t5": ("d_model=96", "d_ff=256", "num_layers=2", "num_heads=3"),
+    "llama": ("d_model=64", "d_ff=160", "num_layers=2", "num_heads=4", "num_kv_heads=2", "vocab_size=512"),
+    "t5": ("d_model=64", "d_ff=160", "num_layers=2", "num_heads=2", "vocab_size=768"),
 }
 SCALES = (0, 8, 16)  # exponents of 2
 
@@ -80,60 +82,78 @@ def main() -> None:
 
 
 def run_config(family: str, run: str, steps: int, full: bool, work: Path) -> RunConfig:
-    """The config of one run; all runs of a family share tokenizer and data."""
-    narrow = () if full else tuple(f"model.{setting}" for setting in NARROW[family])
-    length = () if full else ("data.sequence_length=128",)
-    shared = work / family / "float32" / "tokenizer.json"
+    """The config of one run."""
+    narrow = () if full else ("data.sequence_length=64", *(f"model.{setting}" for setting in NARROW[family]))
     settings = (
-        f"training.run_dir={work / family / run}",
+        f"training.run_dir={work / family}",
         f"training.steps={steps}",
         f"optimizer.warmup_steps={steps // 6}",
         f"optimizer.decay_steps={steps // 5 if family == 'llama' else 0}",
-        f"data.cache_dir={work / 'data'}",
-        *("training.log_every=5", "training.sample_tokens=0", "training.save_every=100000"),
-        *("training.eval_every=100000", "training.eval_batches=64", "training.compilation_cache=null"),
-        *((f"data.tokenizer={shared}",) if shared.exists() else ()),
+        "model.layers=scan",
     )
-    return load_config(ROOT / "configs" / f"{family}_tiny.yaml", (*settings, *narrow, *length, *RUNS[run]))
+    return load_config(ROOT / "configs" / f"{family}_tiny.yaml", (*settings, *narrow, *RUNS[run]))
 
 
 def measure_family(family: str, steps: int, full: bool, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rows of metrics and the last validation of every run, and the lost gradients of the float32 one."""
+    """Curve and last validation of every run, and the lost gradients of the float32 one."""
+    config = run_config(family, "float32", steps, full, work)
+    (work / family).mkdir()
+    with contextlib.closing(
+        build_pipeline(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            batch_size=config.training.batch_size,
+            seed=config.training.seed,
+            run_dir=work / family,
+        )
+    ) as pipeline:
+        batches = [next(pipeline) for _ in range(steps)]
+        validation = list(pipeline.validation(config.training.eval_batches))
     runs = {}
     for run in RUNS:
-        config, before = run_config(family, run, steps, full, work), time.perf_counter()
-        done = pretrain(config)
-        lines = (Path(config.training.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "loss" in row]
-        runs[run] = {"validation": done.validation, "rows": rows, "seconds": time.perf_counter() - before}
-        print(f"{family}, {run}: validation {done.validation['loss']:.4f}, {runs[run]['seconds']:.0f} s", flush=True)
-    return runs, lost_gradients(run_config(family, "float32", steps, full, work))
+        runs[run] = train(run_config(family, run, steps, full, work), batches, validation)
+        result = runs[run]
+        print(f"{family}, {run}: validation {result['validation']:.4f}, {result['seconds']:.0f} s", flush=True)
+    return runs, lost_gradients(config, runs["float32"].pop("params"), batches[0])
 
 
-def lost_gradients(config: RunConfig) -> dict[str, Any]:
-    """Histogram of the exponents of all weight gradients of a trained run, and the part float16 loses by scale."""
-    model = build_model(config)
+def train(config: RunConfig, batches: list[Any], validation: list[Any]) -> dict[str, Any]:
+    """One run over the batches: rows of metrics, the validation loss per token, seconds per step, parameters."""
+    model, dtype = build_model(config), compute_dtype(config.precision)
     rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
-    state = jax.eval_shape(lambda: init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(0)))
-    restored = Checkpoints(Path(config.training.run_dir) / "checkpoints", keep=1).restore(state)
-    assert restored is not None
-    pipeline = build_pipeline(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        run_dir=Path(config.training.run_dir),
-    )
-    batch = next(pipeline)
-    pipeline.close()
-    exact = _gradients(config, jnp.float32, restored.state.params, batch, 0)
-    exact = exact[exact != 0]  # rows of tokens that are not in the batch have none
-    exponents, counts = np.unique(np.floor(np.log2(np.abs(exact))).astype(int), return_counts=True)
-    whole = _gradients(config, jnp.float32, restored.state.params, batch, 0) != 0
-    lost = {}
-    for scale in SCALES:
-        half = _gradients(config, jnp.float16, restored.state.params, batch, scale)
-        lost[scale] = float(np.mean(half[whole] == 0))
+    loss = build_loss(model, config.training)
+    retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)
+    step = jax.jit(make_train_step(loss, rule, accumulation=1, dtype=dtype, retries=retries), donate_argnums=0)
+    evaluate = jax.jit(make_eval_step(loss, dtype=dtype))
+    key, run_key = jax.random.split(jax.random.key(config.training.seed))
+    state = init_train_state(init_params(model, key), rule, run_key)
+    watch = OverflowWatch(config, state.params)
+    rows, seconds, before = [], [], time.perf_counter()
+    for i, batch in enumerate(batches, 1):
+        started = time.perf_counter()
+        state, metrics = step(state, batch)
+        values = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
+        seconds.append(time.perf_counter() - started)
+        room = watch.headroom(i, state, batch) if i % 25 == 0 else {}
+        rows.append({"step": i, **values, **({"headroom": min(room.values())} if room else {})})
+    sums = [jax.device_get(evaluate(state.params, batch)) for batch in validation]
+    return {
+        "rows": rows,
+        "validation": float(sum(s.nll for s in sums) / sum(s.weight for s in sums)),
+        "step_seconds": statistics.median(seconds[5:]),
+        "seconds": time.perf_counter() - before,
+        "params": state.params,
+    }
+
+
+def lost_gradients(config: RunConfig, params: Any, batch: Any) -> dict[str, Any]:
+    """Histogram of the exponents of all weight gradients of a trained model, and the part float16 loses by scale."""
+    exact = _gradients(config, jnp.float32, params, batch, 0)
+    there = exact != 0  # tokens that are not in the batch have none
+    exponents, counts = np.unique(np.floor(np.log2(np.abs(exact[there]))).astype(int), return_counts=True)
+    lost = {
+        scale: float(np.mean(_gradients(config, jnp.float16, params, batch, scale)[there] == 0)) for scale in SCALES
+    }
     return {"exponents": exponents.tolist(), "counts": counts.tolist(), "lost": lost}
 
 
@@ -151,15 +171,13 @@ def _gradients(config: RunConfig, dtype: Any, params: Any, batch: Any, scale: in
 
 def summary(runs: dict[str, Any], lost: dict[str, Any]) -> dict[str, Any]:
     """What the JSON keeps of a family."""
-    base = runs["float32"]["validation"]["loss"]
+    base = runs["float32"]["validation"]
     table = {
         name: {
-            "validation_loss": run["validation"]["loss"],
-            "ratio_to_float32": run["validation"]["loss"] / base,
-            "loss_scale": run["rows"][-1].get("loss_scale"),
-            "skipped": run["rows"][-1].get("skipped"),
-            "retried": run["rows"][-1].get("retried"),
-            "tokens_per_second": float(np.median([row["tokens_per_second"] for row in run["rows"][2:]])),
+            "validation_loss": run["validation"],
+            "ratio_to_float32": run["validation"] / base,
+            **{key: run["rows"][-1][key] for key in ("loss_scale", "skipped", "retried")},
+            "step_seconds": run["step_seconds"],
             "seconds": run["seconds"],
         }
         for name, run in runs.items()
@@ -173,9 +191,9 @@ def plot_losses(families: dict[str, Any]) -> None:
     for axis, (family, runs) in zip(axes[0], families.items(), strict=True):
         for name, run in runs.items():
             style = {"float32": {"color": "black", "linewidth": 2.5}, "float16, scale 1": {"linestyle": "--"}}
-            points = [(row["step"], row["loss"]) for row in run["rows"]]
-            label = f"{name}: {run['validation']['loss']:.4f}"
-            axis.plot(*zip(*points, strict=True), label=label, **style.get(name, {"linewidth": 1}))
+            losses = np.convolve([row["loss"] for row in run["rows"]], np.ones(5) / 5, mode="valid")
+            label = f"{name}: {run['validation']:.4f}"
+            axis.plot(range(5, 5 + len(losses)), losses, label=label, **style.get(name, {"linewidth": 1}))
         axis.set(title=f"{family}: training loss (legend: last validation)", xlabel="step", yscale="log")
         axis.legend(fontsize=6)
     _save(figure, "precision_losses")
@@ -202,8 +220,8 @@ def plot_scales(families: dict[str, Any]) -> None:
         rows = runs["float16, dynamic scale"]["rows"]
         steps = [row["step"] for row in rows]
         axis.plot(steps, [np.log2(row["loss_scale"]) for row in rows], label="log2 of the loss scale")
-        room = [min(value for key, value in row.items() if key.startswith("headroom/")) for row in rows]
-        axis.plot(steps, room, label="least headroom of activations (bits)")
+        room = [(row["step"], row["headroom"]) for row in rows if "headroom" in row]
+        axis.plot(*zip(*room, strict=True), label="least headroom of activations (bits)")
         axis.set(title=f"{family}, float16", xlabel="step", ylim=(0, None))
         axis.legend(fontsize=7)
     _save(figure, "precision_scale")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxllm.training.loss_scale import finite_rows
+from jaxllm.training.loss_scale import all_finite, finite_rows
 
 # Parts of both families in forward order; what is not named comes last.
 _FORWARD = (
@@ -30,18 +30,17 @@ def gradient_groups(params: Any) -> tuple[str, ...]:
 
 
 def first_nonfinite(grads: Any) -> Int[Array, ""]:
-    """Index into `gradient_groups` of the first group that holds an infinity or NaN, -1 when all are finite.
-
-    It asks the very question that the loss scale asks of unscaled gradients, so that XLA answers both in one pass.
-    """
-    flags = [row.reshape(-1) for row in jax.tree.leaves(finite_rows(grads))]
-    groups = _groups(grads)
+    """Index into `gradient_groups` of the first group that holds an infinity or NaN, -1 when all are finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    flags = [finite_rows(leaf) if _is_stacked(path) else all_finite(leaf)[None] for path, leaf in leaves]
     starts = np.concatenate([[0], np.cumsum([flag.size for flag in flags])])
-    whole = jnp.stack([jnp.all(flag) for flag in flags])
-    joined = jnp.concatenate([*flags, whole])
-    index = [starts[leaf] + row if row is not None else starts[-1] + leaf for _, leaf, row in groups]
-    bad = ~joined[np.array(index)]
+    index = [starts[leaf] + (row or 0) for _, leaf, row in _groups(grads)]
+    bad = ~jnp.concatenate(flags)[np.array(index)]
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _is_stacked(path: tuple[Any, ...]) -> bool:
+    return any(getattr(part, "key", None) == "layers" for part in path)
 
 
 def _groups(params: Any) -> list[tuple[str, int, int | None]]:
@@ -49,7 +48,7 @@ def _groups(params: Any) -> list[tuple[str, int, int | None]]:
     found = []
     for leaf, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         names = [str(getattr(part, "key", part)) for part in path]
-        rows = range(value.shape[0]) if "layers" in names else [None]
+        rows = range(value.shape[0]) if _is_stacked(path) else [None]
         found.extend((_order(names, row), "/".join(_inserted(names, row)), leaf, row) for row in rows)
     found.sort(key=lambda group: group[0], reverse=True)
     return [group[1:] for group in found]

@@ -55,6 +55,7 @@ def dynamic_loss_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps any rule so that it takes gradients of scale * loss; put clipping inside, where gradients are unscaled.
 
+    `update` takes `finite` from a caller who already knows whether the unscaled gradients are, and else looks itself.
     On overflow the updates are -0.0 (which adds nothing to any number, not even to -0.0) and the whole inner state
     stays as it is: moments, averages and the schedule's count. What is chained outside would not know of the skip.
 
@@ -83,10 +84,15 @@ def dynamic_loss_scale(
         return LossScaleState(scale, zero(), zero(), zero(), zero(), zero(), rule.init(params))
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        finite: Bool[Array, ""] | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, LossScaleState]:
         grads = unscale(updates, state.scale)
-        finite = jnp.all(jnp.stack([jnp.all(flags) for flags in jax.tree.leaves(finite_rows(grads))]))
+        finite = all_finite(grads) if finite is None else finite
         proposed, inner_state = rule.update(grads, state.inner, params, **extra)
         return (
             jax.tree.map(lambda x: jnp.where(finite, x, jnp.asarray(-0.0, x.dtype)), proposed),
@@ -143,13 +149,18 @@ def unscale(grads: Any, scale: Float[Array, ""] | float) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) * inverse, grads)
 
 
-def finite_rows(grads: Any) -> Any:
-    """For each leaf, whether each row of its first axis (a layer, of a stack) is finite.
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no element of any leaf is an infinity or NaN.
 
     Of unscaled gradients one look is enough: what was infinite or NaN before the division by a scale is so after it,
     and a scale of 0, or one below 1, may add to that.
     """
-    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))), grads)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def finite_rows(stack: Float[Array, "L ..."]) -> Bool[Array, " L"]:
+    """Whether each row of the first axis, a layer of a stack, is finite."""
+    return jnp.all(jnp.isfinite(stack), axis=tuple(range(1, stack.ndim)))
 
 
 def loss_scale_state(opt_state: Any) -> LossScaleState | None:
@@ -200,7 +211,7 @@ class _Attempt(NamedTuple):
 
 def retry(
     compute: Callable[[Float[Array, ""]], tuple[Int[Array, ""], Value]], state: LossScaleState, retries: Retries
-) -> tuple[Int[Array, ""], Value, LossScaleState]:
+) -> tuple[Int[Array, ""], Int[Array, ""], Value, LossScaleState]:
     """Computes again with a smaller scale while the result is not finite, so that no batch is dropped.
 
     One while loop whose body is compiled once. The scale moves as if each attempt had been a step, and a success
@@ -212,7 +223,7 @@ def retry(
         retries: how often and how far down.
 
     Returns:
-        The first attempt's culprit (-1 = none), the last attempt's value, and the state whose scale it carries.
+        First and last attempt's culprit (-1 = none), the last one's value, and the state whose scale it carries.
     """
 
     def unfinished(last: _Attempt) -> Array:
@@ -235,4 +246,4 @@ def retry(
         tracker=jnp.where(extra > 0, 0, state.tracker),
         retried=state.retried + extra,
     )
-    return last.first, last.value, state
+    return last.first, last.culprit, last.value, state

@@ -97,6 +97,7 @@ def make_train_step(
         dtype: compute dtype.
         retries: how often an overflowing batch is computed again before it is skipped.
     """
+    rule = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -108,10 +109,12 @@ def make_train_step(
                 loss_function, params, batch, key, factor=scale / weight, accumulation=accumulation
             )
 
-        culprit, (sums, grads), opt_state = _finite_gradients(gradients, state.opt_state, retries)
+        first, culprit, (sums, grads), opt_state = _finite_gradients(gradients, state.opt_state, retries)
         scale = loss_scale_of(opt_state)
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
-        metrics = _metrics(sums, weight, global_norm(unscale(grads, scale)), scale, opt_state, culprit)
+        # Only a loss scale asks; knowing saves it a pass over the gradients.
+        known = {} if loss_scale_state(opt_state) is None else {"finite": culprit < 0}
+        updates, opt_state = rule.update(grads, opt_state, state.params, **known)
+        metrics = _metrics(sums, weight, global_norm(unscale(grads, scale)), scale, opt_state, first)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key)
         return new, metrics
 
@@ -120,20 +123,25 @@ def make_train_step(
 
 def _finite_gradients(
     gradients: Callable[[Array], tuple[LossSums, Any]], opt_state: Any, retries: Retries
-) -> tuple[Int[Array, ""], tuple[LossSums, Any], Any]:
-    """Culprit, sums and gradients, and the state whose scale they carry; only a loss scale asks for a culprit."""
+) -> tuple[Int[Array, ""], Int[Array, ""], tuple[LossSums, Any], Any]:
+    """First and last attempt's culprit, sums and gradients, and the state whose scale they carry.
+
+    Only a loss scale asks for a culprit.
+    """
     scaling = loss_scale_state(opt_state)
     if scaling is None:
-        return jnp.full((), -1, jnp.int32), gradients(jnp.ones((), jnp.float32)), opt_state
+        none = jnp.full((), -1, jnp.int32)
+        return none, none, gradients(jnp.ones((), jnp.float32)), opt_state
 
     def attempt(scale: Array) -> tuple[Array, tuple[LossSums, Any]]:
         sums, grads = gradients(scale)
         return first_nonfinite(unscale(grads, scale)), (sums, grads)
 
     if retries.limit == 0:
-        return *attempt(scaling.scale), opt_state
-    culprit, value, scaling = retry(attempt, scaling, retries)
-    return culprit, value, replace_loss_scale(opt_state, scaling)
+        culprit, value = attempt(scaling.scale)
+        return culprit, culprit, value, opt_state
+    first, last, value, scaling = retry(attempt, scaling, retries)
+    return first, last, value, replace_loss_scale(opt_state, scaling)
 
 
 def _metrics(

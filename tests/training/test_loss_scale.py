@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from jaxllm.training.loss_scale import (
     Retries,
+    all_finite,
     dynamic_loss_scale,
     finite_rows,
     loss_scale_of,
@@ -212,9 +213,8 @@ def test_retry_goes_down_until_it_fits(limit: int, fits_below: float, want: tupl
     def compute(scale):
         return jnp.where(scale < fits_below, -1, 7).astype(jnp.int32), {"scale": scale, "half": scale / 2}
 
-    first, value, after = jax.jit(lambda s: retry(compute, s, Retries(limit)))(state)
-    final = int(compute(value["scale"])[0])
-    assert (float(value["scale"]), int(after.retried), int(first), final) == want
+    first, last, value, after = jax.jit(lambda s: retry(compute, s, Retries(limit)))(state)
+    assert (float(value["scale"]), int(after.retried), int(first), int(last)) == want
     assert float(after.scale) == want[0] and int(after.tracker) == (0 if want[1] else 5)
 
 
@@ -226,9 +226,16 @@ def test_state_is_found_and_replaced_inside_a_chain() -> None:
     assert loss_scale_state(optax.adam(0.1).init(PARAMS)) is None
 
 
-def test_rows_that_are_not_finite_are_told_apart() -> None:
-    flags = finite_rows({"layers": jnp.array([[1.0, 2.0], [jnp.nan, 0.0], [0.0, 0.0]]), "bias": jnp.array(jnp.inf)})
-    assert flags["layers"].tolist() == [True, False, True] and not flags["bias"]
+def test_finiteness_of_trees_and_of_rows() -> None:
+    stack = jnp.array([[1.0, 2.0], [jnp.nan, 0.0], [0.0, 0.0]])
+    assert finite_rows(stack).tolist() == [True, False, True]
+    assert not all_finite({"a": stack, "b": jnp.zeros(2)}) and all_finite({"a": stack[2], "b": jnp.zeros(())})
+
+
+def test_a_known_answer_is_taken() -> None:
+    rule = dynamic_loss_scale(optax.sgd(0.1))
+    _, state = rule.update(PARAMS, rule.init(PARAMS), PARAMS, finite=jnp.asarray(False))
+    assert int(state.skipped) == 1
 
 
 SHARDED = """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
+from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, T5Config, TrainingConfig
 from jaxllm.models import build, init_params
 from jaxllm.models.layers import ACTIVATIONS
 from jaxllm.training.attribution import first_nonfinite as first_group
@@ -74,6 +74,17 @@ def test_a_retried_batch_equals_one_at_the_scale_that_fits(dropping) -> None:
     assert not same_bits(again.params, after.params)
 
 
+def test_the_compiled_step_looks_at_each_gradient_once(dropping) -> None:
+    """One look for the decision and the culprit, fused with the unscaling; the state is six scalars more."""
+    step, state = dropping
+    text = step.lower(state, batch()).compile().as_text()
+    looks = [line for line in text.splitlines() if " is-finite(" in line]
+    assert len(looks) == len(jax.tree.leaves(state.params))
+    inner = jax.tree.leaves(state.opt_state.inner)
+    extra = jax.tree.leaves(state.opt_state)[: -len(inner)]
+    assert sum(x.nbytes for x in extra) == 24
+
+
 def test_first_group_is_the_first_of_the_backward_pass() -> None:
     params = jax.eval_shape(lambda: init_params(build(MODEL), jax.random.key(0)))
     names, find = gradient_groups(params), jax.jit(first_group)
@@ -115,6 +126,42 @@ def test_a_planted_overflow_is_named_by_layer_and_module(observers, layer: int) 
         found = first_nonfinite(observe(planted(layer), 1.0))
         assert (found.block, found.backward) == (f"LlamaLayer[{layer}]", False)
         assert found.name.startswith(f"LlamaLayer[{layer}]/down_proj: ")
+
+
+T5_MODEL = T5Config(vocab_size=97, d_model=16, d_ff=32, num_layers=2, num_heads=2, head_dim=8)
+
+
+def t5_loss(residual: str | None):
+    """A float16 T5's loss as a function of parameters, on ten tokens of both sides."""
+    loss = build_loss(build(T5_MODEL, dtype=jnp.float16, residual_dtype=residual), TrainingConfig(loss_chunk=64))
+    ids, ones = jnp.asarray(batch()["tokens"]), jnp.ones((4, 10), jnp.int32)
+    data = {"encoder_tokens": ids, "decoder_tokens": ids, "targets": ids, "weights": jnp.ones((4, 10))}
+    data |= {"encoder_segment_ids": ones, "decoder_segment_ids": ones}
+
+    def forward(params):
+        return loss(cast_floating(params, jnp.float16), data, None).loss
+
+    return forward
+
+
+def large_t5(factor: float):
+    """Parameters whose second encoder layer adds activations of about `factor` to the stream."""
+    params = init_params(build(T5_MODEL), jax.random.key(0))
+    mlp = params["encoder"]["layers"]["mlp"]
+    mlp["down_proj"]["kernel"] = mlp["down_proj"]["kernel"].at[1].multiply(factor)
+    return params
+
+
+def test_t5s_islands_hold_activations_beyond_float16_and_without_them_it_is_named() -> None:
+    """66246 after the MLP is what real T5 checkpoints reach; float16 ends at 65504."""
+    params = large_t5(3e4)
+    readings = Observer(t5_loss(None), jnp.float32)(params)
+    largest = max(reading.largest for reading in readings if reading.block == "EncoderLayer[1]")
+    assert largest > 66246
+    loss, grads = jax.jit(jax.value_and_grad(t5_loss(None)))(params)
+    assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    found = first_nonfinite(Observer(t5_loss("float16"), jnp.float16)(params))
+    assert (found.block, found.backward) == ("EncoderLayer[1]", False)
 
 
 def test_headroom_is_the_number_of_doublings_left(observers) -> None:
