@@ -28,7 +28,7 @@ from train_step import environment
 
 from jaxllm.config import RunConfig
 from jaxllm.config_file import load_config
-from jaxllm.data.pipeline import build_pipeline
+from jaxllm.data.pipeline import open_run_pipeline
 from jaxllm.models import build, init_params
 from jaxllm.training.loss import build_loss
 from jaxllm.training.loss_scale import Retries
@@ -98,15 +98,7 @@ def measure_family(family: str, steps: int, full: bool, work: Path) -> tuple[dic
     """Curve and last validation of every run, and the lost gradients of the float32 one."""
     config = run_config(family, "float32", steps, full, work)
     (work / family).mkdir()
-    with contextlib.closing(
-        build_pipeline(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            batch_size=config.training.batch_size,
-            seed=config.training.seed,
-            run_dir=work / family,
-        )
-    ) as pipeline:
+    with contextlib.closing(open_run_pipeline(config, work / family)) as pipeline:
         batches = [next(pipeline) for _ in range(steps)]
         validation = list(pipeline.validation(config.training.eval_batches))
     runs = {}
