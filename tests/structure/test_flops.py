@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from jaxllm.config import DataConfig, LlamaConfig, RunConfig, TrainingConfig
+from jaxllm.config import DataConfig, LlamaConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.training.metrics import train_flops
 from tests.structure.programs import dot_flops, traced_train_step
 
@@ -36,3 +36,14 @@ def test_elementwise_remat_repeats_only_the_scores(tiny: LlamaConfig) -> None:
     scores = 2 * (4 * 4 * 16 * 16 * 8) * 3  # of 4 rows, 4 heads and 3 layers; the weights are not kept
     assert counts["elementwise"] == counts["none"] + scores
     assert counts["full"] > counts["elementwise"]
+
+
+def test_t5_formula_is_the_dot_count_but_for_the_bias_tables() -> None:
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "head_dim": 8}
+    model = T5Config(vocab_size=97, layers="unroll", attention="reference", **sizes)
+    data = DataConfig(objective="span_corruption", sequence_length=16, target_length=8)
+    config = RunConfig(model=model, data=data, training=TrainingConfig(batch_size=4, loss_chunk=16))
+    # Each stack's table meets its one-hot buckets, one per distance, once forward and once backward.
+    bias = 2 * 2 * model.relative_buckets * model.num_heads * (2 * 16 + 2 * 8)
+    flops = train_flops(model, batch=4, length=16, target_length=8)
+    assert dot_flops(traced_train_step(config).jaxpr.jaxpr) == flops.full + bias
