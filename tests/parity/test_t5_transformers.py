@@ -1,0 +1,69 @@
+"""T5-shaped variants against transformers itself: directories both ways, sharded and bfloat16, and low precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.interop.hf import SpecialIds, load_hf_config
+from tests.parity import t5_cases as cases
+
+torch = pytest.importorskip("torch")
+theirs = pytest.importorskip("tests.parity.torch_t5")
+
+# torch and transformers warn about themselves.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_golden_results_are_those_of_this_version(name: str) -> None:
+    found, golden = theirs.numbers(theirs.build(name)), cases.load_golden(name)
+    np.testing.assert_allclose(found.logits, golden["logits"], atol=1e-5)
+    for key, want in zip(sorted(golden["shapes"]), golden["grads"], strict=True):
+        np.testing.assert_allclose(cases.grad_summary(key, found.grads[key])[0], want[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_directories_of_transformers_open_here_and_ours_there(name: str, tmp_path: Path) -> None:
+    """In bfloat16 and in shards on the way back; nothing may change by one bit."""
+    built = theirs.build(name)
+    built.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    model, params = jaxllm.load_hf(tmp_path / "theirs")
+    tied = "tie_word_embeddings" not in cases.settings(name)
+    assert (model.config.tie_embeddings, model.config.scale_logits) == (tied, tied)
+    np.testing.assert_array_equal(params["embed"], cases.weight("shared.weight", params["embed"].shape))
+
+    ids = SpecialIds(eos=(1,), pad=0)
+    jaxllm.save_hf(tmp_path / "ours", model, params, dtype="bfloat16", shard_bytes=20_000, special_ids=ids)
+    assert load_hf_config(tmp_path / "ours") == model.config
+    opened = theirs.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    low = built.bfloat16()
+    assert opened.dtype == torch.bfloat16
+    assert opened.generation_config.decoder_start_token_id == model.config.decoder_start_id
+    for key, value in low.state_dict().items():
+        assert torch.equal(opened.state_dict()[key], value), key
+    np.testing.assert_array_equal(theirs.logits(opened), theirs.logits(low))
+
+
+LOW = ("v1_0", "v1_1", "deep_decoder", "umt5")
+
+
+def test_bfloat16_is_no_farther_from_the_truth_than_transformers(tmp_path: Path) -> None:
+    """RMS error against float64 on the same bfloat16 weights, over four variants."""
+    ours, others = [], []
+    for name in LOW:
+        low = theirs.build(name, torch.bfloat16)
+        low.save_pretrained(tmp_path / name)
+        model, params = jaxllm.load_hf(tmp_path / name)
+        assert model.dtype == jax.numpy.bfloat16
+        other = theirs.logits(low)
+        truth = theirs.logits(low.double())
+        ours.append(np.mean((cases.our_logits(model, params).astype(np.float64) - truth) ** 2))
+        others.append(np.mean((other - truth) ** 2))
+    print(np.sqrt(ours), np.sqrt(others))
+    assert 0 < np.sqrt(np.mean(ours)) <= np.sqrt(np.mean(others))
