@@ -3,8 +3,9 @@
     python benchmarks/train_step.py --shape A --dtype float32        needs the extras `parity`
 
 Each side runs in its own process, alternating (ours, torch, ours, torch), because a machine's speed drifts; the ratio
-is taken within each pair. torch is eager: LlamaForCausalLM with SDPA, AdamW (fused where it exists), autocast for
-bfloat16. Both sides clip the global norm and decay weights. Results go to benchmarks/results/train_step_*.json.
+is taken within each pair. torch is eager: LlamaForCausalLM or T5ForConditionalGeneration with SDPA, AdamW (fused
+where it exists), autocast for bfloat16, no masks. Both sides clip the global norm and decay weights. Tokens are those
+of sources and targets; no dropout. Results go to benchmarks/results/train_step_*.json.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
+from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, T5Config, TrainingConfig
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "A": {
         "vocab_size": 8192,
         "d_model": 256,
@@ -49,8 +50,25 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_heads": 4,
         "num_kv_heads": 2,
     },
+    "TA": {  # v1.1
+        "vocab_size": 8192,
+        "d_model": 256,
+        "d_ff": 688,
+        "num_layers": 4,
+        "num_heads": 8,
+        "head_dim": 32,
+    },
+    "toy_t5": {
+        "vocab_size": 512,
+        "d_model": 64,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "head_dim": 16,
+    },
 }
-BATCHES = {"A": (8, 256), "B": (4, 512), "toy": (2, 32)}
+BATCHES = {"A": (8, 256), "B": (4, 512), "toy": (2, 32)}  # rows, length
+T5_BATCHES = {"TA": (8, 256, 64), "toy_t5": (2, 32, 16)}  # rows, length of the source, of the target
 
 
 def main() -> None:
@@ -126,72 +144,99 @@ def _compare_logits(work: Path, dtype: str) -> float:
     return difference
 
 
-def _tokens(shape: str) -> np.ndarray:
-    batch, length = BATCHES[shape]
-    return np.random.default_rng(0).integers(0, SHAPES[shape]["vocab_size"], (batch, length + 1)).astype(np.int32)
+def _config(shape: str) -> LlamaConfig | T5Config:
+    if shape in T5_BATCHES:
+        return T5Config(**SHAPES[shape], layers="unroll")
+    return LlamaConfig(**SHAPES[shape], layers="unroll", max_length=BATCHES[shape][1])
 
 
-def run_jaxllm(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
+def _batch(shape: str) -> dict[str, np.ndarray]:
+    """Random documents without padding, as the data pipeline makes them; for T5 a source and a target each."""
+    rng, vocab = np.random.default_rng(0), SHAPES[shape]["vocab_size"]
+    if shape in T5_BATCHES:
+        rows, source, target = T5_BATCHES[shape]
+        tokens = rng.integers(1, vocab, (rows, source + target)).astype(np.int32)
+        targets = tokens[:, source:]
+        return {
+            "encoder_tokens": tokens[:, :source],
+            "encoder_segment_ids": np.ones((rows, source), np.int32),
+            "decoder_tokens": np.concatenate([np.zeros((rows, 1), np.int32), targets[:, :-1]], axis=1),
+            "decoder_segment_ids": np.ones((rows, target), np.int32),
+            "targets": targets,
+            "weights": np.ones((rows, target), np.float32),
+        }
+    rows, length = BATCHES[shape]
+    tokens = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, length), np.int32),
+        "weights": np.ones((rows, length), np.float32),
+    }
+
+
+def _inputs(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [batch[name] for name in ("tokens", "encoder_tokens", "decoder_tokens") if name in batch]
+
+
+def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]:
     """Times our step; saves weights for the other side and logits for the comparison."""
     import jax
 
+    from jaxllm.interop.hf import save_hf
     from jaxllm.models import build, init_params
+    from jaxllm.models.layers import apply
     from jaxllm.training.loss import build_loss
     from jaxllm.training.optimizer import build_optimizer
     from jaxllm.training.precision import compute_dtype
     from jaxllm.training.train_step import init_train_state, make_train_step
 
     compute = compute_dtype(PrecisionConfig(compute=dtype))
-    batch, length = BATCHES[shape]
-    config = LlamaConfig(**SHAPES[shape], layers="unroll", max_length=length)
-    model = build(config, dtype=compute)
+    model = build(_config(shape), dtype=compute)
     params = init_params(model, jax.random.key(0))
-    tokens = _tokens(shape)
-    flat = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    np.savez(work / "weights.npz", **flat)
-    logits = jax.jit(lambda p, t: model.apply({"params": p}, t))(params, tokens[:1, :-1])
+    batch = _batch(shape)
+    save_hf(work / "model", model, params)
+    logits = jax.jit(lambda p, *x: apply(model, p, *x))(params, *(x[:1] for x in _inputs(batch)))
     np.save(work / "jaxllm.npy", np.asarray(logits))
     optimizer = build_optimizer(OptimizerConfig(schedule="constant"), PrecisionConfig(), steps=1000)
-    loss = build_loss(model, TrainingConfig(loss_chunk=256))
+    loss = build_loss(model, TrainingConfig(loss_chunk=1024))
     step = jax.jit(make_train_step(loss, optimizer, accumulation=1, dtype=compute), donate_argnums=0)
     state = init_train_state(params, optimizer, jax.random.key(1))
-    data = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
-        "segment_ids": np.ones((batch, length), np.int32),
-        "weights": np.ones((batch, length), np.float32),
-    }
     before = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, data))
+    state, metrics = jax.block_until_ready(step(state, batch))
     first = time.perf_counter() - before
     times = []
     for _ in range(steps):
         before = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, data))
+        state, metrics = jax.block_until_ready(step(state, batch))
         times.append(time.perf_counter() - before)
-    return _result(times, batch * length, first, float(metrics.loss))
+    return _result(times, sum(x.size for x in _inputs(batch)), first, float(metrics.loss))
 
 
 def run_torch(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
     """Times transformers' model with the weights that our side saved."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LlamaForCausalLM(_torch_config(shape)).to(device)
-    _copy_weights(model, np.load(work / "weights.npz"))
-    tokens = torch.tensor(_tokens(shape), dtype=torch.long, device=device)
+    cls: Any = T5ForConditionalGeneration if shape in T5_BATCHES else LlamaForCausalLM
+    model: Any = cls.from_pretrained(work / "model", dtype=torch.float32).to(device).train()
+    batch = _batch(shape)
+    names = ("input_ids", "decoder_input_ids")
+    inputs = {k: torch.tensor(x, dtype=torch.long, device=device) for k, x in zip(names, _inputs(batch), strict=False)}
+    targets = torch.tensor(batch["targets"], dtype=torch.long, device=device)
     cast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
     with torch.no_grad(), cast:
-        np.save(work / "torch.npy", model(tokens[:1, :-1]).logits.float().cpu().numpy())
+        first_row = {name: x[:1] for name, x in inputs.items()}
+        np.save(work / "torch.npy", model(**first_row, use_cache=False).logits.float().cpu().numpy())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     times, loss = [], torch.zeros(())
     for _ in range(steps + 1):
         before = time.perf_counter()
         with cast:
-            logits = model(tokens[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            logits = model(**inputs, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -199,42 +244,7 @@ def run_torch(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - before)
-    batch, length = BATCHES[shape]
-    return _result(times[1:], batch * length, times[0], float(loss.detach()))
-
-
-def _torch_config(shape: str) -> Any:
-    from transformers import LlamaConfig as TorchConfig
-
-    c = SHAPES[shape]
-    return TorchConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["d_model"],
-        intermediate_size=c["d_ff"],
-        num_hidden_layers=c["num_layers"],
-        num_attention_heads=c["num_heads"],
-        num_key_value_heads=c["num_kv_heads"],
-        max_position_embeddings=BATCHES[shape][1],
-        rms_norm_eps=1e-5,
-        use_cache=False,
-    )
-
-
-def _copy_weights(model: Any, weights: Any) -> None:
-    import torch
-
-    state = {}
-    for name in model.state_dict():
-        parts = name.removeprefix("model.").split(".")
-        if parts[0] == "layers":
-            norm = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}.get(parts[2])
-            key = f"['layers']['{norm or parts[3]}']['{'weight' if norm else 'kernel'}']"
-            value = weights[key][int(parts[1])]
-            state[name] = torch.tensor(value if norm else value.T.copy())
-        else:
-            key = {"embed_tokens": "['embed']", "norm": "['final_norm']['weight']", "lm_head": "['lm_head']"}[parts[0]]
-            state[name] = torch.tensor(weights[key])
-    model.load_state_dict(state)
+    return _result(times[1:], sum(x.size for x in _inputs(batch)), times[0], float(loss.detach()))
 
 
 def _result(times: list[float], tokens: int, first: float, loss: float) -> dict[str, Any]:
