@@ -8,6 +8,7 @@ layer's `apply` takes slice by slice, so training, prefill and decoding share on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,15 @@ from jaxllm.ops.linear import biased_linear, linear
 
 Params = dict[str, Any]
 
+
+def _gelu_tanh(x: Array) -> Array:
+    """0.5 x (1 + tanh(u)) as x * sigmoid(2 u): XLA:CPU takes 1.4 times as long for a gated MLP with the tanh."""
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_tanh": _gelu_tanh,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
 }
