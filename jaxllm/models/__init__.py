@@ -22,8 +22,9 @@ def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32, residual_
         dtype: of activations and matmul inputs.
         residual_dtype: of the residual stream; None is the family's: `dtype`, but float32 in a float16 T5.
     """
-    family = T5 if isinstance(config, T5Config) else Llama
-    return family(config, dtype, residual_dtype)
+    if isinstance(config, T5Config):
+        return T5(config, dtype, residual_dtype)
+    return Llama(config, dtype, residual_dtype)
 
 
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
