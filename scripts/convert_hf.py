@@ -20,22 +20,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="run folder, Hugging Face directory, or folder with params.json")
     parser.add_argument("target", type=Path, help="folder to write")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default as in the source (runs: float32)")
+    parser.add_argument("--dtype", help="of a directory's tensors: float32, bfloat16 or float16; default: the source's")
     parser.add_argument("--max-length", type=int, help="context length, which Meta's params.json does not say")
     arguments = parser.parse_args()
     source, target = arguments.source, arguments.target
     try:
-        if (source / "config.yaml").is_file():
-            export_run(source, target, dtype=arguments.dtype)
-        elif (source / "params.json").is_file():
-            save_hf(target, *load_meta(source, max_length=arguments.max_length, dtype=arguments.dtype))
-        else:
-            import_run(source, target)
+        _convert(source, target, dtype=arguments.dtype, max_length=arguments.max_length)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {target}")
     return 0
+
+
+def _convert(source: Path, target: Path, *, dtype: str | None, max_length: int | None) -> None:
+    if (source / "params.json").is_file():
+        save_hf(target, *load_meta(source, max_length=max_length, dtype=dtype))
+        return
+    if max_length is not None:
+        raise ValueError(f"--max-length is for Meta's layout (params.json), which {source} is not")
+    if (source / "config.yaml").is_file():
+        export_run(source, target, dtype=dtype)
+        return
+    if dtype is not None:
+        raise ValueError(f"--dtype {dtype}: a run holds float32 parameters; leave it out for a directory")
+    import_run(source, target)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ class Pattern(NamedTuple):
             window = window_mask(query_index, key_index, window=self.window)
         segments = None
         if self.query_segments is not None and self.key_segments is not None:
-            segments = segment_mask(self.query_segments[:, query_index], self.key_segments[:, key_index])
+            # As jax arrays: traced indices, as in a scan over layers, do not index NumPy's.
+            queries_of, keys_of = jnp.asarray(self.query_segments), jnp.asarray(self.key_segments)
+            segments = segment_mask(queries_of[:, query_index], keys_of[:, key_index])
         queries = None if self.query_lengths is None else (query_index < self.query_lengths[:, None])[:, :, None]
         keys = None if self.key_lengths is None else (key_index < self.key_lengths[:, None])[:, None, :]
         return combine(causal, window, segments, queries, keys)

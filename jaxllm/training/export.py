@@ -39,11 +39,11 @@ def import_run(source: str | Path, target: str | Path) -> None:
     """Writes a run folder of parameters alone, float32, for `training.init_from` and for generation.
 
     Raises:
-        FileExistsError: when the target already holds checkpoints.
+        FileExistsError: when the target already holds a run.
     """
     folder = Path(target)
-    if (folder / "checkpoints").exists():
-        raise FileExistsError(f"{folder} already holds checkpoints; choose another folder")
+    if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
+        raise FileExistsError(f"{folder} already holds a run; choose another folder")
     model, params = load_hf(source, dtype="float32")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
         writer.save((folder / "checkpoints" / "0" / "state").absolute(), args=ocp.args.PyTreeSave({"params": params}))

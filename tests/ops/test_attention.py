@@ -39,6 +39,11 @@ PATTERNS = {
 }
 
 
+def test_numpy_segments_take_traced_indices() -> None:
+    mask = jax.jit(Pattern(query_segments=np.ones((1, 4), int), key_segments=np.ones((1, 4), int)).mask)
+    assert mask(jnp.arange(2), jnp.arange(3)).shape == (1, 2, 3)
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_reference_is_the_definition(name: str) -> None:
     pattern, length = PATTERNS[name], 320

@@ -1,0 +1,128 @@
+"""Runs to Hugging Face directories and back: no bit changes, and transformers computes the same with the export."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.data.tokenizer import train_tokenizer
+from jaxllm.interop.hf import SpecialIds, special_ids
+from jaxllm.models import abstract_params, build
+from jaxllm.training.export import export_run, import_run
+from jaxllm.training.initial_params import load_run
+from jaxllm.training.speaker import load_speaker
+from jaxllm.training.trainer import pretrain
+from tests.training.test_pretrain import config
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_hf.py"
+SMALL = {"vocab_size": 384, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+
+
+def assert_same_bits(ours, want) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("export")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i in range(10):
+        (corpus / f"{i}.txt").write_text(f"the cat {i} sat on mat {i % 7}\n" * 20)
+    settings = {"steps": 2, "save_every": 2, "eval_every": 2, "eval_batches": 1, "sample_tokens": 0}
+    pretrain(config(folder / "run", corpus, training=settings))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export_run(run, folder)
+    return folder
+
+
+def test_an_exported_run_is_the_run(run: Path, exported: Path) -> None:
+    described, want = load_run(run)
+    model, params = jaxllm.load_hf(exported)
+    assert_same_bits(params, want)
+    ours, theirs = described.model, model.config
+    assert isinstance(ours, LlamaConfig) and isinstance(theirs, LlamaConfig)
+    assert (theirs.rope, theirs.norm_eps, theirs.max_length) == (ours.rope, ours.norm_eps, ours.max_length)
+    a, b = load_speaker(run), load_speaker(exported)
+    assert a[2].fingerprint == b[2].fingerprint and a[3:] == b[3:]  # tokenizer; begin, end and padding
+    assert special_ids(exported) == SpecialIds(bos=1, eos=(1,), pad=0)
+
+
+def test_transformers_computes_the_same_with_an_export(run: Path, exported: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    described, params = load_run(run)
+    model = build(described.model)
+    tokens = np.random.default_rng(0).integers(0, described.model.vocab_size, (2, 16))
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits.numpy()
+    got = jax.jit(lambda p, t: model.apply({"params": p}, t))(params, jnp.asarray(tokens))
+    assert np.abs(np.asarray(got) - want).max() <= 1e-5 * np.abs(want).max()
+    assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(LlamaConfig(**SMALL, qkv_bias=True), "bfloat16"), (T5Config(**SMALL, head_dim=8), "float32")],
+    ids=["llama", "t5"],
+)
+def test_an_imported_directory_is_a_run_of_the_same_parameters(
+    tmp_path: Path, shape: LlamaConfig | T5Config, dtype: str
+) -> None:
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), dtype), abstract_params(build(shape)))
+    jaxllm.save_hf(tmp_path / "hf", build(shape), params)
+    tokenizer = train_tokenizer(iter(["the cat sat on the mat"] * 9), vocab_size=384)
+    tokenizer.save(tmp_path / "hf" / "tokenizer.json")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    described, found = load_run(tmp_path / "run")
+    assert described.model == shape
+    assert_same_bits(found, jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    assert load_speaker(tmp_path / "run").tokenizer.fingerprint == tokenizer.fingerprint
+    with pytest.raises(FileExistsError, match="already holds a run; choose another folder"):
+        import_run(tmp_path / "hf", tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "again", dtype=dtype)
+    assert_same_bits(jaxllm.load_hf(tmp_path / "again")[1], params)
+
+
+def test_script_converts_a_run_and_names_what_it_cannot_do(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, str(SCRIPT), str(run), str(tmp_path / "hf"), "--dtype", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'hf'}\n"), done.stderr
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same_bits(
+        jaxllm.load_hf(tmp_path / "hf")[1], jax.tree.map(lambda x: x.astype(jnp.bfloat16), load_run(run)[1])
+    )
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def refused(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert_hf.py", *map(str, arguments)])
+        assert main() == 1
+        return capsys.readouterr().err
+
+    assert "a run holds float32" in refused(tmp_path / "hf", tmp_path / "back", "--dtype", "bfloat16")
+    assert not (tmp_path / "back").exists()
+    assert "--max-length is for Meta's layout" in refused(run, tmp_path / "back", "--max-length", 8)
+    assert "no config.json" in refused(tmp_path, tmp_path / "back")
