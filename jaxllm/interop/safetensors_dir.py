@@ -25,7 +25,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Names of safetensors' dtypes that a parameter may have.
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _REOPEN_BYTES = 1 << 26  # bytes read from one mapping before it is given back
-_BLOCK, _ROWS = 16, 256  # transposition works on squares of _BLOCK, within _ROWS rows read at once
+# Rows read and transposed at once: NumPy then writes whole cache lines, from rows that the cache holds. Of a multiple
+# of 4096 bytes, rows would all compete for the same few lines of it; the padding spreads them.
+_ROWS, _PAD = 64, 32
 
 
 class Entry(NamedTuple):
@@ -299,18 +301,15 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool) -> None:
+    scratch = np.empty((_ROWS, out.shape[0] + _PAD), out.dtype)[:, :-_PAD] if transposed else out
     for start in range(0, files.info[name].shape[0], _ROWS):
         part = files.rows(name, start, start + _ROWS)
-        if not transposed:
-            out[start : start + len(part)] = part
-            continue
-        # NumPy walks a whole transposed copy out of cache order; squares of a cache line are several times faster.
-        part = part if part.dtype == out.dtype else part.astype(out.dtype)
-        source, target = _bits(part), _bits(out)
-        for row in range(0, len(part), _BLOCK):
-            for column in range(0, part.shape[1], _BLOCK):
-                block = source[row : row + _BLOCK, column : column + _BLOCK]
-                target[column : column + _BLOCK, start + row : start + row + len(block)] = block.T
+        stop = start + len(part)
+        if transposed:
+            scratch[: len(part)] = part
+            _bits(out)[:, start:stop] = _bits(scratch[: len(part)]).T
+        else:
+            out[start:stop] = part
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jaxllm.training.trainer import pretrain
 from tests.training.test_pretrain import config
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_hf.py"
-SMALL = {"vocab_size": 384, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+SMALL: dict[str, Any] = {"vocab_size": 384, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 
 
 def assert_same_bits(ours, want) -> None:

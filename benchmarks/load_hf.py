@@ -1,0 +1,180 @@
+"""Loading a Hugging Face directory beside transformers' from_pretrained: seconds and peak memory.
+
+    python benchmarks/load_hf.py --shape 1B        needs the extras `parity`, 3 GB of disk and twice that of memory
+
+A random bfloat16 checkpoint is written to a temporary folder and read from the page cache. Each side runs in its own
+process, alternating (ours, transformers, ours, transformers); imports and the backend's start are not timed. Ours are
+arrays of the process's own, transposed and stacked. Where no dtype changes, transformers maps the file: `seconds` has
+every page touched, `seconds_own` has every parameter copied out of the mapping, which training does at its first
+update. Samples of the weights are compared. Results go to benchmarks/results/load_hf_*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import LlamaConfig, RopeConfig
+
+RESULTS = Path(__file__).parent / "results"
+ROPE = RopeConfig(type="llama3", theta=500000.0, factor=32.0, original_max_length=8192)
+SHAPES = {
+    "1B": LlamaConfig(  # as Llama 3.2 1B
+        vocab_size=128256,
+        d_model=2048,
+        d_ff=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        max_length=131072,
+        tie_embeddings=True,
+        rope=ROPE,
+    ),
+    "toy": LlamaConfig(
+        vocab_size=512, d_model=64, d_ff=128, num_layers=2, num_heads=4, num_kv_heads=2, tie_embeddings=True
+    ),
+}
+PAGE = 4096
+
+
+def main() -> None:
+    """Writes the checkpoint, alternates the two sides, and writes the ratios."""
+    from train_step import environment
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="1B")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="loaded as")
+    parser.add_argument("--turns", type=int, default=2, help="pairs of turns")
+    parser.add_argument("--side", choices=list(SIDES), help="run one side in this process")
+    parser.add_argument("--work", type=Path, help="folder that the processes share")
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(SIDES[arguments.side](arguments.shape, arguments.dtype, arguments.work)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        written = _process("write", arguments, work)
+        pair = ("jaxllm", "transformers")
+        turns = [{side: _process(side, arguments, work) for side in pair} for _ in range(arguments.turns)]
+        compare(Path(work))
+    result = {
+        "benchmark": "load_hf",
+        "shape": arguments.shape,
+        "dtype": arguments.dtype,
+        "file_bytes": written["bytes"],
+        "ours_over_theirs": {
+            key: _spread([turn["jaxllm"][key] / turn["transformers"][key] for turn in turns])
+            for key in ("seconds", "seconds_own", "peak_bytes", "added_bytes")
+        },
+        "turns": turns,
+        **environment(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"load_hf_{arguments.shape}_{arguments.dtype}_{result['device'].replace(' ', '_')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    medians = {key: round(spread["median"], 3) for key, spread in result["ours_over_theirs"].items()}
+    print(f"{path.name}: ours / theirs {medians}")
+
+
+def write(shape: str, _: str, work: Path) -> dict[str, Any]:
+    """The checkpoint: bfloat16 normal numbers, a million of them repeated."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxllm import save_hf
+    from jaxllm.models import abstract_params, build
+
+    model = build(SHAPES[shape])
+    numbers = (0.02 * np.random.default_rng(0).standard_normal(1_000_003)).astype(jnp.bfloat16)  # of no layer's period
+    params = jax.tree.map(lambda leaf: np.resize(numbers, leaf.shape), abstract_params(model))
+    save_hf(work / "hf", model, params)
+    return {"bytes": sum(path.stat().st_size for path in (work / "hf").glob("*.safetensors"))}
+
+
+def run_jaxllm(_: str, dtype: str, work: Path) -> dict[str, Any]:
+    """Times load_hf."""
+    import jax
+
+    from jaxllm import load_hf
+
+    jax.devices()
+    measure = _Measure()
+    params = jax.block_until_ready(load_hf(work / "hf", dtype=dtype)[1])
+    result = measure.result()
+    result["seconds_own"] = result["seconds"]
+    kernel = np.asarray(params["layers"]["down_proj"]["kernel"][-1], np.float32)
+    np.savez(work / "jaxllm.npz", embed=np.asarray(params["embed"][-1], np.float32), last=kernel.T)
+    return result
+
+
+def run_transformers(shape: str, dtype: str, work: Path) -> dict[str, Any]:
+    """Times from_pretrained and a look at every page."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.zeros(1).add_(1)
+    measure = _Measure()
+    model = LlamaForCausalLM.from_pretrained(work / "hf", dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.flatten()[:: PAGE // parameter.element_size()].sum()
+    result = measure.result()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.clone()
+    result["seconds_own"] = measure.result()["seconds"]
+    found = model.state_dict()
+    last = f"model.layers.{SHAPES[shape].num_layers - 1}.mlp.down_proj.weight"
+    samples = {"embed": found["model.embed_tokens.weight"][-1], "last": found[last]}
+    np.savez(work / "transformers.npz", **{name: tensor.float().numpy() for name, tensor in samples.items()})
+    return result
+
+
+def compare(work: Path) -> None:
+    """Stops unless both sides read the same numbers."""
+    ours, theirs = np.load(work / "jaxllm.npz"), np.load(work / "transformers.npz")
+    for name in ("embed", "last"):
+        if not np.array_equal(ours[name], theirs[name]):
+            raise SystemExit(f"the two sides read another {name}: a speed of wrong weights says nothing")
+
+
+class _Measure:
+    """Seconds since it was made, and the process's peak memory in all and beyond what it had been."""
+
+    def __init__(self) -> None:
+        self._peak = _peak_bytes()
+        self._start = time.perf_counter()
+
+    def result(self) -> dict[str, float]:
+        seconds, peak = time.perf_counter() - self._start, _peak_bytes()
+        return {"seconds": seconds, "peak_bytes": peak, "added_bytes": peak - self._peak}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
+
+
+def _process(side: str, arguments: argparse.Namespace, work: str) -> dict[str, Any]:
+    options = ["--side", side, "--shape", arguments.shape, "--dtype", arguments.dtype, "--work", work]
+    command = [sys.executable, __file__, *options]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+SIDES = {"write": write, "jaxllm": run_jaxllm, "transformers": run_transformers}
+
+if __name__ == "__main__":
+    main()
