@@ -1,0 +1,41 @@
+"""What README says is true: its code runs, its commands are the gate's, its map names every file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_research_code_runs(capsys) -> None:
+    code = re.search(r"```python\n(.+?)```", README, flags=re.S)
+    exec(compile(code.group(1), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"\[\[(\d+, ){4}\d+\]\]\n", printed)
+
+
+def test_it_holds_one_command_for_each_purpose() -> None:
+    commands = re.findall(r"<!-- (main job|tests) -->\n```bash\n([^\n]+)\n```", README)
+    assert [name for name, _ in commands] == ["main job", "tests"]
+    main, tests = (command for _, command in commands)
+    assert "scripts/pretrain.py configs/llama_tiny.yaml" in main
+    assert "python -m pytest" in tests and "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_map_names_every_file_and_no_other() -> None:
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxllm").rglob("*.py") if path.name != "__init__.py"}
+    named = set(re.findall(r"^\| `(jaxllm/\S+\.py)` \|", README, flags=re.M))
+    assert named == files
+
+
+def test_every_config_and_script_is_named() -> None:
+    for path in [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "scripts").glob("*.py")]:
+        assert f"`{path.stem}`" in README or f"scripts/{path.name}" in README, path
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
