@@ -80,9 +80,11 @@ def _block_forward(
         scores += bias.astype(scores.dtype)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    largest = jnp.max(scores, axis=-1, keepdims=True)
     if mask is not None:
-        weights = jnp.where(mask, weights, 0)  # a row that sees nothing: all its scores are the minimum
+        # A row that sees nothing has the minimum everywhere: measured from 0, all its weights vanish.
+        largest = jnp.where(largest == jnp.finfo(scores.dtype).min, 0, largest)
+    weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     total = jnp.where(total == 0, 1, total)
     weights = weights.astype(query.dtype)
