@@ -14,6 +14,8 @@ Float = Literal["float32", "bfloat16", "float16"]
 Layers = Literal["scan", "unroll"]
 Remat = Literal["none", "elementwise", "dots", "full"]
 Attention = Literal["auto", "reference", "chunked", "cudnn"]
+# What may be computed in another dtype than `precision.compute`; `jaxllm.models.layers.Islands` says what each is.
+Island = Literal["norms", "softmax", "rope", "relative_bias", "mlp_output", "residual", "logits"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "ul2", "seq2seq"]
 
 # pydantic reads this from a standard dataclass: an unknown key is an error, an infinite number too.
@@ -265,7 +267,7 @@ class PrecisionConfig:
 
     Attributes:
         compute: dtype of activations and matmul inputs; parameters, moments and losses stay float32.
-        residual: dtype of the residual stream, where layers add up; null is compute, but float32 in a float16 T5.
+        islands: dtypes of single islands, e.g. {softmax: bfloat16}; others keep theirs, see docs/mixed_precision.md.
         loss_scale: none, static or dynamic; float16 needs one of the last two.
         initial_scale: first value of the loss scale.
         growth_interval: finite steps in a row after which a dynamic scale doubles.
@@ -279,7 +281,7 @@ class PrecisionConfig:
     __pydantic_config__ = _STRICT
 
     compute: Float = "float32"
-    residual: Float | None = None
+    islands: dict[Island, Float] = field(default_factory=dict)
     loss_scale: Literal["none", "static", "dynamic"] = "none"
     initial_scale: float = 65536.0
     growth_interval: int = 2000
@@ -299,6 +301,11 @@ class PrecisionConfig:
             self.min_scale <= self.initial_scale <= self.max_scale,
             f"initial_scale {self.initial_scale} must lie between min_scale {self.min_scale} "
             f"and max_scale {self.max_scale}",
+        )
+        _require(
+            self.islands.get("rope", "float32") == "float32",
+            f"islands.rope must be float32, got {self.islands.get('rope')}: in 16 bits position 2049 is no number of "
+            f"its own (in bfloat16 not even 257), and neighbours would share an angle",
         )
         _require(self.retries >= 0, f"retries must not be negative, got {self.retries}")
         _require(
@@ -501,13 +508,24 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        model, data = self.model, self.data
+        model, data, islands = self.model, self.data, self.precision.islands
         optimizer, steps = self.optimizer, self.training.steps
         encoder_decoder = model.family == "t5"
         _require(
             (data.objective != "causal") == encoder_decoder,
             f"data.objective {data.objective!r} does not fit model.family {model.family!r}; "
             f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal'}",
+        )
+        strangers = {"rope"} if encoder_decoder else {"relative_bias", "mlp_output"}
+        _require(
+            not strangers & islands.keys(),
+            f"model.family {model.family!r} has no such island: {', '.join(sorted(strangers & islands.keys()))}; "
+            f"remove it from precision.islands",
+        )
+        _require(
+            islands.get("softmax", "float32") == "float32" or model.attention in ("auto", "reference"),
+            f"model.attention {model.attention!r} keeps its softmax in float32; use attention: reference with "
+            f"precision.islands softmax: {islands.get('softmax')}",
         )
         _require(
             not encoder_decoder or data.objective == "span_corruption" or data.target_length is not None,

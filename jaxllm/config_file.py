@@ -99,7 +99,8 @@ def _describe(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
             rows.extend(_describe(schema.RopeConfig, f"{prefix}.rope"))
             continue
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        default = "required" if required else _yaml_word(item.default)
+        value = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        default = "required" if required else _yaml_word(value)
         rows.append((f"{prefix}.{item.name}", _type_name(cls, item.name), default, meanings[item.name]))
     return rows
 

@@ -90,6 +90,13 @@ BAD = [
     ),
     ({"model": {**SMALL["model"], "rope": {"type": "linear"}}}, "needs factor"),
     ({"precision": {"compute": "float16"}}, "precision.loss_scale: dynamic"),
+    ({"precision": {"islands": {"rope": "bfloat16"}}}, "islands.rope must be float32"),
+    ({"precision": {"islands": {"mlp_output": "float32"}}}, "model.family 'llama' has no such island: mlp_output"),
+    ({"precision": {"islands": {"soft": "float32"}}}, "'softmax'"),
+    (
+        {"model": {**SMALL["model"], "attention": "chunked"}, "precision": {"islands": {"softmax": "bfloat16"}}},
+        "model.attention 'chunked' keeps its softmax in float32",
+    ),
     ({"precision": {"retries": 2}}, "loss_scale: dynamic or retries: 0"),
     ({"data": {"sequence_length": 1}}, "sequence_length must be at least 2, got 1"),
     ({"data": {"source": "files"}}, "path goes with source: files"),

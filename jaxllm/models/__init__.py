@@ -8,23 +8,24 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.models.layers import DEFAULT_ISLANDS, Islands
 from jaxllm.models.llama import Llama
 from jaxllm.models.t5 import T5
 
 Model = Llama | T5
 
 
-def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32, residual_dtype: Any = None) -> Model:
+def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32, islands: Islands = DEFAULT_ISLANDS) -> Model:
     """The model of a config.
 
     Args:
         config: architecture.
         dtype: of activations and matmul inputs.
-        residual_dtype: of the residual stream; None is the family's: `dtype`, but float32 in a float16 T5.
+        islands: dtypes of what does not follow `dtype`.
     """
     if isinstance(config, T5Config):
-        return T5(config, dtype, residual_dtype)
-    return Llama(config, dtype, residual_dtype)
+        return T5(config, dtype, islands)
+    return Llama(config, dtype, islands)
 
 
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,32 @@ from jaxllm.ops import norms
 from jaxllm.ops.linear import biased_linear, linear
 
 Params = dict[str, Any]
+
+
+class Islands(NamedTuple):
+    """Dtypes of what a model does not compute in its compute dtype; None is the default.
+
+    Below float32 an island takes sums inside it along, in the backward pass most of all: the precision ledger shows
+    which. Decoding (`llama_decode`, `t5_decode`) keeps the defaults.
+
+    Attributes:
+        norms: squares, root and quotient of RMSNorm; float32.
+        softmax: scores after their product, and weights before theirs; float32.
+        relative_bias: T5's bias from its table on; float32 until it is laid out, then the compute dtype.
+        mlp_output: what T5's MLP gives to the residual stream; the compute dtype, but float32 under float16.
+        residual: the stream, where layers add up; the compute dtype, but float32 in a float16 T5.
+        logits: of the training loss, and their exponentials; float32.
+    """
+
+    norms: Any = None
+    softmax: Any = None
+    relative_bias: Any = None
+    mlp_output: Any = None
+    residual: Any = None
+    logits: Any = None
+
+
+DEFAULT_ISLANDS = Islands()
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -70,6 +96,7 @@ class RMSNorm(nn.Module):
 
     features: int
     eps: float
+    inside: Any = None  # see `Islands.norms`
 
     def setup(self) -> None:
         """Creates the weight."""
@@ -77,7 +104,7 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
-        return norms.rms_norm(x, self.weight.astype(x.dtype), eps=self.eps)
+        return norms.rms_norm(x, self.weight.astype(x.dtype), eps=self.eps, inside=self.inside)
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models.layers import (
     ACTIVATIONS,
+    DEFAULT_ISLANDS,
+    Islands,
     Linear,
     Params,
     RMSNorm,
@@ -35,25 +37,27 @@ class LlamaLayer(nn.Module):
     Attributes:
         config: architecture.
         dtype: of the sublayers; the stream x keeps its own.
+        islands: dtypes of what does not follow it.
     """
 
     config: LlamaConfig
     dtype: Any
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates the projections and norms, named as in design.md."""
-        c = self.config
+        c, norms = self.config, self.islands.norms
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         residual_std = c.init_std / (2 * c.num_layers) ** 0.5  # GPT-2: keeps the stream's variance at init
-        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps, norms)
         self.q_proj = Linear(c.d_model, queries, c.init_std, c.qkv_bias)
         self.k_proj = Linear(c.d_model, keys, c.init_std, c.qkv_bias)
         self.v_proj = Linear(c.d_model, keys, c.init_std, c.qkv_bias)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps, norms)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps, norms)
         self.o_proj = Linear(queries, c.d_model, residual_std, c.out_bias)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, norms)
         self.gate_proj = Linear(c.d_model, c.d_ff, c.init_std, c.mlp_bias)
         self.up_proj = Linear(c.d_model, c.d_ff, c.init_std, c.mlp_bias)
         self.down_proj = Linear(c.d_ff, c.d_model, residual_std, c.mlp_bias)
@@ -62,7 +66,15 @@ class LlamaLayer(nn.Module):
         """One layer over whole sequences."""
         c = self.config
         query, key, value = self._project(self.attn_norm(x).astype(self.dtype), rope)
-        mixed = attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
+        mixed = attention(
+            query,
+            key,
+            value,
+            pattern=pattern,
+            scale=c.head_dim**-0.5,
+            implementation=c.attention,
+            softmax_dtype=self.islands.softmax,
+        )
         return self._finish(x, saved(mixed, "attention"))
 
     def _project(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
@@ -87,12 +99,12 @@ class Llama(nn.Module):
     Attributes:
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
-        residual_dtype: of the residual stream, where layers add up; None is `dtype`.
+        islands: dtypes of what does not follow `dtype`.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
-    residual_dtype: Any = None
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates the embedding, the stacked layers, the last norm and the head."""
@@ -102,7 +114,7 @@ class Llama(nn.Module):
         # Not by self.param alone: it would trace the initialiser again.
         if not self.has_variable("params", "layers"):
             self.param("layers", init_stack, self._init_layer, c.num_layers)
-        self.final_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.d_model))
 
@@ -139,11 +151,11 @@ class Llama(nn.Module):
             positions = jnp.arange(tokens.shape[1])[None]
         rope = self._rope(positions, length or tokens.shape[1])
         pattern = self._pattern(segment_ids)
-        layer = LlamaLayer(c, self.dtype, parent=None)
+        layer = LlamaLayer(c, self.dtype, self.islands, parent=None)
         x = apply_stack(
             lambda params, h, _: apply(layer, params, h, rope, pattern),
             self._layers(),
-            embed(self.embed, tokens, dtype=self.dtype).astype(self.residual_dtype or self.dtype),
+            embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or self.dtype),
             mode=c.layers,
             remat=c.remat,
         )

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import T5Config
-from jaxllm.models.layers import Params, RMSNorm, apply, apply_stack, embed, init_stack
+from jaxllm.models.layers import (
+    DEFAULT_ISLANDS,
+    Islands,
+    Params,
+    RMSNorm,
+    apply,
+    apply_stack,
+    embed,
+    init_stack,
+)
 from jaxllm.models.t5_layers import BiasOf, DecoderLayer, EncoderLayer, create_table, stream_dtype
 from jaxllm.ops.attention import Pattern
 from jaxllm.ops.dropout import dropout, split_keys
@@ -28,6 +37,7 @@ class _Stack(nn.Module):
 
     config: T5Config
     dtype: Any
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates the layers, the shared bias table and the last norm."""
@@ -36,7 +46,7 @@ class _Stack(nn.Module):
         if not self.has_variable("params", "layers"):
             self.param("layers", init_stack, self._init_layer, self._num_layers())
         self.relative_bias = None if c.relative_per_layer else create_table(self, c)
-        self.final_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
 
     def _num_layers(self) -> int:
         raise NotImplementedError
@@ -64,6 +74,7 @@ class _Stack(nn.Module):
                 keys=length,
                 max_distance=c.relative_max_distance,
                 bidirectional=bidirectional,
+                dtype=self.islands.relative_bias,
             )
             return bias.astype(self.dtype)
 
@@ -82,7 +93,7 @@ class Encoder(_Stack):
 
     def __call__(self, x: Float[Array, "B S D"], pattern: Pattern, key: Array | None) -> Float[Array, "B S D"]:
         """Embedded tokens to the output that decoders attend to."""
-        layer = EncoderLayer(self.config, self.dtype, parent=None)
+        layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
         bias_of = self._bias_of(x.shape[1], bidirectional=True)
         return self._run(lambda params, h, own_key: apply(layer, params, h, pattern, bias_of, own_key), x, key)
 
@@ -91,7 +102,7 @@ class Encoder(_Stack):
 
     def _init_layer(self, key: Array) -> Params:
         x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
-        layer = EncoderLayer(self.config, self.dtype, parent=None)
+        layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
         variables: Any = layer.init(key, x, Pattern(), lambda _: None, None)
         return variables["params"]
 
@@ -108,7 +119,7 @@ class Decoder(_Stack):
         key: Array | None,
     ) -> Float[Array, "B T D"]:
         """Embedded tokens to the normalised last hidden state."""
-        layer = DecoderLayer(self.config, self.dtype, parent=None)
+        layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
         bias_of = self._bias_of(x.shape[1], bidirectional=False)
 
         def run(params: Params, h: Array, own_key: Array | None) -> Array:
@@ -121,7 +132,7 @@ class Decoder(_Stack):
 
     def _init_layer(self, key: Array) -> Params:
         x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
-        layer = DecoderLayer(self.config, self.dtype, parent=None)
+        layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
         variables: Any = layer.init(key, x, x, Pattern(), Pattern(), lambda _: None, None)
         return variables["params"]
 
@@ -132,19 +143,19 @@ class T5(nn.Module):
     Attributes:
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
-        residual_dtype: of the residual stream, where layers add up; None is `dtype`, or float32 for float16.
+        islands: dtypes of what does not follow `dtype`.
     """
 
     config: T5Config
     dtype: Any = jnp.float32
-    residual_dtype: Any = None
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates the embedding that both stacks share, the stacks, and the head."""
         c = self.config
         self.embed = self.param("embed", nn.initializers.normal(c.init_factor), (c.vocab_size, c.d_model))
-        self.encoder = Encoder(c, self.dtype)
-        self.decoder = Decoder(c, self.dtype)
+        self.encoder = Encoder(c, self.dtype, self.islands)
+        self.decoder = Decoder(c, self.dtype, self.islands)
         if not c.tie_embeddings:
             # As T5X, and what v1.0's scaled tied head amounts to; a standard deviation of 1 starts at tens of nats.
             head = nn.initializers.normal(c.init_factor * c.d_model**-0.5)
@@ -233,4 +244,4 @@ class T5(nn.Module):
         return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return embed(self.embed, tokens, dtype=self.dtype).astype(self.residual_dtype or stream_dtype(self.dtype))
+        return embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or stream_dtype(self.dtype))

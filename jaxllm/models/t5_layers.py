@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
-from jaxllm.models.layers import ACTIVATIONS, Linear, RMSNorm, saved
+from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, Islands, Linear, RMSNorm, saved
 from jaxllm.ops.attention import Pattern, attention
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.linear import linear_float32
@@ -33,6 +33,7 @@ class T5Attention(nn.Module):
     """Attention of x over a source, which is x itself or the encoder's output."""
 
     config: T5Config
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates the four projections."""
@@ -59,6 +60,7 @@ class T5Attention(nn.Module):
             bias=bias,
             implementation=c.attention,
             drop=drop,
+            softmax_dtype=self.islands.softmax,
         )
         return self.o_proj(saved(mixed, "attention").reshape(*x.shape[:2], -1))
 
@@ -74,6 +76,7 @@ class T5MLP(nn.Module):
     """down(act(gate x) * up x), or down(act(up x)) when not gated."""
 
     config: T5Config
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates two or three projections."""
@@ -85,14 +88,18 @@ class T5MLP(nn.Module):
         self.down_proj = Linear(c.d_ff, c.d_model, c.init_factor * c.d_ff**-0.5)
 
     def __call__(self, x: Float[Array, "B T D"], key: Array | None) -> Float[Array, "B T D"]:
-        """Maps each position by itself; float16 in, float32 out, because this sum is what overflows in T5."""
+        """Maps each position by itself; float16 in, float32 out, because this sum is what overflows in T5.
+
+        `islands.mlp_output` makes it another dtype.
+        """
         c = self.config
         activation, up = ACTIVATIONS[c.activation], saved(self.up_proj(x), "up")
         h = activation(saved(self.gate_proj(x), "gate")) * up if c.gated else activation(up)
         h = dropout(h, key, rate=c.dropout_rate)
-        if h.dtype == jnp.float16:
-            return linear_float32(h, self.down_proj.kernel.astype(h.dtype))
-        return self.down_proj(h)
+        wide = self.islands.mlp_output or stream_dtype(h.dtype)
+        if wide == h.dtype:
+            return self.down_proj(h)
+        return linear_float32(h, self.down_proj.kernel.astype(h.dtype)).astype(wide)
 
 
 class EncoderLayer(nn.Module):
@@ -101,18 +108,20 @@ class EncoderLayer(nn.Module):
     Attributes:
         config: architecture.
         dtype: of the sublayers; the stream keeps its own (`stream_dtype`).
+        islands: dtypes of what does not follow it.
     """
 
     config: T5Config
     dtype: Any
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates the sublayers, their norms, and the bias table where each layer has its own."""
         c = self.config
-        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.attention = T5Attention(c)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.mlp = T5MLP(c)
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
+        self.attention = T5Attention(c, self.islands)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
+        self.mlp = T5MLP(c, self.islands)
         self.relative_bias = create_table(self, c) if c.relative_per_layer else None
 
     def __call__(
@@ -133,20 +142,22 @@ class DecoderLayer(nn.Module):
     Attributes:
         config: architecture.
         dtype: of the sublayers; the stream keeps its own (`stream_dtype`).
+        islands: dtypes of what does not follow it.
     """
 
     config: T5Config
     dtype: Any
+    islands: Islands = DEFAULT_ISLANDS
 
     def setup(self) -> None:
         """Creates the sublayers, their norms, and the bias table where each layer has its own."""
         c = self.config
-        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.attention = T5Attention(c)
-        self.cross_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.cross_attention = T5Attention(c)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.mlp = T5MLP(c)
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
+        self.attention = T5Attention(c, self.islands)
+        self.cross_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
+        self.cross_attention = T5Attention(c, self.islands)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
+        self.mlp = T5MLP(c, self.islands)
         self.relative_bias = create_table(self, c) if c.relative_per_layer else None
 
     def __call__(

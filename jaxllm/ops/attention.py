@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,17 +72,22 @@ def attention(
     bias: Float[Array, "#B N T S"] | None = None,
     implementation: str = "auto",
     drop: Drop | None = None,
+    softmax_dtype: Any = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T + bias) v over the keys that `pattern` shows; a query that sees none gives zeros.
 
-    `drop` (dropout, as a function) is applied to the softmax's weights, which only the reference path holds.
+    `drop` (dropout, as a function) is applied to the softmax's weights, which only the reference path holds; only
+    there can its dtype be chosen, too (`softmax_dtype`; None is float32).
 
     Raises:
         ValueError: for an implementation that cannot do this, naming the reason and one that can.
     """
-    if drop is not None:
+    if drop is not None or softmax_dtype not in (None, jnp.float32):
         if implementation not in ("auto", "reference"):
-            raise ValueError(f"attention: {implementation} has no dropout; use attention: auto or dropout_rate: 0")
+            missing, fix = (
+                ("dropout", "dropout_rate: 0") if drop is not None else ("other softmax", "no softmax island")
+            )
+            raise ValueError(f"attention: {implementation} has no {missing}; use attention: auto or {fix}")
         implementation = "reference"
     chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
     if chosen == "cudnn":
@@ -90,7 +95,8 @@ def attention(
     if chosen == "chunked":
         return chunked_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
     index = jnp.arange(query.shape[1]), jnp.arange(key.shape[1])
-    return masked_attention(query, key, value, mask=pattern.mask(*index), scale=scale, bias=bias, drop=drop)
+    options = {"scale": scale, "bias": bias, "drop": drop, "softmax_dtype": softmax_dtype}
+    return masked_attention(query, key, value, mask=pattern.mask(*index), **options)
 
 
 def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None) -> str:
@@ -131,19 +137,22 @@ def masked_attention(
     scale: float,
     bias: Float[Array, "#B N T S"] | None = None,
     drop: Drop | None = None,
+    softmax_dtype: Any = None,
 ) -> Float[Array, "B T N H"]:
     """The definition, with all scores in memory; `mask` is [T, S] or [B, T, S], True = attend.
 
-    The softmax is float32 whatever the inputs, and a fully masked row is zero, not NaN.
+    The softmax is float32 whatever the inputs, or `softmax_dtype`, and a fully masked row is zero, not NaN.
     """
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)  # [B, T, K, G, H]
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.float32(scale) * einsum("btkgh,bskh->bkgts", grouped, key).astype(wide)
-    if bias is not None:
-        scores += bias.astype(wide).reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
-    weights = _softmax(scores, mask).astype(query.dtype)
+    wide = softmax_dtype or jnp.promote_types(query.dtype, jnp.float32)
+    products = einsum("btkgh,bskh->bkgts", grouped, key)
+    with jax.named_scope("softmax"):
+        scores = jnp.asarray(scale, wide) * products.astype(wide)
+        if bias is not None:
+            scores += bias.astype(wide).reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
+        weights = _softmax(scores, mask).astype(query.dtype)
     if drop is not None:
         weights = drop(weights)
     return einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)

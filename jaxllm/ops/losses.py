@@ -38,10 +38,12 @@ def chunked_cross_entropy(
     *,
     z_loss: float = 0.0,
     chunk: int = 1024,
+    logits_dtype: Any = None,
 ) -> LossSums:
     """sum(weights * (logsumexp(l) - l[target] + z_loss * logsumexp(l) ** 2)) with l = hidden @ head.T in float32.
 
-    `chunk` rows of logits exist at once. Gradients flow to hidden and head, from `loss` only.
+    `chunk` rows of logits exist at once, they and their exponentials in float32 or `logits_dtype`; sums over the
+    vocabulary are float32 all the same. Gradients flow to hidden and head, from `loss` only.
     Source: arXiv 2204.02311 section 5 for the z-loss.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -52,7 +54,7 @@ def chunked_cross_entropy(
         rows = jnp.pad(rows, ((0, padding), (0, 0)))
         flat_targets, flat_weights = jnp.pad(flat_targets, (0, padding)), jnp.pad(flat_weights, (0, padding))
     rows, flat_targets, flat_weights = (x.reshape(-1, chunk, *x.shape[1:]) for x in (rows, flat_targets, flat_weights))
-    sums: Any = _cross_entropy(z_loss, rows, head, flat_targets, flat_weights)
+    sums: Any = _cross_entropy(z_loss, logits_dtype, rows, head, flat_targets, flat_weights)
     loss, nll, correct = sums
     return LossSums(loss, nll, jnp.sum(weights, dtype=jnp.float32), correct)
 
@@ -63,10 +65,10 @@ _INNER_SCALE = {jnp.dtype(jnp.float16): 256.0}
 Sums = tuple[Array, Array, Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(z_loss: float, rows: Array, head: Array, targets: Array, weights: Array) -> Sums:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(z_loss: float, wide: Any, rows: Array, head: Array, targets: Array, weights: Array) -> Sums:
     def body(total: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-        sums, _, _ = _chunk_sums(z_loss, head, *part)
+        sums, _, _ = _chunk_sums(z_loss, wide, head, *part)
         return _add(total, sums), None
 
     return jax.lax.scan(body, _zero_sums(), (rows, targets, weights))[0]
@@ -81,10 +83,14 @@ def _add(left: Sums, right: Sums) -> Sums:
     return left[0] + right[0], left[1] + right[1], left[2] + right[2]
 
 
-def _chunk_sums(z_loss: float, head: Array, rows: Array, targets: Array, weights: Array) -> tuple[Sums, Array, Array]:
+def _chunk_sums(
+    z_loss: float, wide: Any, head: Array, rows: Array, targets: Array, weights: Array
+) -> tuple[Sums, Array, Array]:
     logits = jnp.einsum("nd,vd->nv", rows, head, preferred_element_type=jnp.float32)
+    logits = logits if wide is None else logits.astype(wide)
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    normalizer = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+    total = jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1, dtype=jnp.float32)
+    normalizer = largest.astype(jnp.float32) + jnp.log(total)
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     nll = weights * (normalizer - target)
     loss = nll + weights * z_loss * jnp.square(normalizer)
@@ -93,7 +99,7 @@ def _chunk_sums(z_loss: float, head: Array, rows: Array, targets: Array, weights
 
 
 def _cross_entropy_forward(
-    z_loss: float, rows: Array, head: Array, targets: Array, weights: Array
+    z_loss: float, wide: Any, rows: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[Sums, tuple[Array, Array]]:
     dtype = rows.dtype
     inner = _INNER_SCALE.get(dtype, 1.0)
@@ -101,11 +107,11 @@ def _cross_entropy_forward(
     def body(carry: tuple[Sums, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Sums, Array], Array]:
         total, head_grad = carry
         part_rows, part_targets, part_weights = part
-        sums, logits, normalizer = _chunk_sums(z_loss, head, *part)
+        sums, logits, normalizer = _chunk_sums(z_loss, wide, head, *part)
         # d loss / d logits = weight * ((1 + 2 z lse) softmax - one_hot), rounded to the compute dtype once.
         slope = inner * part_weights * (1 + 2 * z_loss * normalizer)
         hot = part_targets[:, None] == jnp.arange(logits.shape[-1])[None, :]
-        grad = slope[:, None] * jnp.exp(logits - normalizer[:, None])
+        grad = slope[:, None] * jnp.exp(logits - normalizer[:, None].astype(logits.dtype))
         grad = (grad - jnp.where(hot, (inner * part_weights)[:, None], 0)).astype(dtype)
         row_grad = jnp.einsum("nv,vd->nd", grad, head, preferred_element_type=jnp.float32).astype(dtype)
         head_grad += jnp.einsum("nv,nd->vd", grad, part_rows, preferred_element_type=jnp.float32)
@@ -116,7 +122,9 @@ def _cross_entropy_forward(
     return total, (row_grads, head_grad)
 
 
-def _cross_entropy_backward(z_loss: float, saved: tuple[Array, Array], grads: Sums) -> tuple[Array, Array, None, None]:
+def _cross_entropy_backward(
+    z_loss: float, wide: Any, saved: tuple[Array, Array], grads: Sums
+) -> tuple[Array, Array, None, None]:
     row_grads, head_grad = saved
     dtype = row_grads.dtype  # rows and head share the compute dtype
     slope = grads[0] / _INNER_SCALE.get(dtype, 1.0)

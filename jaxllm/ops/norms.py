@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,12 +11,16 @@ from jaxtyping import Array, Float
 from jaxllm.ops.broadcast import rows_of
 
 
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float, inside: Any = None
+) -> Float[Array, "*B D"]:
     """Weight * (x / sqrt(mean(x ** 2) + eps)), the bracket in float32 and rounded to x's dtype before the product.
+
+    `inside` is another dtype for the bracket, whose mean is accumulated in float32 all the same.
 
     Rounding before the weight is what Meta's and transformers' code do; the other order differs in bfloat16.
     Source: arXiv 1910.07467.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(inside or jnp.promote_types(x.dtype, jnp.float32))
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return rows_of(weight, x) * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)

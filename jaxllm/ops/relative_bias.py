@@ -9,6 +9,7 @@ matmul, where indexing would have a scatter of T * S terms. Not here: attention,
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +52,22 @@ def _bucket_starts(buckets: int, max_distance: int) -> tuple[int, ...]:
 
 
 def relative_bias(
-    table: Float[Array, "R N"], *, queries: int, keys: int, max_distance: int, bidirectional: bool
+    table: Float[Array, "R N"],
+    *,
+    queries: int,
+    keys: int,
+    max_distance: int,
+    bidirectional: bool,
+    dtype: Any = None,
 ) -> Float[Array, "1 N T S"]:
-    """The bias of every query and key of two sequences that share their first index, in float32."""
+    """The bias of every query and key of two sequences that share their first index, in float32 or `dtype`."""
     distance = np.arange(-queries, keys)
     bucket = relative_bucket(distance, buckets=table.shape[0], max_distance=max_distance, bidirectional=bidirectional)
     # Row t wants distances -t .. keys - 1 - t: with distance 0 first, that is the cycle started t places earlier.
     # Repeating the cycle of W and cutting rows of W - 1 moves each row by one place.
     cycle, width = _rows(table, np.roll(bucket, -queries)).T, queries + keys  # [N, W]
+    if dtype is not None:
+        cycle = cycle.astype(dtype)
     repeated = jnp.broadcast_to(cycle[:, None], (table.shape[1], queries, width)).reshape(table.shape[1], -1)
     rows = repeated[:, : queries * (width - 1)].reshape(table.shape[1], queries, width - 1)
     return rows[None, :, :, :keys]

@@ -1,21 +1,22 @@
 """The precision ledger: every operation of the real train step whose dtypes matter, read from its jaxpr.
 
-Matrix products, reductions, exponentials, norms and casts, by the dtypes they read, accumulate in and return. Sums
-accumulated below float32 are errors unless `ALLOWED` gives a reason. Nothing is compiled and no array is made. Not
-here: what a backend does inside a kernel (`kernel` rows name those).
+Matrix products, reductions, exponentials, norms and casts, by the dtypes they read, accumulate in and return. A sum
+accumulated below float32 and an island's function computed below it are errors, unless the config moves that island
+(`allowed`). Nothing is compiled and no array is made. Not here: what a backend does inside a kernel (`kernel` rows name
+those).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import RunConfig
+from jaxllm.config import PrecisionConfig, RunConfig
 from jaxllm.models import abstract_params
 from jaxllm.training.fit import abstract_batch
 from jaxllm.training.loss import build_loss
@@ -47,12 +48,26 @@ class Entry(NamedTuple):
 
     @property
     def low(self) -> bool:
-        """Whether it sums below float32."""
-        return self.kind in ("matmul", "reduction") and self.accumulation in ("bfloat16", "float16")
+        """Whether it sums below float32, or computes there what only islands compute."""
+        guarded = self.kind in ("matmul", "reduction") or self.operation in _ISLAND_FUNCTIONS
+        return guarded and self.accumulation in ("bfloat16", "float16")
 
 
-# (part of `where`, operation) -> why a sum below float32 is right there.
-ALLOWED: dict[tuple[str, str], str] = {}
+_ISLAND_FUNCTIONS = ("exp", "exp2", "log", "log1p", "rsqrt", "sqrt", "sin", "cos")
+# What an island below float32 may do there, as (part of `where`, operation): its function, and sums of its gradient.
+_MOVED = {
+    "norms": (("norm", "rsqrt"), ("norm", "reduce_sum")),
+    "softmax": (("softmax", "exp"), ("softmax", "reduce_sum")),
+    "relative_bias": (("coder", "reduce_sum"),),
+    "logits": (("step", "exp"),),
+}
+
+
+def allowed(config: PrecisionConfig) -> set[tuple[str, str]]:
+    """(part of `where`, operation) that may be below float32 because the config says so."""
+    low = [island for island, dtype in config.islands.items() if dtype != "float32"]
+    return {pair for island in low for pair in _MOVED.get(island, ())}
+
 
 _KINDS = {
     **dict.fromkeys(("dot_general", "ragged_dot_general", "conv_general_dilated"), "matmul"),
@@ -83,22 +98,26 @@ def ledger(jaxpr: Any) -> Counter[Entry]:
     return _walk(jaxpr, (), 1)
 
 
-def violations(entries: Counter[Entry]) -> list[Entry]:
-    """Sums below float32 that `ALLOWED` does not excuse."""
-    return [entry for entry in entries if entry.low and not _allowed(entry)]
+def violations(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> list[Entry]:
+    """What is below float32, should not be, and is not `excused`, see `allowed`."""
+
+    def ok(entry: Entry) -> bool:
+        return any(part in entry.where and operation == entry.operation for part, operation in excused)
+
+    return [entry for entry in entries if entry.low and not ok(entry)]
 
 
-def format_ledger(entries: Counter[Entry]) -> str:
-    """A table for reading, one line per entry, what is below float32 and not allowed marked LOW."""
+def format_ledger(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> str:
+    """A table for reading, one line per entry; what is below float32 is marked LOW, or moved where the config says so.
+
+    `excused` is as in `violations`.
+    """
     rows = [("", "count", *Entry._fields)]
-    bad = set(violations(entries))
-    rows += [("LOW" if entry in bad else "", str(entries[entry]), *entry) for entry in sorted(entries)]
+    bad = set(violations(entries, excused))
+    marks = {entry: "LOW" if entry in bad else "moved" if entry.low else "" for entry in entries}
+    rows += [(marks[entry], str(entries[entry]), *entry) for entry in sorted(entries)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def _allowed(entry: Entry) -> bool:
-    return any(part in entry.where and operation == entry.operation for part, operation in ALLOWED)
 
 
 def _walk(jaxpr: Any, stacks: tuple[str, ...], times: int) -> Counter[Entry]:

@@ -32,6 +32,7 @@ def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
             batch["weights"],
             z_loss=config.z_loss,
             chunk=config.loss_chunk,
+            logits_dtype=model.islands.logits,
         )
 
     return loss

@@ -1,10 +1,10 @@
-"""Which dtype is used where: float32 masters, one compute dtype, and the float32 islands that no setting sinks.
+"""Which dtype is used where: float32 masters, one compute dtype, and float32 islands.
 
 `precision.compute` sets all of it. The islands are where the mathematics is, and each is float32 whatever the compute
 dtype: the squares and root of a norm (`ops.norms`), scores after their product and the softmax (`ops.attention`),
-angles of RoPE (`ops.rope`), T5's relative bias until it is added (`ops.relative_bias`), T5's MLP output under float16
-(`ops.linear.linear_float32`), logits and loss (`ops.losses`), every sum of a gradient, moments and updates. One has a
-switch, because both sides have a use: the residual stream (`precision.residual`). `scripts/precision_ledger.py` shows
+angles of RoPE (`ops.rope`), T5's relative bias until it is laid out (`ops.relative_bias`), T5's MLP output under
+float16 (`ops.linear.linear_float32`), logits and loss (`ops.losses`). `precision.islands` moves single ones, and the
+residual stream; RoPE's angles, all sums, moments and updates stay float32 by law. `scripts/precision_ledger.py` shows
 them in the program itself. Not here: the loss scale (`jaxllm.training.loss_scale`).
 """
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import PrecisionConfig, RunConfig
 from jaxllm.models import Model, build
+from jaxllm.models.layers import Islands
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -28,19 +29,19 @@ class Policy(NamedTuple):
         param: masters, gradients, moments.
         compute: activations and matmul inputs; masters are cast to it once per step.
         output: logits and losses.
-        residual: the stream that layers add to; None is the family's choice.
+        islands: what the config moves; the rest is None, the default.
     """
 
     param: Any
     compute: Any
     output: Any
-    residual: Any
+    islands: Islands
 
 
 def policy(config: PrecisionConfig) -> Policy:
     """The dtypes that a config means."""
-    residual = None if config.residual is None else _DTYPES[config.residual]
-    return Policy(jnp.float32, _DTYPES[config.compute], jnp.float32, residual)
+    moved = {name: _DTYPES[dtype] for name, dtype in config.islands.items() if name != "rope"}
+    return Policy(jnp.float32, _DTYPES[config.compute], jnp.float32, Islands(**moved))
 
 
 def compute_dtype(config: PrecisionConfig) -> Any:
@@ -51,7 +52,7 @@ def compute_dtype(config: PrecisionConfig) -> Any:
 def build_model(config: RunConfig) -> Model:
     """The model of a run, in its dtypes."""
     dtypes = policy(config.precision)
-    return build(config.model, dtype=dtypes.compute, residual_dtype=dtypes.residual)
+    return build(config.model, dtype=dtypes.compute, islands=dtypes.islands)
 
 
 def cast_floating(tree: Any, dtype: Any) -> Any:

@@ -11,11 +11,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxllm.config import RunConfig
-from jaxllm.models import abstract_params, build
+from jaxllm.models import abstract_params
 from jaxllm.training.fit import abstract_batch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import compute_dtype
+from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.train_step import init_train_state, make_train_step
 
 
@@ -29,8 +29,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def traced_train_step(config: RunConfig) -> Any:
     """The train step of a run on abstract arguments; nothing is allocated."""
-    dtype = compute_dtype(config.precision)
-    model = build(config.model, dtype=dtype)
+    dtype, model = compute_dtype(config.precision), build_model(config)
     rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
     loss = build_loss(model, config.training)
     step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype)

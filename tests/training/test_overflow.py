@@ -11,7 +11,7 @@ import pytest
 
 from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, T5Config, TrainingConfig
 from jaxllm.models import build, init_params
-from jaxllm.models.layers import ACTIVATIONS
+from jaxllm.models.layers import ACTIVATIONS, Islands
 from jaxllm.training.attribution import first_nonfinite as first_group
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import build_loss
@@ -133,7 +133,9 @@ T5_MODEL = T5Config(vocab_size=97, d_model=16, d_ff=32, num_layers=2, num_heads=
 
 def t5_loss(residual: str | None):
     """A float16 T5's loss as a function of parameters, on ten tokens of both sides."""
-    loss = build_loss(build(T5_MODEL, dtype=jnp.float16, residual_dtype=residual), TrainingConfig(loss_chunk=64))
+    loss = build_loss(
+        build(T5_MODEL, dtype=jnp.float16, islands=Islands(residual=residual)), TrainingConfig(loss_chunk=64)
+    )
     ids, ones = jnp.asarray(batch()["tokens"]), jnp.ones((4, 10), jnp.int32)
     data = {"encoder_tokens": ids, "decoder_tokens": ids, "targets": ids, "weights": jnp.ones((4, 10))}
     data |= {"encoder_segment_ids": ones, "decoder_segment_ids": ones}
