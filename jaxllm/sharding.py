@@ -1,49 +1,154 @@
-"""How a run is laid out over devices: rows of a batch over all of them, parameters and moments over one axis.
+"""How a run is laid out over the devices of one process: rows of a batch, parameters and moments over one axis.
 
 One table of rules by the name of a leaf, so that models know nothing of devices. The optimizer's trees end in the
-parameters' paths and follow the same rules. XLA inserts the communication; a sharded step computes what a single
-device would. Not here: several processes, tensor or pipeline parallelism.
+parameters' paths and follow the same rules. What a model computes runs on every device as it would on one, on that
+device's rows and with whole parameters, which are gathered in the compute dtype once per step; gradients are summed
+in float32, and every device keeps its share of the sums. That is written out here: left to XLA's partitioner, the
+scans over chunks of the loss and over microbatches would move activations. The loss scale sees the sums, so its
+decision is one. Not here: several processes, tensor or pipeline parallelism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 # Axis, counted from the end, over which a leaf is split; other leaves (norms, biases, scalars) are copied.
 RULES = {"embed": 2, "lm_head": 2, "kernel": 2}
 
+_AXIS = "devices"
+_COPIED, _ROWS = PartitionSpec(), PartitionSpec(_AXIS)
 
-def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int | None = None) -> Mesh:
-    """Devices as (data, fsdp); parameters are split `fsdp` ways (all by default) and copied over data.
+
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh | None:
+    """All devices (or those given) as one axis; None for a single one, which needs no layout at all."""
+    devices = list(jax.devices() if devices is None else devices)
+    return Mesh(np.array(devices), (_AXIS,)) if len(devices) > 1 else None
+
+
+def check_rows(*, batch_size: int, accumulation: int, devices: int) -> None:
+    """Refuses microbatches whose rows can't be shared equally.
 
     Raises:
-        ValueError: when the number of devices is not a multiple of `fsdp`.
+        ValueError: naming the settings and the next batch size that fits.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    fsdp = len(devices) if fsdp is None else fsdp
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"{len(devices)} devices can't be split into groups of {fsdp}; choose a divisor")
-    return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
+    step = devices * accumulation
+    if batch_size % step:
+        raise ValueError(
+            f"training.batch_size {batch_size} in {accumulation} microbatches (training.accumulation) can't be shared "
+            f"equally by {devices} devices; use a multiple of {step}, e.g. training.batch_size="
+            f"{-(-batch_size // step) * step}, or fewer devices (CUDA_VISIBLE_DEVICES=0 is one)"
+        )
 
 
-def state_shardings(tree: Any, mesh: Mesh) -> Any:
+def state_shardings(tree: Any, mesh: Mesh | None) -> Any:
     """The sharding of every leaf of a parameter tree or train state, abstract or not."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh)), tree)
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), tree)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tree, mesh.size))
 
 
-def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> PartitionSpec:
+def state_specs(tree: Any, devices: int) -> Any:
+    """Which axis of every leaf is split over so many devices."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf, devices), tree)
+
+
+def _spec(path: tuple[Any, ...], leaf: Any, devices: int) -> PartitionSpec:
     axis = RULES.get(getattr(path[-1], "key", "")) if path else None
     # Factored moments bear the names of matrices without having their shapes, and not every size divides.
-    if axis is None or leaf.ndim < axis or leaf.shape[-axis] % mesh.shape["fsdp"]:
-        return PartitionSpec()
-    return PartitionSpec(*[None] * (leaf.ndim - axis), "fsdp")
+    if devices == 1 or axis is None or leaf.ndim < axis or leaf.shape[-axis] % devices:
+        return _COPIED
+    return PartitionSpec(*[None] * (leaf.ndim - axis), _AXIS)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def with_shardings(tree: Any, mesh: Mesh | None) -> Any:
+    """An abstract tree that says where each leaf belongs, for restoring a checkpoint there."""
+
+    def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, tree, state_shardings(tree, mesh))
+
+
+def device_bytes(tree: Any, devices: int) -> int:
+    """Bytes of all leaves on each of so many devices."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(state_specs(tree, devices)), strict=True)
+    return sum(leaf.size * leaf.dtype.itemsize // (devices if _AXIS in spec else 1) for leaf, spec in leaves)
+
+
+def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """A batch on its devices, rows in order; the copy goes on after this returns."""
+    return jax.device_put(dict(batch), None if mesh is None else NamedSharding(mesh, _ROWS))
+
+
+def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) -> Callable[..., tuple[Any, Any]]:
+    """The gradient function of a batch that lies on several devices; unchanged for a single one.
+
+    Args:
+        gradients: (params, batch, key, *, factor, reduce) -> (sums, gradients), where `reduce` maps the sums and
+            float32 gradients of each microbatch to those of all devices.
+        mesh: of `make_mesh`.
+
+    Returns:
+        (params, batch, key, *, factor) -> the same sums and gradients as on one device, the latter laid out as the
+        parameters are. Dropout differs: each device draws from a key of its own.
+    """
+    if mesh is None:
+        return gradients
+
+    def spread(params: Any, batch: Any, key: jax.Array, *, factor: jax.Array) -> tuple[Any, Any]:
+        specs = state_specs(params, mesh.size)
+
+        def reduce(value: tuple[Any, Any]) -> tuple[Any, Any]:
+            sums, grads = value
+            return jax.lax.psum(sums, _AXIS), jax.tree.map(_share_of_sum, grads, specs)
+
+        def on_device(params: Any, rows: Any, key: jax.Array, factor: jax.Array) -> tuple[Any, Any]:
+            key = jax.random.fold_in(key, jax.lax.axis_index(_AXIS))
+            return gradients(_whole(params, specs), rows, key, factor=factor, reduce=reduce)
+
+        inputs = (specs, _ROWS, _COPIED, _COPIED)
+        # Differentiated inside only, so nothing needs to be known about which values differ between devices.
+        shared = jax.shard_map(on_device, mesh=mesh, in_specs=inputs, out_specs=(_COPIED, specs), check_vma=False)
+        return shared(params, batch, key, factor)
+
+    return spread
+
+
+def map_rows(function: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: bool) -> Callable[[Any, Any], Any]:
+    """function(params, batch) where the batch lies on several devices: its results added up, or rows put in order."""
+    if mesh is None:
+        return function
+
+    def spread(params: Any, batch: Any) -> Any:
+        specs = state_specs(params, mesh.size)
+
+        def on_device(params: Any, rows: Any) -> Any:
+            value = function(_whole(params, specs), rows)
+            return jax.lax.psum(value, _AXIS) if summed else value
+
+        out = _COPIED if summed else _ROWS
+        return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, _ROWS), out_specs=out, check_vma=False)(
+            params, batch
+        )
+
+    return spread
+
+
+def _whole(params: Any, specs: Any) -> Any:
+    def gather(share: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if _AXIS not in spec:
+            return share
+        return jax.lax.all_gather(share, _AXIS, axis=spec.index(_AXIS), tiled=True)
+
+    return jax.tree.map(gather, params, specs)
+
+
+def _share_of_sum(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+    if _AXIS not in spec:
+        return jax.lax.psum(grad, _AXIS)
+    return jax.lax.psum_scatter(grad, _AXIS, scatter_dimension=spec.index(_AXIS), tiled=True)

@@ -19,6 +19,7 @@ from jax.extend.core import Var
 from jaxllm.config import LlamaConfig, RunConfig
 from jaxllm.data.objectives import row_lengths
 from jaxllm.models import abstract_params
+from jaxllm.sharding import device_bytes
 from jaxllm.training.device import Device
 from jaxllm.training.loss import build_loss
 from jaxllm.training.precision import build_model, cast_floating, compute_dtype
@@ -34,9 +35,9 @@ class Fit(NamedTuple):
     """Bytes that a run needs on each device.
 
     Attributes:
-        parameters: float32 masters and their copy in the compute dtype.
-        moments: the optimizer's state.
-        gradients: one set in the compute dtype, and float32 sums when microbatches are accumulated.
+        parameters: this device's share of the float32 masters, and all of their copy in the compute dtype.
+        moments: its share of the optimizer's state.
+        gradients: one set in the compute dtype, and its share of the float32 sums over microbatches and devices.
         activations: kept for the backward pass of one microbatch, and one layer's share again while it is used.
         logits: the chunk of the vocabulary loss, as logits, probabilities and gradient.
     """
@@ -54,17 +55,17 @@ class Fit(NamedTuple):
 
 
 def estimate_fit(config: RunConfig, optimizer: optax.GradientTransformation, *, devices: int = 1) -> Fit:
-    """Memory of a run on each of `devices`, which share parameters, moments and the rows of a batch."""
+    """Memory of a run on each of `devices`, laid out by `jaxllm.sharding`."""
     training, dtype = config.training, compute_dtype(config.precision)
     params = abstract_params(build_model(config))
     compute = jax.eval_shape(lambda tree: cast_floating(tree, dtype), params)
     rows = -(-training.batch_size // (training.accumulation * devices))
-    masters, copy = tree_bytes(params), tree_bytes(compute)
+    masters, copy = device_bytes(params, devices), tree_bytes(compute)
     size = jnp.dtype(dtype).itemsize
     return Fit(
-        parameters=(masters + (copy if copy != masters else 0)) // devices,
-        moments=tree_bytes(jax.eval_shape(optimizer.init, params)) // devices,
-        gradients=(copy + (masters if training.accumulation > 1 else 0)) // devices,
+        parameters=masters + (copy if copy != masters else 0),
+        moments=device_bytes(jax.eval_shape(optimizer.init, params), devices),
+        gradients=copy + (masters if training.accumulation > 1 or devices > 1 else 0),
         activations=_activations(config, rows),
         logits=min(training.loss_chunk, rows * _target_length(config)) * config.model.vocab_size * (8 + size),
     )
@@ -74,8 +75,8 @@ def announce_fit(config: RunConfig, optimizer: optax.GradientTransformation, dev
     """Logs the estimate and refuses a run that is too large; silent for devices that don't know their memory (CPUs)."""
     if device.memory is None:
         return
-    fit = estimate_fit(config, optimizer)  # the host loop trains on one device
-    _log.info("%d x %s with %.1f GB; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
+    fit = estimate_fit(config, optimizer, devices=device.count)
+    _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
     check_fit(fit, limit=device.memory)
 
 

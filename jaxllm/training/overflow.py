@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
+from jaxllm.sharding import place_rows
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch, build_loss
 from jaxllm.training.observe import Observer, first_nonfinite, headroom
@@ -28,8 +30,9 @@ _log = logging.getLogger(__name__)
 class OverflowWatch:
     """The host's view of the loss scale of one run."""
 
-    def __init__(self, config: RunConfig, params: Any) -> None:
-        """Compiles nothing yet: an observer does so when it is first used."""
+    def __init__(self, config: RunConfig, params: Any, *, mesh: Mesh | None = None) -> None:
+        """Compiles nothing yet: an observer does so when it is first used. `mesh` is where batches go."""
+        self._mesh = mesh
         self._limit = config.precision.max_overflows
         self._groups = gradient_groups(params)
         self._dtype = dtype = compute_dtype(config.precision)
@@ -55,7 +58,7 @@ class OverflowWatch:
             return None
         scale = float(values.loss_scale)
         key = jax.random.fold_in(state.key, step - 1)
-        where = first_nonfinite(self._gradients(state.params, batch, key, jnp.float32(scale)))
+        where = first_nonfinite(self._gradients(state.params, place_rows(batch, self._mesh), key, jnp.float32(scale)))
         value = "none when computed again"
         if where is not None:
             value = f"{where.name} in the {'backward' if where.backward else 'forward'} pass"
@@ -70,5 +73,5 @@ class OverflowWatch:
         if not self._observes:
             return {}
         part = {name: rows[: len(rows) // self._accumulation] for name, rows in batch.items()}
-        readings = self._forward(state.params, part, jax.random.fold_in(state.key, step - 1))
+        readings = self._forward(state.params, place_rows(part, self._mesh), jax.random.fold_in(state.key, step - 1))
         return {f"headroom/{block}": bits for block, bits in headroom(readings, self._dtype).items()}

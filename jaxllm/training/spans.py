@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.models import Model
 from jaxllm.models.layers import apply
 from jaxllm.models.t5 import T5
+from jaxllm.sharding import map_rows
 from jaxllm.training.compiled import CompiledOnce
 from jaxllm.training.loss import Batch
 from jaxllm.training.precision import cast_floating
@@ -35,16 +37,20 @@ class SpanCounts(NamedTuple):
     total: int
 
 
-def make_predict_step(model: T5, *, dtype: Any) -> Callable[[Any, Batch], Int[Array, "B T"]]:
+def make_predict_step(model: T5, *, dtype: Any, mesh: Mesh | None = None) -> Callable[[Any, Batch], Int[Array, "B T"]]:
     """The most likely token at every decoder position, given the true ones before; logits exist row by row."""
 
-    def predict(params: Any, batch: Batch) -> Int[Array, "B T"]:
-        cast = cast_floating(params, dtype)
+    def on_rows(cast: Any, batch: Batch) -> Int[Array, "B T"]:
         segments = {name: batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids")}
         tokens = batch["encoder_tokens"], batch["decoder_tokens"]
         hidden = apply(model, cast, *tokens, **segments, method="hidden")
         head = apply(model, cast, method="head")
         return jax.lax.map(lambda row: jnp.argmax(jnp.einsum("td,vd->tv", row, head), axis=-1), hidden)
+
+    spread = map_rows(on_rows, mesh, summed=False)
+
+    def predict(params: Any, batch: Batch) -> Int[Array, "B T"]:
+        return spread(cast_floating(params, dtype), batch)
 
     return predict
 
@@ -70,11 +76,11 @@ def count_spans(
 class SpanEvaluation:
     """Adds up `spans_exact` over batches; of a decoder-only model, nothing."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, dtype: Any) -> None:
-        """`dtype` is that of the computation."""
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None = None) -> None:
+        """`dtype` is that of the computation, `mesh` the devices that parameters and batches lie on."""
         self._predict = None
         if isinstance(model, T5):
-            self._predict = CompiledOnce(make_predict_step(model, dtype=dtype), name="span evaluation")
+            self._predict = CompiledOnce(make_predict_step(model, dtype=dtype, mesh=mesh), name="span evaluation")
         self._sentinels = tokenizer.sentinel_ids
         self.reset()
 
@@ -82,11 +88,11 @@ class SpanEvaluation:
         """Forgets earlier batches."""
         self._counts = SpanCounts(0, 0)
 
-    def add(self, params: Any, batch: dict[str, np.ndarray]) -> None:
-        """Counts the spans of one batch."""
+    def add(self, params: Any, batch: dict[str, np.ndarray], placed: Batch) -> None:
+        """Counts the spans of one batch; `placed` is the same one where the step wants it."""
         if self._predict is None:
             return
-        predicted = np.asarray(self._predict(params, batch))
+        predicted = np.asarray(self._predict(params, placed))
         found = count_spans(predicted, batch["targets"], batch["decoder_segment_ids"], self._sentinels)
         self._counts = SpanCounts(self._counts.exact + found.exact, self._counts.total + found.total)
 

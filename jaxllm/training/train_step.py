@@ -3,20 +3,23 @@
 Loss functions return sums; they are divided once, by the weight of the whole batch, so that accumulating microbatches
 of different weight is exact. Parameters are cast to the compute dtype once per step, outside the accumulation scan;
 gradients are accumulated in float32. A batch whose gradients overflow is skipped by the optimizer's loss scale, or
-recomputed here with a smaller one. jit, donation and sharding happen at the caller.
+recomputed here with a smaller one. jit, donation and layout happen at the caller, which names its mesh here.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops.losses import LossSums
+from jaxllm.sharding import map_rows, sum_gradients
 from jaxllm.training.attribution import first_nonfinite
 from jaxllm.training.loss import Batch, LossFunction
 from jaxllm.training.loss_scale import (
@@ -87,6 +90,7 @@ def make_train_step(
     accumulation: int,
     dtype: Any,
     retries: Retries = NO_RETRIES,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The pure step of a run.
 
@@ -96,7 +100,10 @@ def make_train_step(
         accumulation: microbatches the leading axis of a batch is split into.
         dtype: compute dtype.
         retries: how often an overflowing batch is computed again before it is skipped.
+        mesh: devices that state and batch lie on, see `jaxllm.sharding`; None is one.
     """
+    accumulate = functools.partial(accumulate_gradients, loss_function, accumulation=accumulation)
+    accumulate = sum_gradients(accumulate, mesh)
     rule = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -105,9 +112,7 @@ def make_train_step(
         params = cast_floating(state.params, dtype)
 
         def gradients(scale: Array) -> tuple[LossSums, Any]:
-            return accumulate_gradients(
-                loss_function, params, batch, key, factor=scale / weight, accumulation=accumulation
-            )
+            return accumulate(params, batch, key, factor=scale / weight)
 
         first, culprit, (sums, grads), opt_state = _finite_gradients(gradients, state.opt_state, retries)
         scale = loss_scale_of(opt_state)
@@ -170,9 +175,16 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 
 
 def accumulate_gradients(
-    loss_function: LossFunction, params: Any, batch: Batch, key: Array, *, factor: Array, accumulation: int
+    loss_function: LossFunction,
+    params: Any,
+    batch: Batch,
+    key: Array,
+    *,
+    factor: Array,
+    accumulation: int,
+    reduce: Callable[[tuple[LossSums, Any]], tuple[LossSums, Any]] = lambda value: value,
 ) -> tuple[LossSums, Any]:
-    """Sums over microbatches of the loss, and float32 gradients of factor * loss."""
+    """Sums over microbatches of the loss, and float32 gradients of factor * loss; `reduce` adds up devices' shares."""
 
     def scaled(p: Any, part: Batch, part_key: Array) -> tuple[Array, LossSums]:
         sums = loss_function(p, part, part_key)
@@ -180,7 +192,7 @@ def accumulate_gradients(
 
     def gradient(part: Batch, part_key: Array) -> tuple[LossSums, Any]:
         (_, sums), grads = jax.value_and_grad(scaled, has_aux=True)(params, part, part_key)
-        return sums, cast_floating(grads, jnp.float32)
+        return reduce((sums, cast_floating(grads, jnp.float32)))
 
     if accumulation == 1:
         return gradient(batch, key)
@@ -195,10 +207,13 @@ def accumulate_gradients(
     return jax.lax.scan(body, zeros, (parts, keys))[0]
 
 
-def make_eval_step(loss_function: LossFunction, *, dtype: Any) -> Callable[[Any, Batch], LossSums]:
+def make_eval_step(
+    loss_function: LossFunction, *, dtype: Any, mesh: Mesh | None = None
+) -> Callable[[Any, Batch], LossSums]:
     """The loss sums of a batch, without gradients and without dropout."""
+    sums = map_rows(lambda params, batch: loss_function(params, batch, None), mesh, summed=True)
 
     def eval_step(params: Any, batch: Batch) -> LossSums:
-        return loss_function(cast_floating(params, dtype), batch, None)
+        return sums(cast_floating(params, dtype), batch)
 
     return eval_step

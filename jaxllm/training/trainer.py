@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.data.pipeline import Pipeline, open_run_pipeline
 from jaxllm.models import count_params, init_params
+from jaxllm.sharding import check_rows, make_mesh, place_rows, state_shardings, with_shardings
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.compiled import CompiledOnce
 from jaxllm.training.device import detect_device
@@ -80,11 +82,12 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
         ConfigError, DataError, CheckpointError: before training, naming the value and the fix.
         TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
-    if config.training.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.training.compilation_cache).absolute()))
+    training = config.training
+    check_rows(batch_size=training.batch_size, accumulation=training.accumulation, devices=jax.device_count())
+    if training.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(training.compilation_cache).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     folder = open_run_folder(config)
-    training = config.training
     pipeline = open_run_pipeline(config, folder)
     with contextlib.closing(pipeline), contextlib.closing(_Run(config, folder, pipeline)) as run:
         with _stop_signals() as stopped:
@@ -108,16 +111,18 @@ class _Run:
     def __init__(self, config: RunConfig, folder: Path, pipeline: Pipeline) -> None:
         self.config, self.folder, self.pipeline = config, folder, pipeline
         training = config.training
+        self._mesh = mesh = make_mesh()
         self.dtype = compute_dtype(config.precision)
         self.model = build_model(config)
         self.schedule = build_schedule(config.optimizer, steps=training.steps)
         optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
         loss = build_loss(self.model, training)
         retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)
-        step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=self.dtype, retries=retries)
-        self._train_step = CompiledOnce(step, name="train step", donate_argnums=0)
-        self._eval_step = CompiledOnce(make_eval_step(loss, dtype=self.dtype), name="evaluation step")
-        self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype)
+        step = make_train_step(
+            loss, optimizer, accumulation=training.accumulation, dtype=self.dtype, retries=retries, mesh=mesh
+        )
+        self._eval_step = CompiledOnce(make_eval_step(loss, dtype=self.dtype, mesh=mesh), name="evaluation step")
+        self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype, mesh=mesh)
         # A decoder-only model predicts every byte of the text; T5 those that are hidden from it.
         self._bits = "bits_per_byte" if config.model.family == "llama" else "bits_per_target_byte"
         announce_fit(config, optimizer, detect_device())
@@ -126,7 +131,8 @@ class _Run:
         self.resumed_from = 0
         self.state = self._initial_state(optimizer)
         self.step = self.resumed_from
-        self.overflow = OverflowWatch(config, self.state.params)
+        self._train_step = CompiledOnce(step, name="train step", donate_argnums=0, **_keep_layout(self.state, mesh))
+        self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
         self.writer = MetricsWriter(folder, resume_step=self.step)
         self.baselines = pipeline.baselines()
         self._meter = _Meter(config, pipeline.recipe.lengths)
@@ -147,12 +153,16 @@ class _Run:
         def fresh() -> TrainState:
             return init_train_state(init_params(self.model, init_key), optimizer, run_key)
 
-        restored = self.checkpoints.restore(jax.eval_shape(fresh))
+        abstract, mesh = jax.eval_shape(fresh), self._mesh
+        restored = self.checkpoints.restore(with_shardings(abstract, mesh))
+        layout = None if mesh is None else state_shardings(abstract, mesh)
         if restored is None and self.config.training.init_from:
             params = load_initial_params(self.config.training.init_from, self.model)
-            return jax.jit(lambda loaded: init_train_state(loaded, optimizer, run_key))(params)
+            if mesh is not None:
+                params = jax.device_put(params, state_shardings(params, mesh))
+            return jax.jit(lambda loaded: init_train_state(loaded, optimizer, run_key), out_shardings=layout)(params)
         if restored is None:
-            return jax.jit(fresh)()
+            return jax.jit(fresh, out_shardings=layout)()
         self.resumed_from = restored.step
         self.pipeline.set_state(restored.data)
         note = f"; {len(restored.skipped)} newer damaged ones removed" if restored.skipped else ""
@@ -167,7 +177,7 @@ class _Run:
         while self.step < until and not stopped():
             with self._meter.waiting():
                 batch = next(self.pipeline)
-            self.state, metrics = self._train_step(self.state, batch)
+            self.state, metrics = self._train_step(self.state, place_rows(batch, self._mesh))
             self.step += 1
             previous, pending = pending, _Pending(self.step, metrics, batch)
             if previous is not None:
@@ -256,14 +266,15 @@ class _Run:
         self._spans.reset()
         nll = weight = correct = size = 0.0
         for batch in self.pipeline.validation(self.config.training.eval_batches):
-            sums = jax.device_get(self._eval_step(self.state.params, batch))
+            placed = place_rows(batch, self._mesh)
+            sums = jax.device_get(self._eval_step(self.state.params, placed))
             nll, weight, correct = (
                 nll + float(sums.nll),
                 weight + float(sums.weight),
                 correct + float(sums.correct),
             )
             size += self._bytes(batch)
-            self._spans.add(self.state.params, batch)
+            self._spans.add(self.state.params, batch, placed)
         weight = max(weight, 1.0)
         return {
             "loss": nll / weight,
@@ -278,7 +289,9 @@ class _Run:
         if self._bits in self.validation:
             compared = ", ".join(f"{name} {value:.3f}" for name, value in self.baselines.items())
             _log.info("validation %s %.3f (%s)", self._bits.replace("_", " "), self.validation[self._bits], compared)
-        text = write_sample(self.folder, self.model, self.state.params, self.pipeline, self.config.training)
+        # Decoding is for one device: a few tokens are not worth a layout of their own.
+        params = self.state.params if self._mesh is None else jax.device_put(self.state.params, jax.devices()[0])
+        text = write_sample(self.folder, self.model, params, self.pipeline, self.config.training)
         if text:
             _log.info("sample:\n%s", text)
         _log.info("curve in %s, everything else beside it", curve)
@@ -295,13 +308,19 @@ def _tokens(batch: dict[str, np.ndarray]) -> float:
     return float(np.count_nonzero(batch["weights"]) + np.count_nonzero(batch.get("encoder_segment_ids", 0)))
 
 
+def _keep_layout(state: TrainState, mesh: Mesh | None) -> dict[str, Any]:
+    """Options of jit that leave a step's new state where the old one lies, whatever XLA would prefer."""
+    return {} if mesh is None else {"out_shardings": (state_shardings(state, mesh), None)}
+
+
 class _Meter:
     """Tokens per second, utilisation and the host's share of waiting for data, since the last reading."""
 
     def __init__(self, config: RunConfig, lengths: tuple[int, int]) -> None:
         batch = config.training.batch_size
         self._flops = train_flops(config.model, batch=batch, length=lengths[0], target_length=lengths[1])
-        self._peak = detect_device().flops
+        device = detect_device()
+        self._peak = None if device.flops is None else device.flops * device.count
         self._reset()
 
     def _reset(self) -> None:
