@@ -122,7 +122,7 @@ def t5_batches(config: RunConfig) -> Iterator[dict[str, np.ndarray]]:
 
 def run_script(name: str, seconds: float, *, toy: bool) -> None:
     """scripts/pretrain.py until a signal, as a user would stop it."""
-    needed = ("grain", "tensorflow_datasets", "array_record", "pydantic", "tensorboardX")
+    needed = ("grain", "tensorflow_datasets", "array_record", "pydantic")
     missing = [module for module in needed if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(f"{name}: {', '.join(missing)} not installed; fill wheels/ by benchmarks/gpu/carry.sh")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.training.event_file import EventFile
 
 
 class Flops(NamedTuple):
@@ -61,23 +62,19 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
-        from tensorboardX import SummaryWriter
-
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self._board = EventFile(folder / "tensorboard", resume_step=resume_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for name, value in finite.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        self._board.write(step, {name: value for name, value in finite.items() if isinstance(value, int | float)})
 
     def close(self) -> None:
         """Flushes and closes both records."""

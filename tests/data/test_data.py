@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import pickle
 from pathlib import Path
 
@@ -88,6 +89,19 @@ def test_validation_rows_hold_every_document_exactly(corpus: Path, tmp_path: Pat
     for a, b in zip(batches, again, strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_baselines_are_what_they_say(corpus: Path, tmp_path: Path) -> None:
+    pipeline = open_pipeline(corpus, tmp_path / "run")
+    source = open_source(pipeline._config, cache_dir=tmp_path / "run" / "data")
+    held_out = list(texts(source.validation, "text"))
+    size = sum(len(text.encode()) for text in held_out)
+    ids = np.concatenate([pipeline.tokenizer.encode(text) for text in texts(source.train, "text")])
+    counts = np.bincount(ids, minlength=pipeline.tokenizer.vocab_size) + 1
+    bits = sum(np.log2(counts.sum() / counts[pipeline.tokenizer.encode(text)]).sum() for text in held_out)
+    strongest = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    packed = sum(len(lzma.compress(text.encode(), format=lzma.FORMAT_RAW, filters=strongest)) for text in held_out)
+    assert pipeline.baselines() == {"unigram": pytest.approx(bits / size), "lzma": 8 * packed / size}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
