@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,9 @@ from jaxllm.models import t5 as t5_module
 from tests.parity import t5_cases as cases
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The Hugging Face directory of a case, written without transformers."""
-
-    @functools.cache
-    def make(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("t5") / name
-        golden = cases.load_golden(name)
-        cases.write_directory(folder, golden["config"], golden["shapes"])
-        return folder
-
-    return make
-
-
 @pytest.mark.parametrize("name", cases.CASES)
-def test_logits_loss_and_every_gradient(name: str, directory: Callable[[str], Path]) -> None:
-    ours, golden = cases.our_numbers(directory(name)), cases.load_golden(name)
+def test_logits_loss_and_every_gradient(name: str, t5_numbers: Callable[[str], cases.Numbers]) -> None:
+    ours, golden = t5_numbers(name), cases.load_golden(name)
     assert cases.logit_error(ours.logits, golden["logits"]) < cases.LOGITS
     assert ours.loss == pytest.approx(float(golden["loss"]), rel=1e-5)
     assert sorted(ours.grads) == sorted(golden["shapes"])
@@ -44,9 +29,9 @@ def test_logits_loss_and_every_gradient(name: str, directory: Callable[[str], Pa
         np.testing.assert_allclose(found[1:], want[1:], atol=cases.GRADS * want[1], rtol=0, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["v1_0_eps_start", "deep_decoder", "umt5"])
-def test_greedy_tokens(name: str, directory: Callable[[str], Path]) -> None:
-    assert cases.our_greedy(directory(name)) == cases.load_golden(name)["greedy"].tolist()
+@pytest.mark.parametrize("name", cases.CASES)
+def test_greedy_tokens(name: str, t5_directory: Callable[[str], Path]) -> None:
+    assert cases.our_greedy(t5_directory(name)) == cases.load_golden(name)["greedy"].tolist()
 
 
 def _both_ways(bias: Any) -> Any:
@@ -67,9 +52,9 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_caught(fault: str, directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_caught(fault: str, t5_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     name, change = FAULTS[fault]
-    model, params = jaxllm.load_hf(directory(name))
+    model, params = jaxllm.load_hf(t5_directory(name))
     if "buckets" in fault:
         monkeypatch.setattr(t5_module, "relative_bias", _both_ways(t5_module.relative_bias))
     if "padding" in fault:
