@@ -24,7 +24,7 @@ from jaxllm.config import RunConfig
 from jaxllm.data.pipeline import Pipeline, open_run_pipeline
 from jaxllm.models import count_params, init_params
 from jaxllm.sharding import check_rows, make_mesh, place_rows, state_shardings, with_shardings
-from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.checkpoint import Checkpoints, Restored
 from jaxllm.training.compiled import CompiledOnce
 from jaxllm.training.device import detect_device
 from jaxllm.training.fit import announce_fit
@@ -129,7 +129,8 @@ class _Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
         self.resumed_from = 0
-        self.state = self._initial_state(optimizer)
+        self._optimizer = optimizer
+        self.state = self._initial_state()
         self.step = self.resumed_from
         self._train_step = CompiledOnce(step, name="train step", donate_argnums=0, **_keep_layout(self.state, mesh))
         self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
@@ -146,7 +147,18 @@ class _Run:
         )
         _log.info("baselines: %s", ", ".join(f"{k} {v:.3f}" for k, v in self.baselines.items()))
 
-    def _initial_state(self, optimizer: Any) -> TrainState:
+    def _initial_state(self) -> TrainState:
+        state, restored = self._newest_state()
+        if restored is not None:
+            self.resumed_from = restored.step
+            self.pipeline.set_state(restored.data)
+            note = f"; {len(restored.skipped)} newer damaged ones removed" if restored.skipped else ""
+            _log.info("resuming %s from step %d%s", self.folder, restored.step, note)
+        return state
+
+    def _newest_state(self) -> tuple[TrainState, Restored | None]:
+        """The state of the newest checkpoint, or the one that the run starts from."""
+        optimizer = self._optimizer
         key = jax.random.key(self.config.training.seed)
         init_key, run_key = jax.random.split(key)
 
@@ -160,14 +172,11 @@ class _Run:
             params = load_initial_params(self.config.training.init_from, self.model)
             if mesh is not None:
                 params = jax.device_put(params, state_shardings(params, mesh))
-            return jax.jit(lambda loaded: init_train_state(loaded, optimizer, run_key), out_shardings=layout)(params)
+            start = jax.jit(lambda loaded: init_train_state(loaded, optimizer, run_key), out_shardings=layout)
+            return start(params), None
         if restored is None:
-            return jax.jit(fresh, out_shardings=layout)()
-        self.resumed_from = restored.step
-        self.pipeline.set_state(restored.data)
-        note = f"; {len(restored.skipped)} newer damaged ones removed" if restored.skipped else ""
-        _log.info("resuming %s from step %d%s", self.folder, restored.step, note)
-        return restored.state
+            return jax.jit(fresh, out_shardings=layout)(), None
+        return restored.state, restored
 
     def train(self, *, until: int, stopped: Callable[[], bool]) -> None:
         """Steps up to `until`, or to the next step border after a stop signal, and saves there."""
@@ -210,7 +219,7 @@ class _Run:
         values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
         scaling = self.config.precision.loss_scale != "none"
         if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-            self._stop(pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}")
+            self._stop(pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {self._culprit(pending)}")
         with self._meter.paused():
             reason = self.overflow.check(pending.step, values, self.state, pending.batch)
         if reason is not None:
@@ -241,6 +250,17 @@ class _Run:
             row["learning_rate"],
             row["tokens_per_second"],
         )
+
+    def _culprit(self, pending: _Pending) -> str:
+        """Where the step first left the finite numbers, by computing its batch again.
+
+        Without a loss scale nothing is skipped, so that its own parameters are spoiled: the last checkpoint's are next.
+        """
+        del self.state  # room for the other
+        self.checkpoints.wait()
+        state, restored = self._newest_state()
+        value = self.overflow.first_value(pending.step, state, pending.batch)
+        return f"first non-finite value: {value} (with the parameters of step {restored.step if restored else 0})"
 
     def _stop(self, step: int, reason: str) -> NoReturn:
         raise TrainingStopped(

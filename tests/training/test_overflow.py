@@ -237,3 +237,18 @@ def test_a_hopeless_run_stops_with_the_culprit_and_its_last_checkpoint(
     assert "first non-finite value: LlamaLayer[0]: mul in the forward pass" in str(stop.value)
     assert "last good checkpoint is step 3" in str(stop.value)
     assert same_bits(final_state(run, 3), kept)
+
+
+@pytest.mark.parametrize(("compute", "saved"), [("float32", 3), ("bfloat16", 0)])
+def test_a_run_without_a_scale_names_the_value_that_ended_it(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, compute: str, saved: int
+) -> None:
+    """After the step every parameter is NaN: those of the checkpoint, or of the start, tell where it began."""
+    run = small_run(tmp_path, "run", corpus, {"compute": compute})
+    if saved:
+        pretrain(run, stop_at=saved)
+    monkeypatch.setitem(ACTIVATIONS, "silu", lambda x: 1e30 * (1e30 * jax.nn.silu(x)))
+    with pytest.raises(TrainingStopped, match="loss nan, gradient norm nan") as stop:
+        pretrain(run)
+    named = f"first non-finite value: LlamaLayer[0]: mul in the forward pass (with the parameters of step {saved})"
+    assert named in str(stop.value)
