@@ -1,8 +1,8 @@
 """The host loop: moves time, and does nothing that a pure function could.
 
-Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host. A stop
-signal is answered between steps, with a checkpoint. A loss that is not finite, or a loss scale that can't shrink any
-more, stops the run before anything is saved.
+Step n is dispatched before the metrics of step n-1 are read, and batch n+1 is copied to the device while it runs, so
+that the device never waits for the host. A stop signal is answered between steps, with a checkpoint. A loss that is
+not finite, or a loss scale that can't shrink any more, stops the run before anything is saved.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from jaxllm.training.metrics import MetricsWriter, plot_curve, train_flops
 from jaxllm.training.optimizer import build_optimizer, build_schedule
 from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.precision import build_model, compute_dtype
+from jaxllm.training.prefetch import Prefetch
 from jaxllm.training.run_folder import open_run_folder
 from jaxllm.training.samples import write_sample
 from jaxllm.training.spans import SpanEvaluation
@@ -133,6 +134,7 @@ class _Run:
         self.state = self._initial_state()
         self.step = self.resumed_from
         self._train_step = CompiledOnce(step, name="train step", donate_argnums=0, **_keep_layout(self.state, mesh))
+        self._batches, self._position = Prefetch(pipeline, mesh), pipeline.get_state()
         self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
         self.writer = MetricsWriter(folder, resume_step=self.step)
         self.baselines = pipeline.baselines()
@@ -185,9 +187,12 @@ class _Run:
         saved = self.step if self.resumed_from else -1
         while self.step < until and not stopped():
             with self._meter.waiting():
-                batch = next(self.pipeline)
-            self.state, metrics = self._train_step(self.state, place_rows(batch, self._mesh))
+                batch, placed, self._position = self._batches.take()
+            self.state, metrics = self._train_step(self.state, placed)
             self.step += 1
+            if self.step < until:
+                with self._meter.waiting():
+                    self._batches.read_ahead()
             previous, pending = pending, _Pending(self.step, metrics, batch)
             if previous is not None:
                 self._record(previous)
@@ -209,7 +214,7 @@ class _Run:
 
     def _save(self) -> int:
         loss = self.validation.get("loss") if self.validation.get("step") == self.step else None
-        self.checkpoints.save(self.step, self.state, self.pipeline.get_state(), validation_loss=loss)
+        self.checkpoints.save(self.step, self.state, self._position, validation_loss=loss)
         return self.step
 
     def _bytes(self, batch: dict[str, np.ndarray]) -> float:
