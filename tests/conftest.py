@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-# Both must be set before jax starts, and reach the processes that tests start.
+# All of this must be set before jax starts, and reach the processes that tests start.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # LLVM's effort only (XLA's own passes all run): compiling is most of the suite's time, and this halves it.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Many tests compile the same programs: one cache for this process and those that it starts. Workers of xdist do not
+# share it, since jax does not write an entry in one piece.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxllm-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
 
 from jaxllm.config import LlamaConfig
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # dtype -> largest difference, relative to the largest value compared.
 TOLERANCE = {"float32": 1e-5, "float32_grad": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
@@ -33,12 +42,16 @@ def tiny() -> LlamaConfig:
     return LlamaConfig(vocab_size=97, d_model=32, d_ff=48, num_layers=3, num_heads=4, num_kv_heads=2, max_length=64)
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """A folder of 40 small text documents that repeat a few sentences, so that models learn from them quickly."""
-    folder = tmp_path / "corpus"
+def write_corpus(folder: Path) -> None:
+    """40 small text documents that repeat a few sentences, so that models learn from them quickly."""
     folder.mkdir()
     for i in range(40):
         lines = [f"line {j}: the cat {i} sat on mat {j % 7} and saw {i * j} birds\n" for j in range(30)]
         (folder / f"{i:02d}.txt").write_text("".join(lines), encoding="utf-8")
-    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of text documents."""
+    write_corpus(tmp_path / "corpus")
+    return tmp_path / "corpus"

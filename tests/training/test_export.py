@@ -15,15 +15,13 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.config import LlamaConfig, RunConfig, T5Config
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.interop.hf import SpecialIds, special_ids
 from jaxllm.models import abstract_params, build
 from jaxllm.training.export import export_run, import_run
 from jaxllm.training.initial_params import load_run
 from jaxllm.training.speaker import load_speaker
-from jaxllm.training.trainer import pretrain
-from tests.training.test_pretrain import config
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_hf.py"
 SMALL: dict[str, Any] = {"vocab_size": 384, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2}
@@ -37,16 +35,8 @@ def assert_same_bits(ours, want) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("export")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for i in range(10):
-        (corpus / f"{i}.txt").write_text(f"the cat {i} sat on mat {i % 7}\n" * 20)
-    settings = {"steps": 2, "save_every": 2, "eval_every": 2, "eval_batches": 1, "sample_tokens": 0}
-    pretrain(config(folder / "run", corpus, training=settings))
-    return folder / "run"
+def run(short_run: RunConfig) -> Path:
+    return Path(short_run.training.run_dir)
 
 
 @pytest.fixture(scope="module")

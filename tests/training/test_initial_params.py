@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxllm
+from jaxllm.config import RunConfig
 from jaxllm.config_file import ConfigError, parse_config
 from jaxllm.models import build
 from jaxllm.training.checkpoint import CheckpointError
@@ -18,21 +19,7 @@ from jaxllm.training.trainer import pretrain
 from tests.training.test_pretrain import config
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory):
-    """A short run to start from."""
-    folder = tmp_path_factory.mktemp("first")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for i in range(20):
-        (corpus / f"{i}.txt").write_text(f"the cat {i} sat on mat {i % 7}\n" * 20)
-    settings = {"steps": 2, "save_every": 2, "eval_every": 2, "sample_tokens": 0}
-    run = config(folder / "run", corpus, training=settings)
-    pretrain(run)
-    return run
-
-
-def starting_from(first, source: Path, **changes):
+def starting_from(first: RunConfig, source: Path, **changes):
     run_dir = Path(first.training.run_dir)
     sections = {
         "model": {"rope": {"theta": 10000.0}},
@@ -55,12 +42,12 @@ def assert_close(ours, want) -> None:
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-7)
 
 
-def test_a_run_starts_from_given_parameters(first, tmp_path: Path) -> None:
-    source = Path(first.training.run_dir)
+def test_a_run_starts_from_given_parameters(short_run: RunConfig, tmp_path: Path) -> None:
+    source = Path(short_run.training.run_dir)
     _, want = load_run(source)
-    assert_close(load_initial_params(source, build(first.model)), want)
-    jaxllm.save_hf(tmp_path / "hf", build(first.model), want)
-    run = starting_from(first, tmp_path / "hf", training={"run_dir": str(tmp_path / "second")})
+    assert_close(load_initial_params(source, build(short_run.model)), want)
+    jaxllm.save_hf(tmp_path / "hf", build(short_run.model), want)
+    run = starting_from(short_run, tmp_path / "hf", training={"run_dir": str(tmp_path / "second")})
     summary = pretrain(run)  # with a learning rate of nothing
     assert summary.step == 1 and summary.resumed_from == 0
     assert_close(load_run(tmp_path / "second")[1], want)
@@ -68,20 +55,20 @@ def test_a_run_starts_from_given_parameters(first, tmp_path: Path) -> None:
     assert pretrain(run).resumed_from == 1  # its own checkpoint goes before init_from
 
 
-def test_another_model_is_refused_by_its_keys(first) -> None:
-    other = starting_from(first, Path(first.training.run_dir), model={"norm_eps": 1e-6, "rope": {"theta": 5e5}})
+def test_another_model_is_refused_by_its_keys(short_run: RunConfig) -> None:
+    other = starting_from(short_run, Path(short_run.training.run_dir), model={"norm_eps": 1e-6, "rope": {"theta": 5e5}})
     with pytest.raises(ConfigError, match=r"(?s)model.rope: .*model.norm_eps: 1e-05 -> 1e-06"):
         load_initial_params(other.training.init_from, build(other.model))
-    same = starting_from(first, Path(first.training.run_dir), model={"remat": "dots", "max_length": 4096})
+    same = starting_from(short_run, Path(short_run.training.run_dir), model={"remat": "dots", "max_length": 4096})
     load_initial_params(same.training.init_from, build(same.model))
 
 
-def test_places_without_parameters_are_named(first, tmp_path: Path) -> None:
+def test_places_without_parameters_are_named(short_run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"neither a run folder .* nor a Hugging Face directory"):
-        load_initial_params(tmp_path, build(first.model))
-    shutil.copy(Path(first.training.run_dir) / "config.yaml", tmp_path)
+        load_initial_params(tmp_path, build(short_run.model))
+    shutil.copy(Path(short_run.training.run_dir) / "config.yaml", tmp_path)
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
-        load_initial_params(tmp_path, build(first.model))
+        load_initial_params(tmp_path, build(short_run.model))
     with pytest.raises(ConfigError, match=r"set data.tokenizer to its file"):
         parse_config({"model": {"family": "llama", "vocab_size": 9, "d_model": 8, "d_ff": 8, "num_layers": 1,
                                 "num_heads": 2}, "training": {"init_from": "x"}})  # fmt: skip

@@ -195,7 +195,6 @@ def small_run(folder: Path, name: str, corpus: Path, precision: dict):
         "eval_every": 6,
         "save_every": 3,
         "sample_tokens": 0,
-        "compilation_cache": str(folder / "cache"),
     }
     model = {"num_layers": 1, "d_model": 16, "num_heads": 2}
     return run_config(folder / name, corpus, precision=precision, training=training, model=model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ from jaxllm.config_file import dump_config, load_config, parse_config
 from jaxllm.models import build, init_params
 from jaxllm.training.checkpoint import CheckpointError, Checkpoints
 from jaxllm.training.run_folder import RunFolderError, open_run_folder
-from jaxllm.training.trainer import TrainingStopped, pretrain
+from jaxllm.training.trainer import Summary, TrainingStopped, pretrain
+from tests.conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -68,37 +70,60 @@ def losses(run: RunConfig) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in map(json.loads, rows) if "loss" in row}
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, corpus: Path) -> None:
-    whole, parts = (config(tmp_path / name, corpus) for name in ("whole", "parts"))
-    summary = pretrain(whole)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus for runs that several tests look at."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path) -> tuple[RunConfig, Summary]:
+    """An uninterrupted run."""
+    run = config(shared / "whole", shared / "corpus")
+    return run, pretrain(run)
+
+
+def copy_of(run: RunConfig, folder: Path) -> RunConfig:
+    """The same run in a folder of its own, as far as it is."""
+    shutil.copytree(run.training.run_dir, folder)
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, run_dir=str(folder)))
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(whole: tuple[RunConfig, Summary], shared: Path) -> None:
+    run, summary = whole
+    parts = config(shared / "parts", shared / "corpus")
     assert (summary.step, summary.finished, summary.resumed_from) == (8, True, 0)
     first = pretrain(parts, stop_at=4)
     assert (first.step, first.finished) == (4, False)
     second = pretrain(parts)
     assert (second.step, second.finished, second.resumed_from) == (8, True, 4)
-    for a, b in zip(final_params(whole), final_params(parts), strict=True):
+    for a, b in zip(final_params(run), final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert losses(whole) == losses(parts)
+    assert losses(run) == losses(parts)
     assert summary.validation == second.validation
-    written = {path.name for path in Path(whole.training.run_dir).iterdir()}
-    assert {
-        "config.yaml",
-        "tokenizer.json",
-        "metrics.jsonl",
-        "loss.png",
-        "sample.txt",
-        "tensorboard",
-    } <= written
-    assert load_config(Path(whole.training.run_dir) / "config.yaml") == whole
+    written = {path.name for path in summary.folder.iterdir()}
+    assert {"config.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "tensorboard"} <= written
+    assert load_config(summary.folder / "config.yaml") == run
+
+
+LONG = {"steps": 200, "save_every": 20, "eval_every": 200, "log_every": 5}
+
+
+@pytest.fixture(scope="module")
+def long(shared: Path) -> list[np.ndarray]:
+    """Step and final parameters of a run that is long enough to be killed."""
+    run = config(shared / "long", shared / "corpus", training={**LONG, "run_dir": str(shared / "long")})
+    pretrain(run)
+    return final_params(run)
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_process_goes_on_where_it_was(tmp_path: Path, corpus: Path, kill: signal.Signals) -> None:
-    changes = {"steps": 200, "save_every": 20, "eval_every": 200, "log_every": 5}
-    whole, parts = (
-        config(tmp_path / name, corpus, training={**changes, "run_dir": str(tmp_path / name)})
-        for name in ("whole", "parts")
-    )
+def test_a_killed_process_goes_on_where_it_was(
+    tmp_path: Path, shared: Path, long: list[np.ndarray], kill: signal.Signals
+) -> None:
+    parts = config(tmp_path / "parts", shared / "corpus", training={**LONG, "run_dir": str(tmp_path / "parts")})
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(parts))
     command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), str(file)]
@@ -115,33 +140,29 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path: Path, corpus: Path, kil
     assert code == (0 if kill == signal.SIGTERM else -signal.SIGKILL)
     summary = pretrain(parts)
     assert summary.finished and 0 < summary.resumed_from < 200
-    pretrain(whole)
-    for a, b in zip(final_params(whole), final_params(parts), strict=True):
+    for a, b in zip(long, final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
-    tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, whole: tuple[RunConfig, Summary], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = config(tmp_path / "run", corpus)
-    pretrain(run, stop_at=6)
-    want = final_params(run)[1:]
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    newest = tmp_path / "run" / "checkpoints" / "6"
-    for path in newest.rglob("*"):
+    run = copy_of(whole[0], tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "8").rglob("*"):
         if path.is_file() and path.stat().st_size > 200:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     with caplog.at_level("INFO", logger="jaxllm"):
-        summary = pretrain(run, stop_at=6)
+        summary = pretrain(run)
     assert summary.resumed_from == 4
-    assert "checkpoint 6" in caplog.text and "damaged" in caplog.text
-    for a, b in zip(final_params(run)[1:], want, strict=True):
+    assert "checkpoint 8" in caplog.text and "damaged" in caplog.text
+    for a, b in zip(final_params(run), final_params(whole[0]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_all_checkpoints_damaged_is_an_error_that_deletes_nothing(tmp_path: Path, corpus: Path) -> None:
-    run = config(tmp_path / "run", corpus)
-    pretrain(run, stop_at=4)
+def test_all_checkpoints_damaged_is_an_error_that_deletes_nothing(
+    tmp_path: Path, whole: tuple[RunConfig, Summary]
+) -> None:
+    run = copy_of(whole[0], tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -159,16 +180,14 @@ def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, corpu
 
 
 def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, corpus: Path) -> None:
-    run = config(tmp_path / "run", corpus, optimizer={"learning_rate": 1e30, "clip_norm": None})
-    with pytest.raises(TrainingStopped, match=r"at step \d+; the last good checkpoint is"):
+    settings = {"run_dir": str(tmp_path / "run"), "save_every": 1}
+    run = config(tmp_path / "run", corpus, training=settings, optimizer={"learning_rate": 1e30, "clip_norm": None})
+    with pytest.raises(TrainingStopped, match=r"at step \d+; the last good checkpoint is step \d+ in") as stop:
         pretrain(run)
-    rows = losses(run)
-    assert all(np.isfinite(value) for value in rows.values())
-    calm = config(tmp_path / "calm", corpus)
-    pretrain(calm, stop_at=4)
-    kept = Checkpoints(tmp_path / "calm" / "checkpoints", keep=2)
-    assert kept.steps() == [4]
-    kept.close()
+    step, *params = final_params(run)
+    assert f"at step {step + 1}; the last good checkpoint is step {step} in" in str(stop.value)
+    assert all(np.isfinite(leaf).all() for leaf in params)
+    assert all(np.isfinite(value) for value in losses(run).values())
 
 
 def test_unwritable_run_dir_is_named(tmp_path: Path, corpus: Path) -> None:

@@ -18,7 +18,7 @@ from jaxllm.training.trainer import Summary, pretrain
 def config(folder: Path, name: str, data: dict, **training: object) -> RunConfig:
     model = {"family": "t5", "vocab_size": 420, "d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     defaults = {"steps": 4, "batch_size": 4, "save_every": 2, "eval_every": 4, "log_every": 1, "eval_batches": 2}
-    shared = {"sample_tokens": 0, "compilation_cache": str(folder / "cache"), "run_dir": str(folder / name)}
+    shared = {"sample_tokens": 0, "run_dir": str(folder / name)}
     return parse_config(
         {
             "model": {**model, "head_dim": 8, "dropout_rate": 0.1},
