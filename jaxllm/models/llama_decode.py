@@ -19,8 +19,9 @@ from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import ACTIVATIONS, unstack
 from jaxllm.ops.attention import Pattern, attention
+from jaxllm.ops.linear import biased_linear
 from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.quantize import Matrix, project, project_rows, quantize
+from jaxllm.ops.quantize import Matrix, Quantized, project, project_rows, quantize
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
 
 Rope = tuple[Float[Array, "#B T P"], Float[Array, "#B T P"]]
@@ -34,9 +35,12 @@ class Projection(NamedTuple):
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:
-        """Maps the last axis."""
-        y = project(x, self.kernel)
-        return y if self.bias is None else y + self.bias
+        """Maps the last axis; a bias joins the accumulator before it is rounded, as in training."""
+        if self.bias is None:
+            return project(x, self.kernel)
+        if isinstance(self.kernel, Quantized):
+            return project(x, self.kernel) + self.bias
+        return biased_linear(x, self.kernel, self.bias)
 
 
 class LayerParams(NamedTuple):

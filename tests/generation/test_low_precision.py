@@ -1,0 +1,72 @@
+"""Decoding in bfloat16 and float16, cache and prepared parameters included: as near to the truth as a full forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.generation import generate, loop, verify
+from jaxllm.generation.requests import make_request
+from jaxllm.models import build, init_params, llama_decode
+from jaxllm.models.layers import Linear, apply
+from tests.generation import test_generate as llama
+from tests.generation import test_t5_generate as t5
+
+CONFIGS = {
+    "llama": dataclasses.replace(llama.CONFIG, **llama.FAMILY["everything"]),
+    "t5": t5.CONFIG,
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_steps_agree_with_a_full_forward_within_the_rounding(family: str, dtype: str) -> None:
+    """Beside the full forward, and both beside float32: caching may not cost a part of the format's digits."""
+    model, exact = (build(CONFIGS[family], dtype=jnp.dtype(name)) for name in (dtype, "float32"))
+    rng = np.random.default_rng(1)
+    params: Any = init_params(model, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    r = make_request(model, params, llama.PROMPTS, max_new_tokens=8, record=True)
+    context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
+    slots = r.settings.plan.slots
+    state, (tokens, logits) = loop.next_chunk(r.decoder, r.settings, r.params, context, state, np.zeros(3, bool), slots)
+    assert {x.dtype.name for x in jax.tree.leaves((r.params, state.cache.keys, state.cache.values))} == {dtype}
+
+    def full(model: Any) -> np.ndarray:
+        decoder = make_request(model, params, llama.PROMPTS, max_new_tokens=8).decoder
+        return np.asarray(
+            verify.full_logits(decoder, r.settings.plan.length, params, r.tokens, r.lengths, np.asarray(tokens).T)
+        )
+
+    cached, whole, truth = np.swapaxes(np.asarray(logits), 0, 1), full(model), full(exact)
+
+    def error(left: np.ndarray, right: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((left - right) ** 2)) / truth.std())
+
+    assert 0 < error(cached, whole) < 2 * float(jnp.finfo(dtype).eps)
+    assert error(cached, truth) < 1.3 * error(whole, truth)
+    # Greedy: each token was the largest of its step's logits, and `generate` goes the same way.
+    np.testing.assert_array_equal(tokens, np.asarray(logits).argmax(axis=-1))
+    assert generate(model, params, llama.PROMPTS, max_new_tokens=8) == np.asarray(tokens).T.tolist()
+
+
+def test_joined_projections_round_their_bias_as_training_does() -> None:
+    """To the bit: factors are so short that any order of summation is exact, and only the last rounding can differ."""
+    config = dataclasses.replace(CONFIGS["llama"], num_layers=1)
+    rng = np.random.default_rng(2)
+    params: Any = init_params(build(config), jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.integers(-8, 9, x.shape) / 8, jnp.float32), params)
+    layer = llama_decode.prepare_for_decode(params, dtype=jnp.bfloat16).layers[0]
+    x = jnp.asarray(rng.integers(-64, 65, (5, config.d_model)) / 16, jnp.bfloat16)
+
+    def trained(name: str) -> jax.Array:
+        part = jax.tree.map(lambda leaf: leaf[0], params["layers"][name])
+        return apply(Linear(*part["kernel"].shape, 1.0, True), part, x)
+
+    for joined, names in ((layer.qkv, ("q_proj", "k_proj", "v_proj")), (layer.gate_up, ("gate_proj", "up_proj"))):
+        np.testing.assert_array_equal(joined(x), jnp.concatenate([trained(name) for name in names], axis=1))
