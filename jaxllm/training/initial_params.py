@@ -69,6 +69,10 @@ def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
                 return config, jax.device_put(reader.restore(checkpoints / str(step) / "state", args=wanted)["params"])
         except UNREADABLE as error:
             _log.warning("checkpoint %d in %s is damaged (%s)", step, checkpoints, error)
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} yet; train the run until its first (training.save_every)"
+        )
     raise CheckpointError(f"no readable checkpoint in {checkpoints} (tried steps {steps})")
 
 

@@ -59,7 +59,7 @@ def test_argument_standard_input_and_batch_say_the_same(
     main = runpy.run_path(str(SCRIPT))["main"]
     lines = tmp_path / "prompts.txt"
     lines.write_text("the cat\n", encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
     said = []
     for source in (["the cat"], ["-"], ["--batch", str(lines)]):
         monkeypatch.setattr(sys, "argv", ["generate", str(llama), *source, "--temperature=0", "--max-new-tokens=4"])
@@ -71,6 +71,22 @@ def test_argument_standard_input_and_batch_say_the_same(
     monkeypatch.setattr(sys, "argv", ["generate", str(llama), "x", "--temperature=0", "--top-k=3"])
     assert main() == 1
     assert "error: top_k" in capsys.readouterr().err
+
+
+def test_the_size_of_a_batch_changes_no_sample(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(SCRIPT))["main"]
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("the cat\nthe cat\n", encoding="utf-8")
+    said = []
+    for size in ("1", "2"):
+        options = ["--batch", str(lines), "--batch-size", size, "--temperature=2", "--max-new-tokens=4"]
+        monkeypatch.setattr(sys, "argv", ["generate", str(llama), *options])
+        assert main() == 0
+        said.append(capsys.readouterr().out)
+    first, second = (json.loads(line)["text"] for line in said[0].splitlines())
+    assert said[0] == said[1] and first != second
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
