@@ -85,9 +85,11 @@ def main(name: str, *, toy: bool) -> None:
 
 
 def _read(config: Any, params: Any) -> int:
-    """Bytes of the weights that one step reads: all but the encoder, and one row of a separate embedding."""
-    decoding = params.layers if isinstance(config, LlamaConfig) else params.decoder
-    return tree_bytes((decoding, params.head))
+    """Bytes of the weights that one step reads: the layers and the head, and nothing that only prefill needs."""
+    if isinstance(config, LlamaConfig):
+        return tree_bytes((params.layers, params.head))
+    unread = tree_bytes([layer.cross.key_value for layer in params.decoder.layers])
+    return tree_bytes((params.decoder, params.head)) - unread
 
 
 def _roof(moved: float, seconds: float) -> dict[str, float]:

@@ -80,7 +80,7 @@ def main(name: str, *, toy: bool) -> None:
         compile_seconds=compile_seconds,
         first_loss=first,
         last_loss=last,
-        skipped=float(previous.skipped) if previous is not None else 0.0,
+        skipped_steps=float(previous.skipped) if previous is not None else 0.0,
         loss_scale=float(previous.loss_scale) if previous is not None else 1.0,
         **speed(config, elapsed),
     )
@@ -126,28 +126,43 @@ def run_script(name: str, seconds: float, *, toy: bool) -> None:
     missing = [module for module in needed if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(f"{name}: {', '.join(missing)} not installed; fill wheels/ by benchmarks/gpu/carry.sh")
-    small = ["model.num_layers=1", "model.d_model=32", "model.num_heads=2", "training.batch_size=8"]
-    small += ["model.vocab_size=512", "model.num_kv_heads=2" if name == "script_llama" else "model.head_dim=8"]
-    shared = ["training.log_every=5", "training.sample_tokens=0", "precision.compute=bfloat16"]
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"training.run_dir={folder}/run", f"training.compilation_cache={folder}/cache", *shared]
-        overrides += ["data.workers=0", "training.steps=10", *small] if toy else ["data.source=stdlib"]
-        overrides += [] if toy else ["training.save_every=100000", "training.eval_every=100000"]
-        config = ROOT / "configs" / f"{SCRIPTS[name]}.yaml"
-        command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), str(config), *overrides]
-        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": _paths()})
+        command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *script_arguments(name, folder, toy=toy)]
+        process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": _paths()}, stdout=subprocess.PIPE, text=True
+        )
         try:
-            process.wait(timeout=120 if toy else seconds)
+            output, _ = process.communicate(timeout=120 if toy else seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=120)
-        if code != 0:
-            raise SystemExit(f"{name}: scripts/pretrain.py ended with {code}")
+            output, _ = process.communicate(timeout=120)
+        if process.returncode != 0:
+            raise SystemExit(f"{output[-1000:]}\n{name}: scripts/pretrain.py ended with {process.returncode}")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
-    keys = ("step", "loss", "bits_per_byte", "tokens_per_second", "mfu", "data_wait")
+    first, last = rows[0]["loss"], rows[-1]["loss"]
+    if not (np.isfinite(last) and (toy or last < 0.8 * first)):
+        raise SystemExit(f"{name}: the loss went from {first} to {last} in {rows[-1]['step']} steps")
+    keys = ("step", "bits_per_byte", "bits_per_target_byte", "tokens_per_second", "mfu", "data_wait")
     kept: dict[str, Any] = {key: rows[-1][key] for key in keys if key in rows[-1]}
-    report("pretrain", name, first_loss=rows[0]["loss"], **kept)
+    report("pretrain", name, first_loss=first, last_loss=last, **kept)
+
+
+def script_arguments(name: str, folder: str, *, toy: bool) -> list[str]:
+    """What stands behind scripts/pretrain.py: a shipped config in bfloat16, of a toy its smallest form."""
+    arguments = [str(ROOT / "configs" / f"{SCRIPTS[name]}.yaml"), f"training.run_dir={folder}/run"]
+    arguments += [f"training.compilation_cache={folder}/cache", "training.log_every=5", "training.sample_tokens=0"]
+    arguments += ["precision.compute=bfloat16"]
+    if not toy:
+        return [*arguments, "data.source=stdlib", "training.save_every=100000", "training.eval_every=100000"]
+    corpus = Path(folder) / "corpus"
+    corpus.mkdir()
+    for source in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py")):
+        (corpus / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    arguments += ["data.source=files", f"data.path={corpus}", "data.validation_fraction=0.3", "data.workers=0"]
+    arguments += ["training.steps=6", "optimizer.warmup_steps=1", "training.batch_size=8", "training.eval_batches=1"]
+    arguments += ["data.sequence_length=32", "model.vocab_size=512", "model.num_layers=1", "model.d_model=32"]
+    return [*arguments, "model.num_heads=2", *(["model.num_kv_heads=2"] if "llama" in name else ["model.head_dim=8"])]
 
 
 def _paths() -> str:

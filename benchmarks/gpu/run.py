@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.common import RESULT
+from benchmarks.gpu.table import table
 
 ROOT = Path(__file__).parent.parent.parent
 # In order of worth, because a budget cuts off the end.
 PARTS = ("tests", "ceilings", "train", "decode", "baseline", "pretrain")
 _LIMITS = {"tests": 240, "ceilings": 60, "train": 180, "decode": 180, "baseline": 420, "pretrain": 420}
-_TESTS = ["-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
+_TESTS = ["-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         part, case = options.one.split("/")
         importlib.import_module(f"benchmarks.gpu.{part}").main(case, toy=options.dry_run)
         return 0
-    names = [name for name in case_names() if not options.names or name.startswith(tuple(options.names))]
+    every = case_names()
+    unknown = [name for name in options.names if not any(case.startswith(name) for case in every)]
+    if unknown:
+        parser.error(f"no case begins with {', '.join(unknown)}; --list names them all")
+    names = [name for name in every if not options.names or name.startswith(tuple(options.names))]
     if options.list:
         print("\n".join(names))
         return 0
@@ -71,6 +77,7 @@ def run_all(names: list[str], *, toy: bool, budget: float, out: Path) -> int:
         if "error" in result:
             failed.append(name)
         print(f"{name:32} {result['wall_seconds']:6.1f} s  {summary(result)}", flush=True)
+    print(table(record.document()))
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
@@ -81,19 +88,29 @@ def run_case(name: str, *, toy: bool, environment: dict[str, str]) -> dict[str, 
     part, case = name.split("/")
     command = [sys.executable, "-m", "benchmarks.gpu.run", "--one", name, *(["--dry-run"] if toy else [])]
     if part == "tests":
-        command = [sys.executable, *(["-c", "print('1 skipped')"] if toy else _TESTS)]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_LIMITS[part], check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"part": part, "case": case, "error": f"took more than {_LIMITS[part]} s"}
-    lines = done.stdout.strip().splitlines() or [""]
-    if done.returncode != 0:
-        tail = "\n".join([*lines[-5:], *done.stderr.strip().splitlines()[-5:]])
+        command = [sys.executable, *_TESTS, *(["--collect-only"] if toy else []), *gpu_test_files()]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A session of its own, so that a case that takes too long goes with all processes that it started.
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=_LIMITS[part])
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return {"part": part, "case": case, "error": f"took more than {_LIMITS[part]} s"}
+    lines = stdout.strip().splitlines() or [""]
+    if process.returncode != 0:
+        tail = "\n".join([*lines[-5:], *stderr.strip().splitlines()[-5:]])
         return {"part": part, "case": case, "error": tail[-1500:]}
     found = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
     return json.loads(found[-1]) if found else {"part": part, "case": case, "summary": lines[-1]}
+
+
+def gpu_test_files() -> list[str]:
+    """Test files with a GPU test; the others may need packages that a machine without a network lacks."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path) for path in paths if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -112,7 +129,8 @@ class Record:
     def __init__(self, folder: Path, *, toy: bool) -> None:
         """Finds out what this machine is, in another process: this one must not hold the GPU."""
         self.environment = dict(os.environ)
-        self._facts, self._path, self._results = {}, None, {}
+        self._facts: dict[str, Any] = {"device": "toy sizes", "versions": {}, "commit": "none"}
+        self._path, self._results = None, {}
         if toy:
             return
         self.environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
@@ -144,8 +162,11 @@ class Record:
         facts = {key: self._facts[key] for key in ("commit", "flags") if key in self._facts}
         self._results[name] = {**result, **facts, "date": time.strftime("%Y-%m-%d")}
         if self._path is not None:
-            document = {**self._facts, "results": list(self._results.values())}
-            self._path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            self._path.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
+
+    def document(self) -> dict[str, Any]:
+        """The machine and all results, old ones included."""
+        return {**self._facts, "results": list(self._results.values())}
 
 
 def _first_line(command: list[str]) -> str:

@@ -43,6 +43,7 @@ def model_of(config: LlamaConfig | T5Config, *, layers: int | None = None) -> An
         )
         kind: Any = transformers.LlamaForCausalLM
     else:
+        common["decoder_start_token_id"] = config.decoder_start_id
         theirs = transformers.T5Config(
             d_model=config.d_model,
             d_kv=config.head_dim,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import re
+import sys
+import time
+import tomllib
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import ceilings, decode, pretrain, run, table, train
+from benchmarks.gpu import baseline, ceilings, decode, pretrain, run, table, train
 from benchmarks.gpu.common import RESULT
+from jaxllm.config_file import load_config
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def result(capsys: pytest.CaptureFixture[str]) -> dict:
@@ -20,9 +30,10 @@ def test_ceilings_and_a_decode_case(capsys: pytest.CaptureFixture[str]) -> None:
     for case in ("matmul", "copy"):
         ceilings.main(case, toy=True)
         assert result(capsys)["seconds"]["median"] > 0
-    decode.main("1b_b8", toy=True)
-    measured = result(capsys)
-    assert measured["tokens_per_second"] > 0 and measured["read_gb_per_step"] > 0
+    for case in ("1b_b8", "t5_large_b8"):
+        decode.main(case, toy=True)
+        measured = result(capsys)
+        assert measured["tokens_per_second"] > 0 and measured["read_gb_per_step"] > 0
 
 
 def test_a_train_case(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,13 +52,73 @@ def test_real_pretraining_reads_the_standard_library(capsys: pytest.CaptureFixtu
     assert (batch["encoder_segment_ids"] > 0).mean() > 0.9
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("case", ["t5_large_decode", "llama_1b_train"])
+def test_a_baseline(case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that its processes do, in this one; ours is measured once."""
+    torch_side = pytest.importorskip("benchmarks.gpu.torch_side")
+
+    @functools.cache
+    def here(module: str, *arguments: str) -> dict:
+        if module.endswith("baseline"):
+            return {"difference": baseline.agree(Path(arguments[0]))}
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        with redirect_stdout(io.StringIO()) as printed:
+            torch_side.main() if module.endswith("torch_side") else run.main([*arguments])
+        return json.loads(printed.getvalue().strip().splitlines()[-1].removeprefix(RESULT))
+
+    monkeypatch.setattr(baseline, "_process", here)
+    baseline.main(case, toy=True)
+    measured = result(capsys)
+    assert measured["ratio"] > 0 and len(measured["ours"]) == 2 and measured["logits_difference"] < 1e-4
+
+
+def test_the_script_is_run_with_settings_that_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in pretrain.SCRIPTS:
+        for toy in (True, False):
+            folder = tmp_path / f"{name}_{toy}"
+            folder.mkdir()
+            file, *overrides = pretrain.script_arguments(name, str(folder), toy=toy)
+            assert load_config(file, overrides).precision.compute == "bfloat16"
+    pretrain.main("script_llama", toy=True)
+    measured = result(capsys)
+    assert measured["step"] == 5 and measured["bits_per_byte"] > 0
+
+
+def test_a_case_that_hangs_ends_with_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    monkeypatch.setattr(run, "_TESTS", ["-c", parent])
+    monkeypatch.setitem(run._LIMITS, "tests", 1)
+    assert "more than 1 s" in run.run_case("tests/gpu", toy=False, environment={})["error"]
+    time.sleep(2.5)
+    assert not mark.exists()
+
+
+def test_what_a_machine_without_a_network_lacks_is_carried() -> None:
+    """The packages of a run are either there with jax, flax, orbax and transformers, or in carry.sh's list."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    there = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "safetensors", "pyyaml", "rich"}
+    there |= {"pyarrow", "matplotlib"}  # too large to carry; its head says so
+    carried = (ROOT / "benchmarks" / "gpu" / "carry.sh").read_text(encoding="utf-8")
+    names = [re.split(r"[>=<\[; ]", entry)[0].lower() for entry in project["dependencies"]]
+    words = set(re.split(r"\s+|==[\d.]+", carried.replace("_", "-")))
+    assert not [name for name in names if name not in there and name.replace("_", "-") not in words]
+    assert {"cuda12", "cuda13"} <= set(project["optional-dependencies"])
+
+
 def test_every_case_has_a_program_and_failures_are_survived(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run.main(["--list"]) == 0
     names = capsys.readouterr().out.split()
     assert {name.split("/")[0] for name in names} == set(run.PARTS)
-    done = iter([{"error": "Traceback\nout of memory"}, {"tokens_per_second": 5.0, "mfu": 0.5, "peak_gb": 9.0}])
+    with pytest.raises(SystemExit):
+        run.main(["decod/1b"])
+    assert "no case begins with decod/1b" in capsys.readouterr().err
+    good = {"tokens_per_second": 5.0, "mfu": 0.5, "peak_gb": 9.0}
+    done = iter([{"error": "Traceback\nout of memory"}, good])
     monkeypatch.setattr(run, "run_case", lambda name, **_: {"part": "train", "case": name, **next(done)})
     monkeypatch.setattr(run, "_first_line", lambda command: "Some GPU")
     monkeypatch.setattr("jaxllm.training.device.accepted_flags", lambda flags: flags)
