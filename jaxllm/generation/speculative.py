@@ -53,6 +53,10 @@ class Draft(NamedTuple):
     probabilities: Float[Array, "B k V"] | None
 
 
+# Cache, last token [B, 1] and what a penalty counts [B, V] of a model that drafts.
+DraftCarry = tuple[KVCache, Array, Array | None]
+
+
 class SpeculativeState(NamedTuple):
     """The carry of the loop.
 
@@ -63,6 +67,7 @@ class SpeculativeState(NamedTuple):
         counts: how many of them each row has.
         steps: forwards of the large model in which each row was still going [B].
         finished: rows that are done [B].
+        seen: ids that a repetition penalty counts, those in `out` included [B, V]; None without one.
     """
 
     cache: KVCache
@@ -71,6 +76,7 @@ class SpeculativeState(NamedTuple):
     counts: Int[Array, " B"]
     steps: Int[Array, " B"]
     finished: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
 
 
 def generate_speculative(
@@ -97,7 +103,7 @@ def generate_speculative(
         drafts: tokens proposed for each forward.
         draft_model: a smaller model of the same family and vocabulary; None looks drafts up in the prompt.
         draft_params: its parameters.
-        sampling: greedy by default; a repetition penalty is refused, since drafts change what it counts.
+        sampling: greedy by default.
         eos_ids: ids that end a row.
         pad_id: fills the batch.
         seed: of the random choices.
@@ -105,7 +111,7 @@ def generate_speculative(
     Raises:
         ValueError: as `generate`, or for a draft model that doesn't fit.
     """
-    _check_draft(model, draft_model, draft_params, drafts, sampling)
+    _check_draft(model, draft_model, draft_params, drafts)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
     options |= {"pad_id": pad_id, "seed": seed, "extra": drafts, "wraps": False}
     large = make_request(model, params, prompts, **options)
@@ -120,13 +126,11 @@ def generate_speculative(
     return Speculated(rows, float(np.sum(counts - 1) / max(1, np.sum(steps))))
 
 
-def _check_draft(model: Model, draft_model: Model | None, draft_params: Any, drafts: int, sampling: Sampling) -> None:
+def _check_draft(model: Model, draft_model: Model | None, draft_params: Any, drafts: int) -> None:
     if drafts < 1:
         raise ValueError(f"drafts must be at least 1, got {drafts}")
     if (draft_model is None) != (draft_params is None):
         raise ValueError("draft_model and draft_params go together")
-    if sampling.repetition_penalty != 1:
-        raise ValueError("a repetition penalty depends on every token before; use generate, or set it to 1")
     if draft_model is not None:
         ours, theirs = model.config, draft_model.config
         if (ours.family, ours.vocab_size) != (theirs.family, theirs.vocab_size):
@@ -155,11 +159,12 @@ def _run(
         small, draft_cache = Side(weights[1], draft_context), drafting.cache
     first_position = begun.positions
     zeros = jnp.zeros_like(first_position)
-    logits = _processed(begun.logits[:, None], zeros, settings)
+    logits = _processed(begun.logits[:, None], zeros, settings, None if begun.seen is None else begun.seen[:, None])
     first = _pick(logits, _keys(keys, zeros, 0), settings)[:, 0]
     out = jnp.full((tokens.shape[0], settings.plan.new), settings.pad_id, jnp.int32).at[:, 0].set(first)
     finished = ended(first, settings.eos_ids) | (limit <= 1)
-    state = SpeculativeState(begun.cache, draft_cache, out, zeros + 1, zeros, finished)
+    seen = None if begun.seen is None else begun.seen.at[jnp.arange(first.shape[0]), first].set(True)
+    state = SpeculativeState(begun.cache, draft_cache, out, zeros + 1, zeros, finished, seen)
 
     def body(state: SpeculativeState) -> SpeculativeState:
         if drafter is None or small is None or draft_settings is None or state.draft_cache is None:
@@ -179,12 +184,22 @@ def _keys(keys: Array, counts: Array, purpose: int | Array) -> Array:
     return jax.vmap(lambda key, count: jax.random.fold_in(jax.random.fold_in(key, count), purpose))(keys, counts)
 
 
-def _processed(logits: Float[Array, "B T V"], counts: Int[Array, " B"], settings: Settings) -> Float[Array, "B T V"]:
+def _processed(
+    logits: Float[Array, "B T V"], counts: Int[Array, " B"], settings: Settings, seen: Bool[Array, "B T V"] | None
+) -> Float[Array, "B T V"]:
     """Processors on the logits of tokens number counts, counts + 1, ... of each row."""
-    numbers = counts[:, None] + jnp.arange(logits.shape[1])
-    banned = ban_end(settings, numbers.reshape(-1), logits.shape[-1])
-    flat = process(logits.reshape(-1, logits.shape[-1]), settings.sampling, banned=banned)
-    return flat.reshape(logits.shape)
+    numbers, vocab = counts[:, None] + jnp.arange(logits.shape[1]), logits.shape[-1]
+    banned = ban_end(settings, numbers.reshape(-1), vocab)
+    seen = None if seen is None else seen.reshape(-1, vocab)
+    return process(logits.reshape(-1, vocab), settings.sampling, seen=seen, banned=banned).reshape(logits.shape)
+
+
+def _seen_along(seen: Bool[Array, "B V"] | None, drafts: Int[Array, "B k"]) -> Bool[Array, "B T V"] | None:
+    """What a penalty counts before each draft and after the last: a draft matters only if those before it hold."""
+    if seen is None:
+        return None
+    drafted = jnp.cumsum(jax.nn.one_hot(drafts, seen.shape[-1], dtype=jnp.int32), axis=1) > 0
+    return seen[:, None] | jnp.pad(drafted, ((0, 0), (1, 0), (0, 0)))
 
 
 def _pick(logits: Float[Array, "B T V"], keys: Array, settings: Settings) -> Int[Array, "B T"]:
@@ -231,18 +246,20 @@ def _draft(
     drafts: int,
 ) -> tuple[Draft, KVCache]:
     """Lets the small model go on by itself; one step more than drafts, so that its cache holds them all."""
+    rows = jnp.arange(positions.shape[0])
 
-    def step(carry: tuple[KVCache, Array], i: Array) -> tuple[tuple[KVCache, Array], tuple[Array, Array]]:
-        cache, tokens = carry
+    def step(carry: DraftCarry, i: Array) -> tuple[DraftCarry, tuple[Array, Array]]:
+        cache, tokens, seen = carry
         logits, cache = drafter.extend(
             side.params, side.context, cache, tokens, (positions + i)[:, None], settings.plan
         )
-        logits = _processed(logits, state.counts + i, settings)
+        logits = _processed(logits, state.counts + i, settings, None if seen is None else seen[:, None])
         new = _pick(logits, _keys(keys, state.counts, 1 + i), settings)
-        return (cache, new), (new[:, 0], jax.nn.softmax(logits[:, 0]))
+        seen = None if seen is None else seen.at[rows, new[:, 0]].set(True)
+        return (cache, new, seen), (new[:, 0], jax.nn.softmax(logits[:, 0]))
 
-    carry = cache, _last(state)
-    (cache, _), (tokens, probabilities) = jax.lax.scan(step, carry, jnp.arange(drafts + 1))
+    carry = cache, _last(state), state.seen
+    (cache, *_), (tokens, probabilities) = jax.lax.scan(step, carry, jnp.arange(drafts + 1))
     return Draft(tokens[:drafts].T, jnp.swapaxes(probabilities[:drafts], 0, 1)), cache
 
 
@@ -261,21 +278,23 @@ def _verify(
     offsets = jnp.arange(fed.shape[1])
     positions = (first_position + state.counts - 1)[:, None] + offsets
     logits, cache = decoder.extend(side.params, side.context, state.cache, fed, positions, settings.plan)
-    logits = _processed(logits, state.counts, settings)
+    logits = _processed(logits, state.counts, settings, _seen_along(state.seen, draft.tokens))
     accept = _accept_greedy if settings.sampling.temperature == 0 else _accept_sampled
     accepted, tokens = accept(logits, draft, _keys(keys, state.counts, 0))
     ends = ended(tokens, settings.eos_ids) & (offsets <= accepted[:, None])
     until_end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1), accepted) + 1
     new = jnp.where(state.finished, 0, jnp.minimum(until_end, limit - state.counts))
-    columns = jnp.where(offsets < new[:, None], state.counts[:, None] + offsets, state.out.shape[1])
-    out = state.out.at[jnp.arange(fed.shape[0])[:, None], columns].set(tokens, mode="drop")
+    rows, kept = jnp.arange(fed.shape[0])[:, None], offsets < new[:, None]
+    columns = jnp.where(kept, state.counts[:, None] + offsets, state.out.shape[1])
+    out = state.out.at[rows, columns].set(tokens, mode="drop")
+    seen = None if state.seen is None else state.seen.at[rows, tokens].max(kept)
     counts = state.counts + new
     stopped = (
         state.finished
         | (counts >= limit)
         | ended(_last(state._replace(out=out, counts=counts))[:, 0], settings.eos_ids)
     )
-    return SpeculativeState(cache, state.draft_cache, out, counts, state.steps + ~state.finished, stopped)
+    return SpeculativeState(cache, state.draft_cache, out, counts, state.steps + ~state.finished, stopped, seen)
 
 
 def _accept_greedy(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:

@@ -192,7 +192,8 @@ def test_samples_depend_on_their_seed_and_not_on_batch_mates(plain) -> None:
     model, params = plain
     warm = Sampling(temperature=1.5, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.1)
     draw = functools.partial(generate, model, params, max_new_tokens=12, sampling=warm)
-    assert draw(prompts=PROMPTS, seed=1) == draw(prompts=PROMPTS, seed=1) != draw(prompts=PROMPTS, seed=2)
+    first, again, other = (draw(prompts=PROMPTS, seed=seed, samples=2) for seed in (1, 1, 2))
+    assert first == again != other
     together = draw(prompts=PROMPTS, seed=[7, 8, 9], samples=2)
     assert len(together) == 6 and together[0] != together[1]
     assert together[2:4] == draw(prompts=[PROMPTS[1]], seed=[8], samples=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.generation import generate, loop, verify
+from jaxllm.generation import loop, verify
 from jaxllm.generation.requests import make_request
 from jaxllm.models import build, init_params, llama_decode
 from jaxllm.models.layers import Linear, apply
@@ -23,14 +24,20 @@ CONFIGS = {
 }
 
 
+@functools.cache
+def parameters(family: str) -> Any:
+    """Initial ones and noise, since initial biases and norms would hide a mistake."""
+    rng = np.random.default_rng(1)
+    params = init_params(build(CONFIGS[family]), jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_steps_agree_with_a_full_forward_within_the_rounding(family: str, dtype: str) -> None:
     """Beside the full forward, and both beside float32: caching may not cost a part of the format's digits."""
     model, exact = (build(CONFIGS[family], dtype=jnp.dtype(name)) for name in (dtype, "float32"))
-    rng = np.random.default_rng(1)
-    params: Any = init_params(model, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    params = parameters(family)
     r = make_request(model, params, llama.PROMPTS, max_new_tokens=8, record=True)
     context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
     slots = r.settings.plan.slots
@@ -50,9 +57,10 @@ def test_steps_agree_with_a_full_forward_within_the_rounding(family: str, dtype:
 
     assert 0 < error(cached, whole) < 2 * float(jnp.finfo(dtype).eps)
     assert error(cached, truth) < 1.3 * error(whole, truth)
-    # Greedy: each token was the largest of its step's logits, and `generate` goes the same way.
+    # Greedy: each token is the largest of its step's logits, and of the full forward's as far as rounding can tell.
     np.testing.assert_array_equal(tokens, np.asarray(logits).argmax(axis=-1))
-    assert generate(model, params, llama.PROMPTS, max_new_tokens=8) == np.asarray(tokens).T.tolist()
+    missed = whole.max(axis=-1) - np.take_along_axis(whole, np.asarray(tokens).T[..., None], axis=-1)[..., 0]
+    assert missed.max() <= 2 * np.abs(cached - whole).max()
 
 
 def test_joined_projections_round_their_bias_as_training_does() -> None:

@@ -77,12 +77,37 @@ def test_samples_follow_the_distribution(large, small, drafting: str) -> None:
     assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * np.sqrt(2 / (9 * freedom))) ** 3
 
 
+def test_a_repetition_penalty_counts_drafts_as_said(large) -> None:
+    """Short prompts leave most ids unseen; the model's own drafts are then penalised by drafts before them."""
+    model, params = large
+    prompts, sampling = [[5], [8], [4], [1], [10]], Sampling(repetition_penalty=1.3)
+    want = generate(model, params, prompts, max_new_tokens=12, sampling=sampling)
+    assert want != generate(model, params, prompts, max_new_tokens=12)
+    itself = {"draft_model": model, "draft_params": params}
+    got = generate_speculative(model, params, prompts, max_new_tokens=12, drafts=4, sampling=sampling, **itself)
+    assert got.rows == want
+    assert got.tokens_per_step > 3.5  # of 11 tokens after the first, in 3 steps
+    assert generate_speculative(model, params, prompts, max_new_tokens=12, sampling=sampling).rows == want
+
+
+def test_penalised_samples_are_those_of_generate(large, small) -> None:
+    """Chi-square of two samples, over pairs of the last two of three tokens."""
+    warm = {"max_new_tokens": 3, "sampling": Sampling(temperature=2.0, repetition_penalty=1.5)}
+    prompts, vocab = [PROMPTS[0]] * 4000, CONFIG.vocab_size
+    draft = {"draft_model": small[0], "draft_params": small[1], "drafts": 2, "seed": 3}
+    sides = generate(*large, prompts, **warm), generate_speculative(*large, prompts, **warm, **draft).rows
+    left, right = (np.bincount([b * vocab + c for _, b, c in side], minlength=vocab**2) for side in sides)
+    common = left + right >= 10
+    statistic = np.sum((left - right)[common] ** 2 / (left + right)[common])
+    freedom = int(np.sum(common)) - 1
+    assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * np.sqrt(2 / (9 * freedom))) ** 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"drafts": 0}, "drafts must be at least 1"),
         ({"draft_params": {}}, "go together"),
-        ({"sampling": Sampling(repetition_penalty=1.2)}, "repetition penalty"),
         (
             {
                 "draft_model": build(LlamaConfig(vocab_size=12, d_model=8, d_ff=8, num_layers=1, num_heads=1)),
