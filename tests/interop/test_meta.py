@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxllm.config import RopeConfig
 from jaxllm.interop import InteropError
@@ -68,6 +69,37 @@ def test_ranks_are_joined_and_rows_reordered(tmp_path: Path, ranks: int, columns
     for name in ("embed", "lm_head"):
         found[name] = found[name][:-1]
     assert_same_bits(found, params)
+
+
+def to_pickles(folder: Path, torch) -> None:
+    """Rewrites the ranks as torch.save does it, which is how Meta published them."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = {k: torch.tensor(v.view(np.int16)).view(torch.bfloat16) for k, v in load_file(path).items()}
+        torch.save(tensors, path.with_suffix(".pth"))
+        path.unlink()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")  # torch warns about itself
+def test_torch_pickles_of_two_ranks_are_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    params = random_params(CONFIG, "bfloat16")
+    write_meta(tmp_path, params, ranks=2, columns=False)
+    to_pickles(tmp_path, torch)
+    assert sorted(path.name for path in tmp_path.glob("cons*")) == ["consolidated.00.pth", "consolidated.01.pth"]
+    model, found = load_meta(tmp_path)
+    assert (model.config.num_heads, model.config.num_kv_heads, model.dtype) == (4, 2, jnp.bfloat16)
+    for name in ("embed", "lm_head"):
+        found[name] = found[name][:-1]
+    assert_same_bits(found, params)
+
+
+def test_pickles_without_torch_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "params.json").write_text('{"dim": 24, "n_layers": 2, "n_heads": 4}')
+    (tmp_path / "consolidated.00.pth").touch()
+    with pytest.raises(InteropError, match=r"consolidated.00.pth is a torch pickle; reading it needs: pip install"):
+        load_meta(tmp_path)
 
 
 def test_neighbouring_pairs_score_as_reordered_halves_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from jaxllm.config import RunConfig
 from jaxllm.config_file import parse_config
+from jaxllm.training.export import export_run
 from jaxllm.training.trainer import Summary, pretrain
 
 
@@ -79,14 +81,23 @@ def test_the_sample_shows_blanks_and_answers(whole: tuple[RunConfig, Summary]) -
     assert text.count("--- filled in") == 3 and "the «" in text
 
 
-def test_fine_tuning_keeps_the_tokenizer(folder: Path, whole: tuple[RunConfig, Summary]) -> None:
-    pairs = folder / "pairs.jsonl"
+@pytest.mark.parametrize("start", ["scratch", "run", "hf"])
+def test_fine_tuning_on_pairs(start: str, folder: Path, whole: tuple[RunConfig, Summary]) -> None:
+    """With a learning rate of nothing, so that where a run started from is what it ends with."""
+    pairs = folder / f"{start}.jsonl"
     records = [{"inputs": f"cat {i}", "targets": f"mat {i}"} for i in range(60)]
     pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = {"path": str(pairs), "objective": "seq2seq", "text_key": "inputs", "target_key": "targets"}
     data |= {"target_length": 16, "tokenizer": str(whole[1].folder / "tokenizer.json")}
-    tuned = config(folder, "tuned", data, steps=2, init_from=str(whole[1].folder))
+    source = {"scratch": None, "run": whole[1].folder, "hf": folder / "exported"}[start]
+    if start == "hf":
+        export_run(whole[1].folder, folder / "exported")
+    init = {} if source is None else {"init_from": str(source)}
+    tuned = config(folder, f"tuned_{start}", data, steps=2, **init)
+    tuned = dataclasses.replace(tuned, optimizer=dataclasses.replace(tuned.optimizer, learning_rate=1e-30))
     summary = pretrain(tuned)
     kept = [(Path(run.training.run_dir) / "tokenizer.json").read_text() for run in (whole[0], tuned)]
     assert kept[0] == kept[1]
     assert summary.finished and 0 <= summary.validation["spans_exact"] <= 1
+    pretrained = zip(final_params(whole[0]), final_params(tuned), strict=True)
+    assert all(np.allclose(a, b, atol=1e-7) for a, b in pretrained) == (start != "scratch")
