@@ -514,7 +514,8 @@ class RunConfig:
         _require(
             (data.objective != "causal") == encoder_decoder,
             f"data.objective {data.objective!r} does not fit model.family {model.family!r}; "
-            f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal'}",
+            f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal'}"
+            + ("; a decoder's attention has no prefix that sees both ways" if data.objective == "prefix_lm" else ""),
         )
         strangers = {"rope"} if encoder_decoder else {"relative_bias", "mlp_output"}
         _require(

@@ -101,6 +101,7 @@ BAD = [
     ({"data": {"sequence_length": 1}}, "sequence_length must be at least 2, got 1"),
     ({"data": {"source": "files"}}, "path goes with source: files"),
     ({"data": {"objective": "span_corruption"}}, "does not fit model.family 'llama'"),
+    ({"data": {"objective": "prefix_lm"}}, "no prefix that sees both ways"),
     ({"training": {"batch_size": 6, "accumulation": 4}}, "not a multiple of accumulation"),
     ({"training": {"steps": "many"}}, "training.steps"),
     ({"optimizer": {"warmup_steps": 2000}}, "exceed training.steps 1000"),
