@@ -27,7 +27,7 @@ _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": j
 _REOPEN_BYTES = 1 << 26  # bytes read from one mapping before it is given back
 # Rows read and transposed at once: NumPy then writes whole cache lines, from rows that the cache holds. Of a multiple
 # of 4096 bytes, rows would all compete for the same few lines of it; the padding spreads them.
-_ROWS, _PAD = 64, 32
+_ROWS, _PAD = 128, 32
 
 
 class Entry(NamedTuple):
