@@ -46,20 +46,21 @@ class Pattern(NamedTuple):
     query_lengths: Int[Array, " B"] | None = None
     key_lengths: Int[Array, " B"] | None = None
 
-    def mask(self, query_index: Int[Array, " T"], key_index: Int[Array, " S"]) -> Array | None:
+    def mask(self, queries: range, keys: range) -> Array | None:
         """The mask of a block of queries and keys, [T, S] or [B, T, S]; None when nothing is hidden."""
+        query_index, key_index = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
         causal = causal_mask(query_index, key_index) if self.causal else None
         window = None
         if self.window is not None:
             window = window_mask(query_index, key_index, window=self.window)
         segments = None
         if self.query_segments is not None and self.key_segments is not None:
-            # As jax arrays: traced indices, as in a scan over layers, do not index NumPy's.
-            queries_of, keys_of = jnp.asarray(self.query_segments), jnp.asarray(self.key_segments)
-            segments = segment_mask(queries_of[:, query_index], keys_of[:, key_index])
-        queries = None if self.query_lengths is None else (query_index < self.query_lengths[:, None])[:, :, None]
-        keys = None if self.key_lengths is None else (key_index < self.key_lengths[:, None])[:, None, :]
-        return combine(causal, window, segments, queries, keys)
+            # Slices, because XLA:CPU would compute an index into the documents for each score.
+            queries_of = self.query_segments[:, queries.start : queries.stop]
+            segments = segment_mask(queries_of, self.key_segments[:, keys.start : keys.stop])
+        real_queries = None if self.query_lengths is None else (query_index < self.query_lengths[:, None])[:, :, None]
+        real_keys = None if self.key_lengths is None else (key_index < self.key_lengths[:, None])[:, None, :]
+        return combine(causal, window, segments, real_queries, real_keys)
 
 
 def attention(
@@ -94,9 +95,9 @@ def attention(
         return fused.fused_attention(query, key, value, scale=scale, bias=bias, **pattern._asdict())
     if chosen == "chunked":
         return chunked_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
-    index = jnp.arange(query.shape[1]), jnp.arange(key.shape[1])
+    mask = pattern.mask(range(query.shape[1]), range(key.shape[1]))
     options = {"scale": scale, "bias": bias, "drop": drop, "softmax_dtype": softmax_dtype}
-    return masked_attention(query, key, value, mask=pattern.mask(*index), **options)
+    return masked_attention(query, key, value, mask=mask, **options)
 
 
 def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None) -> str:
@@ -113,7 +114,7 @@ def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, b
     if on_gpu and not obstacle:
         chosen = "cudnn"
     else:
-        chosen = "chunked" if query.shape[1] >= 2 * QUERY_BLOCK else "reference"
+        chosen = "chunked" if query.shape[1] >= QUERY_BLOCK else "reference"
     reason = obstacle if on_gpu else None
     if chosen == "cudnn" and packed:
         reason = "packed documents by codes in the heads"

@@ -41,6 +41,28 @@ def _contract(equation: str, left: Array, right: Array) -> Array:
     return jnp.einsum(equation, left, right, preferred_element_type=wide).astype(left.dtype)
 
 
+def sum_of_outer(left: Float[Array, "*B N D"], right: Float[Array, "*B N F"]) -> Float[Array, "*B D F"]:
+    """The sum over rows of outer products, left^T @ right, in float32: what the gradient of a matrix is.
+
+    XLA:CPU multiplies in bfloat16 only where no factor is transposed; else it converts both to float32. A transpose
+    that the product cannot absorb, because it hides between reshapes, makes that product 1.5 to 3 times as fast.
+    """
+    *batch, rows, width = left.shape
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    if not _hides(left):
+        return jnp.einsum("...nd,...nf->...df", left, right, preferred_element_type=wide)
+    columns = jnp.moveaxis(left.reshape(*batch, rows // _HIDING, _HIDING, width), -1, -3).reshape(*batch, width, rows)
+    return jnp.einsum("...dn,...nf->...df", columns, right, preferred_element_type=wide)
+
+
+_HIDING = 8
+
+
+def _hides(left: Array) -> bool:
+    low = jnp.promote_types(left.dtype, jnp.float32) != left.dtype
+    return low and left.shape[-2] % _HIDING == 0 and jax.default_backend() != "gpu"
+
+
 @jax.custom_vjp
 def _linear(x: Array, kernel: Array) -> Array:
     return _contract("...d,df->...f", x, kernel)
@@ -54,11 +76,11 @@ def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
     x, kernel = saved
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     # XLA:CPU transposes the first operand, fused with whatever made it: let that be the narrower one.
-    if rows.shape[1] > grads.shape[1]:
-        kernel_grad = _contract("nf,nd->fd", grads, rows).T
+    if rows.shape[1] > grads.shape[1] and not _hides(rows):
+        kernel_grad = sum_of_outer(grads, rows).T
     else:
-        kernel_grad = _contract("nd,nf->df", rows, grads)
-    return _contract("...f,df->...d", grad, kernel), kernel_grad
+        kernel_grad = sum_of_outer(rows, grads)
+    return _contract("...f,df->...d", grad, kernel), kernel_grad.astype(kernel.dtype)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

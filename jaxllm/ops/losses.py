@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.ops.linear import sum_of_outer
+
 
 class LossSums(NamedTuple):
     """Sums over all weighted positions, float32 scalars.
@@ -114,12 +116,12 @@ def _cross_entropy_forward(
         grad = slope[:, None] * jnp.exp(logits - normalizer[:, None].astype(logits.dtype))
         grad = (grad - jnp.where(hot, (inner * part_weights)[:, None], 0)).astype(dtype)
         row_grad = jnp.einsum("nv,vd->nd", grad, head, preferred_element_type=jnp.float32).astype(dtype)
-        head_grad += jnp.einsum("nv,nd->vd", grad, part_rows, preferred_element_type=jnp.float32)
+        head_grad += sum_of_outer(part_rows, grad)
         return (_add(total, sums), head_grad), row_grad
 
-    start = (_zero_sums(), jnp.zeros(head.shape, jnp.float32))
+    start = (_zero_sums(), jnp.zeros(head.shape[::-1], jnp.float32))
     (total, head_grad), row_grads = jax.lax.scan(body, start, (rows, targets, weights))
-    return total, (row_grads, head_grad)
+    return total, (row_grads, head_grad.T)
 
 
 def _cross_entropy_backward(

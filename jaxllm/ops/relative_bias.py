@@ -2,8 +2,9 @@
 
 Buckets are computed on the host, in integers: T5's rule takes a logarithm, and another platform's logarithm could put
 a border one distance off. A bias depends on the distance alone, so the table is multiplied by one-hot rows of the
-T + S distances around zero, and the result is laid out as [N, T, S] by reshapes: the gradient is a sum and a small
-matmul, where indexing would have a scatter of T * S terms. Not here: attention, which adds the bias to its scores.
+T + S distances around zero, and row t of [N, T, S] is a slice of the result: slices are written once, where reshapes
+would be fused into every layer's softmax. The gradient is a sum and a small matmul, not a scatter of T * S terms. Not
+here: attention, which adds the bias to its scores.
 """
 
 from __future__ import annotations
@@ -63,14 +64,32 @@ def relative_bias(
     """The bias of every query and key of two sequences that share their first index, in float32 or `dtype`."""
     distance = np.arange(-queries, keys)
     bucket = relative_bucket(distance, buckets=table.shape[0], max_distance=max_distance, bidirectional=bidirectional)
-    # Row t wants distances -t .. keys - 1 - t: with distance 0 first, that is the cycle started t places earlier.
-    # Repeating the cycle of W and cutting rows of W - 1 moves each row by one place.
-    cycle, width = _rows(table, np.roll(bucket, -queries)).T, queries + keys  # [N, W]
-    if dtype is not None:
-        cycle = cycle.astype(dtype)
-    repeated = jnp.broadcast_to(cycle[:, None], (table.shape[1], queries, width)).reshape(table.shape[1], -1)
-    rows = repeated[:, : queries * (width - 1)].reshape(table.shape[1], queries, width - 1)
-    return rows[None, :, :, :keys]
+    numbers = _rows(table, bucket).T
+    bias: Any = _lay_out(numbers if dtype is None else numbers.astype(dtype), queries, keys)
+    return bias[None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _lay_out(numbers: Float[Array, "N W"], queries: int, keys: int) -> Float[Array, "N T S"]:
+    """Row t takes the S of the W = T + S numbers, of distances -T .. S - 1, that start at distance -t."""
+    heads, width = numbers.shape
+    starts = width * jnp.arange(heads)[:, None] + queries - jnp.arange(queries)
+    row = functools.partial(jax.lax.dynamic_slice_in_dim, numbers.reshape(-1), slice_size=keys)
+    return jax.vmap(jax.vmap(row))(starts)
+
+
+def _lay_out_backward(queries: int, keys: int, saved: None, grad: Array) -> tuple[Array]:
+    # Row T - 1 - t holds distance d in column d + t: rows of W, read again as rows of W - 1, move by one place each.
+    heads, width = grad.shape[0], queries + keys
+    flat = jnp.pad(grad[:, ::-1], ((0, 0), (0, 0), (0, queries))).reshape(heads, -1)
+    columns = flat[:, : queries * (width - 1)].reshape(heads, queries, width - 1)
+    wide = jnp.promote_types(grad.dtype, jnp.float32)
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": wide}
+    total = jnp.einsum("t,ntw->nw", jnp.ones(queries, grad.dtype), columns, **exact)
+    return (jnp.pad(total, ((0, 0), (1, 0))).astype(grad.dtype),)
+
+
+_lay_out.defvjp(lambda numbers, queries, keys: (_lay_out(numbers, queries, keys), None), _lay_out_backward)
 
 
 def relative_bias_at(

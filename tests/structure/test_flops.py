@@ -43,7 +43,9 @@ def test_t5_formula_is_the_dot_count_but_for_the_bias_tables() -> None:
     model = T5Config(vocab_size=97, layers="unroll", attention="reference", **sizes)
     data = DataConfig(objective="span_corruption", sequence_length=16, target_length=8)
     config = RunConfig(model=model, data=data, training=TrainingConfig(batch_size=4, loss_chunk=16))
-    # Each stack's table meets its one-hot buckets, one per distance, once forward and once backward.
+    # Each stack's table meets its one-hot buckets, one per distance, once forward and once backward; before that the
+    # gradients of a distance are summed by a product.
     bias = 2 * 2 * model.relative_buckets * model.num_heads * (2 * 16 + 2 * 8)
+    bias += 2 * model.num_heads * (16 * (2 * 16 - 1) + 8 * (2 * 8 - 1))
     flops = train_flops(model, batch=4, length=16, target_length=8)
     assert dot_flops(traced_train_step(config).jaxpr.jaxpr) == flops.full + bias
