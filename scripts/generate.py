@@ -6,14 +6,8 @@ A T5 fills blanks: python scripts/generate.py FOLDER "The <extra_id_0> sat on th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-Marks = list[tuple[int, float]]  # tokens of each chunk or batch, and seconds since the start when it was there
 
 
 def main() -> int:
@@ -48,6 +42,7 @@ def main() -> int:
 
 
 def _speak(arguments: argparse.Namespace) -> None:
+    from jaxllm.generation import terminal
     from jaxllm.ops.sampling import Sampling
     from jaxllm.training.speaker import load_speaker
 
@@ -55,51 +50,13 @@ def _speak(arguments: argparse.Namespace) -> None:
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
     prompts = _prompts(arguments)
     speaker = load_speaker(arguments.folder, dtype=arguments.dtype, int8=arguments.int8)
-    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "sampling": sampling}
-    options |= {"eos_ids": speaker.eos_ids, "pad_id": speaker.pad_id, "stop": arguments.stop, "decode": speaker.decode}
-    write = _write_batches if arguments.batch else _write_stream
-    counts, times = zip(*write(speaker, prompts, arguments, options), strict=True)
-    text = f"{sum(counts)} tokens in {times[-1]:.2f} s"
-    if len(counts) > 1 and not arguments.batch:
-        rate = sum(counts[1:]) / (times[-1] - times[0])
-        text += f": the first {counts[0]} with compilation in {times[0]:.2f} s, then {rate:.1f} tokens/s"
+    options = {"max_new_tokens": arguments.max_new_tokens, "sampling": sampling, "stop": arguments.stop}
+    options["seed"] = arguments.seed
+    if arguments.batch:
+        rate = terminal.write_batches(speaker, prompts, batch_size=arguments.batch_size, **options)
     else:
-        text += f", compilation included: {sum(counts) / times[-1]:.1f} tokens/s"
-    print(text, file=sys.stderr)
-
-
-def _write_batches(speaker: Any, prompts: list[str], arguments: argparse.Namespace, options: Any) -> Marks:
-    """JSON lines on stdout; each prompt has a seed of its own, so that the size of a batch changes no result."""
-    from jaxllm.generation import generate
-
-    marks, begun = [], time.perf_counter()
-    for start in range(0, len(prompts), arguments.batch_size):
-        part = prompts[start : start + arguments.batch_size]
-        seeds = [arguments.seed + start + i for i in range(len(part))]
-        rows = generate(speaker.model, speaker.params, [speaker.encode(text) for text in part], seed=seeds, **options)
-        for prompt, row in zip(part, rows, strict=True):
-            print(json.dumps({"prompt": prompt, "text": speaker.decode(row), "tokens": len(row)}, ensure_ascii=False))
-        sys.stdout.flush()
-        marks.append((sum(map(len, rows)), time.perf_counter() - begun))
-    return marks
-
-
-def _write_stream(speaker: Any, prompts: list[str], arguments: argparse.Namespace, options: Any) -> Marks:
-    """Text on stdout as it comes."""
-    from jaxllm.generation import generate_stream
-
-    marks, begun = [], time.perf_counter()
-
-    def counted() -> Iterator[list[list[int]]]:
-        ids = speaker.encode(prompts[0])
-        for chunk in generate_stream(speaker.model, speaker.params, [ids], seed=arguments.seed, **options):
-            marks.append((len(chunk[0]), time.perf_counter() - begun))
-            yield chunk
-
-    for piece in speaker.pieces(counted()):
-        print(piece, end="", flush=True)
-    print()
-    return marks
+        rate = terminal.write_stream(speaker, prompts[0], **options)
+    print(rate, file=sys.stderr)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 # All of this must be set before jax starts, and reach the processes that tests start.
@@ -13,17 +10,11 @@ if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # LLVM's effort only (XLA's own passes all run): compiling is most of the suite's time, and this halves it.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Many tests compile the same programs: one cache for this process and those that it starts. Workers of xdist do not
-# share it, since jax does not write an entry in one piece.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxllm-compiled-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
 
 from jaxllm.config import LlamaConfig
-
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # dtype -> largest difference, relative to the largest value compared.
 TOLERANCE = {"float32": 1e-5, "float32_grad": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}

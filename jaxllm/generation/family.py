@@ -7,7 +7,7 @@ by the loops, never carried, so that it is neither copied nor mistaken for anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -243,6 +243,3 @@ def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
 def decoder_of(model: Model) -> Decoder:
     """The adapter of a model's family."""
     return T5Decoder(model) if isinstance(model, T5) else LlamaDecoder(model)
-
-
-_DECODERS: dict[str, Callable[[Any], Decoder]] = {"llama": LlamaDecoder}

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -31,7 +30,7 @@ from jaxllm.training.fit import announce_fit
 from jaxllm.training.initial_params import load_initial_params
 from jaxllm.training.loss import build_loss
 from jaxllm.training.loss_scale import Retries
-from jaxllm.training.metrics import MetricsWriter, plot_curve, train_flops
+from jaxllm.training.metrics import MetricsWriter, plot_curve
 from jaxllm.training.optimizer import build_optimizer, build_schedule
 from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.precision import build_model, compute_dtype
@@ -39,6 +38,7 @@ from jaxllm.training.prefetch import Prefetch
 from jaxllm.training.run_folder import open_run_folder
 from jaxllm.training.samples import write_sample
 from jaxllm.training.spans import SpanEvaluation
+from jaxllm.training.throughput import Throughput
 from jaxllm.training.train_step import (
     StepMetrics,
     TrainState,
@@ -138,7 +138,7 @@ class _Run:
         self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
         self.writer = MetricsWriter(folder, resume_step=self.step)
         self.baselines = pipeline.baselines()
-        self._meter = _Meter(config, pipeline.recipe.lengths)
+        self._meter = Throughput(config, pipeline.recipe.lengths)
         _log.info(
             "%s, %.2fM parameters, %s in %s, tokenizer of %d",
             config.model.family,
@@ -336,52 +336,6 @@ def _tokens(batch: dict[str, np.ndarray]) -> float:
 def _keep_layout(state: TrainState, mesh: Mesh | None) -> dict[str, Any]:
     """Options of jit that leave a step's new state where the old one lies, whatever XLA would prefer."""
     return {} if mesh is None else {"out_shardings": (state_shardings(state, mesh), None)}
-
-
-class _Meter:
-    """Tokens per second, utilisation and the host's share of waiting for data, since the last reading."""
-
-    def __init__(self, config: RunConfig, lengths: tuple[int, int]) -> None:
-        batch = config.training.batch_size
-        self._flops = train_flops(config.model, batch=batch, length=lengths[0], target_length=lengths[1])
-        device = detect_device()
-        self._peak = None if device.flops is None else device.flops * device.count
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._tokens, self._steps, self._waited = time.perf_counter(), 0.0, 0, 0.0
-
-    def add(self, tokens: float) -> None:
-        self._tokens, self._steps = self._tokens + tokens, self._steps + 1
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - before
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-    def read(self) -> dict[str, float]:
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
-        rate = self._steps / elapsed
-        values = {
-            "tokens_per_second": self._tokens / elapsed,
-            "tflops": rate * self._flops.causal / 1e12,
-            "data_wait": self._waited / elapsed,
-        }
-        if self._peak is not None:
-            values |= {
-                "mfu": rate * self._flops.causal / self._peak,
-                "mfu_palm": rate * self._flops.full / self._peak,
-                "mfu_6n": rate * self._flops.weights / self._peak,
-            }
-        self._reset()
-        return values
 
 
 @contextlib.contextmanager

@@ -1,0 +1,70 @@
+"""Writes what a model says on standard output, one prompt as it comes or many as JSON lines, and says how fast it was.
+
+Not here: arguments (`scripts/generate.py`), and loading (`jaxllm.training.speaker`), whose speaker is used here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jaxllm.generation.generate import generate, generate_stream
+
+
+def write_stream(speaker: Any, prompt: str, *, seed: int, **options: Any) -> str:
+    """Writes the text of a prompt piece by piece; returns a line that says how fast it came.
+
+    Args:
+        speaker: model, parameters and tokenizer (`jaxllm.training.speaker.load_speaker`).
+        prompt: text.
+        seed: of the sampling.
+        options: of `generate_stream`, but for the tokenizer's.
+    """
+    counts, times, begun = [], [], time.perf_counter()
+
+    def counted() -> Iterator[list[list[int]]]:
+        ids = speaker.encode(prompt)
+        known = _known(speaker)
+        for chunk in generate_stream(speaker.model, speaker.params, [ids], seed=seed, **known, **options):
+            counts.append(len(chunk[0]))
+            times.append(time.perf_counter() - begun)
+            yield chunk
+
+    for piece in speaker.pieces(counted()):
+        print(piece, end="", flush=True)
+    print()
+    if len(counts) < 2:
+        return _with_compilation(sum(counts), times[-1])
+    rate = sum(counts[1:]) / (times[-1] - times[0])
+    text = f"{sum(counts)} tokens in {times[-1]:.2f} s: the first {counts[0]} with compilation in {times[0]:.2f} s"
+    return f"{text}, then {rate:.1f} tokens/s"
+
+
+def write_batches(speaker: Any, prompts: list[str], *, batch_size: int, seed: int, **options: Any) -> str:
+    """Writes a JSON line per prompt; returns a line that says how fast they came.
+
+    Each prompt has a seed of its own, `seed` plus its number, so that `batch_size` changes no result. The other
+    arguments are those of `write_stream`.
+    """
+    total, begun, known = 0, time.perf_counter(), _known(speaker)
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        seeds = [seed + start + i for i in range(len(part))]
+        encoded = [speaker.encode(text) for text in part]
+        rows = generate(speaker.model, speaker.params, encoded, seed=seeds, **known, **options)
+        for prompt, row in zip(part, rows, strict=True):
+            print(json.dumps({"prompt": prompt, "text": speaker.decode(row), "tokens": len(row)}, ensure_ascii=False))
+        sys.stdout.flush()
+        total += sum(map(len, rows))
+    return _with_compilation(total, time.perf_counter() - begun)
+
+
+def _known(speaker: Any) -> dict[str, Any]:
+    return {"eos_ids": speaker.eos_ids, "pad_id": speaker.pad_id, "decode": speaker.decode}
+
+
+def _with_compilation(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.2f} s, compilation included: {tokens / seconds:.1f} tokens/s"
