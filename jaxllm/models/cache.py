@@ -96,7 +96,8 @@ def attend(
 ) -> Float[Array, "B N H"]:
     """Attention of one query per row over the first A slots where `visible` is True.
 
-    Multiply-and-sum instead of a dot: with one query both are bound by reading the cache, and XLA fuses these.
+    Both products are bound by reading the cache: multiply-and-sum, which XLA fuses with the conversion of a narrow
+    cache, or for float32 on a CPU a dot, which is 2 to 5 times as fast there.
     """
     batch, heads, width = query.shape
     count = visible.shape[1]
@@ -104,7 +105,11 @@ def attend(
     values, value_scale = _read(values, count)
     kv_heads = keys.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, 1, width).astype(jnp.float32)
-    scores = scale * jnp.sum(grouped * keys[:, :, None].astype(jnp.float32), axis=-1)  # [B, K, G, S]
+    dots = keys.dtype == values.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    if dots:
+        scores = scale * jnp.einsum("bkgh,bksh->bkgs", grouped[:, :, :, 0], keys)
+    else:
+        scores = scale * jnp.sum(grouped * keys[:, :, None].astype(jnp.float32), axis=-1)  # [B, K, G, S]
     if key_scale is not None:
         scores *= key_scale[:, :, None]
     if bias is not None:
@@ -114,7 +119,10 @@ def attend(
     weights = jnp.where(mask, weights, 0).astype(query.dtype).astype(jnp.float32)
     if value_scale is not None:
         weights *= value_scale[:, :, None]
-    mixed = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=-2)  # [B, K, G, H]
+    if dots:
+        mixed = jnp.einsum("bkgs,bksh->bkgh", weights, values)
+    else:
+        mixed = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=-2)  # [B, K, G, H]
     return mixed.astype(query.dtype).reshape(batch, heads, width)
 
 
