@@ -2,263 +2,36 @@
 
 One YAML file is one `RunConfig`; `jaxllm.config_file` reads and writes it. Each class checks its own invariants in
 `__post_init__`, and `RunConfig` those that cross sections, so that a bad value is refused before anything is
-compiled. Models receive only their own config. Not here: reading files, building models or optimizers.
+compiled. Models receive only their own config (`jaxllm.model_config`). Not here: reading files, building models or
+optimizers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from jaxllm.model_config import STRICT, LlamaConfig, ModelConfig, RopeConfig, T5Config, fraction, positive, require
 
 Float = Literal["float32", "bfloat16", "float16"]
-Layers = Literal["scan", "unroll"]
-Remat = Literal["none", "elementwise", "dots", "full"]
-Attention = Literal["auto", "reference", "chunked", "cudnn"]
 # What may be computed in another dtype than `precision.compute`; `jaxllm.models.layers.Islands` says what each is.
 Island = Literal["norms", "softmax", "rope", "relative_bias", "mlp_output", "residual", "logits"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "ul2", "seq2seq"]
 
-# pydantic reads this from a standard dataclass: an unknown key is an error, an infinite number too.
-_STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _positive(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value > 0, f"{name} must be positive, got {value}; set it to at least 1")
-
-
-def _fraction(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: base and length extension (names of transformers' rope_parameters).
-
-    Attributes:
-        type: default, linear, dynamic, llama3, yarn or longrope.
-        theta: base of the geometric series of wavelengths.
-        factor: by how much the trained context is stretched; null lets yarn and longrope derive it.
-        original_max_length: context length before stretching; null means the model's max_length.
-        low_freq_factor: llama3, wavelengths beyond original/low are fully interpolated.
-        high_freq_factor: llama3, wavelengths below original/high are left alone.
-        beta_fast: yarn, rotations above which a dimension is left alone.
-        beta_slow: yarn, rotations below which a dimension is fully interpolated.
-        truncate: yarn, round the ramp's ends to whole dimensions.
-        mscale: yarn, numerator of the attention scaling.
-        mscale_all_dim: yarn, denominator of the attention scaling.
-        attention_factor: yarn and longrope, multiplies cos and sin; null takes the formula.
-        short_factor: longrope, divisor per dimension up to original_max_length.
-        long_factor: longrope, divisor per dimension beyond it.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
-    theta: float = 10000.0
-    factor: float | None = None
-    original_max_length: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-        _require(self.type in known, f"rope type must be one of {', '.join(known)}, got {self.type!r}")
-        _require(self.theta > 0, f"rope theta must be positive, got {self.theta}")
-        if self.type in ("linear", "dynamic", "llama3"):
-            _require(self.factor is not None, f"rope type {self.type} needs factor, e.g. factor: 8.0")
-        if self.factor is not None:
-            _require(self.factor >= 1, f"rope factor must be at least 1, got {self.factor}")
-        if self.type == "llama3":
-            _require(
-                self.high_freq_factor > self.low_freq_factor,
-                f"rope high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}",
-            )
-        if self.type == "longrope":
-            _require(
-                bool(self.short_factor) and len(self.short_factor) == len(self.long_factor),
-                f"longrope needs short_factor and long_factor of the same length (head_dim / 2), got "
-                f"{len(self.short_factor)} and {len(self.long_factor)}",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """A Llama-shaped decoder (arXiv 2302.13971; GQA 2305.13245); flags cover Mistral, Qwen2 and Qwen3.
-
-    Attributes:
-        family: llama.
-        vocab_size: rows of the embedding; at least the tokenizer's size.
-        d_model: width of the residual stream.
-        d_ff: width of the gated MLP.
-        num_layers: decoder layers.
-        num_heads: query heads.
-        num_kv_heads: key/value heads, a divisor of num_heads; 0 means num_heads.
-        head_dim: width of a head; 0 means d_model / num_heads.
-        max_length: longest context the model is made for; RoPE scaling is relative to it.
-        rope: rotary embedding, see rope.*.
-        norm_eps: epsilon inside RMSNorm's square root.
-        tie_embeddings: use the input embedding as output head.
-        qkv_bias: bias on q, k and v (Qwen2).
-        out_bias: bias on the attention output.
-        mlp_bias: bias on the three MLP projections.
-        qk_norm: RMSNorm over each head of q and k (Qwen3).
-        sliding_window: attend to this many last positions only (Mistral); null attends to all.
-        activation: gate of the MLP.
-        init_std: standard deviation of initial weights.
-        layers: scan compiles one layer once; unroll compiles all of them and runs faster. Same result.
-        remat: what the backward pass recomputes: none, elementwise, dots (all but matmuls) or full.
-        attention: auto picks a kernel by platform and shape and logs its name once.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    family: Literal["llama"] = "llama"
-    vocab_size: int
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    max_length: int = 2048
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
-    init_std: float = 0.02
-    layers: Layers = "scan"
-    remat: Remat = "none"
-    attention: Attention = "auto"
-
-    def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "max_length")
-        if self.num_kv_heads == 0:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.head_dim == 0:
-            _require(
-                self.d_model % self.num_heads == 0,
-                f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}; change one or set head_dim",
-            )
-            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
-        _positive(self, "num_kv_heads", "head_dim")
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
-            f"use a divisor such as {_largest_divisor(self.num_heads, self.num_kv_heads)}",
-        )
-        _require(
-            self.head_dim % 2 == 0,
-            f"head_dim must be even for RoPE's pairs, got {self.head_dim}; use {self.head_dim + 1}",
-        )
-        if self.sliding_window is not None:
-            _positive(self, "sliding_window")
-        if self.rope.type == "longrope":
-            _require(
-                len(self.rope.long_factor) == self.head_dim // 2,
-                f"longrope factors need head_dim / 2 = {self.head_dim // 2} numbers, got {len(self.rope.long_factor)}",
-            )
-        if self.rope.type == "dynamic":
-            _require(self.head_dim > 2, "dynamic RoPE divides by head_dim - 2; use a head_dim above 2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Config:
-    """A T5 encoder-decoder (arXiv 1910.10683; gated MLP 2002.05202); flags cover v1.0, v1.1, mT5, UMT5, ByT5.
-
-    Attributes:
-        family: t5.
-        vocab_size: rows of the embedding; may exceed the tokenizer's size (32128 against 32100).
-        d_model: width of the residual stream.
-        d_ff: width of the MLP.
-        num_layers: encoder layers.
-        num_decoder_layers: decoder layers; 0 means num_layers.
-        num_heads: attention heads.
-        head_dim: width of a head (d_kv); num_heads * head_dim need not equal d_model.
-        relative_buckets: rows of the relative position bias table.
-        relative_max_distance: distance from which all positions share the last bucket.
-        relative_per_layer: a bias table in every layer (UMT5) instead of one per stack.
-        norm_eps: epsilon inside RMSNorm's square root.
-        activation: of the MLP; gelu_tanh is what every gated checkpoint means by gated-gelu.
-        gated: gated MLP with two input projections (v1.1) or a plain one (v1.0).
-        tie_embeddings: use the input embedding as output head (v1.0).
-        scale_logits: multiply the decoder's output by d_model ** -0.5 before the head (v1.0).
-        dropout_rate: at all of T5's places; 0 turns it off.
-        decoder_start_id: first decoder input, normally the pad id.
-        init_factor: multiplies every initial standard deviation.
-        layers: scan compiles one layer once; unroll compiles all of them and runs faster. Same result.
-        remat: what the backward pass recomputes: none, elementwise, dots (all but matmuls) or full.
-        attention: auto picks a kernel by platform and shape and logs its name once.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    family: Literal["t5"] = "t5"
-    vocab_size: int
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_decoder_layers: int = 0
-    num_heads: int
-    head_dim: int = 64
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
-    relative_per_layer: bool = False
-    norm_eps: float = 1e-6
-    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "gelu_tanh"
-    gated: bool = True
-    tie_embeddings: bool = False
-    scale_logits: bool = False
-    dropout_rate: float = 0.0
-    decoder_start_id: int = 0
-    init_factor: float = 1.0
-    layers: Layers = "scan"
-    remat: Remat = "none"
-    attention: Attention = "auto"
-
-    def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "head_dim", "init_factor")
-        if self.num_decoder_layers == 0:
-            object.__setattr__(self, "num_decoder_layers", self.num_layers)
-        _positive(self, "num_decoder_layers")
-        _fraction(self, "dropout_rate")
-        _require(
-            self.relative_buckets >= 4 and self.relative_buckets % 2 == 0,
-            f"relative_buckets must be even and at least 4, got {self.relative_buckets}; T5 uses 32",
-        )
-        _require(
-            self.relative_max_distance > self.relative_buckets // 2,
-            f"relative_max_distance {self.relative_max_distance} must exceed relative_buckets / 2 = "
-            f"{self.relative_buckets // 2}: the buckets beyond it would be logarithms of less than 1",
-        )
-        _require(
-            0 <= self.decoder_start_id < self.vocab_size,
-            f"decoder_start_id {self.decoder_start_id} is outside the vocabulary of {self.vocab_size}",
-        )
-
-
-ModelConfig = LlamaConfig | T5Config
+__all__ = [
+    "DataConfig",
+    "Float",
+    "Island",
+    "LlamaConfig",
+    "ModelConfig",
+    "Objective",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "RopeConfig",
+    "RunConfig",
+    "T5Config",
+    "TrainingConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +51,7 @@ class PrecisionConfig:
         max_overflows: overflows in a row at the floor that stop the run.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     compute: Float = "float32"
     islands: dict[Island, Float] = field(default_factory=dict)
@@ -292,23 +65,23 @@ class PrecisionConfig:
     max_overflows: int = 20
 
     def __post_init__(self) -> None:
-        _positive(self, "initial_scale", "growth_interval", "min_scale", "max_scale", "hysteresis", "max_overflows")
-        _require(
+        positive(self, "initial_scale", "growth_interval", "min_scale", "max_scale", "hysteresis", "max_overflows")
+        require(
             self.compute != "float16" or self.loss_scale != "none",
             "float16 gradients underflow without loss scaling; set precision.loss_scale: dynamic",
         )
-        _require(
+        require(
             self.min_scale <= self.initial_scale <= self.max_scale,
             f"initial_scale {self.initial_scale} must lie between min_scale {self.min_scale} "
             f"and max_scale {self.max_scale}",
         )
-        _require(
+        require(
             self.islands.get("rope", "float32") == "float32",
             f"islands.rope must be float32, got {self.islands.get('rope')}: in 16 bits position 2049 is no number of "
             f"its own (in bfloat16 not even 257), and neighbours would share an angle",
         )
-        _require(self.retries >= 0, f"retries must not be negative, got {self.retries}")
-        _require(
+        require(self.retries >= 0, f"retries must not be negative, got {self.retries}")
+        require(
             self.retries == 0 or self.loss_scale == "dynamic",
             "retries needs a scale that can shrink; set precision.loss_scale: dynamic or retries: 0",
         )
@@ -333,7 +106,7 @@ class OptimizerConfig:
         moment_dtype: dtype of the first moment.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     name: Literal["adamw", "adamw_rms", "adafactor"] = "adamw"
     learning_rate: float = 3e-4
@@ -349,13 +122,13 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "eps")
-        _fraction(self, "b1", "b2")
+        positive(self, "learning_rate", "eps")
+        fraction(self, "b1", "b2")
         for name in ("warmup_steps", "decay_steps", "weight_decay"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        _require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must lie in [0, 1], got {self.min_lr_ratio}")
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must lie in [0, 1], got {self.min_lr_ratio}")
         if self.clip_norm is not None:
-            _require(self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}; null never clips")
+            require(self.clip_norm > 0, f"clip_norm must be positive, got {self.clip_norm}; null never clips")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,7 +157,7 @@ class DataConfig:
         cache_dir: where prepared datasets are kept; null keeps them in the run folder.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     source: str = "stdlib"
     path: str | None = None
@@ -405,28 +178,28 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.source), "source is empty; use stdlib, files or a TFDS name")
-        _require(
+        require(bool(self.source), "source is empty; use stdlib, files or a TFDS name")
+        require(
             (self.source == "files") == (self.path is not None),
             f"path goes with source: files and only with it, got source {self.source!r} and path {self.path!r}",
         )
-        _require(
+        require(
             0 < self.validation_fraction <= 0.5,
             f"validation_fraction must lie in (0, 0.5], got {self.validation_fraction}",
         )
-        _require(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
+        require(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.target_length is not None:
-            _require(self.target_length >= 2, f"target_length must be at least 2, got {self.target_length}")
+            require(self.target_length >= 2, f"target_length must be at least 2, got {self.target_length}")
         if self.example_length is not None:
-            _require(self.example_length >= 2, f"example_length must be at least 2, got {self.example_length}")
-        _require(0 < self.noise_density < 1, f"noise_density must lie in (0, 1), got {self.noise_density}")
-        _require(self.mean_span_length >= 1, f"mean_span_length must be at least 1, got {self.mean_span_length}")
-        _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
-        _require(
+            require(self.example_length >= 2, f"example_length must be at least 2, got {self.example_length}")
+        require(0 < self.noise_density < 1, f"noise_density must lie in (0, 1), got {self.noise_density}")
+        require(self.mean_span_length >= 1, f"mean_span_length must be at least 1, got {self.mean_span_length}")
+        require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+        require(
             self.document_mask or self.objective == "causal",
             f"document_mask: false is for objective causal; got {self.objective}, whose examples must not mix",
         )
-        _require(
+        require(
             (self.objective == "seq2seq") == (self.target_key is not None),
             f"target_key goes with objective: seq2seq and only with it, got objective {self.objective!r} and "
             f"target_key {self.target_key!r}",
@@ -456,7 +229,7 @@ class TrainingConfig:
         compilation_cache: folder of JAX's persistent compilation cache; null uses none.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     run_dir: str = "runs/default"
     steps: int = 1000
@@ -477,14 +250,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
-        _positive(self, *counts, "save_every", "keep", "loss_chunk")
-        _require(
+        positive(self, *counts, "save_every", "keep", "loss_chunk")
+        require(
             self.batch_size % self.accumulation == 0,
             f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}",
         )
-        _require(self.z_loss >= 0, f"z_loss must not be negative, got {self.z_loss}")
-        _require(self.sample_tokens >= 0, f"sample_tokens must not be negative, got {self.sample_tokens}")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(self.z_loss >= 0, f"z_loss must not be negative, got {self.z_loss}")
+        require(self.sample_tokens >= 0, f"sample_tokens must not be negative, got {self.sample_tokens}")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,7 +272,7 @@ class RunConfig:
         training: length, cadence and output folder.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     model: LlamaConfig | T5Config
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -511,48 +284,44 @@ class RunConfig:
         model, data, islands = self.model, self.data, self.precision.islands
         optimizer, steps = self.optimizer, self.training.steps
         encoder_decoder = model.family == "t5"
-        _require(
+        require(
             (data.objective != "causal") == encoder_decoder,
             f"data.objective {data.objective!r} does not fit model.family {model.family!r}; "
             f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal'}"
             + ("; a decoder's attention has no prefix that sees both ways" if data.objective == "prefix_lm" else ""),
         )
         strangers = {"rope"} if encoder_decoder else {"relative_bias", "mlp_output"}
-        _require(
+        require(
             not strangers & islands.keys(),
             f"model.family {model.family!r} has no such island: {', '.join(sorted(strangers & islands.keys()))}; "
             f"remove it from precision.islands",
         )
-        _require(
+        require(
             islands.get("softmax", "float32") == "float32" or model.attention in ("auto", "reference"),
             f"model.attention {model.attention!r} keeps its softmax in float32; use attention: reference with "
             f"precision.islands softmax: {islands.get('softmax')}",
         )
-        _require(
+        require(
             not encoder_decoder or data.objective == "span_corruption" or data.target_length is not None,
             f"objective {data.objective} on an encoder-decoder needs data.target_length, e.g. 114",
         )
         if model.family == "llama":
-            _require(
+            require(
                 data.sequence_length <= model.max_length,
                 f"data.sequence_length {data.sequence_length} exceeds model.max_length {model.max_length}; "
                 f"shorten the rows or raise max_length",
             )
-        _require(
+        require(
             self.training.init_from is None or data.tokenizer != "train",
             "training.init_from brings parameters that know one tokenizer; set data.tokenizer to its file, "
             "e.g. the tokenizer.json in that folder",
         )
-        _require(
+        require(
             optimizer.warmup_steps + optimizer.decay_steps <= steps,
             f"optimizer.warmup_steps {optimizer.warmup_steps} + decay_steps {optimizer.decay_steps} exceed "
             f"training.steps {steps}",
         )
-        _require(
+        require(
             optimizer.schedule != "wsd" or optimizer.decay_steps > 0,
             "schedule wsd needs optimizer.decay_steps, e.g. a tenth of training.steps",
         )
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, min(number, max(limit, 1)) + 1) if number % d == 0)

@@ -1,0 +1,262 @@
+"""The settings of a model: all that it receives, and all that a checkpoint needs to be read again.
+
+Not here: the settings of a run (`jaxllm.config`, where these can be imported from too).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Layers = Literal["scan", "unroll"]
+Remat = Literal["none", "elementwise", "dots", "full"]
+Attention = Literal["auto", "reference", "chunked", "cudnn"]
+
+# pydantic reads this from a standard dataclass: an unknown key is an error, an infinite number too.
+STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def positive(owner: Any, *names: str) -> None:
+    """Requires attributes above 0."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value > 0, f"{name} must be positive, got {value}; set it to at least 1")
+
+
+def fraction(owner: Any, *names: str) -> None:
+    """Requires attributes in [0, 1)."""
+    for name in names:
+        value = getattr(owner, name)
+        require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: base and length extension (names of transformers' rope_parameters).
+
+    Attributes:
+        type: default, linear, dynamic, llama3, yarn or longrope.
+        theta: base of the geometric series of wavelengths.
+        factor: by how much the trained context is stretched; null lets yarn and longrope derive it.
+        original_max_length: context length before stretching; null means the model's max_length.
+        low_freq_factor: llama3, wavelengths beyond original/low are fully interpolated.
+        high_freq_factor: llama3, wavelengths below original/high are left alone.
+        beta_fast: yarn, rotations above which a dimension is left alone.
+        beta_slow: yarn, rotations below which a dimension is fully interpolated.
+        truncate: yarn, round the ramp's ends to whole dimensions.
+        mscale: yarn, numerator of the attention scaling.
+        mscale_all_dim: yarn, denominator of the attention scaling.
+        attention_factor: yarn and longrope, multiplies cos and sin; null takes the formula.
+        short_factor: longrope, divisor per dimension up to original_max_length.
+        long_factor: longrope, divisor per dimension beyond it.
+    """
+
+    __pydantic_config__ = STRICT
+
+    type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    theta: float = 10000.0
+    factor: float | None = None
+    original_max_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+        require(self.type in known, f"rope type must be one of {', '.join(known)}, got {self.type!r}")
+        require(self.theta > 0, f"rope theta must be positive, got {self.theta}")
+        if self.type in ("linear", "dynamic", "llama3"):
+            require(self.factor is not None, f"rope type {self.type} needs factor, e.g. factor: 8.0")
+        if self.factor is not None:
+            require(self.factor >= 1, f"rope factor must be at least 1, got {self.factor}")
+        if self.type == "llama3":
+            require(
+                self.high_freq_factor > self.low_freq_factor,
+                f"rope high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}",
+            )
+        if self.type == "longrope":
+            require(
+                bool(self.short_factor) and len(self.short_factor) == len(self.long_factor),
+                f"longrope needs short_factor and long_factor of the same length (head_dim / 2), got "
+                f"{len(self.short_factor)} and {len(self.long_factor)}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A Llama-shaped decoder (arXiv 2302.13971; GQA 2305.13245); flags cover Mistral, Qwen2 and Qwen3.
+
+    Attributes:
+        family: llama.
+        vocab_size: rows of the embedding; at least the tokenizer's size.
+        d_model: width of the residual stream.
+        d_ff: width of the gated MLP.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key/value heads, a divisor of num_heads; 0 means num_heads.
+        head_dim: width of a head; 0 means d_model / num_heads.
+        max_length: longest context the model is made for; RoPE scaling is relative to it.
+        rope: rotary embedding, see rope.*.
+        norm_eps: epsilon inside RMSNorm's square root.
+        tie_embeddings: use the input embedding as output head.
+        qkv_bias: bias on q, k and v (Qwen2).
+        out_bias: bias on the attention output.
+        mlp_bias: bias on the three MLP projections.
+        qk_norm: RMSNorm over each head of q and k (Qwen3).
+        sliding_window: attend to this many last positions only (Mistral); null attends to all.
+        activation: gate of the MLP.
+        init_std: standard deviation of initial weights.
+        layers: scan compiles one layer once; unroll compiles all of them and runs faster. Same result.
+        remat: what the backward pass recomputes: none, elementwise, dots (all but matmuls) or full.
+        attention: auto picks a kernel by platform and shape and logs its name once.
+    """
+
+    __pydantic_config__ = STRICT
+
+    family: Literal["llama"] = "llama"
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    max_length: int = 2048
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
+    init_std: float = 0.02
+    layers: Layers = "scan"
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "max_length")
+        if self.num_kv_heads == 0:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim == 0:
+            require(
+                self.d_model % self.num_heads == 0,
+                f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}; change one or set head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        positive(self, "num_kv_heads", "head_dim")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
+            f"use a divisor such as {_largest_divisor(self.num_heads, self.num_kv_heads)}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"head_dim must be even for RoPE's pairs, got {self.head_dim}; use {self.head_dim + 1}",
+        )
+        if self.sliding_window is not None:
+            positive(self, "sliding_window")
+        if self.rope.type == "longrope":
+            require(
+                len(self.rope.long_factor) == self.head_dim // 2,
+                f"longrope factors need head_dim / 2 = {self.head_dim // 2} numbers, got {len(self.rope.long_factor)}",
+            )
+        if self.rope.type == "dynamic":
+            require(self.head_dim > 2, "dynamic RoPE divides by head_dim - 2; use a head_dim above 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """A T5 encoder-decoder (arXiv 1910.10683; gated MLP 2002.05202); flags cover v1.0, v1.1, mT5, UMT5, ByT5.
+
+    Attributes:
+        family: t5.
+        vocab_size: rows of the embedding; may exceed the tokenizer's size (32128 against 32100).
+        d_model: width of the residual stream.
+        d_ff: width of the MLP.
+        num_layers: encoder layers.
+        num_decoder_layers: decoder layers; 0 means num_layers.
+        num_heads: attention heads.
+        head_dim: width of a head (d_kv); num_heads * head_dim need not equal d_model.
+        relative_buckets: rows of the relative position bias table.
+        relative_max_distance: distance from which all positions share the last bucket.
+        relative_per_layer: a bias table in every layer (UMT5) instead of one per stack.
+        norm_eps: epsilon inside RMSNorm's square root.
+        activation: of the MLP; gelu_tanh is what every gated checkpoint means by gated-gelu.
+        gated: gated MLP with two input projections (v1.1) or a plain one (v1.0).
+        tie_embeddings: use the input embedding as output head (v1.0).
+        scale_logits: multiply the decoder's output by d_model ** -0.5 before the head (v1.0).
+        dropout_rate: at all of T5's places; 0 turns it off.
+        decoder_start_id: first decoder input, normally the pad id.
+        init_factor: multiplies every initial standard deviation.
+        layers: scan compiles one layer once; unroll compiles all of them and runs faster. Same result.
+        remat: what the backward pass recomputes: none, elementwise, dots (all but matmuls) or full.
+        attention: auto picks a kernel by platform and shape and logs its name once.
+    """
+
+    __pydantic_config__ = STRICT
+
+    family: Literal["t5"] = "t5"
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_decoder_layers: int = 0
+    num_heads: int
+    head_dim: int = 64
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    relative_per_layer: bool = False
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "gelu_tanh"
+    gated: bool = True
+    tie_embeddings: bool = False
+    scale_logits: bool = False
+    dropout_rate: float = 0.0
+    decoder_start_id: int = 0
+    init_factor: float = 1.0
+    layers: Layers = "scan"
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "head_dim", "init_factor")
+        if self.num_decoder_layers == 0:
+            object.__setattr__(self, "num_decoder_layers", self.num_layers)
+        positive(self, "num_decoder_layers")
+        fraction(self, "dropout_rate")
+        require(
+            self.relative_buckets >= 4 and self.relative_buckets % 2 == 0,
+            f"relative_buckets must be even and at least 4, got {self.relative_buckets}; T5 uses 32",
+        )
+        require(
+            self.relative_max_distance > self.relative_buckets // 2,
+            f"relative_max_distance {self.relative_max_distance} must exceed relative_buckets / 2 = "
+            f"{self.relative_buckets // 2}: the buckets beyond it would be logarithms of less than 1",
+        )
+        require(
+            0 <= self.decoder_start_id < self.vocab_size,
+            f"decoder_start_id {self.decoder_start_id} is outside the vocabulary of {self.vocab_size}",
+        )
+
+
+ModelConfig = LlamaConfig | T5Config
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, min(number, max(limit, 1)) + 1) if number % d == 0)
