@@ -5,24 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.parity import llama_cases, t5_cases
 
 
-@pytest.fixture(scope="session")
-def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The Hugging Face directory of a Llama case, written without transformers."""
+def _directories(cases: Any, parent: Path) -> Callable[[str], Path]:
+    """Writes the Hugging Face directory of a case, without transformers, when it is first asked for."""
 
     @functools.cache
     def make(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("llama") / name
-        golden = llama_cases.load_golden(name)
-        llama_cases.write_directory(folder, golden["config"], golden["shapes"])
-        return folder
+        golden = cases.load_golden(name)
+        cases.write_directory(parent / name, golden["config"], golden["shapes"])
+        return parent / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a Llama case."""
+    return _directories(llama_cases, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
@@ -33,16 +38,8 @@ def llama_numbers(llama_directory: Callable[[str], Path]) -> Callable[[str], lla
 
 @pytest.fixture(scope="session")
 def t5_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The same of a T5 case."""
-
-    @functools.cache
-    def make(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("t5") / name
-        golden = t5_cases.load_golden(name)
-        t5_cases.write_directory(folder, golden["config"], golden["shapes"])
-        return folder
-
-    return make
+    """The directory of a T5 case."""
+    return _directories(t5_cases, tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="session")
