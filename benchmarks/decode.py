@@ -193,19 +193,21 @@ def _bytes_per_step(model: Any, params: Any, arguments: argparse.Namespace) -> f
 
 
 def _bandwidth() -> float:
-    """Bytes per second of the best of ten sums over an array that fits no cache."""
+    """Bytes per second of the best of ten passes over a matrix that fits no cache: its sum, or a vector times it."""
     import jax
     import jax.numpy as jnp
 
-    count = 2**28 if jax.default_backend() == "gpu" else 2**26
-    array = jnp.ones((count,), jnp.float32)
-    total = jax.jit(lambda x: jnp.sum(x.reshape(1024, -1), axis=1))
+    rows = 2**18 if jax.default_backend() == "gpu" else 2**16
+    matrix = jnp.ones((rows, 1024), jnp.float32)
+    readers = (jax.jit(lambda x: jnp.sum(x, axis=1)), jax.jit(lambda x: jnp.ones((1, x.shape[0])) @ x))
     times = []
-    for _ in range(11):
-        before = time.perf_counter()
-        total(array).block_until_ready()
-        times.append(time.perf_counter() - before)
-    return array.nbytes / min(times[1:])
+    for reader in readers:
+        reader(matrix).block_until_ready()
+        for _ in range(10):
+            before = time.perf_counter()
+            reader(matrix).block_until_ready()
+            times.append(time.perf_counter() - before)
+    return matrix.nbytes / min(times)
 
 
 def _memory(model: Any, params: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, int]:

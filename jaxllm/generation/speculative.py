@@ -21,7 +21,7 @@ from jaxllm.generation.loop import ban_end, ended, start
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import KVCache
-from jaxllm.ops.sampling import GREEDY, Sampling, choose, process
+from jaxllm.ops.sampling import GREEDY, Sampling, choose, most_probable, process
 
 # Longest run of latest tokens that is looked for; shorter ones are tried when it isn't found.
 _LONGEST_RUN = 3
@@ -299,7 +299,7 @@ def _verify(
 
 def _accept_greedy(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
     """How many drafts are the largest logits, and those: the token after the accepted ones is among them."""
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = most_probable(logits)
     agreed = jnp.cumprod(tokens[:, :-1] == draft.tokens, axis=1)
     return jnp.sum(agreed, axis=1), tokens
 

@@ -1,9 +1,11 @@
 """The key/value caches of decoding: preallocated, passed in and returned, never repeated to query heads.
 
-Arrays are per layer and head-major, [B, K, S, H]: a step then updates each in place under donation and reads a head's
-keys contiguously. `positions` says which token of its row a slot holds, so that ragged prompts leave holes instead of
-shifting, rejected drafts stay invisible until they are overwritten, and a sliding window can wrap around. The layout,
-int8 included, is known to `write`, `write_at`, `attend` and `attend_many` only.
+Arrays are per layer and head-major, [R, S, H], where R = B * K counts the heads of row 0, then those of row 1: a step
+then updates each in place under donation and reads a head's keys contiguously. (With axes B and K apart, XLA:CPU drops
+a batch of 1 for its products, and copies the whole cache for that.) `positions` says which token of its row a slot
+holds, so that ragged prompts leave holes instead of shifting, rejected drafts stay invisible until they are
+overwritten, and a sliding window can wrap around. The layout, int8 included, is known to `write`, `write_at`, `attend`,
+`attend_many`, `repeat_rows` and `reorder_rows` only.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.ops.attention import masked_attention
 from jaxllm.ops.quantize import Quantized, quantize
 
-Store = Float[Array, "B K S H"] | Quantized  # keys or values of one layer; quantised over H
+Store = Float[Array, "R S H"] | Float[Array, "B N S H"] | Quantized  # keys or values of one layer; quantised over H
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far.
 
     Attributes:
-        keys: per layer [B, K, S, H], rotated.
-        values: per layer [B, K, S, H].
+        keys: per layer [B * K, S, H], rotated.
+        values: per layer [B * K, S, H].
         positions: position of the token in each slot [B, S]; -1 is an empty slot or padding.
         slot: tokens written so far, the same for all rows; the next goes to slot % S.
     """
@@ -52,7 +54,7 @@ class CrossCache(NamedTuple):
 
 def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
     """An empty cache of `capacity` slots; dtype int8 stores it quantised."""
-    shape = (batch, num_kv_heads, capacity, head_dim)
+    shape = (batch * num_kv_heads, capacity, head_dim)
 
     def store() -> Store:
         values = jnp.zeros(shape, dtype)
@@ -69,20 +71,21 @@ def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int,
 def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> Store:
     """Puts T new entries at slots slot..slot+T-1; the caller has checked that they fit (XLA would clamp)."""
     return jax.tree.map(
-        lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, slot, axis=2),
-        store,
-        _like(store, jnp.swapaxes(new, 1, 2)),
+        lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, slot, axis=1), store, _entries(store, new)
     )
 
 
 def write_at(store: Store, new: Float[Array, "B T K H"], slots: Int[Array, "B T"]) -> Store:
     """Puts T new entries of each row at slots of its own; those beyond the capacity are dropped."""
+    slots = jnp.repeat(slots, new.shape[2], axis=0)  # [R, T]
     rows = jnp.arange(slots.shape[0])[:, None]
-    return jax.tree.map(lambda old, part: old.at[rows, :, slots].set(part, mode="drop"), store, _like(store, new))
+    return jax.tree.map(lambda old, part: old.at[rows, slots].set(part, mode="drop"), store, _entries(store, new))
 
 
-def _like(store: Store, new: Array) -> Array | Quantized:
-    return quantize(new, axis=-1) if isinstance(store, Quantized) else new.astype(store.dtype)
+def _entries(store: Store, new: Float[Array, "B T K H"]) -> Float[Array, "R T H"] | Quantized:
+    """[R, T, H], as the store holds them."""
+    heads_first = jnp.swapaxes(new, 1, 2).reshape(-1, new.shape[1], new.shape[3])
+    return quantize(heads_first, axis=-1) if isinstance(store, Quantized) else heads_first.astype(store.dtype)
 
 
 def attend(
@@ -100,29 +103,32 @@ def attend(
     cache, or for float32 on a CPU a dot, which is 2 to 5 times as fast there.
     """
     batch, heads, width = query.shape
-    count = visible.shape[1]
-    keys, key_scale = _read(keys, count)
-    values, value_scale = _read(values, count)
-    kv_heads = keys.shape[1]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, 1, width).astype(jnp.float32)
+    keys, key_scale = _read(keys, visible.shape[1])
+    values, value_scale = _read(values, visible.shape[1])
+    kv_heads = keys.shape[0] // batch
+    by_row = (batch, kv_heads, heads // kv_heads, -1)
+    grouped = query.reshape(keys.shape[0], -1, width).astype(jnp.float32)  # [R, G, H]
     dots = keys.dtype == values.dtype == jnp.float32 and jax.default_backend() == "cpu"
     if dots:
-        scores = scale * jnp.einsum("bkgh,bksh->bkgs", grouped[:, :, :, 0], keys)
+        # The keys first, as in `ops.matrices`.
+        scores = jax.lax.optimization_barrier(jnp.einsum("rsh,rgh->rsg", keys, grouped)).swapaxes(1, 2)
     else:
-        scores = scale * jnp.sum(grouped * keys[:, :, None].astype(jnp.float32), axis=-1)  # [B, K, G, S]
+        scores = jnp.sum(grouped[:, :, None] * keys[:, None].astype(jnp.float32), axis=-1)  # [R, G, S]
+    scores = scale * scores.reshape(by_row)
     if key_scale is not None:
-        scores *= key_scale[:, :, None]
+        scores *= key_scale.reshape(batch, kv_heads, 1, -1)
     if bias is not None:
-        scores += bias.reshape(bias.shape[0], kv_heads, heads // kv_heads, -1).astype(jnp.float32)
+        scores += bias.reshape(bias.shape[0], *by_row[1:]).astype(jnp.float32)
     mask = visible[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(mask, weights, 0).astype(query.dtype).astype(jnp.float32)
+    weights = weights.reshape(keys.shape[0], heads // kv_heads, -1)
     if value_scale is not None:
-        weights *= value_scale[:, :, None]
+        weights *= value_scale[:, None]
     if dots:
-        mixed = jnp.einsum("bkgs,bksh->bkgh", weights, values)
+        mixed = jnp.einsum("rgs,rsh->rgh", weights, values)
     else:
-        mixed = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=-2)  # [B, K, G, H]
+        mixed = jnp.sum(weights[..., None] * values[:, None].astype(jnp.float32), axis=-2)  # [R, G, H]
     return mixed.astype(query.dtype).reshape(batch, heads, width)
 
 
@@ -141,14 +147,15 @@ def attend_many(
         part, part_scale = _read(store, visible.shape[2])
         if part_scale is not None:
             part = part.astype(jnp.float32) * part_scale[..., None]
-        plain.append(jnp.swapaxes(part, 1, 2).astype(query.dtype))
+        plain.append(jnp.swapaxes(part.reshape(query.shape[0], -1, *part.shape[1:]), 1, 2).astype(query.dtype))
     return masked_attention(query, *plain, mask=visible, scale=scale, bias=bias)
 
 
 def _read(store: Store, count: int) -> tuple[Array, Array | None]:
+    """[R, A, H] of the first A slots, and the scales [R, A] of what is quantised."""
     if isinstance(store, Quantized):
-        return store.values[:, :, :count], store.scale[:, :, :count]
-    return store[:, :, :count], None
+        return store.values[:, :count], store.scale[:, :count]
+    return store.reshape(-1, *store.shape[-2:])[:, :count], None  # a cross cache is [B, N, S, H]
 
 
 def visible_slots(
@@ -162,8 +169,14 @@ def visible_slots(
 
 def repeat_rows(cache: KVCache, times: int) -> KVCache:
     """Each row `times` times in a row: samples or beams of one prompt share its prefill."""
-    keys, values, positions = repeat_tree((cache.keys, cache.values, cache.positions), times)
-    return KVCache(keys, values, positions, cache.slot)
+    batch = cache.positions.shape[0]
+
+    def repeat(store: Array) -> Array:
+        repeated = jnp.repeat(store.reshape(batch, -1, *store.shape[1:]), times, axis=0)
+        return repeated.reshape(-1, *store.shape[1:])
+
+    keys, values = jax.tree.map(repeat, (cache.keys, cache.values))
+    return KVCache(keys, values, jnp.repeat(cache.positions, times, axis=0), cache.slot)
 
 
 def repeat_tree(tree: Any, times: int) -> Any:
@@ -175,8 +188,9 @@ def reorder_rows(cache: KVCache, rows: Int[Array, " B"], *, start: int) -> KVCac
     """Row i takes over what row rows[i] holds from slot `start` on; before it the rows must agree (one prompt)."""
 
     def move(store: Array) -> Array:
-        moved = jnp.take(store[:, :, start:], rows, axis=0)
-        return jax.lax.dynamic_update_slice_in_dim(store, moved, start, axis=2)
+        latest = store[:, start:]
+        moved = jnp.take(latest.reshape(rows.shape[0], -1, *latest.shape[1:]), rows, axis=0).reshape(latest.shape)
+        return jax.lax.dynamic_update_slice_in_dim(store, moved, start, axis=1)
 
     keys, values = jax.tree.map(move, (cache.keys, cache.values))
     return cache._replace(keys=keys, values=values)

@@ -7,6 +7,7 @@ over stacked weights would slice (copy) them at every step. Not here: training, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +20,8 @@ from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import ACTIVATIONS, unstack
 from jaxllm.ops.attention import Pattern, attention
-from jaxllm.ops.linear import biased_linear
+from jaxllm.ops.matrices import Matrix, Rows, project, stored
 from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.quantize import Matrix, Quantized, project, project_rows, quantize
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
 
 Rope = tuple[Float[Array, "#B T P"], Float[Array, "#B T P"]]
@@ -31,16 +31,15 @@ Mix = Callable[[Array, Array, Array], Array]  # query, new keys, new values -> m
 class Projection(NamedTuple):
     """x @ kernel (+ bias)."""
 
-    kernel: Any
+    kernel: Matrix
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:
         """Maps the last axis; a bias joins the accumulator before it is rounded, as in training."""
         if self.bias is None:
             return project(x, self.kernel)
-        if isinstance(self.kernel, Quantized):
-            return project(x, self.kernel) + self.bias
-        return biased_linear(x, self.kernel, self.bias)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (project(x, self.kernel, dtype=wide) + self.bias.astype(wide)).astype(x.dtype)
 
 
 class LayerParams(NamedTuple):
@@ -62,7 +61,7 @@ class LlamaParams(NamedTuple):
     embed: Float[Array, "V D"]
     layers: tuple[LayerParams, ...]
     final_norm: Float[Array, " D"]
-    head: Any
+    head: Matrix
 
 
 def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False) -> LlamaParams:
@@ -73,15 +72,11 @@ def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False
         dtype: of the weights that are not quantised, and of the computation.
         int8: store all matrices but the embedding as int8 with a float32 scale per output channel.
     """
-
-    def stored(kernel: Array, axis: int) -> Matrix:
-        return quantize(kernel, axis=axis) if int8 else kernel.astype(dtype)
+    store = functools.partial(stored, dtype=dtype, int8=int8)
 
     def joined(layer: dict[str, Any], *names: str) -> Projection:
         kernel, bias = ([layer[name][part] for name in names if part in layer[name]] for part in ("kernel", "bias"))
-        return Projection(
-            stored(jnp.concatenate(kernel, axis=1), 0), jnp.concatenate(bias).astype(dtype) if bias else None
-        )
+        return Projection(store(jnp.concatenate(kernel, axis=1)), jnp.concatenate(bias).astype(dtype) if bias else None)
 
     def norm(tree: dict[str, Any], name: str) -> Array | None:
         return tree[name]["weight"].astype(dtype) if name in tree else None
@@ -101,7 +96,7 @@ def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False
     )
     embed = params["embed"].astype(dtype)
     tied = "lm_head" not in params
-    head = embed if tied and not int8 else stored(params["embed" if tied else "lm_head"], 1)
+    head = Rows(embed) if tied and not int8 else store(params["embed" if tied else "lm_head"].T)
     return LlamaParams(embed, layers, params["final_norm"]["weight"].astype(dtype), head)
 
 
@@ -260,7 +255,7 @@ def _layer(config: LlamaConfig, layer: LayerParams, x: Float[Array, "B T D"], ro
 
 
 def _logits(config: LlamaConfig, params: LlamaParams, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    return project_rows(rms_norm(x, params.final_norm, eps=config.norm_eps), params.head)
+    return project(rms_norm(x, params.final_norm, eps=config.norm_eps), params.head, dtype=jnp.float32)
 
 
 def _rope(config: LlamaConfig, positions: Int[Array, "#B T"], length: int) -> Rope:

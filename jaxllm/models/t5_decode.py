@@ -7,6 +7,7 @@ written again, so a decode loop closes over them. Not here: training, choosing t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,9 +21,8 @@ from jaxllm.models.cache import CrossCache, KVCache
 from jaxllm.models.layers import ACTIVATIONS, unstack
 from jaxllm.models.t5_layers import stream_dtype
 from jaxllm.ops.attention import Pattern, attention
-from jaxllm.ops.linear import linear_float32
+from jaxllm.ops.matrices import Matrix, Rows, project, stored
 from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.quantize import Matrix, Quantized, project, project_rows, quantize
 from jaxllm.ops.relative_bias import relative_bias, relative_bias_at
 
 Table = Float[Array, "R N"]
@@ -33,8 +33,8 @@ class AttentionParams(NamedTuple):
     """Attention of a stream over itself; `table` is the layer's own relative bias (UMT5), or None."""
 
     norm: Array
-    qkv: Any
-    out: Any
+    qkv: Matrix
+    out: Matrix
     table: Table | None
 
 
@@ -42,17 +42,17 @@ class CrossParams(NamedTuple):
     """Attention over the encoder's output."""
 
     norm: Array
-    query: Any
-    key_value: Any
-    out: Any
+    query: Matrix
+    key_value: Matrix
+    out: Matrix
 
 
 class MLPParams(NamedTuple):
     """`up` is gate and up joined when gated."""
 
     norm: Array
-    up: Any
-    down: Any
+    up: Matrix
+    down: Matrix
 
 
 class EncoderLayerParams(NamedTuple):
@@ -84,7 +84,7 @@ class T5Params(NamedTuple):
     embed: Float[Array, "V D"]
     encoder: StackParams
     decoder: StackParams
-    head: Any
+    head: Matrix
 
 
 def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False) -> T5Params:
@@ -95,10 +95,11 @@ def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False
         dtype: of the weights that are not quantised, and of the computation.
         int8: store all matrices but the embedding as int8 with a float32 scale per output channel.
     """
+    store = functools.partial(stored, dtype=dtype, int8=int8)
 
     def joined(tree: dict[str, Any], *names: str) -> Matrix:
         kernel = jnp.concatenate([tree[name]["kernel"] for name in names if name in tree], axis=1)
-        return quantize(kernel, axis=0) if int8 else kernel.astype(dtype)
+        return store(kernel)
 
     def cast(tree: dict[str, Any], name: str) -> Array | None:
         return tree[name].astype(dtype) if name in tree else None
@@ -131,10 +132,9 @@ def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False
         return StackParams(layers, cast(tree, "relative_bias"), norm(tree, "final_norm"))
 
     embed, tied = params["embed"].astype(dtype), "lm_head" not in params
-    head = params["embed" if tied else "lm_head"]
-    stored = quantize(head, axis=1) if int8 else embed if tied else head.astype(dtype)
+    head = Rows(embed) if tied and not int8 else store(params["embed" if tied else "lm_head"].T)
     encoder, decoder = stack_of(params["encoder"], encoder_layer), stack_of(params["decoder"], decoder_layer)
-    return T5Params(embed, encoder, decoder, stored)
+    return T5Params(embed, encoder, decoder, head)
 
 
 def prefill(
@@ -307,16 +307,7 @@ def _mlp(c: T5Config, p: MLPParams, x: Array) -> Array:
         h = ACTIVATIONS[c.activation](gate) * up
     else:
         h = ACTIVATIONS[c.activation](h)
-    return x + _down(h, p.down).astype(x.dtype)
-
-
-def _down(h: Array, kernel: Matrix) -> Array:
-    """The sum that overflows float16, see `T5MLP`."""
-    if h.dtype != jnp.float16:
-        return project(h, kernel)
-    if isinstance(kernel, Quantized):
-        return linear_float32(h, kernel.values.astype(h.dtype)) * kernel.scale
-    return linear_float32(h, kernel)
+    return x + project(h, p.down, dtype=x.dtype)  # the sum that overflows float16, see `T5MLP`
 
 
 def _norm(c: T5Config, x: Array, weight: Array) -> Array:
@@ -331,4 +322,4 @@ def _embed(params: T5Params, tokens: Array) -> Array:
 def _logits(c: T5Config, params: T5Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     if c.scale_logits:
         x = x * jnp.asarray(c.d_model**-0.5, x.dtype)
-    return project_rows(x, params.head)
+    return project(x, params.head, dtype=jnp.float32)

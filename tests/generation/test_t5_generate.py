@@ -120,7 +120,7 @@ def test_the_cross_cache_is_neither_carried_nor_copied(model_and_params) -> None
     r = make_request(model, params, PROMPTS[:2], max_new_tokens=32)
     arrays = r.params, r.tokens, r.lengths, r.keys
     context, state = loop.begin(r.decoder, r.settings, *arrays)
-    assert context.keys[0].shape == (2, 2, 16, 8) and state.cache.keys[0].shape == (2, 2, 33, 8)
+    assert context.keys[0].shape == (2, 2, 16, 8) and state.cache.keys[0].shape == (4, 33, 8)
     lowered = loop.next_chunk.lower(r.decoder, r.settings, r.params, context, state, np.zeros(2, bool), 33)
     compiled = lowered.compile()
     assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(state))

@@ -73,8 +73,9 @@ def test_the_cache_is_updated_in_place(family: str, request: pytest.FixtureReque
     assert memory.temp_size_in_bytes < tree_bytes(cache) / 2
 
 
-def test_operations_of_a_layer_are_few(tiny: LlamaConfig) -> None:
+def test_operations_of_a_layer_are_few(tiny: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel costs about a microsecond, whatever it does: a small model's speed is their number."""
+    pretend_gpu(monkeypatch)
     layer = operations_of_a_layer(tiny)
     assert layer["dot_general"] == 4  # qkv, out, gate and up, down
     assert layer["dynamic_update_slice"] == 2  # the new key and value
@@ -84,7 +85,8 @@ def test_operations_of_a_layer_are_few(tiny: LlamaConfig) -> None:
     assert sum(layer.values()) <= 125  # 123 with jax 0.11
 
 
-def test_operations_of_a_t5_layer_are_few(tiny_t5: T5Config) -> None:
+def test_operations_of_a_t5_layer_are_few(tiny_t5: T5Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch)
     layer = operations_of_a_layer(tiny_t5)
     assert layer["dot_general"] == 6  # qkv, out; query and out of the cross-attention; gate and up, down
     assert layer["dynamic_update_slice"] == 2  # the encoder's keys and values are only read
