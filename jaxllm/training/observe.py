@@ -131,8 +131,10 @@ def _measure(outputs: Sequence[Any], operation: str, scope: _Scope) -> _Records:
 
 
 def _evaluate_scan(eqn: Any, inputs: list[Any], scope: _Scope) -> tuple[list[Any], _Records]:
-    closed, constants, carried = eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
-    backwards = eqn.params["reverse"]
+    closed, backwards = eqn.params["jaxpr"], eqn.params["reverse"]
+    # What a loop slices or stacks has one more axis outside it; the parameters that count it are gone in jax 0.12.
+    carried = sum(not stacked for stacked in _stacked(eqn.outvars, closed.jaxpr.outvars))
+    constants = len(inputs) - carried - sum(_stacked(eqn.invars, closed.jaxpr.invars))
     loop = _REVERSED if backwards else _FORWARD
     inner = scope._replace(path=(*scope.path, loop), stacks=(*scope.stacks, LOOP))
     consts, start, xs = inputs[:constants], inputs[constants : constants + carried], inputs[constants + carried :]
@@ -145,6 +147,10 @@ def _evaluate_scan(eqn: Any, inputs: list[Any], scope: _Scope) -> tuple[list[Any
 
     last, (ys, largest) = jax.lax.scan(body, start, xs, length=eqn.params["length"], reverse=backwards)
     return [*last, *ys], list(zip(sites, largest, strict=True))
+
+
+def _stacked(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
+    return [outer.aval.ndim > inner.aval.ndim for outer, inner in zip(outside, inside, strict=True)]
 
 
 def _turn(loop: str, index: int) -> int:
