@@ -127,7 +127,13 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], scope: _Sc
 
 def _measure(outputs: Sequence[Any], operation: str, scope: _Scope) -> _Records:
     found = [x for x in outputs if x.dtype == scope.dtype and x.size]
-    return [(_Site(scope, operation), jnp.max(jnp.abs(x)).astype(jnp.float32)) for x in found]
+    return [(_Site(scope, operation), _largest(x)) for x in found]
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    # XLA:CPU's maximum of a large array leaves NaNs out.
+    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, largest)
 
 
 def _evaluate_scan(eqn: Any, inputs: list[Any], scope: _Scope) -> tuple[list[Any], _Records]:

@@ -128,6 +128,16 @@ def test_a_planted_overflow_is_named_by_layer_and_module(observers, layer: int) 
         assert found.name.startswith(f"LlamaLayer[{layer}]/down_proj: ")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_nan_among_many_numbers_is_seen(dtype: str) -> None:
+    """Where nothing is infinite; a maximum alone would not do, since XLA:CPU's leaves NaNs out."""
+    values = jnp.ones((64, 1024), dtype).at[7, 100].set(-1)
+    observe = Observer(lambda x: 2 * jnp.sqrt(x), dtype)
+    assert first_nonfinite(observe(abs(values))) is None
+    found = first_nonfinite(observe(values))
+    assert found.name.endswith(": sqrt") and np.isnan(found.largest)
+
+
 T5_MODEL = T5Config(vocab_size=97, d_model=16, d_ff=32, num_layers=2, num_heads=2, head_dim=8)
 
 
