@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.ops.attention import masked_attention
 from jaxllm.ops.quantize import Quantized, quantize
 
-Store = Float[Array, "R S H"] | Float[Array, "B N S H"] | Quantized  # keys or values of one layer; quantised over H
+# Keys or values of one layer, quantised over H; [B, N, S, H] in a cross cache, which is only read.
+Store = Float[Array, "R S H"] | Float[Array, "B N S H"] | Quantized
 
 
 class KVCache(NamedTuple):
@@ -155,7 +156,7 @@ def _read(store: Store, count: int) -> tuple[Array, Array | None]:
     """[R, A, H] of the first A slots, and the scales [R, A] of what is quantised."""
     if isinstance(store, Quantized):
         return store.values[:, :count], store.scale[:, :count]
-    return store.reshape(-1, *store.shape[-2:])[:, :count], None  # a cross cache is [B, N, S, H]
+    return store.reshape(-1, *store.shape[-2:])[:, :count], None
 
 
 def visible_slots(

@@ -96,7 +96,7 @@ def choose(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[
 
 
 def most_probable(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The id of the largest logit, the first of equal ones (or of NaNs)."""
+    """The id of the largest logit, the first of equal ones; some id of the vocabulary where logits are NaN."""
     *batch, vocab = logits.shape
     if jax.default_backend() != "cpu" or vocab <= _BLOCK:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

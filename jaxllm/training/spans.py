@@ -19,6 +19,7 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.models import Model
 from jaxllm.models.layers import apply
 from jaxllm.models.t5 import T5
+from jaxllm.ops.sampling import most_probable
 from jaxllm.sharding import map_rows
 from jaxllm.training.compiled import CompiledOnce
 from jaxllm.training.loss import Batch
@@ -45,7 +46,7 @@ def make_predict_step(model: T5, *, dtype: Any, mesh: Mesh | None = None) -> Cal
         tokens = batch["encoder_tokens"], batch["decoder_tokens"]
         hidden = apply(model, cast, *tokens, **segments, method="hidden")
         head = apply(model, cast, method="head")
-        return jax.lax.map(lambda row: jnp.argmax(jnp.einsum("td,vd->tv", row, head), axis=-1), hidden)
+        return jax.lax.map(lambda row: most_probable(jnp.einsum("td,vd->tv", row, head)), hidden)
 
     spread = map_rows(on_rows, mesh, summed=False)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.sampling import Sampling, choose, keep_min_p, keep_top_k, keep_top_p, process, sample
+from jaxllm.ops.sampling import Sampling, choose, keep_min_p, keep_top_k, keep_top_p, most_probable, process, sample
 
 SETTINGS = {
     "plain": {"temperature": 1.0},
@@ -69,6 +69,16 @@ def test_processors_equal_those_of_transformers(name: str, ties: bool) -> None:
         # Which of equal tokens a cut inside a tie keeps depends on the sort; the values kept do not.
         want, got = np.sort(want, axis=-1), np.sort(got, axis=-1)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 200])
+def test_the_most_probable_is_the_first_of_the_largest(vocab: int) -> None:
+    """As NumPy's argmax: ties between and inside blocks, and rows of -inf alone."""
+    logits = np.random.default_rng(0).integers(0, 4, (3, 40, vocab)).astype(np.float32)
+    logits[0, :10] = -np.inf
+    np.testing.assert_array_equal(most_probable(jnp.asarray(logits)), logits.argmax(axis=-1))
+    nowhere = most_probable(jnp.full((3, 40, vocab), jnp.nan))
+    assert np.all((nowhere >= 0) & (nowhere < vocab))
 
 
 def test_kept_sets() -> None:
