@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import environment, run_side, save, spread
 
 from jaxllm.config import LlamaConfig, ModelConfig, T5Config
 
-RESULTS = Path(__file__).parent / "results"
 SIDES = ("jaxllm", "torch_dynamic", "torch_static")
 _A: dict[str, Any] = {"vocab_size": 8192, "d_model": 256, "d_ff": 688, "num_heads": 8}
 SHAPES: dict[str, ModelConfig] = {
@@ -68,36 +66,27 @@ def main() -> None:
         print(json.dumps(_side(arguments)))
         return
     with tempfile.TemporaryDirectory() as work:
-        _start("weights", work)
-        turns = [{side: _start(side, work) for side in SIDES} for _ in range(arguments.turns)]
+        run_side("weights", work)
+        turns = [{side: run_side(side, work) for side in SIDES} for _ in range(arguments.turns)]
         agreement = _agreement(Path(work), exact=arguments.dtype == "float32" and not arguments.int8)
     speed = "tokens_per_second"
     ratios = {side: [turn["jaxllm"][speed] / turn[side][speed] for turn in turns] for side in SIDES[1:]}
     result = {
         "benchmark": "decode",
         **{name: getattr(arguments, name) for name in ("shape", "batch", "prompt", "new", "dtype", "int8")},
-        "ratio": {side: {"min": min(x), "median": statistics.median(x), "max": max(x)} for side, x in ratios.items()},
+        "ratio": {side: spread(x) for side, x in ratios.items()},
         "equal_tokens": agreement,
         "turns": turns,
-        **_environment(),
+        **environment(),
     }
-    RESULTS.mkdir(exist_ok=True)
     kind = f"{arguments.shape}_b{arguments.batch}_{arguments.dtype}{'_int8' if arguments.int8 else ''}"
-    path = RESULTS / f"decode_{kind}_{result['device'].replace(' ', '_')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = save(f"decode_{kind}", result)
     ours = [turn["jaxllm"] for turn in turns]
     print(
         f"{path.name}: {statistics.median(x[speed] for x in ours):.0f} tokens/s, "
         f"{statistics.median(x['roofline_fraction'] for x in ours):.0%} of the measured bandwidth; ratio "
         + ", ".join(f"{statistics.median(x):.2f} ({side})" for side, x in ratios.items())
     )
-
-
-def _start(side: str, work: str) -> dict[str, Any]:
-    """The same command line once more, for one side."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--work", work]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
 
 
 def _side(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -113,18 +102,6 @@ def _agreement(work: Path, *, exact: bool) -> float:
     if exact and min(shares) < 1:
         raise SystemExit(f"only {min(shares):.1%} of the tokens agree: a speed of a wrong model says nothing")
     return min(shares)
-
-
-def _environment() -> dict[str, Any]:
-    import importlib.metadata as metadata
-
-    import jax
-
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip()
-    versions = {name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers")}
-    date = time.strftime("%Y-%m-%d")
-    return {"device": jax.devices()[0].device_kind, "versions": versions, "commit": commit, "date": date}
 
 
 def _prompts(arguments: argparse.Namespace) -> np.ndarray:

@@ -14,19 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import environment, run_side, save, spread
 
 from jaxllm.config import LlamaConfig, RopeConfig
 
-RESULTS = Path(__file__).parent / "results"
 ROPE = RopeConfig(type="llama3", theta=500000.0, factor=32.0, original_max_length=8192)
 SHAPES = {
     "1B": LlamaConfig(  # as Llama 3.2 1B
@@ -49,8 +46,6 @@ PAGE = 4096
 
 def main() -> None:
     """Writes the checkpoint, alternates the two sides, and writes the ratios."""
-    from train_step import environment
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="1B")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="loaded as")
@@ -62,9 +57,9 @@ def main() -> None:
         print(json.dumps(SIDES[arguments.side](arguments.shape, arguments.dtype, arguments.work)))
         return
     with tempfile.TemporaryDirectory() as work:
-        written = _process("write", arguments, work)
+        written = run_side("write", work)
         pair = ("jaxllm", "transformers")
-        turns = [{side: _process(side, arguments, work) for side in pair} for _ in range(arguments.turns)]
+        turns = [{side: run_side(side, work) for side in pair} for _ in range(arguments.turns)]
         compare(Path(work))
     result = {
         "benchmark": "load_hf",
@@ -72,15 +67,13 @@ def main() -> None:
         "dtype": arguments.dtype,
         "file_bytes": written["bytes"],
         "ours_over_theirs": {
-            key: _spread([turn["jaxllm"][key] / turn["transformers"][key] for turn in turns])
+            key: spread([turn["jaxllm"][key] / turn["transformers"][key] for turn in turns])
             for key in ("seconds", "seconds_own", "peak_bytes", "added_bytes")
         },
         "turns": turns,
         **environment(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"load_hf_{arguments.shape}_{arguments.dtype}_{result['device'].replace(' ', '_')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = save(f"load_hf_{arguments.shape}_{arguments.dtype}", result)
     medians = {key: round(spread["median"], 3) for key, spread in result["ours_over_theirs"].items()}
     print(f"{path.name}: ours / theirs {medians}")
 
@@ -163,17 +156,6 @@ class _Measure:
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
-
-
-def _process(side: str, arguments: argparse.Namespace, work: str) -> dict[str, Any]:
-    options = ["--side", side, "--shape", arguments.shape, "--dtype", arguments.dtype, "--work", work]
-    command = [sys.executable, __file__, *options]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 SIDES = {"write": write, "jaxllm": run_jaxllm, "transformers": run_transformers}

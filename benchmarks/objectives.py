@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from train_step import RESULTS, environment
+from sides import environment, save
 
 from jaxllm.config import DataConfig
 from jaxllm.data.objectives import Denoiser, fill_spans, noise_of, span_corruption
@@ -153,9 +153,7 @@ def main() -> None:
             for workers in arguments.workers
         }
     result |= environment()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"objectives_{str(result['device']).replace(' ', '_')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save("objectives", result)
     print(json.dumps({name: result[name] for name in list(result)[1:4]}, indent=1))
 
 

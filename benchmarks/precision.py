@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from train_step import environment
+from sides import environment, save
 
 from jaxllm.config import RunConfig
 from jaxllm.config_file import load_config
@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 # Grows every 50 steps, so that 300 steps see the scale find its limit.
 DYNAMIC = ("precision.compute=float16", "precision.loss_scale=dynamic", "precision.growth_interval=50")
 RUNS = {
@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--full", action="store_true", help="the models of the configs as they are")
     arguments = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
     IMAGES.mkdir(parents=True, exist_ok=True)
     families = {}
     with tempfile.TemporaryDirectory() as work:
@@ -73,8 +72,7 @@ def main() -> None:
             families[family] = measure_family(family, arguments.steps, arguments.full, Path(work))
     result = {"benchmark": "precision", "steps": arguments.steps, "full": arguments.full, **environment()}
     result["families"] = {name: summary(runs, lost) for name, (runs, lost) in families.items()}
-    path = RESULTS / f"precision_{result['device'].replace(' ', '_')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save("precision", result)
     plot_losses({name: runs for name, (runs, _) in families.items()})
     plot_lost({name: lost for name, (_, lost) in families.items()})
     plot_scales({name: runs for name, (runs, _) in families.items()})

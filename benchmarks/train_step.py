@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import environment, run_side, save, spread
 
 from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, T5Config, TrainingConfig
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, dict[str, Any]] = {
     "A": {
         "vocab_size": 8192,
@@ -86,54 +84,20 @@ def main() -> None:
         print(json.dumps(side(arguments.shape, arguments.dtype, arguments.steps, arguments.work)))
         return
     with tempfile.TemporaryDirectory() as work:
-        turns = [{side: _turn(side, arguments, work) for side in ("jaxllm", "torch")} for _ in range(arguments.turns)]
+        turns = [{side: run_side(side, work) for side in ("jaxllm", "torch")} for _ in range(arguments.turns)]
         difference = _compare_logits(Path(work), arguments.dtype)
     ratios = [turn["jaxllm"]["tokens_per_second"] / turn["torch"]["tokens_per_second"] for turn in turns]
     result = {
         "benchmark": "train_step",
         "shape": arguments.shape,
         "dtype": arguments.dtype,
-        "ratio": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
+        "ratio": spread(ratios),
         "logits_relative_difference": difference,
         "turns": turns,
         **environment(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"train_step_{arguments.shape}_{arguments.dtype}_{result['device'].replace(' ', '_')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = save(f"train_step_{arguments.shape}_{arguments.dtype}", result)
     print(f"{path.name}: ratio {result['ratio']}, logits differ by {difference:.1e}")
-
-
-def environment() -> dict[str, Any]:
-    """Device, versions, commit and date of a result."""
-    import importlib.metadata as metadata
-
-    import jax
-
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip()
-    packages = ("jax", "flax", "optax", "torch", "transformers")
-    installed = {dist.metadata["Name"] for dist in metadata.distributions()}
-    return {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: metadata.version(name) for name in packages if name in installed},
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _turn(side: str, arguments: argparse.Namespace, work: str) -> dict[str, Any]:
-    options = {
-        "--shape": arguments.shape,
-        "--dtype": arguments.dtype,
-        "--steps": arguments.steps,
-        "--work": work,
-    }
-    flat = [str(part) for pair in options.items() for part in pair]
-    output = subprocess.run(
-        [sys.executable, __file__, "--side", side, *flat], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    return json.loads(output.splitlines()[-1])
 
 
 def _compare_logits(work: Path, dtype: str) -> float:

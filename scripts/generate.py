@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from huge_pages import restart_with_huge_pages
+
 
 def main() -> int:
     """Reads one prompt, or a file of them, and writes what the model says."""
@@ -71,4 +73,5 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

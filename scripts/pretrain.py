@@ -6,6 +6,11 @@ import argparse
 import logging
 import sys
 
+if __name__ == "__main__":
+    from huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
+
 from jaxllm.config_file import ConfigError, describe_keys, dump_config, load_config
 
 
