@@ -108,12 +108,13 @@ class LlamaDecoder:
     def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
         """See `Decoder`; positions beyond the context only exist where dynamic scaling makes them."""
         c = self.model.config
-        longest = max(len(prompt) for prompt in prompts)
+        worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        longest = len(prompts[worst])
         context = int(c.max_length * (c.rope.factor or 1)) if c.rope.type == "dynamic" else c.max_length
         if longest + new - 1 > context:
             raise ValueError(
-                f"prompt of {longest} tokens and {new} new ones need {longest + new - 1} positions, the model's "
-                f"context has {context} (model.max_length); shorten the prompt or max_new_tokens"
+                f"prompt {worst} of {longest} tokens and {new} new ones need {longest + new - 1} positions, the "
+                f"model's context has {context} (model.max_length); shorten the prompt or max_new_tokens"
             )
 
     def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:

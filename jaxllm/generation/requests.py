@@ -109,9 +109,8 @@ def make_request(
         record: keep each step's logits.
     """
     decoder = decoder_of(model)
-    check_ids(model, prompts, name="prompt")
     _check_settings(model, sampling, max_new_tokens, eos_ids, pad_id, samples, cache_dtype)
-    decoder.check(prompts, new=max_new_tokens, pad_id=pad_id)
+    check_prompts(model, prompts, new=max_new_tokens, pad_id=pad_id)
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
     chunk = min(CHUNK, bucket(max_new_tokens, 4))
     needed = int(lengths.max()) + max_new_tokens
@@ -131,14 +130,22 @@ def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndar
     return tokens, lengths
 
 
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+    """Raises a ValueError for a prompt that is empty, outside the vocabulary, or can't be continued by `new` tokens."""
+    check_ids(model, prompts, name="prompt")
+    decoder_of(model).check(prompts, new=new, pad_id=pad_id)
+
+
 def check_ids(model: Model, rows: Sequence[Sequence[int]], *, name: str) -> None:
     """Raises a ValueError for no rows, an empty one, or an id outside the vocabulary."""
-    if not rows or not all(len(row) for row in rows):
-        raise ValueError(f"every {name} needs at least one token; start with the end-of-text id to begin a document")
+    if len(rows) == 0:
+        raise ValueError(f"at least one {name} is needed, got none")
     vocab = model.config.vocab_size
-    for row in rows:
+    for i, row in enumerate(rows):
+        if len(row) == 0:
+            raise ValueError(f"{name} {i} needs at least one token; the end-of-text id begins a document")
         if min(row) < 0 or max(row) >= vocab:
-            raise ValueError(f"{name} holds ids outside 0..{vocab - 1}: {min(row)}..{max(row)}")
+            raise ValueError(f"{name} {i} holds ids outside 0..{vocab - 1}: {min(row)}..{max(row)}")
 
 
 def _check_settings(
@@ -168,11 +175,13 @@ def _check_settings(
 
 def _row_keys(seed: int | Sequence[int], prompts: int, samples: int) -> jax.Array:
     """A key per output row, from its prompt's seed (or the seed and the prompt's index) and the sample's index."""
+    seeds = [seed] if isinstance(seed, int) else seed
+    if not all(0 <= each < 2**32 for each in seeds):
+        raise ValueError(f"seed must lie in 0..2**32 - 1, got {seed}")
+    base = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
     if isinstance(seed, int):
-        base = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(prompts))
-    elif len(seed) == prompts:
-        base = jax.vmap(jax.random.key)(np.asarray(seed, np.uint32))
-    else:
+        base = jax.vmap(jax.random.fold_in, (None, 0))(base[0], np.arange(prompts))
+    elif len(seed) != prompts:
         raise ValueError(f"seed needs one number, or one per prompt: got {len(seed)} for {prompts} prompts")
     rows = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(samples)))(base)
     return rows.reshape(-1)

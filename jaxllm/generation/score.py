@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.generation.family import Decoder, decoder_of
-from jaxllm.generation.requests import bucket, check_ids, pad
+from jaxllm.generation.requests import bucket, check_ids, check_prompts, pad
 from jaxllm.models import Model
 
 
@@ -39,10 +39,9 @@ def score(
     decoder = decoder_of(model)
     if len(prompts) != len(continuations):
         raise ValueError(f"each prompt needs one continuation: got {len(prompts)} and {len(continuations)}")
-    check_ids(model, prompts, name="prompt")
     check_ids(model, continuations, name="continuation")
     longest = max(map(len, continuations))
-    decoder.check(prompts, new=longest, pad_id=pad_id)
+    check_prompts(model, prompts, new=longest, pad_id=pad_id)
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
     new, counts = pad(continuations, bucket(longest, 16), pad_id)
     plan = decoder.plan(

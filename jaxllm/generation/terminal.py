@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxllm.generation.generate import generate, generate_stream
+from jaxllm.generation.requests import check_prompts
 
 
 def write_stream(speaker: Any, prompt: str, *, seed: int, **options: Any) -> str:
@@ -47,15 +48,16 @@ def write_batches(speaker: Any, prompts: list[str], *, batch_size: int, seed: in
     """Writes a JSON line per prompt; returns a line that says how fast they came.
 
     Each prompt has a seed of its own, `seed` plus its number, so that `batch_size` changes no result. The other
-    arguments are those of `write_stream`.
+    arguments are those of `write_stream`. All prompts are checked before the first is answered.
     """
     total, begun, known = 0, time.perf_counter(), _known(speaker)
+    encoded = [speaker.encode(text) for text in prompts]
+    check_prompts(speaker.model, encoded, new=options["max_new_tokens"], pad_id=speaker.pad_id)
     for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        seeds = [seed + start + i for i in range(len(part))]
-        encoded = [speaker.encode(text) for text in part]
-        rows = generate(speaker.model, speaker.params, encoded, seed=seeds, **known, **options)
-        for prompt, row in zip(part, rows, strict=True):
+        part = slice(start, start + batch_size)
+        seeds = [seed + i for i in range(len(prompts))[part]]
+        rows = generate(speaker.model, speaker.params, encoded[part], seed=seeds, **known, **options)
+        for prompt, row in zip(prompts[part], rows, strict=True):
             print(json.dumps({"prompt": prompt, "text": speaker.decode(row), "tokens": len(row)}, ensure_ascii=False))
         sys.stdout.flush()
         total += sum(map(len, rows))

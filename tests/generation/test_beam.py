@@ -149,5 +149,5 @@ def test_bad_continuations_are_refused(model_and_params) -> None:
     model, params = model_and_params
     with pytest.raises(ValueError, match="one continuation"):
         score(model, params, PROMPTS, [[1]])
-    with pytest.raises(ValueError, match="every continuation needs"):
+    with pytest.raises(ValueError, match="continuation 0 needs"):
         score(model, params, [[1]], [[]])

@@ -213,9 +213,10 @@ def test_samples_depend_on_their_seed_and_not_on_batch_mates(plain) -> None:
 @pytest.mark.parametrize(
     ("prompts", "arguments", "message"),
     [
-        ([[]], {}, "at least one token"),
-        ([], {}, "at least one token"),
-        ([[97]], {}, "outside 0..96"),
+        ([[1], []], {}, "prompt 1 needs at least one token"),
+        ([], {}, "at least one prompt"),
+        ([[1], [97]], {}, "prompt 1 holds ids outside 0..96: 97..97"),
+        ([[-1]], {}, "outside 0..96: -1..-1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1] * 510], {"max_new_tokens": 4}, "513 positions, the model's context has 512"),
         ([[1]], {"eos_ids": (97,)}, "eos_ids and pad_id must lie in"),
@@ -227,6 +228,8 @@ def test_samples_depend_on_their_seed_and_not_on_batch_mates(plain) -> None:
         ([[1]], {"cache_dtype": "float16"}, "cache_dtype must be int8"),
         ([[1]], {"cache_dtype": "int8", "check": True}, "compares with the training model"),
         ([[1]], {"seed": [1, 2]}, "one per prompt"),
+        ([[1]], {"seed": -1}, "seed must lie in"),
+        ([[1]], {"seed": [2**32]}, "seed must lie in"),
     ],
 )
 def test_bad_requests_are_refused_before_compilation(plain, prompts, arguments, message: str) -> None:

@@ -103,7 +103,11 @@ def test_drafts_come_from_the_encoders_input() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([[]], "at least one token"), ([[5], [0, 0]], "prompt 1 holds only padding"), ([[37]], "outside 0..36")],
+    [
+        ([[]], "prompt 0 needs at least one token"),
+        ([[5], [0, 0]], "prompt 1 holds only padding"),
+        ([[37]], "outside 0..36"),
+    ],
 )
 def test_bad_inputs_are_refused_before_compilation(model_and_params, prompts, message: str) -> None:
     model, params = model_and_params

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,12 +108,15 @@ def test_a_row_draws_with_its_own_key() -> None:
     "wrong",
     [
         {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_k": 3},
         {"min_p": 0.1},
         {"temperature": 1.0, "min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.nan},
         {"min_new_tokens": -1},
     ],
 )
