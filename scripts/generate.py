@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--stop", action="append", default=[], help="string that ends the output; may be repeated")
+    parser.add_argument("--stop", action="append", default=[], help="text to end after; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--int8", action="store_true", help="store the weights as int8")
@@ -37,6 +37,8 @@ def main() -> int:
         parser.error(f"--batch-size must be at least 1, got {arguments.batch_size}")
     try:
         _speak(arguments)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -63,13 +65,20 @@ def _speak(arguments: argparse.Namespace) -> None:
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.batch:
-        prompts = arguments.batch.read_text(encoding="utf-8").splitlines()
-        if not prompts:
+        text = _read(arguments.batch)
+        if not text:
             raise ValueError(f"{arguments.batch} is empty; write one prompt per line")
-        return prompts
+        return text.split("\n")  # splitlines would also cut at form feeds and U+2028
     if arguments.prompt_file:
-        return [arguments.prompt_file.read_text(encoding="utf-8").removesuffix("\n")]
+        return [_read(arguments.prompt_file)]
     return [sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 if __name__ == "__main__":

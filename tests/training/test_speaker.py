@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -34,8 +36,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("llama"), LlamaConfig(**SMALL))
 
 
-def test_sentinels_written_in_a_prompt_become_sentinels(tmp_path: Path) -> None:
-    speaker = load_speaker(save(tmp_path / "t5", T5Config(**SMALL, head_dim=8)))
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("t5"), T5Config(**SMALL, head_dim=8))
+
+
+def test_sentinels_written_in_a_prompt_become_sentinels(t5: Path) -> None:
+    speaker = load_speaker(t5)
     tokenizer = speaker.tokenizer
     ids = speaker.encode("the <extra_id_0> sat <extra_id_1>")
     first, second = (int(i) for i in tokenizer.sentinel_ids[:2])
@@ -53,40 +60,81 @@ def test_a_stream_never_shows_half_a_character(llama: Path) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_argument_standard_input_and_batch_say_the_same(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def speak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the script; its exit status, standard output and standard error."""
     main = runpy.run_path(str(SCRIPT))["main"]
-    lines = tmp_path / "prompts.txt"
-    lines.write_text("the cat\n", encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
-    said = []
-    for source in (["the cat"], ["-"], ["--batch", str(lines)]):
-        monkeypatch.setattr(sys, "argv", ["generate", str(llama), *source, "--temperature=0", "--max-new-tokens=4"])
-        assert main() == 0
-        captured = capsys.readouterr()
-        assert "tokens/s" in captured.err
-        said.append(captured.out)
-    assert said[0] == said[1] == json.loads(said[2])["text"] + "\n"
-    monkeypatch.setattr(sys, "argv", ["generate", str(llama), "x", "--temperature=0", "--top-k=3"])
-    assert main() == 1
-    assert "error: top_k" in capsys.readouterr().err
+
+    def run(folder: Path, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate", str(folder), *options])
+        return main(), *capsys.readouterr()
+
+    return run
 
 
-def test_the_size_of_a_batch_changes_no_sample(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_argument_file_standard_input_and_batch_say_the_same(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speak
 ) -> None:
-    main = runpy.run_path(str(SCRIPT))["main"]
-    lines = tmp_path / "prompts.txt"
-    lines.write_text("the cat\nthe cat\n", encoding="utf-8")
+    folder, lines = request.getfixturevalue(family), tmp_path / "prompts.txt"
+    lines.write_text("the <extra_id_0> cat\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the <extra_id_0> cat\n"))
     said = []
-    for size in ("1", "2"):
-        options = ["--batch", str(lines), "--batch-size", size, "--temperature=2", "--max-new-tokens=4"]
-        monkeypatch.setattr(sys, "argv", ["generate", str(llama), *options])
-        assert main() == 0
-        said.append(capsys.readouterr().out)
-    first, second = (json.loads(line)["text"] for line in said[0].splitlines())
-    assert said[0] == said[1] and first != second
+    for source in (["the <extra_id_0> cat"], ["--prompt-file", str(lines)], ["-"], ["--batch", str(lines)]):
+        status, out, err = speak(folder, *source, "--temperature=0", "--max-new-tokens=4")
+        assert status == 0 and "4 tokens in" in err and "tokens/s" in err
+        said.append(out)
+    assert len(said[0]) > 1
+    assert said[0] == said[1] == said[2] == json.loads(said[3])["text"] + "\n"
+
+
+def test_a_long_text_comes_in_pieces_and_a_stop_string_ends_it(llama: Path, speak) -> None:
+    options = ["the cat", "--temperature=0", "--max-new-tokens=40"]
+    status, whole, err = speak(llama, *options)
+    assert status == 0 and re.search(r"40 tokens in .* the first 32 with compilation in .*, then [\d.]+ tokens/s", err)
+    stop = whole[10:13]
+    cut = speak(llama, *options, f"--stop={stop}", "--stop=never")[1].removesuffix("\n")
+    assert stop in cut and whole.startswith(cut) and len(cut) < len(whole) - 10
+
+
+def test_batches_cut_at_line_breaks_only_and_their_size_changes_no_sample(llama: Path, tmp_path: Path, speak) -> None:
+    lines = tmp_path / "prompts.txt"
+    prompts = ["the\x0ccat\u2028sat", "mat", "the\x0ccat\u2028sat"]
+    lines.write_text("\n".join(prompts), encoding="utf-8")
+    options = ["--batch", str(lines), "--temperature=2", "--max-new-tokens=4"]
+    said = [speak(llama, *options, f"--batch-size={size}")[1] for size in (1, 2)]
+    rows = [json.loads(line) for line in said[0].split("\n")[:-1]]
+    assert [row["prompt"] for row in rows] == prompts
+    assert said[0] == said[1] and rows[0]["text"] != rows[2]["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x", "--temperature=0", "--top-k=3"], "top_k, top_p and min_p choose among samples"),
+        (["x", "--temperature=nan"], "temperature must be"),
+        (["x", "--max-new-tokens=0"], "max_new_tokens must be at least 1"),
+        (["x", "--seed=-1"], "seed must lie in"),
+        (["x", "--stop="], "non-empty strings"),
+        (["--batch", "LONG", "--batch-size=1"], "prompt 1 of 6000 tokens"),
+        (["--batch", "EMPTY"], "write one prompt per line"),
+        (["--prompt-file", "BINARY"], "BINARY is not UTF-8 text"),
+        (["--prompt-file", "NOWHERE"], "No such file"),
+    ],
+)
+def test_bad_requests_end_in_one_line(llama: Path, tmp_path: Path, speak, options: list[str], message: str) -> None:
+    (tmp_path / "LONG").write_text("a\n" + 2000 * "€" + "\n", encoding="utf-8")
+    (tmp_path / "EMPTY").touch()
+    (tmp_path / "BINARY").write_bytes(b"\xff\x00")
+    status, out, err = speak(llama, *(str(tmp_path / each) if each.isupper() else each for each in options))
+    assert status == 1 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_one_source_of_prompts_is_asked_for(llama: Path, speak) -> None:
+    for options in ([], ["x", "--batch", "y"], ["x", "--batch-size=0"]):
+        with pytest.raises(SystemExit):
+            speak(llama, *options)
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
