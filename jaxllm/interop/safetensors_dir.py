@@ -1,16 +1,20 @@
 """A directory of safetensors files as a parameter tree, and back: one table of names drives both.
 
-A family lists its parameters as `Entry`s; reading fills one preallocated stack per parameter, slice by slice, so that
-no tensor exists twice as a whole. Files are reopened as reading goes on, because the pages of a mapped file count as
-the process's memory until it is closed. Not here: which name belongs to which parameter, config.json.
+A family lists its parameters as `Entry`s; reading fills one preallocated stack per parameter, piece by piece on several
+threads, so that no tensor exists twice as a whole. Each piece opens its file anew, because the pages of a mapped file
+count as the process's memory until it is closed. Not here: which name belongs to which parameter, config.json.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +28,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Names of safetensors' dtypes that a parameter may have.
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
-_REOPEN_BYTES = 1 << 26  # bytes read from one mapping before it is given back
+_PIECE_BYTES = 1 << 25  # of a file, read through one mapping by one thread
+_THREADS = min(8, os.cpu_count() or 1)
 # Rows read and transposed at once: NumPy then writes whole cache lines, from rows that the cache holds. Of a multiple
 # of 4096 bytes, rows would all compete for the same few lines of it; the padding spreads them.
 _ROWS, _PAD = 128, 32
@@ -73,39 +78,26 @@ class TensorFiles:
         self.folder = Path(folder)
         self.info = dict(self._headers())
         self._alias: dict[str, str] = {}
-        self._open: tuple[Path, Any] | None = None
-        self._read = 0
 
     def alias(self, name: str, tensor: str) -> None:
         """Lets an absent tensor be read as another: files hold only one of the names of a shared tensor."""
         self.info[name], self._alias[name] = self.info[tensor], tensor
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of a tensor, as far as it has them, copied out of the file."""
-        info = self.info[name]
-        array = self._file(info.file).get_slice(self._alias.get(name, name))[start : min(stop, info.shape[0])]
-        self._read += array.nbytes
-        return array
+    @contextlib.contextmanager
+    def tensor(self, name: str) -> Iterator[Any]:
+        """A tensor to take rows from by slices, each copied out of the file, which is open until the block ends."""
+        with _open(self.info[name].file) as file:
+            yield file.get_slice(self._alias.get(name, name))
 
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors are equal in shape, dtype and every bit."""
         if self.info[first][1:] != self.info[second][1:]:
             return False
-        count = self.info[first].shape[0]
-        parts = ((self.rows(first, i, i + _ROWS), self.rows(second, i, i + _ROWS)) for i in range(0, count, _ROWS))
-        return all(a.tobytes() == b.tobytes() for a, b in parts)
-
-    def close(self) -> None:
-        """Gives back the mapping of the file in use."""
-        if self._open is not None:
-            self._open[1].__exit__(None, None, None)
-            self._open = None
-
-    def _file(self, path: Path) -> Any:
-        if self._open is None or self._open[0] != path or self._read > _REOPEN_BYTES:
-            self.close()
-            self._open, self._read = (path, _open(path)), 0
-        return self._open[1]
+        for start, stop in _pieces(self.info[first]):
+            with self.tensor(first) as one, self.tensor(second) as other:
+                if any(one[a:b].tobytes() != other[a:b].tobytes() for a, b in _steps(start, stop, _ROWS)):
+                    return False
+        return True
 
     def _headers(self) -> Iterator[tuple[str, _Info]]:
         shards = self._shards()
@@ -179,12 +171,18 @@ def read_params(
         found = {files.info[name].dtype for entry in entries for name in entry.tensors()}
         dtype = jnp.result_type(*(_DTYPES[kind] for kind in found))
     params: dict[str, Any] = {}
-    for entry in entries:
-        stack = _empty(_leaf(abstract, entry.path).shape, jnp.dtype(dtype))
-        for i, name in enumerate(entry.tensors()):
-            _fill(stack[i] if entry.layers else stack, files, name, entry.transposed)
-        _put(params, entry.path, jax.device_put(stack))
-    files.close()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for entry in entries:
+            stack = _empty(_leaf(abstract, entry.path).shape, jnp.dtype(dtype))
+            outs = stack if entry.layers else stack[None]
+            pieces = [
+                pool.submit(_fill, out, files, name, entry.transposed, *piece)
+                for out, name in zip(outs, entry.tensors(), strict=True)
+                for piece in _pieces(files.info[name])
+            ]
+            for piece in pieces:
+                piece.result()
+            _put(params, entry.path, jax.device_put(stack))
     return params
 
 
@@ -300,16 +298,34 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool) -> None:
+def _pieces(info: _Info) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about _PIECE_BYTES."""
+    row = math.prod(info.shape[1:]) * jnp.dtype(_DTYPES.get(info.dtype, jnp.float64)).itemsize
+    return _steps(0, info.shape[0], max(1, _PIECE_BYTES // (row * _ROWS)) * _ROWS)
+
+
+def _steps(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    return itertools.pairwise([*range(start, stop, step), stop])
+
+
+def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool, start: int, stop: int) -> None:
+    """Rows start..stop of a tensor into `out`, of which they are columns when it is transposed."""
     scratch = np.empty((_ROWS, out.shape[0] + _PAD), out.dtype)[:, :-_PAD] if transposed else out
-    for start in range(0, files.info[name].shape[0], _ROWS):
-        part = files.rows(name, start, start + _ROWS)
-        stop = start + len(part)
-        if transposed:
-            scratch[: len(part)] = part
-            _bits(out)[:, start:stop] = _bits(scratch[: len(part)]).T
-        else:
-            out[start:stop] = part
+    with files.tensor(name) as tensor:
+        for first, last in _steps(start, stop, _ROWS):
+            if transposed:
+                _copy(scratch[: last - first], tensor[first:last])
+                _bits(out)[:, first:last] = _bits(scratch[: last - first]).T
+            else:
+                _copy(out[first:last], tensor[first:last])
+
+
+def _copy(out: np.ndarray, part: np.ndarray) -> None:
+    if (part.dtype, out.dtype) == (jnp.bfloat16, jnp.float32):
+        # The upper half of the bits; by its extension type, NumPy would convert with all other threads waiting.
+        np.left_shift(part.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        _bits(out)[...] = _bits(part) if part.dtype == out.dtype else part
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

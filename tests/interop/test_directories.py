@@ -93,6 +93,29 @@ def test_dtype_is_a_choice_and_by_default_loses_nothing(tmp_path: Path) -> None:
     assert jaxllm.load_hf(tmp_path)[0].dtype == jnp.float32  # the narrowest that holds bfloat16 and float16
 
 
+def test_every_bfloat16_number_widens_to_itself(tmp_path: Path) -> None:
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16)
+    for width in (1 << 8, 300):  # whole strips of rows, and a part of one
+        config = dataclasses.replace(TINY, vocab_size=1 << 8, d_model=1 << 8, d_ff=width, num_heads=2)
+        params = random_params(config, "bfloat16")
+        tile = np.resize(numbers, (2, 1 << 8, width))
+        params["layers"]["up_proj"]["kernel"] = jnp.asarray(tile)  # transposed in the file
+        params["embed"] = jnp.asarray(numbers.reshape(1 << 8, 1 << 8))  # as it is
+        jaxllm.save_hf(tmp_path, build(config), params)
+        _, wide = jaxllm.load_hf(tmp_path, dtype="float32")
+        for found, narrow in ((wide["layers"]["up_proj"]["kernel"], tile), (wide["embed"], numbers.reshape(256, 256))):
+            assert found.dtype == jnp.float32
+            np.testing.assert_array_equal(np.asarray(found), narrow.astype(np.float32))  # NaN where NaN
+
+
+def test_a_tensor_of_many_pieces_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(FULL, vocab_size=700, d_model=300, d_ff=260)
+    params = random_params(config)
+    jaxllm.save_hf(tmp_path, build(config), params)
+    monkeypatch.setattr("jaxllm.interop.safetensors_dir._PIECE_BYTES", 1)
+    assert_same_bits(jaxllm.load_hf(tmp_path)[1], params)
+
+
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     jaxllm.save_hf(tmp_path, build(TINY), random_params(TINY), shard_bytes=20_000)
     params = jax.tree.map(lambda x: 2 * x, random_params(TINY))
