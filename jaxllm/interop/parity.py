@@ -22,7 +22,7 @@ from jaxllm.config import LlamaConfig
 from jaxllm.interop import InteropError
 from jaxllm.interop.hf import load_hf, load_hf_config
 from jaxllm.models.llama import Llama, LlamaLayer
-from jaxllm.ops.attention import Pattern
+from jaxllm.ops.masks import Pattern
 from jaxllm.ops.norms import rms_norm
 from jaxllm.ops.rope import rope_cos_sin, rope_frequencies
 

@@ -25,7 +25,8 @@ from jaxllm.models.layers import (
     init_stack,
     saved,
 )
-from jaxllm.ops.attention import Pattern, attention
+from jaxllm.ops.attention import attention
+from jaxllm.ops.masks import Pattern
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
 
 Rope = tuple[Float[Array, "#B T P"], Float[Array, "#B T P"]]  # cos and sin of each pair's angle

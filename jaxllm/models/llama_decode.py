@@ -19,7 +19,8 @@ from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import ACTIVATIONS, unstack
-from jaxllm.ops.attention import Pattern, attention
+from jaxllm.ops.attention import attention
+from jaxllm.ops.masks import Pattern
 from jaxllm.ops.matrices import Matrix, Rows, project, stored
 from jaxllm.ops.norms import rms_norm
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies

@@ -27,8 +27,8 @@ from jaxllm.models.layers import (
     init_stack,
 )
 from jaxllm.models.t5_layers import BiasOf, DecoderLayer, EncoderLayer, create_table, stream_dtype
-from jaxllm.ops.attention import Pattern
 from jaxllm.ops.dropout import dropout, split_keys
+from jaxllm.ops.masks import Pattern
 from jaxllm.ops.relative_bias import relative_bias
 
 

@@ -20,7 +20,8 @@ from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
 from jaxllm.models.layers import ACTIVATIONS, unstack
 from jaxllm.models.t5_layers import stream_dtype
-from jaxllm.ops.attention import Pattern, attention
+from jaxllm.ops.attention import attention
+from jaxllm.ops.masks import Pattern
 from jaxllm.ops.matrices import Matrix, Rows, project, stored
 from jaxllm.ops.norms import rms_norm
 from jaxllm.ops.relative_bias import relative_bias, relative_bias_at

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
 from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, Islands, Linear, RMSNorm, saved
-from jaxllm.ops.attention import Pattern, attention
+from jaxllm.ops.attention import attention
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.linear import linear_float32
+from jaxllm.ops.masks import Pattern
 
 # Gives a layer its bias, from its own table where it has one (UMT5) or else the one that its stack shares.
 BiasOf = Callable[[Array | None], Array | None]

@@ -1,10 +1,12 @@
-"""Who may attend to whom, as boolean masks [B, T, S] with True = attend.
+"""Who may attend to whom: a pattern, and its blocks as boolean masks [B, T, S] with True = attend.
 
 Masks are compared lazily: each function is a broadcast comparison that XLA fuses into the scores. Padding is segment
 id 0; documents packed into one row have ids from 1.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -34,3 +36,39 @@ def combine(*masks: Bool[Array, ...] | None) -> Bool[Array, ...] | None:
         if mask is not None:
             result = mask if result is None else jnp.logical_and(result, mask)
     return result
+
+
+class Pattern(NamedTuple):
+    """Which keys each query sees: everything, minus what the fields forbid.
+
+    Attributes:
+        causal: keys after the query are hidden; queries and keys then share one index.
+        window: only the last `window` keys are seen.
+        query_segments: document of each query [B, T]; None is one document.
+        key_segments: document of each key [B, S], 0 = padding.
+        query_lengths: real queries of each row [B], the rest is padding on the right; None is all.
+        key_lengths: real keys of each row [B].
+    """
+
+    causal: bool = False
+    window: int | None = None
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+    query_lengths: Int[Array, " B"] | None = None
+    key_lengths: Int[Array, " B"] | None = None
+
+    def mask(self, queries: range, keys: range) -> Array | None:
+        """The mask of a block of queries and keys, [T, S] or [B, T, S]; None when nothing is hidden."""
+        query_index, key_index = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
+        causal = causal_mask(query_index, key_index) if self.causal else None
+        window = None
+        if self.window is not None:
+            window = window_mask(query_index, key_index, window=self.window)
+        segments = None
+        if self.query_segments is not None and self.key_segments is not None:
+            # Slices, because XLA:CPU would compute an index into the documents for each score.
+            queries_of = self.query_segments[:, queries.start : queries.stop]
+            segments = segment_mask(queries_of, self.key_segments[:, keys.start : keys.stop])
+        real_queries = None if self.query_lengths is None else (query_index < self.query_lengths[:, None])[:, :, None]
+        real_keys = None if self.key_lengths is None else (key_index < self.key_lengths[:, None])[:, None, :]
+        return combine(causal, window, segments, real_queries, real_keys)
