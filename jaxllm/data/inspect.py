@@ -69,13 +69,16 @@ def view(inputs: np.ndarray, targets: np.ndarray, *, source: np.ndarray, tokeniz
     written = before_end(targets, tokenizer.eos_id)
     hidden = {int(part[0]): part[1:] for part in _spans(written, tokenizer)}
     whole, left, right = Text(), Text(), Text()
+    kept = np.count_nonzero(~_is_sentinel(before_end(inputs, tokenizer.eos_id), tokenizer))
+    mode = kept + sum(map(len, hidden.values())) - len(source)  # tokens that are read before the text
     for part in _parts(inputs, tokenizer):
         if _is_sentinel(part[:1], tokenizer).any():
             mark, part = int(part[0]), part[1:]
             left.append(tokenizer.decode([mark]), _colour(mark, tokenizer))
             whole.append(tokenizer.decode(hidden.get(mark, part[:0])), _colour(mark, tokenizer))
         left.append(tokenizer.decode(part))
-        whole.append(tokenizer.decode(before_end(part, tokenizer.eos_id)))
+        whole.append(tokenizer.decode(before_end(part[mode:], tokenizer.eos_id)))
+        mode = 0
     for part in _parts(targets, tokenizer):
         marked = _is_sentinel(part[:1], tokenizer).any()
         right.append(tokenizer.decode(part), _colour(int(part[0]), tokenizer) if marked else "bold green")

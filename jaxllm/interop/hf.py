@@ -1,6 +1,6 @@
 """Hugging Face directories to (model, parameters) and back, without torch or transformers.
 
-A family is a module with `MODEL_TYPES`, `IGNORED`, `read_config`, `write_config` and `entries`; this file finds it by
+A family is a module with `DEFAULTS`, `IGNORED`, `read_config`, `write_config` and `entries`; this file finds it by
 config.json's model_type and moves the tensors. Not here: names of tensors and keys (the families), bytes
 (`safetensors_dir`), tokenizers.
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.interop import InteropError, llama, t5
+from jaxllm.interop import InteropError, llama, t5, weight_dtype
 from jaxllm.interop.safetensors_dir import TensorFiles, read_json, read_params, write_params
 from jaxllm.models import Model, abstract_params, build
 
@@ -43,12 +43,13 @@ def load_hf(path: str | Path, *, dtype: Any = None) -> tuple[Model, dict[str, An
 
     Args:
         path: directory with config.json and safetensors files, one or sharded.
-        dtype: of the parameters and of the model's activations, such as "bfloat16"; None takes the narrowest that
-            holds every tensor of the files exactly.
+        dtype: of the parameters and of the model's activations: float32, bfloat16 or float16; None takes the narrowest
+            that holds every tensor of the files exactly.
 
     Raises:
         InteropError: for an unknown model, a setting that cannot be reproduced, or tensors that do not fit.
     """
+    dtype = None if dtype is None else weight_dtype(dtype)
     config, files = _open(path)
     module = _FAMILIES[config.family]
     params = read_params(
@@ -91,12 +92,16 @@ def save_hf(
     """
     module = _FAMILIES[model.config.family]
     raw = module.write_config(model.config)
-    kinds = [jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)] if dtype is None else [jnp.dtype(dtype)]
+    dtype = None if dtype is None else weight_dtype(dtype)
+    _check_shapes(model, params)
+    kinds = [jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)] if dtype is None else [dtype]
     kind = jnp.result_type(*kinds).name
     ids = {} if special_ids is None else _special_keys(special_ids)
     # Both spellings: 4.x knows torch_dtype, 5.x prefers dtype. Absent ids would become the architecture's defaults.
     raw |= {"dtype": kind, "torch_dtype": kind, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | ids
     folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InteropError(f"{folder} is a file; give a directory to write")
     write_params(folder, module.entries(model.config), params, dtype=dtype, shard_bytes=shard_bytes)
     _write_json(folder / "config.json", raw)
     if ids:
@@ -105,9 +110,13 @@ def save_hf(
 
 
 def special_ids(path: str | Path) -> SpecialIds:
-    """Begin, end and padding ids of a directory; generation_config.json goes before config.json."""
+    """Begin, end and padding ids of a directory; generation_config.json goes before config.json.
+
+    What neither says is the architecture's default, as in transformers.
+    """
     folder = Path(path)
     raw = read_json(folder / "config.json")
+    raw = _family(folder, raw).DEFAULTS[raw["model_type"]] | raw
     if (folder / "generation_config.json").is_file():
         raw |= {key: value for key, value in read_json(folder / "generation_config.json").items() if value is not None}
     eos = raw.get("eos_token_id")
@@ -117,19 +126,57 @@ def special_ids(path: str | Path) -> SpecialIds:
 
 def _open(path: str | Path) -> tuple[ModelConfig, TensorFiles]:
     folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InteropError(f"{folder} is no directory; give the one that save_pretrained wrote (nothing is downloaded)")
     raw = read_json(folder / "config.json")
+    module = _family(folder, raw)
+    files = TensorFiles(folder)
+    try:
+        _check_kinds(raw, module.DEFAULTS[raw["model_type"]])
+        return module.read_config(raw, files), files
+    except InteropError as error:
+        raise InteropError(f"{folder / 'config.json'}: {error}") from None
+    except ValueError as error:  # of our config's own invariants
+        raise InteropError(f"{folder / 'config.json'} cannot be a model here: {error}") from None
+
+
+def _family(folder: Path, raw: dict[str, Any]) -> ModuleType:
     kind = raw.get("model_type")
     for module in _FAMILIES.values():
-        if kind in module.MODEL_TYPES:
-            files = TensorFiles(folder)
-            try:
-                return module.read_config(raw, files), files
-            except InteropError as error:
-                raise InteropError(f"{folder / 'config.json'}: {error}") from None
-            except ValueError as error:  # of our config's own invariants
-                raise InteropError(f"{folder / 'config.json'} cannot be a model here: {error}") from None
-    known = ", ".join(name for module in _FAMILIES.values() for name in module.MODEL_TYPES)
+        if kind in module.DEFAULTS:
+            return module
+    known = ", ".join(name for module in _FAMILIES.values() for name in module.DEFAULTS)
     raise InteropError(f"{folder / 'config.json'} has model_type {kind!r}; known: {known}")
+
+
+# Keys whose null means something: as many as, the width that follows, all positions, no such token.
+_NULLABLE = (
+    *("num_key_value_heads", "head_dim", "num_decoder_layers", "sliding_window"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def _check_kinds(raw: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Requires of each known key the kind of its default, so that a wrong one is not met as a trace inside JAX."""
+    for key, default in defaults.items():
+        value = raw.get(key, default)
+        kinds = (int, float) if isinstance(default, float) else (int if default is None else type(default),)
+        nullable = default is None or isinstance(default, bool) or key in _NULLABLE
+        listed = key == "eos_token_id" and isinstance(value, list)
+        if type(value) not in kinds and not (value is None and nullable) and not listed:
+            raise InteropError(f"{key} must be of type {kinds[-1].__name__}, got {value!r}")
+
+
+def _check_shapes(model: Model, params: Any) -> None:
+    """Names parameters of another shape; missing and unexpected ones are found when they are written."""
+    want = dict(jax.tree_util.tree_leaves_with_path(abstract_params(model)))
+    wrong = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)}, not {list(want[path].shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path in want and leaf.shape != want[path].shape
+    ]
+    if wrong:
+        raise InteropError(f"the parameters are not those of the model: {', '.join(wrong[:8])}")
 
 
 def _special_keys(ids: SpecialIds) -> dict[str, Any]:

@@ -28,6 +28,9 @@ _LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
 }
 _QWEN2 = _LLAMA | {
     "vocab_size": 151936,
@@ -37,8 +40,10 @@ _QWEN2 = _LLAMA | {
     "sliding_window": 4096,
     "use_sliding_window": False,
     "max_window_layers": 28,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA
     | {
@@ -50,7 +55,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
 }
-MODEL_TYPES = tuple(_DEFAULTS)
 IGNORED = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")  # a buffer of old files; a copy of the tied embedding
 
 _ACTIVATIONS: dict[str, Any] = {
@@ -125,7 +129,7 @@ def read_config(raw: dict[str, Any], files: TensorFiles) -> LlamaConfig:
         InteropError: for a setting that our model cannot reproduce.
     """
     kind = raw["model_type"]
-    value = _DEFAULTS[kind] | raw
+    value = DEFAULTS[kind] | raw
     _refuse(value)
     heads = value["num_attention_heads"]
     return LlamaConfig(
@@ -248,6 +252,8 @@ def _window(kind: str, value: dict[str, Any]) -> int | None:
 
 def _read_rope(value: dict[str, Any]) -> RopeConfig:
     given = value.get("rope_scaling") or value.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(inner, dict) for inner in given.values()):
+        raise InteropError(f"the rope parameters {given!r} are not one set for all layers")
     kind: Any = given.get("rope_type") or given.get("type") or "default"
     kind = _ROPE_TYPES.get(kind, kind)
     if kind not in _USED:
@@ -263,7 +269,7 @@ def _read_rope(value: dict[str, Any]) -> RopeConfig:
     absent = [name for name in needed if settings[name] is None]
     if absent:
         raise InteropError(f"rope type {kind} lacks {', '.join(absent)}")
-    theta = given.get("rope_theta") or value.get("rope_theta") or 10000.0
+    theta = next((x for x in (given.get("rope_theta"), value.get("rope_theta")) if x is not None), 10000.0)
     return RopeConfig(
         type=kind, theta=float(theta), **{name: _tupled(v) for name, v in settings.items() if v is not None}
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import LlamaConfig, RopeConfig
-from jaxllm.interop import InteropError
+from jaxllm.interop import InteropError, weight_dtype
 from jaxllm.interop.safetensors_dir import read_json
 from jaxllm.models import Model, build
 
@@ -68,7 +68,7 @@ def load_meta(path: str | Path, *, max_length: int | None = None, dtype: Any = N
     params = {"embed": embed, "layers": layers, "final_norm": {"weight": ranks[0]["norm.weight"]}}
     if not config.tie_embeddings:
         params["lm_head"] = _join(ranks, "output.weight", 0)
-    kind = jnp.dtype(dtype or embed.dtype)
+    kind = weight_dtype(embed.dtype if dtype is None else dtype)
     return build(config, dtype=kind), _to_jax(params, kind)
 
 

@@ -29,10 +29,11 @@ _T5: dict[str, Any] = {
     "layer_norm_epsilon": 1e-6,
     "initializer_factor": 1.0,
     "feed_forward_proj": "relu",
+    "eos_token_id": 1,
+    "pad_token_id": 0,
 }
 _MT5 = _T5 | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
-_DEFAULTS = {"t5": _T5, "mt5": _MT5, "umt5": _MT5}
-MODEL_TYPES = tuple(_DEFAULTS)
+DEFAULTS = {"t5": _T5, "mt5": _MT5, "umt5": _MT5}
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
@@ -99,7 +100,7 @@ def read_config(raw: dict[str, Any], files: TensorFiles) -> T5Config:
         InteropError: for a setting that our model cannot reproduce.
     """
     kind = raw["model_type"]
-    value = _DEFAULTS[kind] | raw
+    value = DEFAULTS[kind] | raw
     if value.get("quantization_config"):
         raise InteropError("quantization_config is set; only unquantised weights are read")
     tied = _tied(files)

@@ -22,7 +22,12 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
 
 
 def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
-    """Writes a run's newest parameters, tokenizer and special ids as a Hugging Face directory."""
+    """Writes a run's newest parameters, tokenizer and special ids as a Hugging Face directory.
+
+    Raises:
+        FileExistsError: when the target is a run folder, which would then be both.
+    """
+    _refuse_run(Path(target))
     config, params = load_run(source)
     files = _tokenizer_files(Path(source))
     ids = None
@@ -39,17 +44,23 @@ def import_run(source: str | Path, target: str | Path) -> None:
     """Writes a run folder of parameters alone, float32, for `training.init_from` and for generation.
 
     Raises:
-        FileExistsError: when the target already holds a run.
+        FileExistsError: when the target already holds a run, or is a Hugging Face directory, which would then be both.
     """
     folder = Path(target)
-    if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
-        raise FileExistsError(f"{folder} already holds a run; choose another folder")
+    _refuse_run(folder)
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is a Hugging Face directory; choose another folder for the run")
     model, params = load_hf(source, dtype="float32")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
         writer.save((folder / "checkpoints" / "0" / "state").absolute(), args=ocp.args.PyTreeSave({"params": params}))
     (folder / "config.yaml").write_text(dump_config(_run_config(model.config, folder)), encoding="utf-8")
     for file in _tokenizer_files(Path(source)):
         shutil.copy(file, folder)
+
+
+def _refuse_run(folder: Path) -> None:
+    if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
+        raise FileExistsError(f"{folder} already holds a run; choose another folder")
 
 
 def _run_config(model: ModelConfig, folder: Path) -> RunConfig:

@@ -61,10 +61,26 @@ def test_colours_agree_and_spell_the_text(pipeline: Pipeline) -> None:
         assert styles[0] == styles[1] and len(styles[0]) > 1
 
 
+def test_a_mode_is_read_and_is_no_part_of_the_source(corpus: Path, tmp_path: Path) -> None:
+    lengths = {"sequence_length": 96, "target_length": 64}
+    config = DataConfig(source="files", path=str(corpus), objective="ul2", **lengths)
+    pipeline = build_pipeline(config, vocab_size=420, batch_size=32, seed=0, run_dir=tmp_path)
+    modes = set()
+    for inputs, targets in unpack_pairs(next(pipeline)):
+        source = pipeline.recipe.restore(inputs, targets)
+        seen = view(inputs, targets, source=source, tokenizer=pipeline.tokenizer)
+        assert seen.source.plain == pipeline.tokenizer.decode(source)
+        modes.add(seen.inputs.plain[:5])
+    assert modes == {"[NLU]", "[S2S]", "[NLG]"}
+
+
 def test_script_shows_and_audits(corpus: Path, tmp_path: Path) -> None:
     settings = ["data.source=files", f"data.path={corpus}", f"training.run_dir={tmp_path / 'run'}"]
     command = [sys.executable, str(ROOT / "scripts" / "inspect_data.py"), str(ROOT / "configs" / "t5_tiny.yaml")]
     shown = subprocess.run([*command, *settings, "--audit"], capture_output=True, text=True, check=True).stdout
     assert "tokens dropped, added" in shown and "0, 0" in shown
+    shown = subprocess.run([*command, *settings, "--examples", "2"], capture_output=True, text=True, check=True).stdout
+    assert [shown.count(f"─ {title} ─") for title in ("source", "inputs", "targets")] == [2, 2, 2]
+    assert "<extra_id_0>" in shown
     wrong = subprocess.run([*command, "data.path=/nowhere"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "error:" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import LlamaConfig
+from jaxllm.config import LlamaConfig, RopeConfig
 from jaxllm.generation import generate, generate_stream, loop
 from jaxllm.generation.requests import bucket, make_request
 from jaxllm.models import build, init_params, llama_decode
@@ -47,9 +47,9 @@ def plain():
     return make()
 
 
-def greedy_without_cache(model, params, prompts, steps: int) -> list[list[int]]:
+def greedy_without_cache(model, params, prompts, steps: int, *, length: int | None = None) -> list[list[int]]:
     """Full forwards over right-padded rows of one fixed width."""
-    forward = jax.jit(lambda ids: model.apply({"params": params}, ids))
+    forward = jax.jit(lambda ids: model.apply({"params": params}, ids, length=length))
     ids = np.zeros((len(prompts), max(map(len, prompts)) + steps), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -65,6 +65,27 @@ def test_cached_equals_uncached_and_rows_equal_themselves_alone(variant) -> None
     together = generate(model, params, PROMPTS, max_new_tokens=8, check=True)
     assert together == greedy_without_cache(model, params, PROMPTS, 8)
     assert together == [generate(model, params, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+
+
+STRETCHED = {
+    "dynamic": (8, RopeConfig(type="dynamic", factor=4.0)),
+    "longrope": (
+        32,
+        RopeConfig(type="longrope", original_max_length=8, short_factor=(1.0,) * 4, long_factor=(1.0, 3.0, 5.0, 9.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_stretched_rope_assumes_one_length_for_a_whole_generation(kind: str) -> None:
+    """The positions that prompt and new tokens need; from the first token on, also while the text is still short."""
+    max_length, rope = STRETCHED[kind]
+    model, params = make(max_length=max_length, rope=rope)
+    prompts = [PROMPTS[0]]
+    for new, length in ((6, 8), (21, 23)):
+        ours = generate(model, params, prompts, max_new_tokens=new, check=True)
+        assert ours == greedy_without_cache(model, params, prompts, new, length=length)
+    assert ours != greedy_without_cache(model, params, prompts, new, length=8)
 
 
 def test_logits_agree_at_every_step_to_the_last_slot_and_for_a_second_batch(plain) -> None:

@@ -116,6 +116,16 @@ def test_a_tensor_of_many_pieces_is_read_whole(tmp_path: Path, monkeypatch: pyte
     assert_same_bits(jaxllm.load_hf(tmp_path)[1], params)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp16", "complex64", "float64"])
+def test_a_dtype_that_would_not_hold_weights_is_refused(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(InteropError, match=f"weights cannot be {dtype}; use one of float32, bfloat16, float16"):
+        jaxllm.save_hf(tmp_path / "out", build(TINY), random_params(TINY), dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    jaxllm.save_hf(tmp_path, build(TINY), random_params(TINY))
+    with pytest.raises(InteropError, match=f"weights cannot be {dtype}"):
+        jaxllm.load_hf(tmp_path, dtype=dtype)
+
+
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     jaxllm.save_hf(tmp_path, build(TINY), random_params(TINY), shard_bytes=20_000)
     params = jax.tree.map(lambda x: 2 * x, random_params(TINY))
@@ -171,6 +181,8 @@ def test_old_buffers_are_ignored(tmp_path: Path) -> None:
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InteropError, match=r"no config.json"):
         jaxllm.load_hf(tmp_path)
+    with pytest.raises(InteropError, match=r"meta-llama/Llama-3.2-1B is no directory; .*nothing is downloaded"):
+        jaxllm.load_hf("meta-llama/Llama-3.2-1B")
     jaxllm.save_hf(tmp_path, build(TINY), random_params(TINY), shard_bytes=20_000)
     shard = tmp_path / "model-00002-of-00003.safetensors"
     whole = shard.read_bytes()
@@ -192,7 +204,15 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 def test_parameters_of_another_model_are_not_exported(tmp_path: Path) -> None:
     with pytest.raises(InteropError, match="missing: layers/down_proj/bias"):
         jaxllm.save_hf(tmp_path, build(FULL), random_params(TINY))
+    wide = dataclasses.replace(TINY, d_ff=41)
+    with pytest.raises(
+        InteropError, match=r"not those of the model: layers/down_proj/kernel \[2, 40, 24\], not \[2, 41"
+    ):
+        jaxllm.save_hf(tmp_path, build(wide), random_params(TINY))
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(InteropError, match="file is a file; give a directory"):
+        jaxllm.save_hf(tmp_path / "file", build(TINY), random_params(TINY))
 
 
 def test_reading_needs_little_more_than_the_parameters(tmp_path: Path) -> None:
@@ -218,6 +238,10 @@ def test_special_ids_are_declared_and_read(tmp_path: Path) -> None:
     assert raw["eos_token_id"] == [2, 5]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7, "pad_token_id": null}')
     assert special_ids(tmp_path) == SpecialIds(bos=1, eos=(7,), pad=0)
+    (tmp_path / "generation_config.json").unlink()
+    absent = ("bos_token_id", "eos_token_id", "pad_token_id")
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in absent}))
+    assert special_ids(tmp_path) == SpecialIds(bos=1, eos=(2,), pad=None)  # LlamaConfig's
 
 
 def edited(tmp_path: Path, **changes) -> LlamaConfig:
@@ -290,6 +314,13 @@ def test_rope_of_both_generations_of_config(tmp_path: Path, raw: dict, rope: Rop
     [
         ({"model_type": "gemma"}, "model_type 'gemma'; known: llama, mistral, qwen2, qwen3"),
         ({"rope_scaling": {"rope_type": "axial"}}, "rope type 'axial' is not one of default, linear"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "are not one set for all layers"),
+        ({"rope_parameters": "yarn"}, "the rope parameters 'yarn' are not one set"),
+        ({"rope_parameters": "absent", "rope_theta": 0}, "rope theta must be positive, got 0"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be of type int, got '2'"),
+        ({"num_attention_heads": None}, "num_attention_heads must be of type int, got None"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be of type float, got '1e-5'"),
+        ({"tie_word_embeddings": 2}, "tie_word_embeddings must be of type bool, got 2"),
         ({"rope_scaling": {"type": "linear"}}, "rope type linear needs factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3 lacks low_freq_factor, high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),

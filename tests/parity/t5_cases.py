@@ -121,10 +121,10 @@ def inputs(model: Any) -> tuple[Any, ...]:
     return source(vocab), decoder_tokens(model.config.decoder_start_id, vocab), source_mask()
 
 
-def our_logits(model: Any, params: Any) -> np.ndarray:
-    """Logits [B, T, V] of the batch."""
+def our_logits(model: Any, params: Any, *, key: jax.Array | None = None) -> np.ndarray:
+    """Logits [B, T, V] of the batch; with a key, as in training."""
     tokens, shifted, mask = inputs(model)
-    run = jax.jit(lambda p, *x: model.apply({"params": p}, x[0], x[1], encoder_segment_ids=x[2]))
+    run = jax.jit(lambda p, *x: model.apply({"params": p}, x[0], x[1], encoder_segment_ids=x[2], key=key))
     return np.asarray(run(params, tokens, shifted, mask))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxllm
-from jaxllm.interop import InteropError, parity
+from jaxllm.interop import parity
 from jaxllm.models import build
 from jaxllm.models.llama import Llama
 from tests.parity import llama_cases as cases
@@ -56,6 +56,19 @@ def test_a_wrong_setting_is_named_where_it_acts(walked) -> None:
     assert first(build(window), params, reference) == "layer 0 attention"
 
 
-def test_other_families_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InteropError, match=r"no config.json"):
-        next(parity.walk(tmp_path, cases.tokens()))
+def test_the_script_names_the_first_divergence(llama_directory, monkeypatch, capsys) -> None:
+    folder = llama_directory("qwen3")
+    reference = parity._reference(folder, cases.tokens())
+    broken = {**reference, "layer 1 v_proj": reference["layer 1 v_proj"] * 1.01}
+    monkeypatch.setattr(
+        parity, "walk", lambda path, tokens: parity.compare(*jaxllm.load_hf(path), broken, cases.tokens())
+    )
+    assert parity.main([str(folder)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "first divergence: layer 1 v_proj"
+
+
+def test_other_families_are_refused(tmp_path: Path, t5_directory, capsys) -> None:
+    assert parity.main([str(tmp_path)]) == 2
+    assert "error: no config.json" in capsys.readouterr().err
+    assert parity.main([str(t5_directory("v1_0"))]) == 2
+    assert "is a t5; the walk knows the Llama family only" in capsys.readouterr().err

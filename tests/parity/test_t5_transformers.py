@@ -11,6 +11,7 @@ import pytest
 
 import jaxllm
 from jaxllm.interop.hf import SpecialIds, load_hf_config
+from jaxllm.models import t5, t5_layers
 from tests.parity import t5_cases as cases
 
 torch = pytest.importorskip("torch")
@@ -55,6 +56,26 @@ def test_directories_of_transformers_open_here_and_ours_there(name: str, tmp_pat
     for key, value in low.state_dict().items():
         assert torch.equal(opened.state_dict()[key], value), key
     np.testing.assert_array_equal(theirs.logits(opened), theirs.logits(low))
+
+
+@pytest.mark.parametrize("name", ["v1_0", "v1_1", "umt5"])
+def test_dropout_stands_where_transformers_has_it(
+    name: str, t5_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both sides a function takes its place: no scale, so that no place can be moved across a product unseen."""
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "dropout",
+        lambda x, p, training, inplace=False: x + 0.3 * torch.sin(2 * x) if training else x,
+    )
+    for module in (t5, t5_layers):
+        monkeypatch.setattr(
+            module, "dropout", lambda x, key, *, rate: x if key is None else x + 0.3 * jax.numpy.sin(2 * x)
+        )
+    want = theirs.logits(theirs.build(name).train())
+    model, params = jaxllm.load_hf(t5_directory(name))
+    assert cases.logit_error(cases.our_logits(model, params, key=jax.random.key(0)), want) < cases.LOGITS
+    assert cases.logit_error(cases.our_logits(model, params), want) > 100 * cases.LOGITS
 
 
 LOW = ("v1_0", "v1_1", "deep_decoder", "umt5")

@@ -92,6 +92,11 @@ def test_an_imported_directory_is_a_run_of_the_same_parameters(
     assert load_speaker(tmp_path / "run").tokenizer.fingerprint == tokenizer.fingerprint
     with pytest.raises(FileExistsError, match="already holds a run; choose another folder"):
         import_run(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(FileExistsError, match="is a Hugging Face directory; choose another folder"):
+        import_run(tmp_path / "hf", tmp_path / "hf")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        export_run(tmp_path / "run", tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "hf" / "config.yaml").exists()
     export_run(tmp_path / "run", tmp_path / "again", dtype=dtype)
     assert_same_bits(jaxllm.load_hf(tmp_path / "again")[1], params)
 
