@@ -11,6 +11,7 @@ import pytest
 
 import jaxllm
 from jaxllm.generation import BeamSettings, beam_search, generate
+from jaxllm.ops.sampling import Sampling
 from tests.parity import t5_cases as cases
 
 torch = pytest.importorskip("torch")
@@ -23,6 +24,7 @@ PROMPTS = [row[:n].tolist() for row, n in zip(cases.source(), cases.SOURCE_LENGT
 NEW = 12
 # So many that beams end early and the rule that stops a search decides about its result.
 ENDS = tuple(range(3, 11))
+MORE = {"repetition_penalty": 1.4, "min_new_tokens": 3}
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +54,16 @@ def check_row(ours: list[int], row: list[int], pad: int) -> None:
     assert set(row[len(ours) :]) <= {pad}
 
 
-@pytest.mark.parametrize("name", ["v1_0_eps_start", "deep_decoder", "umt5"])
-def test_greedy_is_that_of_transformers(case, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"), [("v1_0_eps_start", {}), ("deep_decoder", {}), ("umt5", {}), ("v1_0_eps_start", MORE)]
+)
+def test_greedy_is_that_of_transformers(case, name: str, more: dict) -> None:
     model, params, built = case(name)
-    ours = generate(model, params, PROMPTS, max_new_tokens=NEW, eos_ids=ENDS, pad_id=0)
-    rows = their_rows(built, eos_token_id=list(ENDS), pad_token_id=0).sequences.tolist()
+    sampling = Sampling(**more)
+    ours = generate(model, params, PROMPTS, max_new_tokens=NEW, eos_ids=ENDS, pad_id=0, sampling=sampling)
+    rows = their_rows(built, eos_token_id=list(ENDS), pad_token_id=0, **more).sequences.tolist()
     for row, want in zip(ours, rows, strict=True):
         check_row(row, want[1:], pad=0)
-
-
-MORE = {"repetition_penalty": 1.4, "min_new_tokens": 3}
 
 
 @pytest.mark.parametrize(
