@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Checks and measures everything on one GPU, without a network:
-#   benchmarks/run_gpu.sh                        all parts, as many as fit into --budget seconds
-#   benchmarks/run_gpu.sh train decode/1b        those whose names begin so; --list names them all
+# Checks and measures on one GPU, without a network:
+#   benchmarks/run_gpu.sh                        the first ten minutes: tests, ceilings, one case of each kind
+#   benchmarks/run_gpu.sh minutes_bf16           another group of at most ten minutes; --list names and times them
+#   benchmarks/run_gpu.sh train decode/1b        cases whose names begin so, as many as fit into --budget seconds
 #   benchmarks/run_gpu.sh --dry-run              the same programs at toy sizes, on any machine
 # Wheels that benchmarks/gpu/carry.sh left in wheels/ are installed for this run only.
 set -euo pipefail

@@ -154,7 +154,9 @@ def script_arguments(name: str, folder: str, *, toy: bool) -> list[str]:
     arguments += [f"training.compilation_cache={folder}/cache", "training.log_every=5", "training.sample_tokens=0"]
     arguments += ["precision.compute=bfloat16"]
     if not toy:
-        return [*arguments, "data.source=stdlib", "training.save_every=100000", "training.eval_every=100000"]
+        endless = "1000000"  # the clock ends it
+        arguments += [f"training.{name}={endless}" for name in ("steps", "save_every", "eval_every")]
+        return [*arguments, "data.source=stdlib"]
     corpus = Path(folder) / "corpus"
     corpus.mkdir()
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py")):

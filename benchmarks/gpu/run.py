@@ -2,7 +2,9 @@
 
     python -m benchmarks.gpu.run [NAME ...] [--dry-run] [--list] [--budget SECONDS] [--out FOLDER]
 
-A NAME is the beginning of part/case. Results go to FOLDER/gpu_DEVICE.json after every case, newest values winning.
+A NAME is a group, or the beginning of part/case; without one it is the group `first`, or in a dry run every case. All
+cases together take about an hour, so they are in groups that each fit into ten minutes. Results go to
+FOLDER/gpu_DEVICE.json after every case, newest values winning.
 """
 
 from __future__ import annotations
@@ -23,9 +25,32 @@ from benchmarks.gpu.common import RESULT
 from benchmarks.gpu.table import table
 
 ROOT = Path(__file__).parent.parent.parent
-# In order of worth, because a budget cuts off the end.
-PARTS = ("tests", "ceilings", "train", "decode", "baseline", "pretrain")
+# What to run first, second and so on; cases in order of worth, because a budget cuts off the end.
+GROUPS = {
+    "first": (
+        *("tests/gpu", "ceilings/matmul", "ceilings/copy", "train/llama_1b", "train/t5_large"),
+        *("decode/1b_b1", "decode/8b_b1", "decode/t5_large_b1", "baseline/llama_1b_decode"),
+    ),
+    "minutes_bf16": ("pretrain/llama_bf16", "pretrain/t5_bf16"),
+    "minutes_fp16": ("pretrain/llama_fp16", "pretrain/t5_fp16"),
+    "more_train": (
+        *("train/llama_8b_8layers", "train/t5_base", "train/llama_1b_fp16", "train/t5_large_fp16"),
+        *("train/llama_1b_packed", "train/llama_8b_8layers_packed", "train/llama_1b_accumulated"),
+        "train/llama_1b_no_remat",
+    ),
+    "more_baseline": ("baseline/llama_1b_train", "baseline/t5_large_train", "baseline/llama_8b_decode"),
+    "more_decode": (
+        *("decode/1b_b8", "decode/1b_b64", "decode/8b_b8", "decode/8b_b64", "decode/t5_large_b8"),
+        *("decode/t5_large_b64", "decode/8b_int8_b1", "baseline/t5_large_decode"),
+    ),
+    "minutes_script": ("pretrain/script_llama", "pretrain/script_t5"),
+}
+# Seconds that a case of a part should take, its start and compilation included: no GPU has measured them yet.
+PLAN = {"tests": 100, "ceilings": 20, "train": 70, "decode": 45, "baseline": 150, "pretrain": 240}
+# What a case may take at most.
 _LIMITS = {"tests": 240, "ceilings": 60, "train": 180, "decode": 180, "baseline": 420, "pretrain": 420}
+# Ten minutes, less what a machine needs to begin and to hand over results.
+BUDGET = 570
 _TESTS = ["-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu"]
 
 
@@ -34,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on any machine, nothing written")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--budget", type=float, default=570, help="start no case after so many seconds")
+    parser.add_argument("--list", action="store_true", help="groups and cases with the minutes they should take")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all; what does not fit is left out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--one", help="run this case in this process and print its result")
     options = parser.parse_args(arguments)
@@ -43,35 +68,43 @@ def main(arguments: list[str] | None = None) -> int:
         part, case = options.one.split("/")
         importlib.import_module(f"benchmarks.gpu.{part}").main(case, toy=options.dry_run)
         return 0
-    every = case_names()
-    unknown = [name for name in options.names if not any(case.startswith(name) for case in every)]
+    unknown = [name for name in options.names if not cases_of(name)]
     if unknown:
-        parser.error(f"no case begins with {', '.join(unknown)}; --list names them all")
-    names = [name for name in every if not options.names or name.startswith(tuple(options.names))]
+        parser.error(f"no group or case begins with {', '.join(unknown)}; --list names them all")
     if options.list:
-        print("\n".join(names))
+        for group in GROUPS:
+            minutes = sum(map(planned, GROUPS[group])) / 60
+            print("\n  ".join([f"{group}: {minutes:.1f} minutes", *GROUPS[group]]))
         return 0
+    wanted = options.names or (GROUPS if options.dry_run else ["first"])
+    names = list(dict.fromkeys(case for name in wanted for case in cases_of(name)))
     return run_all(names, toy=options.dry_run, budget=options.budget, out=options.out)
 
 
-def case_names() -> list[str]:
-    """Every part/case, in order."""
-    names = ["tests/gpu", "ceilings/matmul", "ceilings/copy"]
-    for part in PARTS[2:]:
-        names += [f"{part}/{case}" for case in importlib.import_module(f"benchmarks.gpu.{part}").CASES]
-    return names
+def cases_of(name: str) -> list[str]:
+    """The cases of a group, or those that begin so; in order of worth."""
+    every = [case for group in GROUPS.values() for case in group]
+    return [case for case in every if case in GROUPS.get(name, ()) or case.startswith(name)]
+
+
+def planned(name: str) -> int:
+    """Seconds that a case should take."""
+    return PLAN[name.split("/")[0]]
 
 
 def run_all(names: list[str], *, toy: bool, budget: float, out: Path) -> int:
     """Runs cases one after the other."""
     start, failed, record = time.monotonic(), [], Record(out, toy=toy)
     for name in names:
+        part, case = name.split("/")
         left = budget - (time.monotonic() - start)
-        if left <= 0:
-            record.add({"part": name.split("/")[0], "case": name.split("/")[1], "skipped": "no time left"})
+        if left < (0 if toy else planned(name)):
+            record.add({"part": part, "case": case, "skipped": "no time left"})
+            print(f"{name:32} left out: {max(left, 0):.0f} s remain of {budget:.0f}", flush=True)
             continue
         before = time.monotonic()
-        result = run_case(name, toy=toy, environment=record.environment)
+        limit = _LIMITS[part] if toy else min(_LIMITS[part], left)
+        result = run_case(name, toy=toy, limit=limit, environment=record.environment)
         result["wall_seconds"] = round(time.monotonic() - before, 1)
         record.add(result)
         if "error" in result:
@@ -83,7 +116,7 @@ def run_all(names: list[str], *, toy: bool, budget: float, out: Path) -> int:
     return 1 if failed else 0
 
 
-def run_case(name: str, *, toy: bool, environment: dict[str, str]) -> dict[str, Any]:
+def run_case(name: str, *, toy: bool, limit: float, environment: dict[str, str]) -> dict[str, Any]:
     """The result of one case, or its error; never raises for what the case does."""
     part, case = name.split("/")
     command = [sys.executable, "-m", "benchmarks.gpu.run", "--one", name, *(["--dry-run"] if toy else [])]
@@ -93,12 +126,12 @@ def run_case(name: str, *, toy: bool, environment: dict[str, str]) -> dict[str, 
     # A session of its own, so that a case that takes too long goes with all processes that it started.
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
         try:
-            stdout, stderr = process.communicate(timeout=_LIMITS[part])
+            stdout, stderr = process.communicate(timeout=limit)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return {"part": part, "case": case, "error": f"took more than {_LIMITS[part]} s"}
+            return {"part": part, "case": case, "error": f"took more than {limit:.0f} s"}
     lines = stdout.strip().splitlines() or [""]
     if process.returncode != 0:
         tail = "\n".join([*lines[-5:], *stderr.strip().splitlines()[-5:]])

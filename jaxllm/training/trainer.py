@@ -309,8 +309,7 @@ class _Run:
         }
 
     def finish(self) -> None:
-        """Draws the curve and writes a sample of what the model says."""
-        curve = plot_curve(self.folder, baselines=self.baselines, name=self._bits)
+        """Writes a sample of what the model says and draws the curve."""
         if self._bits in self.validation:
             compared = ", ".join(f"{name} {value:.3f}" for name, value in self.baselines.items())
             _log.info("validation %s %.3f (%s)", self._bits.replace("_", " "), self.validation[self._bits], compared)
@@ -319,7 +318,11 @@ class _Run:
         text = write_sample(self.folder, self.model, params, self.pipeline, self.config.training)
         if text:
             _log.info("sample:\n%s", text)
-        _log.info("curve in %s, everything else beside it", curve)
+        try:
+            curve = plot_curve(self.folder, baselines=self.baselines, name=self._bits)
+            _log.info("curve in %s, everything else beside it", curve)
+        except ModuleNotFoundError as error:  # a finished run must not fail for a picture
+            _log.warning("no curve is drawn: %s; its numbers are in metrics.jsonl", error)
 
     def close(self) -> None:
         """Waits for checkpoints and closes the records."""

@@ -19,6 +19,7 @@ from benchmarks.gpu.common import RESULT
 from jaxllm.config_file import load_config
 
 ROOT = Path(__file__).parent.parent.parent
+NOT_CARRIED = ("pyarrow", "matplotlib")
 
 
 def result(capsys: pytest.CaptureFixture[str]) -> dict:
@@ -73,7 +74,13 @@ def test_a_baseline(case: str, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert measured["ratio"] > 0 and len(measured["ours"]) == 2 and measured["logits_difference"] < 1e-4
 
 
-def test_the_script_is_run_with_settings_that_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_is_run_with_settings_that_it_knows_and_needs_only_what_is_carried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NOT_CARRIED:
+        missing = f"raise ModuleNotFoundError('No module named {name}')\n"
+        (tmp_path / f"{name}.py").write_text(missing, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for name in pretrain.SCRIPTS:
         for toy in (True, False):
             folder = tmp_path / f"{name}_{toy}"
@@ -90,8 +97,7 @@ def test_a_case_that_hangs_ends_with_its_processes(tmp_path: Path, monkeypatch: 
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     monkeypatch.setattr(run, "_TESTS", ["-c", parent])
-    monkeypatch.setitem(run._LIMITS, "tests", 1)
-    assert "more than 1 s" in run.run_case("tests/gpu", toy=False, environment={})["error"]
+    assert "more than 1 s" in run.run_case("tests/gpu", toy=False, limit=1, environment={})["error"]
     time.sleep(2.5)
     assert not mark.exists()
 
@@ -100,23 +106,60 @@ def test_what_a_machine_without_a_network_lacks_is_carried() -> None:
     """The packages of a run are either there with jax, flax, orbax and transformers, or in carry.sh's list."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     there = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "safetensors", "pyyaml", "rich"}
-    there |= {"pyarrow", "matplotlib"}  # too large to carry; its head says so
     carried = (ROOT / "benchmarks" / "gpu" / "carry.sh").read_text(encoding="utf-8")
+    assert all(name in carried for name in NOT_CARRIED)  # its head says so
     names = [re.split(r"[>=<\[; ]", entry)[0].lower() for entry in project["dependencies"]]
     words = set(re.split(r"\s+|==[\d.]+", carried.replace("_", "-")))
-    assert not [name for name in names if name not in there and name.replace("_", "-") not in words]
+    assert not [name for name in names if name not in {*there, *NOT_CARRIED} and name.replace("_", "-") not in words]
     assert {"cuda12", "cuda13"} <= set(project["optional-dependencies"])
 
 
-def test_every_case_has_a_program_and_failures_are_survived(
+def test_every_group_holds_its_ten_minutes_and_every_program_is_in_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cases = ["tests/gpu", "ceilings/matmul", "ceilings/copy"]
+    for module in (train, decode, baseline, pretrain):
+        cases += [f"{module.__name__.split('.')[-1]}/{case}" for case in module.CASES]
+    grouped = [case for group in run.GROUPS.values() for case in group]
+    assert sorted(grouped) == sorted(cases)
+    assert max(sum(map(run.planned, group)) for group in run.GROUPS.values()) <= run.BUDGET
+    # Three minutes of training, and what begins and ends them.
+    assert all(run.PLAN[part] < run._LIMITS[part] for part in run.PLAN) and run.PLAN["pretrain"] >= 180 + 60
+    assert run.cases_of("decode/1b_b") == ["decode/1b_b1", "decode/1b_b8", "decode/1b_b64"]
+    assert run.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*run.GROUPS, *cases)) and "minutes_bf16: 8.0 minutes" in shown
+
+
+def test_a_budget_leaves_out_what_does_not_fit_and_ends_what_takes_longer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run.main(["--list"]) == 0
-    names = capsys.readouterr().out.split()
-    assert {name.split("/")[0] for name in names} == set(run.PARTS)
+    asked: dict[str, float] = {}
+
+    def run_case(name: str, *, limit: float, **_: object) -> dict:
+        asked[name] = limit
+        return dict(zip(("part", "case"), name.split("/"), strict=True))
+
+    monkeypatch.setattr(run, "run_case", run_case)
+    monkeypatch.setattr(run, "_first_line", lambda command: "Some GPU")
+    monkeypatch.setattr("jaxllm.training.device.accepted_flags", lambda flags: flags)
+    names = ["pretrain/t5_bf16", "ceilings/copy", "baseline/t5_large_train"]
+    assert run.run_all(names, toy=False, budget=200, out=tmp_path) == 0
+    assert list(asked) == names[1:]
+    assert asked["ceilings/copy"] == run._LIMITS["ceilings"] and 190 < asked["baseline/t5_large_train"] <= 200
+    assert "pretrain/t5_bf16                 left out: 200 s remain of 200" in capsys.readouterr().out
+    for arguments, count in (([], len(run.GROUPS["first"])), (["minutes_fp16"], 2), (["decode", "ceilings"], 12)):
+        asked.clear()
+        assert run.main([*arguments, "--out", str(tmp_path), "--budget=1000000"]) == 0
+        assert len(asked) == count
+
+
+def test_failures_are_survived(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit):
         run.main(["decod/1b"])
-    assert "no case begins with decod/1b" in capsys.readouterr().err
+    assert "no group or case begins with decod/1b" in capsys.readouterr().err
     good = {"tokens_per_second": 5.0, "mfu": 0.5, "peak_gb": 9.0}
     done = iter([{"error": "Traceback\nout of memory"}, good])
     monkeypatch.setattr(run, "run_case", lambda name, **_: {"part": "train", "case": name, **next(done)})
@@ -124,8 +167,7 @@ def test_every_case_has_a_program_and_failures_are_survived(
     monkeypatch.setattr("jaxllm.training.device.accepted_flags", lambda flags: flags)
     code = run.main(["train/llama_1b", "--out", str(tmp_path), "--budget", "0.0"])
     assert code == 0  # everything skipped: no time
-    first, second = names[names.index("train/llama_1b")], names[names.index("train/llama_8b_8layers")]
-    assert run.run_all([first, second], toy=False, budget=60, out=tmp_path) == 1
+    assert run.run_all(["train/llama_1b", "train/llama_8b_8layers"], toy=False, budget=600, out=tmp_path) == 1
     document = json.loads((tmp_path / "gpu_Some_GPU.json").read_text())
     assert "out of memory" in capsys.readouterr().out
     text = table.table(document)
