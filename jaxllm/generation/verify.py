@@ -32,9 +32,10 @@ def check_recorded(request: Request, params: Any, tokens: np.ndarray, logits: np
     new[:, : tokens.shape[1]] = tokens
     samples = request.settings.samples
     prompts, lengths = (np.repeat(x, samples, axis=0) for x in (request.tokens, request.lengths))
-    want = full_logits(request.decoder, request.settings.plan.length, params, prompts, lengths, new)
-    difference = np.abs(np.swapaxes(logits, 0, 1) - np.asarray(want)[:, : logits.shape[0]]).max(axis=-1)  # [B, T]
-    allowed = TOLERANCE[np.dtype(request.decoder.model.dtype).name] * max(1.0, float(np.abs(logits).max()))
+    whole = full_logits(request.decoder, request.settings.plan.length, params, prompts, lengths, new)
+    want = np.asarray(whole)[:, : logits.shape[0]]
+    difference = np.abs(np.swapaxes(logits, 0, 1) - want).max(axis=-1)  # [B, T]
+    allowed = TOLERANCE[np.dtype(request.decoder.model.dtype).name] * max(1.0, float(np.abs(want).max()))
     # A finished row goes on by padding; its steps are compared as well, since they are steps like others.
     if not difference.max() <= allowed:
         row, step = np.unravel_index(np.argmax(difference), difference.shape)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig, RopeConfig
-from jaxllm.generation import generate, generate_stream, loop
+from jaxllm.generation import generate, generate_stream, loop, verify
 from jaxllm.generation.requests import bucket, make_request
 from jaxllm.models import build, init_params, llama_decode
 from jaxllm.ops.sampling import Sampling
 from tests.conftest import TOLERANCE
+from tests.structure.programs import dot_flops
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
 CONFIG = LlamaConfig(vocab_size=97, d_model=32, d_ff=48, num_layers=2, num_heads=4, num_kv_heads=2, max_length=512)
@@ -60,11 +61,43 @@ def greedy_without_cache(model, params, prompts, steps: int, *, length: int | No
     return [row[len(p) : len(p) + steps].tolist() for row, p in zip(ids, prompts, strict=True)]
 
 
-def test_cached_equals_uncached_and_rows_equal_themselves_alone(variant) -> None:
+def test_cached_equals_uncached_and_rows_equal_themselves_alone(variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify.TOLERANCE, "float32", TOLERANCE["float32"])
     model, params = variant
     together = generate(model, params, PROMPTS, max_new_tokens=8, check=True)
     assert together == greedy_without_cache(model, params, PROMPTS, 8)
     assert together == [generate(model, params, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+    full = [list(range(1, 17)), [7] * 9]  # the first leaves no column of its bucket and no slot of the cache empty
+    assert generate(model, params, full, max_new_tokens=8, check=True) == greedy_without_cache(model, params, full, 8)
+
+
+def test_the_whole_context_can_be_used() -> None:
+    model, params = make(max_length=24)
+    prompts = [list(range(1, 14))]
+    want = greedy_without_cache(model, params, prompts, 12)
+    assert generate(model, params, prompts, max_new_tokens=12, check=True) == want  # the last token is never fed
+    with pytest.raises(ValueError, match="25 positions, the model's context has 24"):
+        generate(model, params, prompts, max_new_tokens=13)
+
+
+def test_check_names_the_step_that_differs(plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = plain
+    request = make_request(model, params, PROMPTS, max_new_tokens=4, record=True)
+    tokens = np.array(generate(model, params, PROMPTS, max_new_tokens=4))
+    full = verify.full_logits(request.decoder, None, params, request.tokens, request.lengths, tokens)
+    logits = np.swapaxes(np.asarray(full), 0, 1)
+    verify.check_recorded(request, params, tokens, logits)
+    for wrong in (np.inf, np.nan, 0.01):
+        changed = logits.copy()
+        changed[2, 1, 50] += wrong
+        with pytest.raises(AssertionError, match=r"differs from a full forward: row 1, new token 2"):
+            verify.check_recorded(request, params, tokens, changed)
+    jax.clear_caches()
+    step = llama_decode.decode_step
+    monkeypatch.setattr(llama_decode, "decode_step", lambda c, p, k, t, n, **sizes: step(c, p, k, t, n + 1, **sizes))
+    with pytest.raises(AssertionError, match="differs from a full forward"):
+        generate(model, params, PROMPTS, max_new_tokens=4, check=True)
+    jax.clear_caches()
 
 
 STRETCHED = {
@@ -174,17 +207,7 @@ def test_decoding_copies_no_cache(plain, prompts: list[list[int]]) -> None:
         assert stored.size not in map(math.prod, shapes_of("copy", text))
 
 
-def test_other_lengths_in_the_bucket_compile_nothing(plain) -> None:
-    model, params = plain
-    params = llama_decode.prepare_for_decode(params, dtype=jnp.float32)
-    generate(model, params, PROMPTS, max_new_tokens=30)
-    before = loop.run._cache_size()
-    generate(model, params, [[1] * 16, [2] * 9, [3] * 4], max_new_tokens=27, seed=5)
-    assert loop.run._cache_size() == before
-    list(generate_stream(model, params, PROMPTS, max_new_tokens=30))
-    before = loop.begin._cache_size(), loop.next_chunk._cache_size()
-    list(generate_stream(model, params, [[1] * 16, [2] * 9, [3] * 4], max_new_tokens=27))
-    assert (loop.begin._cache_size(), loop.next_chunk._cache_size()) == before
+def test_sizes_are_rounded_to_few() -> None:
     assert [bucket(n, 4) for n in (1, 4, 5, 9, 13, 17, 25, 33)] == [4, 4, 8, 12, 16, 24, 32, 48]
 
 
@@ -206,18 +229,37 @@ def test_a_stream_is_the_same_in_pieces(plain) -> None:
     assert [list(itertools.chain(*rows)) for rows in zip(*pieces, strict=True)] == want
 
 
-def test_stop_strings_cut_after_the_token_that_completes_one(plain) -> None:
+@pytest.mark.parametrize("last", [31, 40], ids=["between two chunks", "inside a chunk"])
+def test_stop_strings_cut_after_the_token_that_completes_one(plain, last: int) -> None:
     model, params = plain
 
     def decode(ids: list[int]) -> str:
         return "".join(f"<{i}>" for i in ids)
 
-    free = generate(model, params, PROMPTS, max_new_tokens=64)
-    text = f"{free[0][39]}><{free[0][40]}"
-    stopped = generate(model, params, PROMPTS, max_new_tokens=64, stop=("never", text), decode=decode)
-    end = next(i for i in range(65) if text in decode(free[0][:i]))
-    assert stopped[0] == free[0][:end]
+    warm = Sampling(temperature=1.0)  # greedy rows soon repeat themselves, and the string with them
+    draw = functools.partial(generate, model, params, PROMPTS, max_new_tokens=64, sampling=warm)
+    free = draw()
+    text = f"{free[0][last]}><{free[0][last + 1]}"
+    assert text not in decode(free[0][: last + 1])
+    options = {"stop": ("never", text), "decode": decode}
+    stopped = draw(**options)
+    assert stopped[0] == free[0][: last + 2]
     assert all(row == whole or text in decode(row) for row, whole in zip(stopped, free, strict=True))
+    pieces = list(generate_stream(model, params, PROMPTS, max_new_tokens=64, sampling=warm, **options))
+    assert [list(itertools.chain(*rows)) for rows in zip(*pieces, strict=True)] == stopped
+    alone = list(generate_stream(model, params, PROMPTS[:1], max_new_tokens=96, sampling=warm, **options))
+    assert len(alone) == 2  # a third chunk would be computed for nothing
+
+
+def test_the_prompt_is_read_once_for_all_samples(plain) -> None:
+    model, params = plain
+    products = []
+    for samples in (1, 5):
+        warm = Sampling(temperature=1.0)
+        r = make_request(model, params, PROMPTS, max_new_tokens=8, sampling=warm, samples=samples)
+        traced = loop.begin.trace(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
+        products.append(dot_flops(traced.jaxpr.jaxpr))
+    assert products[0] == products[1] > 0
 
 
 def test_samples_depend_on_their_seed_and_not_on_batch_mates(plain) -> None:

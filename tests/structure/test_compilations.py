@@ -1,18 +1,25 @@
-"""How often a run compiles: each of its programs once, however long it is."""
+"""How often a run and a decoding compile: each of their programs once, however long they are."""
 
 from __future__ import annotations
 
 import collections
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.config import LlamaConfig, T5Config
 from jaxllm.config_file import parse_config
+from jaxllm.generation import BeamSettings, beam_search, generate, generate_speculative, generate_stream
+from jaxllm.generation.family import decoder_of
+from jaxllm.models import build, init_params
+from jaxllm.ops.sampling import Sampling
 from jaxllm.training.compiled import CompiledOnce, RecompilationError
 from jaxllm.training.trainer import pretrain
 
@@ -79,3 +86,50 @@ def test_a_changed_argument_is_refused_by_name() -> None:
         step(jnp.zeros(()), {"tokens": np.zeros((2, 5), np.float32)})
     with pytest.raises(RecompilationError, match="weights"):
         step(jnp.zeros(()), {**batch, "weights": np.zeros(3)})
+
+
+def decodings(family: str) -> dict[str, tuple[tuple[str, ...], Callable[[list[list[int]], int], Any]]]:
+    """Each way to decode: the programs it should need, and a call with prompts and a number of new tokens."""
+    sizes = {"vocab_size": 61, "d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2, "head_dim": 8}
+    model = build((LlamaConfig if family == "llama" else T5Config)(**sizes))
+    params = init_params(model, jax.random.key(0))
+    params = decoder_of(model).prepare(params)
+    draft, search = {"draft_model": model, "draft_params": params}, BeamSettings(beams=3)
+    warm = {"sampling": Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1), "eos_ids": (1,), "samples": 2}
+    pieces = ("begin", "next_chunk")
+
+    def streamed(prompts: list[list[int]], new: int) -> Any:
+        return list(generate_stream(model, params, prompts, max_new_tokens=new))
+
+    def stopped(prompts: list[list[int]], new: int) -> Any:
+        options = {"stop": ("never",), "decode": str}
+        return generate(model, params, prompts, max_new_tokens=new, **options)
+
+    def speculated(prompts: list[list[int]], new: int) -> Any:
+        return [generate_speculative(model, params, prompts, max_new_tokens=new, **more) for more in ({}, draft)]
+
+    return {
+        "greedy": (("run",), lambda prompts, new: generate(model, params, prompts, max_new_tokens=new)),
+        "samples": (("run",), lambda prompts, new: generate(model, params, prompts, max_new_tokens=new, **warm)),
+        "stream": (pieces, streamed),
+        "stop strings": ((), stopped),  # the stream's programs
+        "beams": (
+            ("_search",),
+            lambda prompts, new: beam_search(model, params, prompts, max_new_tokens=new, search=search),
+        ),
+        "speculative": (("_run", "_run"), speculated),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_decoding_compiles_its_programs_once_and_for_other_lengths_nothing(
+    family: str, compilations: Compilations
+) -> None:
+    for way, (programs, call) in decodings(family).items():
+        del compilations.seen[:]
+        call([[5, 6, 7], [8, 9, 10, 11, 12, 13]], 8)
+        large = [name for name, _ in compilations.seen if name in ("run", "begin", "next_chunk", "_search", "_run")]
+        assert sorted(large) == sorted(programs), way
+        del compilations.seen[:]
+        call([[3] * 16, [4] * 9], 5)  # 16 columns and 8 new tokens, as before
+        assert compilations.seen == [], way
