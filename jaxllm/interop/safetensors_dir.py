@@ -324,8 +324,10 @@ def _copy(out: np.ndarray, part: np.ndarray) -> None:
     if (part.dtype, out.dtype) == (jnp.bfloat16, jnp.float32):
         # The upper half of the bits; by its extension type, NumPy would convert with all other threads waiting.
         np.left_shift(part.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    elif part.dtype == out.dtype:
+        _bits(out)[...] = _bits(part)
     else:
-        _bits(out)[...] = _bits(part) if part.dtype == out.dtype else part
+        out[...] = part
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -116,6 +116,14 @@ def test_a_tensor_of_many_pieces_is_read_whole(tmp_path: Path, monkeypatch: pyte
     assert_same_bits(jaxllm.load_hf(tmp_path)[1], params)
 
 
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_every_dtype_is_read_as_every_other(tmp_path: Path, stored: str, wanted: str) -> None:
+    params = random_params(FULL, stored)
+    jaxllm.save_hf(tmp_path, build(FULL), params)
+    assert_same_bits(jaxllm.load_hf(tmp_path, dtype=wanted)[1], jax.tree.map(lambda x: x.astype(wanted), params))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "fp16", "complex64", "float64"])
 def test_a_dtype_that_would_not_hold_weights_is_refused(tmp_path: Path, dtype: str) -> None:
     with pytest.raises(InteropError, match=f"weights cannot be {dtype}; use one of float32, bfloat16, float16"):
