@@ -24,6 +24,9 @@ def main() -> int:
     parser.add_argument("--audit", action="store_true", help="account for every token of many documents instead")
     parser.add_argument("--documents", type=int, default=500, help="documents of the audit")
     arguments = parser.parse_intermixed_args()
+    for name in ("examples", "documents"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     logging.basicConfig(level=logging.WARNING)
     from jaxllm.data import DataError
     from jaxllm.data.inspect import audit, report, view

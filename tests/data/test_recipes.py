@@ -55,12 +55,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_pipeline(runs: Path, name: str, *, workers: int = 0, **changes: object) -> Pipeline:
+def open_pipeline(runs: Path, name: str, *, workers: int = 0, seed: int = 3, **changes: object) -> Pipeline:
     options = {"source": "files", "path": str(runs / "corpus"), "validation_fraction": 0.3, "objective": name}
     config = DataConfig(
         **{**options, "cache_dir": str(runs / "cache"), **SHAPES.get(name, {}), **changes}, workers=workers
     )
-    return build_pipeline(config, vocab_size=420, batch_size=4, seed=3, run_dir=runs, decoder_start_id=0)
+    return build_pipeline(config, vocab_size=420, batch_size=4, seed=seed, run_dir=runs, decoder_start_id=0)
 
 
 def open_pairs(runs: Path, pairs: Path, **changes: object) -> Pipeline:
@@ -109,6 +109,35 @@ def test_resume_is_exact(runs: Path, pairs: Path, name: str, workers: int) -> No
         for key in batch:
             np.testing.assert_array_equal(again[key], batch[key])
     resumed.close()
+
+
+def test_rows_are_a_function_of_the_seed(runs: Path) -> None:
+    first, same, other = (next(open_pipeline(runs, "span_corruption", seed=seed)) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first["targets"], same["targets"])
+    assert not np.array_equal(first["targets"], other["targets"])
+
+
+@pytest.mark.parametrize("name", ["span_corruption", "prefix_lm"])
+def test_id_0_is_a_word_like_any_other(runs: Path, tmp_path: Path, name: str) -> None:
+    """The reference strips it; a tokenizer without a padding token gives it to text."""
+    plain = open_pipeline(runs, name, tokenizer=few_sentinels(tmp_path, 100))
+    documents = [plain.tokenizer.encode(text) for text in texts(plain._source.validation, "text")]
+    content = json.loads((tmp_path / "few.json").read_text())
+    vocab, pad = content["model"]["vocab"], "<pad>"
+    frequent = np.bincount(np.concatenate(documents)).argmax()
+    word = next(word for word, number in vocab.items() if number == frequent)
+    vocab[word], vocab[pad] = vocab[pad], vocab[word]
+    for token in content["added_tokens"]:
+        token["id"] = vocab[pad] if token["content"] == pad else token["id"]
+    (tmp_path / "zero.json").write_text(json.dumps(content).replace("<pad>", "<none>"))
+    pipeline = open_pipeline(runs, name, tokenizer=str(tmp_path / "zero.json"))
+    documents = [pipeline.tokenizer.encode(text) for text in texts(pipeline._source.validation, "text")]
+    restored = [
+        pipeline.recipe.restore(*example) for batch in pipeline.validation(10_000) for example in unpack_pairs(batch)
+    ]
+    want = np.bincount(np.concatenate(documents))
+    assert want[0] > 100
+    np.testing.assert_array_equal(np.bincount(np.concatenate(restored)), want)
 
 
 def test_a_second_epoch_hides_other_spans(runs: Path, tmp_path: Path) -> None:
