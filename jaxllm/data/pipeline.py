@@ -13,6 +13,7 @@ import logging
 import lzma
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,7 +92,8 @@ class Pipeline:
         if config.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+            options = grain.MultiprocessingOptions(num_workers=config.workers)
+            batches = batches.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
         self._iterator = iter(batches)
 
     def __iter__(self) -> Pipeline:
@@ -267,6 +269,12 @@ def _xz_bytes(data: bytes) -> int:
     # A dictionary longer than the document finds nothing more in it, and costs its memory's first touch.
     preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(len(data), 4096)}
     return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[preset]))
+
+
+def _ignore_interrupts(index: int, count: int) -> None:
+    """Ctrl-C reaches the workers too; the main process needs them up to its next step border, and then ends them."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _restore_tuples(state: Any) -> Any:

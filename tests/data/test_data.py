@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import multiprocessing
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +113,8 @@ def test_resume_is_exact(corpus: Path, tmp_path: Path, workers: int) -> None:
     for _ in range(5):
         next(pipeline)
     state = json.loads(json.dumps(pipeline.get_state()))
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)  # as a terminal's Ctrl-C does, beside the main process
     want = [next(pipeline) for _ in range(6)]
     pipeline.close()
     resumed = open_pipeline(corpus, tmp_path / "run", workers=workers)
