@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-import jaxllm
 from jaxllm.generation import BeamSettings, beam_search, generate
 from jaxllm.ops.sampling import Sampling
 from tests.parity import llama_cases as cases
@@ -25,19 +22,6 @@ NEW = 12
 # So many that rows end early and the rule that stops a search decides about its result.
 ENDS = tuple(range(3, 11))
 MORE = {"repetition_penalty": 1.4, "min_new_tokens": 3}
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any, Any]]:
-    """Our model, its parameters and transformers' model."""
-
-    @functools.cache
-    def make(name: str) -> tuple[Any, Any, Any]:
-        built, folder = theirs.build(name), tmp_path_factory.mktemp("llama") / name
-        built.save_pretrained(folder)
-        return *jaxllm.load_hf(folder), built
-
-    return make
 
 
 def their_row(built: Any, prompt: list[int], **options: Any) -> Any:
