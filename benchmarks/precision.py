@@ -2,10 +2,10 @@
 
     python benchmarks/precision.py [--families llama t5] [--steps 300] [--full]
 
-The models and rules are those of configs/llama_tiny.yaml and configs/t5_tiny.yaml, narrower and on shorter rows unless
---full. All runs of a family take the very same arrays. The gradients of the trained float32 model are then computed in
-float16 at several loss scales: an element is lost when float16 makes it 0 and float32 does not. Results:
-benchmarks/results/precision_*.json, docs/images/precision_*.png.
+The models and rules are those of configs/llama_tiny.yaml and configs/t5_tiny.yaml, T5 as v1.0 (`ORIGINAL`), narrower
+and on shorter rows unless --full. All runs of a family take the very same arrays. The gradients of the trained float32
+model are then computed in float16 at several loss scales: an element is lost when float16 makes it 0 and float32 does
+not. Results: benchmarks/results/precision_*.json, docs/images/precision_*.png.
 """
 
 from __future__ import annotations
@@ -55,6 +55,18 @@ NARROW = {
     "llama": ("d_model=64", "d_ff=160", "num_layers=2", "num_heads=4", "num_kv_heads=2", "vocab_size=512"),
     "t5": ("d_model=64", "d_ff=160", "num_layers=2", "num_heads=2", "vocab_size=768"),
 }
+# T5 with v1.0's tied and scaled head, an example a row, over a cosine.
+ORIGINAL = {
+    "llama": (),
+    "t5": (
+        "model.tie_embeddings=true",
+        "model.scale_logits=true",
+        "data.sequence_length=128",
+        "data.target_length=null",
+        "data.example_length=null",
+        "optimizer.schedule=cosine",
+    ),
+}
 SCALES = (0, 8, 16)  # exponents of 2
 
 
@@ -63,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=list(NARROW), default=list(NARROW))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--full", action="store_true", help="the models of the configs as they are")
+    parser.add_argument("--full", action="store_true", help="models as wide as the configs'")
     arguments = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
     families = {}
@@ -89,7 +101,7 @@ def run_config(family: str, run: str, steps: int, full: bool, work: Path) -> Run
         f"optimizer.decay_steps={steps // 5 if family == 'llama' else 0}",
         "model.layers=scan",
     )
-    return load_config(ROOT / "configs" / f"{family}_tiny.yaml", (*settings, *narrow, *RUNS[run]))
+    return load_config(ROOT / "configs" / f"{family}_tiny.yaml", (*settings, *ORIGINAL[family], *narrow, *RUNS[run]))
 
 
 def measure_family(family: str, steps: int, full: bool, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:

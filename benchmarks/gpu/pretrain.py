@@ -162,7 +162,8 @@ def script_arguments(name: str, folder: str, *, toy: bool) -> list[str]:
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py")):
         (corpus / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8")[:4000], encoding="utf-8")
     arguments += ["data.source=files", f"data.path={corpus}", "data.validation_fraction=0.3", "data.workers=0"]
-    arguments += ["training.steps=6", "optimizer.warmup_steps=1", "training.batch_size=8", "training.eval_batches=1"]
+    arguments += ["training.steps=6", "optimizer.warmup_steps=1", "optimizer.decay_steps=1"]
+    arguments += ["training.batch_size=8", "training.eval_batches=1"]
     arguments += ["data.sequence_length=32", "model.vocab_size=512", "model.num_layers=1", "model.d_model=32"]
     return [*arguments, "model.num_heads=2", *(["model.num_kv_heads=2"] if "llama" in name else ["model.head_dim=8"])]
 
