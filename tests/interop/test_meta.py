@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxllm.config import RopeConfig
 from jaxllm.interop import InteropError
+from jaxllm.interop.hf import load_hf
 from jaxllm.interop.meta import load_meta, neighbours
+from jaxllm.models import build
+from tests.conftest import TOLERANCE
 from tests.interop.test_directories import FULL, assert_same_bits, random_params
 
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_hf.py"
 ROPE = RopeConfig(type="llama3", theta=5e5, factor=8.0, original_max_length=8192)
 CONFIG = dataclasses.replace(FULL, num_heads=4, num_kv_heads=2, head_dim=6, max_length=131072, rope=ROPE, d_ff=40)
 NAMES = {
@@ -69,6 +75,46 @@ def test_ranks_are_joined_and_rows_reordered(tmp_path: Path, ranks: int, columns
     for name in ("embed", "lm_head"):
         found[name] = found[name][:-1]
     assert_same_bits(found, params)
+
+
+def convert(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """`scripts/convert_hf.py` as a user runs it, in this process."""
+    monkeypatch.setattr(sys, "argv", ["convert_hf.py", *map(str, arguments)])
+    return runpy.run_path(str(SCRIPT))["main"]()
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "float32", "--max-length", "64"]])
+def test_the_script_makes_a_directory_of_two_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    write_meta(tmp_path, random_params(CONFIG, "bfloat16"), ranks=2, columns=True)
+    assert convert(monkeypatch, tmp_path, tmp_path / "hf", *options) == 0
+    model, params = load_hf(tmp_path / "hf")
+    want = load_meta(tmp_path, **({"dtype": "float32", "max_length": 64} if options else {}))
+    assert (model.config, model.dtype) == (want[0].config, want[0].dtype)
+    assert model.dtype == ("float32" if options else "bfloat16")
+    assert model.config.max_length == (64 if options else 131072)
+    assert_same_bits(params, want[1])
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")  # torch warns about itself
+def test_transformers_opens_what_the_script_made_of_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    params = random_params(CONFIG, "bfloat16")
+    write_meta(tmp_path, params, ranks=2, columns=False)
+    to_pickles(tmp_path, torch)
+    assert convert(monkeypatch, tmp_path, tmp_path / "hf") == 0
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())  # no tensor missing, left over or of another shape
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 16))
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits.numpy()[..., :-1]  # without the row that `write_meta` added
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    got = jax.jit(lambda p, t: build(CONFIG).apply({"params": p}, t))(params, jnp.asarray(tokens))
+    assert np.abs(np.asarray(got) - want).max() <= TOLERANCE["float32"] * np.abs(want).max()
 
 
 def to_pickles(folder: Path, torch) -> None:
