@@ -305,6 +305,12 @@ class RunConfig:
             not encoder_decoder or data.objective == "span_corruption" or data.target_length is not None,
             f"objective {data.objective} on an encoder-decoder needs data.target_length, e.g. 114",
         )
+        tokens = self.training.batch_size // self.training.accumulation * data.sequence_length
+        require(
+            tokens < 2**31,
+            f"training.batch_size {self.training.batch_size} makes microbatches of {tokens} tokens, more than an int32 "
+            f"can count; lower it or raise training.accumulation",
+        )
         if model.family == "llama":
             require(
                 data.sequence_length <= model.max_length,
