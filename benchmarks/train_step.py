@@ -5,7 +5,9 @@
 Each side runs in its own process, alternating (ours, torch, ours, torch), because a machine's speed drifts; the ratio
 is taken within each pair. torch is eager: LlamaForCausalLM or T5ForConditionalGeneration with SDPA, AdamW (fused
 where it exists), autocast for bfloat16, no masks. Both sides clip the global norm and decay weights. Tokens are those
-of sources and targets; no dropout. Results go to benchmarks/results/train_step_*.json.
+of sources and targets; no dropout. `product_gflops` is the speed of each side's library at one matrix product of the
+model, most of whose step such products are: their ratio depends on the CPU. Results go to
+benchmarks/results/train_step_*.json.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 BATCHES = {"A": (8, 256), "B": (4, 512), "toy": (2, 32)}  # rows, length
+_PRODUCT = "product_gflops"
 T5_BATCHES = {"TA": (8, 256, 64), "toy_t5": (2, 32, 16)}  # rows, length of the source, of the target
 
 
@@ -92,12 +96,13 @@ def main() -> None:
         "shape": arguments.shape,
         "dtype": arguments.dtype,
         "ratio": spread(ratios),
+        "ratio_of_products": spread([turn["jaxllm"][_PRODUCT] / turn["torch"][_PRODUCT] for turn in turns]),
         "logits_relative_difference": difference,
         "turns": turns,
         **environment(),
     }
     path = save(f"train_step_{arguments.shape}_{arguments.dtype}", result)
-    print(f"{path.name}: ratio {result['ratio']}, logits differ by {difference:.1e}")
+    print(f"{path.name}: ratio {result['ratio']}, of products alone {result['ratio_of_products']['median']:.2f}")
 
 
 def _compare_logits(work: Path, dtype: str) -> float:
@@ -175,7 +180,10 @@ def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]
         before = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, batch))
         times.append(time.perf_counter() - before)
-    return _result(times, sum(x.size for x in _inputs(batch)), first, float(metrics.loss))
+    x, kernel = (jax.numpy.asarray(a, compute) for a in _factors(shape))
+    product = jax.jit(lambda a, b: jax.numpy.dot(a, b, preferred_element_type=jax.numpy.float32))
+    speed = _gflops(lambda: jax.block_until_ready(product(x, kernel)), shape)
+    return _result(times, sum(x.size for x in _inputs(batch)), first, float(metrics.loss), speed)
 
 
 def run_torch(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
@@ -208,16 +216,36 @@ def run_torch(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - before)
-    return _result(times[1:], sum(x.size for x in _inputs(batch)), times[0], float(loss.detach()))
+    x, kernel = (torch.tensor(a, dtype=getattr(torch, dtype), device=device) for a in _factors(shape))
+    speed = _gflops(lambda: float((x @ kernel)[0, 0]), shape)
+    return _result(times[1:], sum(x.size for x in _inputs(batch)), times[0], float(loss.detach()), speed)
 
 
-def _result(times: list[float], tokens: int, first: float, loss: float) -> dict[str, Any]:
+def _factors(shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of the product into an MLP's hidden layer, over all tokens of a batch (a source's, of T5)."""
+    rng, rows = np.random.default_rng(0), _inputs(_batch(shape))[0].size
+    width, outputs = SHAPES[shape]["d_model"], SHAPES[shape]["d_ff"]
+    return rng.standard_normal((rows, width), np.float32), rng.standard_normal((width, outputs), np.float32)
+
+
+def _gflops(multiply: Callable[[], Any], shape: str) -> float:
+    times = []
+    for _ in range(50):
+        before = time.perf_counter()
+        multiply()
+        times.append(time.perf_counter() - before)
+    x, kernel = _factors(shape)
+    return 2e-9 * x.size * kernel.shape[1] / statistics.median(times)
+
+
+def _result(times: list[float], tokens: int, first: float, loss: float, product_gflops: float) -> dict[str, Any]:
     ordered = sorted(times)
     return {
         "tokens_per_second": tokens / statistics.median(times),
         "p10_p90_seconds": [ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]],
         "first_step_seconds": first,
         "loss": loss,
+        _PRODUCT: product_gflops,
     }
 
 
