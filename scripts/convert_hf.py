@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxllm.interop.hf import save_hf
 from jaxllm.interop.meta import load_meta
-from jaxllm.training.export import export_run, import_run
+from jaxllm.training.export import check_target, export_run, import_run
 
 
 def main() -> int:
@@ -26,6 +26,8 @@ def main() -> int:
     source, target = arguments.source, arguments.target
     try:
         _convert(source, target, dtype=arguments.dtype, max_length=arguments.max_length)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -35,6 +37,7 @@ def main() -> int:
 
 def _convert(source: Path, target: Path, *, dtype: str | None, max_length: int | None) -> None:
     if (source / "params.json").is_file():
+        check_target(target)
         save_hf(target, *load_meta(source, max_length=max_length, dtype=dtype))
         return
     if max_length is not None:

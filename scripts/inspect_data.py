@@ -48,6 +48,8 @@ def main() -> int:
                 seen = view(inputs, targets, source=source, tokenizer=pipeline.tokenizer)
                 for title, text in zip(seen._fields, seen, strict=True):
                     console.print(Panel(text, title=title, title_align="left"))
+    except KeyboardInterrupt:
+        return 130  # as a shell reports it
     except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

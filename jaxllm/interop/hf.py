@@ -102,23 +102,35 @@ def save_hf(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InteropError(f"{folder} is a file; give a directory to write")
-    write_params(folder, module.entries(model.config), params, dtype=dtype, shard_bytes=shard_bytes)
-    _write_json(folder / "config.json", raw)
+    configs = {"config.json": raw}
     if ids:
         start = {key: raw[key] for key in ("decoder_start_token_id",) if key in raw}
-        _write_json(folder / "generation_config.json", ids | start)
+        configs["generation_config.json"] = ids | start
+    entries, texts = module.entries(model.config), {name: _json(value) for name, value in configs.items()}
+    write_params(folder, entries, params, dtype=dtype, shard_bytes=shard_bytes, texts=texts)
 
 
 def special_ids(path: str | Path) -> SpecialIds:
     """Begin, end and padding ids of a directory; generation_config.json goes before config.json.
 
     What neither says is the architecture's default, as in transformers.
+
+    Raises:
+        InteropError: when one of the files is no JSON object, or an id in it no number.
     """
     folder = Path(path)
     raw = read_json(folder / "config.json")
-    raw = _family(folder, raw).DEFAULTS[raw["model_type"]] | raw
-    if (folder / "generation_config.json").is_file():
-        raw |= {key: value for key, value in read_json(folder / "generation_config.json").items() if value is not None}
+    defaults = _family(folder, raw).DEFAULTS[raw["model_type"]]
+    raw = defaults | raw
+    path = folder / "generation_config.json"
+    if path.is_file():
+        given = {key: value for key, value in read_json(path).items() if value is not None}
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        try:
+            _check_kinds(given, dict.fromkeys(ids))
+        except InteropError as error:
+            raise InteropError(f"{path}: {error}") from None
+        raw |= given
     eos = raw.get("eos_token_id")
     ends: Sequence[int] = () if eos is None else [eos] if isinstance(eos, int) else eos
     return SpecialIds(raw.get("bos_token_id"), tuple(ends), raw.get("pad_token_id"))
@@ -143,7 +155,7 @@ def _open(path: str | Path) -> tuple[ModelConfig, TensorFiles]:
 def _family(folder: Path, raw: dict[str, Any]) -> ModuleType:
     kind = raw.get("model_type")
     for module in _FAMILIES.values():
-        if kind in module.DEFAULTS:
+        if isinstance(kind, str) and kind in module.DEFAULTS:
             return module
     known = ", ".join(name for module in _FAMILIES.values() for name in module.DEFAULTS)
     raise InteropError(f"{folder / 'config.json'} has model_type {kind!r}; known: {known}")
@@ -162,7 +174,7 @@ def _check_kinds(raw: dict[str, Any], defaults: dict[str, Any]) -> None:
         value = raw.get(key, default)
         kinds = (int, float) if isinstance(default, float) else (int if default is None else type(default),)
         nullable = default is None or isinstance(default, bool) or key in _NULLABLE
-        listed = key == "eos_token_id" and isinstance(value, list)
+        listed = key == "eos_token_id" and isinstance(value, list) and all(type(item) is int for item in value)
         if type(value) not in kinds and not (value is None and nullable) and not listed:
             raise InteropError(f"{key} must be of type {kinds[-1].__name__}, got {value!r}")
 
@@ -185,5 +197,5 @@ def _special_keys(ids: SpecialIds) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if value is not None}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

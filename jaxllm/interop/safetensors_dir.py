@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +116,7 @@ class TensorFiles:
         if not (self.folder / INDEX).is_file():
             raise InteropError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{_hint(self.folder)}")
         placed = read_json(self.folder / INDEX).get("weight_map")
-        if not isinstance(placed, dict) or not placed:
+        if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
             raise InteropError(f"{self.folder / INDEX} has no weight_map of tensor names to files")
         shards: dict[Path, list[str] | None] = {}
         for name, file in placed.items():
@@ -187,7 +187,13 @@ def read_params(
 
 
 def write_params(
-    folder: str | Path, entries: Sequence[Entry], params: Any, *, dtype: Any = None, shard_bytes: int = 5_000_000_000
+    folder: str | Path,
+    entries: Sequence[Entry],
+    params: Any,
+    *,
+    dtype: Any = None,
+    shard_bytes: int = 5_000_000_000,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes model.safetensors, or shards and their index when it would exceed `shard_bytes`.
 
@@ -199,6 +205,7 @@ def write_params(
         params: the tree, stacked over layers.
         dtype: of the tensors; None keeps each parameter's.
         shard_bytes: most bytes of tensors in a file.
+        texts: other files of the export by name, such as config.json.
 
     Raises:
         InteropError: when the tree is not the one that `entries` describe.
@@ -214,15 +221,20 @@ def write_params(
     for tensors, path in zip(plan, partial, strict=True):
         arrays = {name: _tensor(entry, i, params, dtype) for name, (entry, i) in tensors.items()}
         save_file(arrays, str(path), metadata={"format": "pt"})
-    for old in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
-    for path in partial:
-        path.rename(path.with_suffix(""))
     if len(plan) > 1:
         placed = {name: file for tensors, file in zip(plan, names, strict=True) for name in tensors}
         total = sum(_size(entry, params, dtype) for tensors in plan for entry, _ in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": placed}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        texts = {**(texts or {}), INDEX: json.dumps(index, indent=2)}
+    for name, text in (texts or {}).items():
+        partial.append(folder / f"{name}.partial")
+        partial[-1].write_text(text, encoding="utf-8")
+    new = [path.with_suffix("") for path in partial]
+    for path, whole in zip(partial, new, strict=True):
+        path.replace(whole)
+    for old in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+        if old not in new:
+            old.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> Any:

@@ -15,6 +15,7 @@ from jaxllm.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from jaxllm.config_file import dump_config
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
+from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.models import build
 from jaxllm.training.initial_params import load_run
 
@@ -25,9 +26,9 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
     """Writes a run's newest parameters, tokenizer and special ids as a Hugging Face directory.
 
     Raises:
-        FileExistsError: when the target is a run folder, which would then be both.
+        FileExistsError: when the target holds what would be overwritten, as `check_target`.
     """
-    _refuse_run(Path(target))
+    check_target(target)
     config, params = load_run(source)
     files = _tokenizer_files(Path(source))
     ids = None
@@ -44,12 +45,10 @@ def import_run(source: str | Path, target: str | Path) -> None:
     """Writes a run folder of parameters alone, float32, for `training.init_from` and for generation.
 
     Raises:
-        FileExistsError: when the target already holds a run, or is a Hugging Face directory, which would then be both.
+        FileExistsError: when the target holds what would be overwritten, as `check_target`.
     """
     folder = Path(target)
-    _refuse_run(folder)
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} is a Hugging Face directory; choose another folder for the run")
+    check_target(folder)
     model, params = load_hf(source, dtype="float32")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
         writer.save((folder / "checkpoints" / "0" / "state").absolute(), args=ocp.args.PyTreeSave({"params": params}))
@@ -58,9 +57,22 @@ def import_run(source: str | Path, target: str | Path) -> None:
         shutil.copy(file, folder)
 
 
-def _refuse_run(folder: Path) -> None:
+def check_target(target: str | Path) -> None:
+    """Refuses a folder to convert into that holds a model: it would be lost, or the folder would be two things.
+
+    Raises:
+        FileExistsError: naming what is there.
+    """
+    folder = Path(target)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another folder")
     if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
         raise FileExistsError(f"{folder} already holds a run; choose another folder")
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is a Hugging Face directory; choose another folder")
+    others = [name for name in (*_TOKENIZERS, SINGLE, INDEX) if (folder / name).exists()]
+    if others:
+        raise FileExistsError(f"{folder} already holds {', '.join(others)}; choose another folder")
 
 
 def _run_config(model: ModelConfig, folder: Path) -> RunConfig:

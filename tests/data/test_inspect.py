@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,16 @@ def test_script_shows_and_audits(corpus: Path, tmp_path: Path) -> None:
     assert "<extra_id_0>" in shown
     wrong = subprocess.run([*command, "data.path=/nowhere"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "error:" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["inspect_data.py", "convert_hf.py"])
+def test_an_interrupted_script_ends_without_a_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = runpy.run_path(str(ROOT / "scripts" / name))["main"]
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.__globals__, "load_config", interrupt)
+    monkeypatch.setitem(main.__globals__, "_convert", interrupt)
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path), str(tmp_path)])
+    assert main() == 130

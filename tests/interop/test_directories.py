@@ -142,6 +142,25 @@ def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     assert_same_bits(jaxllm.load_hf(tmp_path)[1], params)
 
 
+@pytest.mark.parametrize("before", [1_000_000, 20_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("after", [1_000_000, 20_000], ids=["one file", "shards"])
+def test_an_export_that_cannot_be_finished_leaves_the_first_whole(
+    tmp_path: Path, before: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = random_params(TINY)
+    jaxllm.save_hf(tmp_path, build(TINY), first, shard_bytes=before)
+    write = Path.write_text
+
+    def full(self: Path, *args, **kwargs) -> int:
+        write(self, "{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        jaxllm.save_hf(tmp_path, build(TINY), jax.tree.map(lambda x: x + 1, first), shard_bytes=after)
+    assert_same_bits(jaxllm.load_hf(tmp_path)[1], first)
+
+
 def test_tied_head_is_decided_by_config_and_file(tmp_path: Path) -> None:
     tied = dataclasses.replace(TINY, tie_embeddings=True)
     jaxllm.save_hf(tmp_path, build(tied), random_params(tied))
@@ -207,6 +226,9 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InteropError, match=r"only pytorch_model.bin, a pickle"):
         jaxllm.load_hf(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 3}}')
+    with pytest.raises(InteropError, match=r"index.json has no weight_map of tensor names to files"):
+        jaxllm.load_hf(tmp_path)
 
 
 def test_parameters_of_another_model_are_not_exported(tmp_path: Path) -> None:
@@ -250,14 +272,16 @@ def test_special_ids_are_declared_and_read(tmp_path: Path) -> None:
     absent = ("bos_token_id", "eos_token_id", "pad_token_id")
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in absent}))
     assert special_ids(tmp_path) == SpecialIds(bos=1, eos=(2,), pad=None)  # LlamaConfig's
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(InteropError, match=r"generation_config.json: eos_token_id must be of type int, got 'x'"):
+        special_ids(tmp_path)
 
 
 def edited(tmp_path: Path, **changes) -> LlamaConfig:
     """The config read back after editing config.json; a value of `...` removes the key."""
     params = {"model.embed_tokens.weight": np.zeros((97, 24), np.float32)}
     save_file(params, tmp_path / "model.safetensors")
-    jaxllm.interop.hf._write_json(tmp_path / "config.json", jaxllm.interop.llama.write_config(TINY) | changes)
-    raw = json.loads((tmp_path / "config.json").read_text())
+    raw = jaxllm.interop.llama.write_config(TINY) | changes
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
     return load_hf_config(tmp_path)
 
@@ -326,6 +350,8 @@ def test_rope_of_both_generations_of_config(tmp_path: Path, raw: dict, rope: Rop
         ({"rope_parameters": "yarn"}, "the rope parameters 'yarn' are not one set"),
         ({"rope_parameters": "absent", "rope_theta": 0}, "rope theta must be positive, got 0"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be of type int, got '2'"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]; known: llama"),
+        ({"eos_token_id": [1, "x"]}, r"eos_token_id must be of type int, got \[1, 'x'\]"),
         ({"num_attention_heads": None}, "num_attention_heads must be of type int, got None"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be of type float, got '1e-5'"),
         ({"tie_word_embeddings": 2}, "tie_word_embeddings must be of type bool, got 2"),
