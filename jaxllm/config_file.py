@@ -40,6 +40,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); is it a config?") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold sections such as `model:`, got {type(raw).__name__}")
     for override in overrides:
@@ -52,7 +54,7 @@ def parse_config(raw: dict[str, Any], *, where: str = "config") -> RunConfig:
     sections: dict[str, Any] = {}
     for name in raw:
         if name not in _section_types():
-            raise ConfigError(f"{where}: unknown section {name!r}{_nearest(name, list(_section_types()))}")
+            raise ConfigError(f"{where}: unknown section {name!r}{_nearest(str(name), list(_section_types()))}")
     if "model" not in raw:
         raise ConfigError(f"{where}: no model section; start it with `family: llama` or `family: t5`")
     for name, value in raw.items():

@@ -33,6 +33,7 @@ def main() -> int:
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
+    from jaxllm.training.checkpoint import CheckpointError
     from jaxllm.training.console import training_console
     from jaxllm.training.device import prepare_process
     from jaxllm.training.trainer import TrainingStopped, pretrain
@@ -41,7 +42,7 @@ def main() -> int:
     with training_console(config):
         try:
             pretrain(config)
-        except (ValueError, OSError, TrainingStopped) as error:
+        except (ValueError, OSError, CheckpointError, TrainingStopped) as error:
             logging.getLogger("jaxllm").error("%s", error)
             return 1
     return 0

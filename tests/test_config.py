@@ -133,6 +133,12 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     broken.write_text("model: [unclosed")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(broken)
+    broken.write_text("1: {steps: 3}")
+    with pytest.raises(ConfigError, match="unknown section 1; known: model"):
+        load_config(broken)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary.yaml is not UTF-8 text"):
+        load_config(tmp_path / "binary.yaml")
 
 
 def test_every_key_is_described_and_there_are_few() -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import platform
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ class FilesText(_TextBuilder):
             yield str(path), {self._keys[0]: text}
 
     def _lines(self, path: Path) -> Iterator[_Document]:
-        for number, line in enumerate(_open_lines(path), start=1):
+        for number, line in enumerate(self._unpacked(path), start=1):
             where = f"{path}:{number}"
             text = decode(line, where, self._problems)
             if text is None or not text.strip():
@@ -175,6 +176,14 @@ class FilesText(_TextBuilder):
                 self._problems.report(f"{where} is not JSON ({error.msg})")
                 continue
             yield from self._record(record, where)
+
+    def _unpacked(self, path: Path) -> Iterator[bytes]:
+        import zstandard
+
+        try:
+            yield from _open_lines(path)
+        except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+            self._problems.report(f"{path} cannot be unpacked ({error})")
 
     def _rows(self, path: Path) -> Iterator[_Document]:
         import pyarrow.parquet as pq
@@ -204,6 +213,10 @@ class FilesText(_TextBuilder):
         wrong = [key for key, value in fields.items() if not isinstance(value, str)]
         if wrong:
             self._problems.report(f"{where}: {wrong[0]!r} is a {type(fields[wrong[0]]).__name__}, not text")
+            return
+        halves = [key for key, value in fields.items() if any("\ud800" <= c <= "\udfff" for c in value)]
+        if halves:
+            self._problems.report(f"{where}: {halves[0]!r} holds half a surrogate pair, which is not UTF-8 text")
             return
         empty = [key for key, value in fields.items() if not value.strip()]
         if not empty:

@@ -18,6 +18,7 @@ from jaxllm.ops.sampling import GREEDY, Sampling
 
 # New tokens between two looks at who has finished; also the unit of the number of new tokens.
 CHUNK = 32
+_MOST = 1_000_000  # new tokens; a cache of more than that fits no device
 
 
 class Settings(NamedTuple):
@@ -160,6 +161,8 @@ def _check_settings(
     vocab = model.config.vocab_size
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens > _MOST:  # a T5 has no longest context that would stop it
+        raise ValueError(f"max_new_tokens must be from 1 to {_MOST}, got {max_new_tokens}")
     if sampling.min_new_tokens > max_new_tokens:
         raise ValueError(f"min_new_tokens {sampling.min_new_tokens} exceeds max_new_tokens {max_new_tokens}")
     outside = [i for i in (*eos_ids, pad_id) if not 0 <= i < vocab]

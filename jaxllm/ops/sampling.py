@@ -7,7 +7,6 @@ batch mates. Not here: when to stop.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _BLOCK = 64  # of the vocabulary, in `most_probable`
+_SMALLEST, _LARGEST = 1e-30, 1e30  # by which logits can be divided or multiplied without leaving float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,20 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number from 0 (greedy) on, got {self.temperature}")
+        if self.temperature != 0 and not _SMALLEST <= self.temperature <= _LARGEST:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or lie in [{_SMALLEST}, {_LARGEST}], got {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; null keeps all")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be a positive number, got {self.repetition_penalty}; 1 is none")
+        if not _SMALLEST <= self.repetition_penalty <= _LARGEST:
+            raise ValueError(
+                f"repetition_penalty must lie in [{_SMALLEST}, {_LARGEST}], got {self.repetition_penalty}; 1 is none"
+            )
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens must not be negative, got {self.min_new_tokens}")
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):

@@ -93,7 +93,7 @@ class Checkpoints:
             try:
                 state, data = self._read(step, abstract_state)
             except UNREADABLE as error:
-                _log.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, _first_line(error))
+                _log.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, first_line(error))
                 skipped.append(step)
                 continue
             for broken in skipped:
@@ -142,5 +142,6 @@ def _name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a person needs of an error; tensorstore's go on for thousands of characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -19,7 +19,7 @@ from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.config_file import ConfigError, load_config
 from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
-from jaxllm.training.checkpoint import UNREADABLE, CheckpointError
+from jaxllm.training.checkpoint import UNREADABLE, CheckpointError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 return config, jax.device_put(reader.restore(checkpoints / str(step) / "state", args=wanted)["params"])
         except UNREADABLE as error:
-            _log.warning("checkpoint %d in %s is damaged (%s)", step, checkpoints, error)
+            _log.warning("checkpoint %d in %s is damaged (%s)", step, checkpoints, first_line(error))
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {checkpoints} yet; train the run until its first (training.save_every)"

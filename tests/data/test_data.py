@@ -192,6 +192,11 @@ BAD = {
     r"x.jsonl:2 is not JSON": lambda p: write(p / "x.jsonl", b'{"text": "a"}\n{"text": \n'),
     r"x.jsonl:1 has no field 'text'; set data.text_key .* body": lambda p: write(p / "x.jsonl", b'{"body": "a"}\n'),
     "x.parquet is not a Parquet file": lambda p: write(p / "x.parquet", b"PAR0"),
+    r"x.jsonl:1: 'text' holds half a surrogate pair.*; repair it": lambda p: write(
+        p / "x.jsonl", b'{"text": "a \\ud800"}\n'
+    ),
+    r"x.jsonl.gz cannot be unpacked \(.*\); repair it": lambda p: write(p / "x.jsonl.gz", b"not gzip"),
+    r"x.jsonl.zst cannot be unpacked \(.*\); repair it": lambda p: write(p / "x.jsonl.zst", b"not zstandard"),
     "split is empty; both are needed: add documents or raise": lambda p: write(p / "x.txt", b"only one"),
 }
 

@@ -169,6 +169,9 @@ def test_all_checkpoints_damaged_is_an_error_that_deletes_nothing(
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
         pretrain(run)
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), str(tmp_path / "run" / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
 
 
 def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, corpus: Path) -> None:

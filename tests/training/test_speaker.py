@@ -120,6 +120,9 @@ def test_batches_cut_at_line_breaks_only_and_their_size_changes_no_sample(llama:
         (["--batch", "EMPTY"], "write one prompt per line"),
         (["--prompt-file", "BINARY"], "BINARY is not UTF-8 text"),
         (["--prompt-file", "NOWHERE"], "No such file"),
+        (["the \udcff cat"], "the prompt is not UTF-8 text (byte 0xff at character 4)"),
+        (["x", "--temperature=1e-40"], "temperature must be 0 (greedy) or lie in"),
+        (["x", "--repetition-penalty=1e300"], "repetition_penalty must lie in"),
     ],
 )
 def test_bad_requests_end_in_one_line(llama: Path, tmp_path: Path, speak, options: list[str], message: str) -> None:
@@ -129,6 +132,12 @@ def test_bad_requests_end_in_one_line(llama: Path, tmp_path: Path, speak, option
     status, out, err = speak(llama, *(str(tmp_path / each) if each.isupper() else each for each in options))
     assert status == 1 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_more_tokens_than_anything_could_hold_are_refused_before_a_compile(t5: Path, speak) -> None:
+    status, out, err = speak(t5, "x", "--max-new-tokens=1000000000000")
+    assert status == 1 and out == ""
+    assert "max_new_tokens must be from 1 to 1000000, got 1000000000000" in err and err.count("\n") == 1
 
 
 def test_one_source_of_prompts_is_asked_for(llama: Path, speak) -> None:
