@@ -2,11 +2,13 @@
 
 A checkpoint is atomic (written beside and renamed), written in the background, and holds the train state, the data
 iterator's state and a small record. The newest `keep` stay, and the best by validation loss. What orbax would
-silently cast or leave half restored is compared here. Restoring skips a damaged checkpoint for the newest whole one.
+silently cast or leave half restored is compared here. Restoring skips a damaged checkpoint for the newest whole one,
+and sets it aside: a disk that fails for a moment must cost no checkpoint.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,8 +98,7 @@ class Checkpoints:
                 _log.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, first_line(error))
                 skipped.append(step)
                 continue
-            for broken in skipped:
-                self._manager.delete(broken)
+            self._set_aside(skipped)
             return Restored(step, state, data, tuple(skipped))
         if skipped:
             raise CheckpointError(
@@ -105,6 +106,21 @@ class Checkpoints:
                 f"restore the folder from a backup or start again in another run_dir"
             )
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints to FOLDER.damaged/STEP (then STEP-1 and so on), so that their steps can be saved anew."""
+        aside = self.folder.with_name(f"{self.folder.name}.damaged")
+        for step in steps:
+            names = (f"{step}-{n}" if n else str(step) for n in itertools.count())
+            target = next(aside / name for name in names if not (aside / name).exists())
+            try:
+                aside.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(target)
+            except OSError as error:
+                raise CheckpointError(f"cannot move damaged checkpoint {step} to {target}: {error}") from error
+            _log.warning("checkpoint %d is now %s", step, target)
+        if steps:
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves and releases the folder."""

@@ -154,7 +154,7 @@ class _Run:
         if restored is not None:
             self.resumed_from = restored.step
             self.pipeline.set_state(restored.data)
-            note = f"; {len(restored.skipped)} newer damaged ones removed" if restored.skipped else ""
+            note = f"; {len(restored.skipped)} newer damaged ones set aside" if restored.skipped else ""
             _log.info("resuming %s from step %d%s", self.folder, restored.step, note)
         return state
 

@@ -157,6 +157,13 @@ def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
     assert "checkpoint 8" in caplog.text and "damaged" in caplog.text
     for a, b in zip(final_params(run), final_params(whole[0]), strict=True):
         np.testing.assert_array_equal(a, b)
+    # What could not be read is kept: the disk may have failed for a moment only. A second one does not replace it.
+    aside = tmp_path / "run" / "checkpoints.damaged"
+    assert [path.name for path in aside.iterdir()] == ["8"]
+    for path in (tmp_path / "run" / "checkpoints" / "8").rglob("*"):
+        path.write_bytes(b"") if path.is_file() else None
+    assert pretrain(run).resumed_from == 4
+    assert sorted(path.name for path in aside.iterdir()) == ["8", "8-1"]
 
 
 def test_all_checkpoints_damaged_is_an_error_that_deletes_nothing(
