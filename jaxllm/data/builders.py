@@ -214,7 +214,7 @@ class FilesText(_TextBuilder):
         if wrong:
             self._problems.report(f"{where}: {wrong[0]!r} is a {type(fields[wrong[0]]).__name__}, not text")
             return
-        halves = [key for key, value in fields.items() if any("\ud800" <= c <= "\udfff" for c in value)]
+        halves = [key for key, value in fields.items() if not _encodes(value)]
         if halves:
             self._problems.report(f"{where}: {halves[0]!r} holds half a surrogate pair, which is not UTF-8 text")
             return
@@ -253,6 +253,14 @@ def _label(content: str, config: DataConfig) -> str:
 
 def _missing_key(key: str, where: str, known: list[str]) -> str:
     return f"{where} has no field {key!r}; set data.text_key (or target_key) to one of: {', '.join(sorted(known))}"
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open_lines(path: Path) -> Iterator[bytes]:

@@ -85,10 +85,11 @@ class Checkpoints:
             raise CheckpointError(f"a checkpoint in {self.folder} could not be written: {error}") from error
 
     def restore(self, abstract_state: Any) -> Restored | None:
-        """The newest whole checkpoint, or None when there is none yet.
+        """The newest whole checkpoint, or None when there is none yet; newer ones are moved aside.
 
         Raises:
-            CheckpointError: when checkpoints exist and all are damaged, or one does not fit `abstract_state`.
+            CheckpointError: when checkpoints exist and all are damaged, one does not fit `abstract_state`, or a damaged
+                one cannot be moved.
         """
         skipped: list[int] = []
         for step in reversed(self.steps()):

@@ -22,7 +22,6 @@ from jaxllm.models import Model, build
 from jaxllm.training.initial_params import load_run
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>", re.ASCII)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Speaker(NamedTuple):
@@ -50,9 +49,11 @@ class Speaker(NamedTuple):
         Raises:
             ValueError: for a sentinel that the tokenizer doesn't have, or bytes that are no UTF-8 text.
         """
-        odd = _SURROGATE.search(text)
-        if odd:  # as Python reads such bytes from an argument or from standard input
-            raise ValueError(f"the prompt is not UTF-8 text (byte 0x{ord(odd[0]) & 0xFF:x} at character {odd.start()})")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python reads such bytes, of an argument or standard input, as surrogates
+            byte = ord(text[error.start]) & 0xFF
+            raise ValueError(f"the prompt is not UTF-8 text (byte 0x{byte:x} at character {error.start})") from None
         if self.model.config.family == "llama":
             return [*self.begin, *map(int, self.tokenizer.encode(text))]
         ids, parts = [], _SENTINEL.split(text)
