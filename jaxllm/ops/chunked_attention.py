@@ -127,23 +127,32 @@ def _backward(rule: _Rule, saved: Any, grad: Array) -> tuple[_Operands, None]:
     query, key, value, bias = operands
     unfold = functools.partial(_unfold, query.shape[2])
     wide, dtype = total.dtype, query.dtype
-    grad = (grad.astype(wide) / total).astype(dtype)
-    means = unfold(jnp.sum(_fold(grad).astype(wide) * _fold(out).astype(wide), axis=-1, keepdims=True))
+    # Someone must still divide by the sum of the weights, up to S: before the products the gradient that came; but
+    # that would leave float16's range, so there the weights for values, the queries for keys, and the float32 results.
+    early, late = 1 / total, jnp.ones_like(total)
+    if dtype == jnp.float16:
+        early, late = late, early
+    scaled_query, scaled_grad = (query * late).astype(dtype), (grad * early).astype(dtype)
+    means = unfold(jnp.sum(_fold(scaled_grad).astype(wide) * _fold(out).astype(wide), axis=-1, keepdims=True))
     query_grads, bias_grads = [], []
     key_grad = value_grad = jnp.zeros(key.shape, wide)
     for (rows, columns), weights in zip(_blocks(rule, query.shape[3], key.shape[3]), kept, strict=True):
         if weights is None:
             scores = _scores(rule, operands, pattern, rows, columns)
             weights = jnp.exp(scores - _fold(largest[..., rows, :])).astype(dtype)
-        block_query, block_grad = _fold(query[..., rows, :]), _fold(grad[..., rows, :])
-        value_grad += _among_all(sum_of_outer(block_grad, weights), columns, key.shape[3])
+        block = [_fold(x[..., rows, :]) for x in (scaled_query, scaled_grad, means, late)]
+        block_query, block_grad, block_means, block_late = block
+        value_weights = (weights * block_late).astype(dtype)
+        value_grad += _among_all(sum_of_outer(block_grad, value_weights), columns, key.shape[3])
         weight_grad = _dot("bkqh,bkhs->bkqs", block_grad, value[..., columns])
-        score_grad = weights.astype(wide) * (weight_grad - _fold(means[..., rows, :]))
+        score_grad = weights.astype(wide) * (weight_grad - block_means)
         if bias is not None:
-            summed = score_grad if bias.shape[0] == query.shape[0] else _sum_rows(score_grad)
+            share = score_grad * block_late
+            summed = share if bias.shape[0] == query.shape[0] else _sum_rows(share)
             bias_grads.append(_among_all(unfold(summed), columns, key.shape[3]).astype(bias.dtype))
         score_grad = (rule.scale * score_grad).astype(dtype)
-        query_grads.append(unfold(_dot("bkqs,bkhs->bkqh", score_grad, key[..., columns]).astype(dtype)))
+        query_grad = _dot("bkqs,bkhs->bkqh", score_grad, key[..., columns]) * block_late
+        query_grads.append(unfold(query_grad.astype(dtype)))
         key_grad += _among_all(sum_of_outer(block_query, score_grad), columns, key.shape[3])
     query_grad = jnp.concatenate(query_grads, axis=3)
     bias_grad = None if bias is None else jnp.concatenate(bias_grads, axis=3)

@@ -127,6 +127,31 @@ def test_chunked_takes_any_length_and_keeps_no_weights_when_large(monkeypatch: p
     assert max(variable.aval.size for variable in kept.jaxpr.outvars) == max(x.size for x in arguments)
 
 
+@pytest.mark.parametrize("kept", [2**28, 0], ids=["kept", "recomputed"])
+def test_chunked_loses_no_small_gradients_in_float16(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient divided by a sum over hundreds of keys leaves float16's range, as the reference's do."""
+    monkeypatch.setattr("jaxllm.ops.chunked_attention._KEPT_BYTES", kept)
+    query, key, value = operands(512, 512, dtype=jnp.float16, heads=2, kv_heads=1)
+    bias = jax.random.normal(jax.random.key(4), (1, 2, 512, 512)).astype(jnp.float16)
+    slope = 2.0**-8 * jax.random.normal(jax.random.key(3), query.shape).astype(jnp.float16)
+    arguments = [0.1 * query, key, value, bias]
+
+    def gradients(path: str, *arguments: jax.Array) -> list[np.ndarray]:
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+            pattern = PATTERNS["causal"]
+            return attention(query, key, value, pattern=pattern, scale=0.3, bias=bias, implementation=path)
+
+        grads = jax.jit(lambda *args: jax.vjp(attend, *args)[1](slope.astype(args[0].dtype)))(*arguments)
+        return [np.asarray(grad, np.float64) for grad in grads]
+
+    exact = gradients("reference", *(x.astype(jnp.float32) for x in arguments))
+    ours, theirs = gradients("chunked", *arguments), gradients("reference", *arguments)
+    for name, one, other, want in zip(("query", "key", "value", "bias"), ours, theirs, exact, strict=True):
+        late = (..., slice(256, None), slice(None)) if name == "bias" else (slice(None), slice(256, None))
+        errors = [np.linalg.norm((x - want)[late]) / np.linalg.norm(want[late]) for x in (one, other)]
+        assert errors[0] < max(errors[1], 5e-4), (name, errors)
+
+
 def chunked_causal(query, key, value):
     return attention(query, key, value, pattern=PATTERNS["causal"], scale=0.3, implementation="chunked")
 
