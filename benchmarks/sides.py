@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, commit and date of a result, and what sides that `run_side` starts are told of huge pages."""
+    """Device, processor, versions, commit and date of a result."""
     import jax
 
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -43,10 +44,22 @@ def environment() -> dict[str, Any]:
     installed = {dist.metadata["Name"] for dist in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
+        "processor": processor(),
         "versions": {name: metadata.version(name) for name in _PACKAGES if name in installed},
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def processor() -> str:
+    """The CPU by name, cores, and the widest vectors and matrices that it has: what ratios on a CPU depend on most."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    features = [name for name in ("avx2", "avx512f", "amx_bf16") if name in fields.get("flags", "").split()]
+    return ", ".join([fields.get("model name", platform.machine()), f"{os.cpu_count()} cores", *features])
 
 
 def save(kind: str, result: dict[str, Any]) -> Path:
