@@ -147,7 +147,7 @@ def test_a_budget_leaves_out_what_does_not_fit_and_ends_what_takes_longer(
     assert run.run_all(names, toy=False, budget=200, out=tmp_path) == 0
     assert list(asked) == names[1:]
     assert asked["ceilings/copy"] == run._LIMITS["ceilings"] and 190 < asked["baseline/t5_large_train"] <= 200
-    assert "pretrain/t5_bf16                 left out: 200 s remain of 200" in capsys.readouterr().out
+    assert re.search(r"pretrain/t5_bf16 +left out: \d+ s remain of 200", capsys.readouterr().out)
     for arguments, count in (([], len(run.GROUPS["first"])), (["minutes_fp16"], 2), (["decode", "ceilings"], 12)):
         asked.clear()
         assert run.main([*arguments, "--out", str(tmp_path), "--budget=1000000"]) == 0
