@@ -69,7 +69,8 @@ def apply_rope(
     The reference rounds cos, sin and both products to x's dtype: five roundings in place of one, farther from exact.
     """
     cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x, 2, axis=-1)
+    # Widened before it is used twice, so that the backward pass too rounds a sum and not its terms.
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 

@@ -129,6 +129,22 @@ def test_rotation_keeps_norms_and_sees_only_differences() -> None:
     assert abs(score(900, 893) - score(900, 892)) > 1e-2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_both_passes_round_once(dtype: str) -> None:
+    """A slope is the sum of two products, which autodiff would round one by one."""
+    x = jax.random.normal(jax.random.key(0), (2, 50, 3, 32)).astype(dtype)
+    frequencies, scaling = rope_frequencies(RopeConfig(), head_dim=32, max_length=64)
+    cos, sin = rope_cos_sin(jnp.arange(100_000, 100_050)[None], frequencies, scaling)
+
+    def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, pull = jax.vjp(lambda x: apply_rope(x, cos, sin), x)
+        return value, *pull(jnp.flip(x))
+
+    for found, want in zip(both(x), both(x.astype(jnp.float32)), strict=True):
+        off = np.mean(np.asarray(found != want.astype(dtype)))
+        assert off < 2e-3, off  # a sum in float32 may fall on the other side of a tie
+
+
 def test_pairs_are_halves_not_neighbours() -> None:
     """A quarter turn of the first pair moves component 0 to component H/2."""
     x = jnp.zeros((1, 1, 1, 8)).at[..., 0].set(1.0)
