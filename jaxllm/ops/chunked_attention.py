@@ -114,12 +114,14 @@ def _forward(rule: _Rule, operands: _Operands, pattern: Pattern) -> tuple[Array,
         total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
         weights = weights.astype(query.dtype)
         mixed = _dot("bkqs,bkhs->bkqh", weights, value[..., columns]) / total
-        outputs.append(unfold(mixed.astype(query.dtype)))
+        outputs.append(unfold(mixed))
         largests.append(unfold(largest))
         totals.append(unfold(total))
         kept.append(weights if rule.keep else None)
     out, largest, total = (jnp.concatenate(parts, axis=3) for parts in (outputs, largests, totals))
-    return out, (operands, pattern, out, largest, total, kept)
+    # The backward pass takes the output before it is rounded: all of a query's scores share the error of their mean,
+    # which keys with something in common do not average out (arXiv 2510.04212).
+    return out.astype(query.dtype), (operands, pattern, out, largest, total, kept)
 
 
 def _backward(rule: _Rule, saved: Any, grad: Array) -> tuple[_Operands, None]:
@@ -128,20 +130,22 @@ def _backward(rule: _Rule, saved: Any, grad: Array) -> tuple[_Operands, None]:
     unfold = functools.partial(_unfold, query.shape[2])
     wide, dtype = total.dtype, query.dtype
     # Someone must still divide by the sum of the weights, up to S: before the products the gradient that came; but
-    # that would leave float16's range, so there the weights for values, the queries for keys, and the float32 results.
+    # that would leave float16's range, so there the weights for values, and for keys one half (its root) the scores'
+    # gradients and one the queries, which for all of it may be too small themselves.
     early, late = 1 / total, jnp.ones_like(total)
     if dtype == jnp.float16:
         early, late = late, early
-    scaled_query, scaled_grad = (query * late).astype(dtype), (grad * early).astype(dtype)
-    means = unfold(jnp.sum(_fold(scaled_grad).astype(wide) * _fold(out).astype(wide), axis=-1, keepdims=True))
+    root = jnp.sqrt(late)
+    scaled_query, scaled_grad = (query * root).astype(dtype), (grad * early).astype(dtype)
+    means = unfold(jnp.sum(_fold(scaled_grad).astype(wide) * _fold(out), axis=-1, keepdims=True))
     query_grads, bias_grads = [], []
     key_grad = value_grad = jnp.zeros(key.shape, wide)
     for (rows, columns), weights in zip(_blocks(rule, query.shape[3], key.shape[3]), kept, strict=True):
         if weights is None:
             scores = _scores(rule, operands, pattern, rows, columns)
             weights = jnp.exp(scores - _fold(largest[..., rows, :])).astype(dtype)
-        block = [_fold(x[..., rows, :]) for x in (scaled_query, scaled_grad, means, late)]
-        block_query, block_grad, block_means, block_late = block
+        block = [_fold(x[..., rows, :]) for x in (scaled_query, scaled_grad, means, late, root)]
+        block_query, block_grad, block_means, block_late, block_root = block
         value_weights = (weights * block_late).astype(dtype)
         value_grad += _among_all(sum_of_outer(block_grad, value_weights), columns, key.shape[3])
         weight_grad = _dot("bkqh,bkhs->bkqs", block_grad, value[..., columns])
@@ -150,8 +154,8 @@ def _backward(rule: _Rule, saved: Any, grad: Array) -> tuple[_Operands, None]:
             share = score_grad * block_late
             summed = share if bias.shape[0] == query.shape[0] else _sum_rows(share)
             bias_grads.append(_among_all(unfold(summed), columns, key.shape[3]).astype(bias.dtype))
-        score_grad = (rule.scale * score_grad).astype(dtype)
-        query_grad = _dot("bkqs,bkhs->bkqh", score_grad, key[..., columns]) * block_late
+        score_grad = (rule.scale * score_grad * block_root).astype(dtype)
+        query_grad = _dot("bkqs,bkhs->bkqh", score_grad, key[..., columns]) * block_root
         query_grads.append(unfold(query_grad.astype(dtype)))
         key_grad += _among_all(sum_of_outer(block_query, score_grad), columns, key.shape[3])
     query_grad = jnp.concatenate(query_grads, axis=3)

@@ -127,6 +127,23 @@ def test_chunked_takes_any_length_and_keeps_no_weights_when_large(monkeypatch: p
     assert max(variable.aval.size for variable in kept.jaxpr.outvars) == max(x.size for x in arguments)
 
 
+def gradients(path: str, slope: jax.Array, *arguments: jax.Array) -> list[np.ndarray]:
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        pattern = PATTERNS["causal"]
+        return attention(query, key, value, pattern=pattern, scale=0.3, bias=bias, implementation=path)
+
+    grads = jax.jit(lambda *args: jax.vjp(attend, *args)[1](slope.astype(args[0].dtype)))(*arguments)
+    return [np.asarray(grad, np.float64) for grad in grads]
+
+
+def both_errors(slope: jax.Array, *arguments: jax.Array) -> list[tuple[float, float]]:
+    """Errors of each gradient by blocks and by the reference, relative to the reference in float32."""
+    exact = gradients("reference", slope, *(x.astype(jnp.float32) for x in arguments))
+    paths = (gradients(path, slope, *arguments) for path in ("chunked", "reference"))
+    ours, theirs = ([np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(p, exact, strict=True)] for p in paths)
+    return list(zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("kept", [2**28, 0], ids=["kept", "recomputed"])
 def test_chunked_loses_no_small_gradients_in_float16(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient divided by a sum over hundreds of keys leaves float16's range, as the reference's do."""
@@ -136,20 +153,30 @@ def test_chunked_loses_no_small_gradients_in_float16(kept: int, monkeypatch: pyt
     slope = 2.0**-8 * jax.random.normal(jax.random.key(3), query.shape).astype(jnp.float16)
     arguments = [0.1 * query, key, value, bias]
 
-    def gradients(path: str, *arguments: jax.Array) -> list[np.ndarray]:
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-            pattern = PATTERNS["causal"]
-            return attention(query, key, value, pattern=pattern, scale=0.3, bias=bias, implementation=path)
-
-        grads = jax.jit(lambda *args: jax.vjp(attend, *args)[1](slope.astype(args[0].dtype)))(*arguments)
-        return [np.asarray(grad, np.float64) for grad in grads]
-
-    exact = gradients("reference", *(x.astype(jnp.float32) for x in arguments))
-    ours, theirs = gradients("chunked", *arguments), gradients("reference", *arguments)
+    exact = gradients("reference", slope, *(x.astype(jnp.float32) for x in arguments))
+    ours, theirs = gradients("chunked", slope, *arguments), gradients("reference", slope, *arguments)
     for name, one, other, want in zip(("query", "key", "value", "bias"), ours, theirs, exact, strict=True):
         late = (..., slice(256, None), slice(None)) if name == "bias" else (slice(None), slice(256, None))
         errors = [np.linalg.norm((x - want)[late]) / np.linalg.norm(want[late]) for x in (one, other)]
         assert errors[0] < max(errors[1], 5e-4), (name, errors)
+
+
+def test_chunked_loses_no_small_queries_in_float16() -> None:
+    """A query divided by a sum over a thousand keys would lie below float16's normal numbers."""
+    query, key, value = operands(1024, 1024, dtype=jnp.float16, heads=2, kv_heads=1)
+    slope = 64 * jax.random.normal(jax.random.key(3), query.shape)
+    for ours, theirs in both_errors(slope, 0.005 * query, key, value):
+        assert ours < max(theirs, 5e-4), (ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_chunked_gradients_are_exact_where_keys_and_values_have_much_in_common(dtype: str) -> None:
+    """What all scores of a query get wrong by the same amount does not average out over such keys."""
+    query, key, value = operands(512, 512, heads=2, kv_heads=1)
+    key, value = key + 2 * key[:1, :1], value + 4 * value[:1, :1]
+    slope = jax.random.normal(jax.random.key(3), query.shape)
+    for ours, theirs in both_errors(slope, *(x.astype(dtype) for x in (query, key, value))):
+        assert ours < 1.5 * theirs, (ours, theirs)
 
 
 def chunked_causal(query, key, value):
