@@ -102,7 +102,7 @@ def _chunk_sums(
 
 def _cross_entropy_forward(
     z_loss: float, wide: Any, rows: Array, head: Array, targets: Array, weights: Array
-) -> tuple[Sums, tuple[Array, Array]]:
+) -> tuple[Sums, tuple[Array, Array, Array]]:
     dtype = rows.dtype
     inner = _INNER_SCALE.get(dtype, 1.0)
 
@@ -115,23 +115,25 @@ def _cross_entropy_forward(
         hot = part_targets[:, None] == jnp.arange(logits.shape[-1])[None, :]
         grad = slope[:, None] * jnp.exp(logits - normalizer[:, None].astype(logits.dtype))
         grad = (grad - jnp.where(hot, (inner * part_weights)[:, None], 0)).astype(dtype)
-        row_grad = jnp.einsum("nv,vd->nd", grad, head, preferred_element_type=jnp.float32).astype(dtype)
+        row_grad = jnp.einsum("nv,vd->nd", grad, head, preferred_element_type=jnp.float32)
         head_grad += sum_of_outer(part_rows, grad)
         return (_add(total, sums), head_grad), row_grad
 
     start = (_zero_sums(), jnp.zeros(head.shape[::-1], jnp.float32))
     (total, head_grad), row_grads = jax.lax.scan(body, start, (rows, targets, weights))
-    return total, (row_grads, head_grad.T)
+    # Row gradients wait in float32: large heads put them past float16 at the inner scale, which no loss scale lowers,
+    # and the slope to come would round them twice. An empty array carries the dtype.
+    return total, (row_grads, head_grad.T, jnp.empty(0, dtype))
 
 
 def _cross_entropy_backward(
-    z_loss: float, wide: Any, saved: tuple[Array, Array], grads: Sums
+    z_loss: float, wide: Any, saved: tuple[Array, Array, Array], grads: Sums
 ) -> tuple[Array, Array, None, None]:
-    row_grads, head_grad = saved
-    dtype = row_grads.dtype  # rows and head share the compute dtype
+    row_grads, head_grad, like = saved
+    dtype = like.dtype  # rows and head share the compute dtype
     slope = grads[0] / _INNER_SCALE.get(dtype, 1.0)
     return (
-        (slope * row_grads.astype(jnp.float32)).astype(dtype),
+        (slope * row_grads).astype(dtype),
         (slope * head_grad).astype(dtype),
         None,
         None,
