@@ -12,7 +12,9 @@ def dropout(x: Float[Array, "*B"], key: Array | None, *, rate: float) -> Float[A
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    # In float32: 1 - rate rounded to 16 bits would be a factor on every activation, up to 0.2 % off in bfloat16.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(kept, wide / (1 - rate), 0).astype(x.dtype)
 
 
 def split_keys(key: Array | None, count: int) -> tuple[Array | None, ...]:
