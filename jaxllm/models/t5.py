@@ -26,7 +26,7 @@ from jaxllm.models.layers import (
     embed,
     init_stack,
 )
-from jaxllm.models.t5_layers import BiasOf, DecoderLayer, EncoderLayer, create_table, stream_dtype
+from jaxllm.models.t5_layers import BiasOf, DecoderLayer, EncoderLayer, create_table, scale_output, stream_dtype
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.relative_bias import relative_bias
@@ -233,7 +233,7 @@ class T5(nn.Module):
                 key_segments=ones(encoded.shape[:2]) if encoder_segment_ids is None else encoder_segment_ids,
             )
         x = self.decoder(self._embed(decoder_tokens), encoded, pattern, cross_pattern, key)
-        return x * jnp.asarray(c.d_model**-0.5, x.dtype) if c.scale_logits else x
+        return scale_output(c, x)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """X @ head.T, accumulated and returned in float32."""

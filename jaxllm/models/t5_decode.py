@@ -19,7 +19,7 @@ from jaxllm.config import T5Config
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
 from jaxllm.models.layers import ACTIVATIONS, unstack
-from jaxllm.models.t5_layers import stream_dtype
+from jaxllm.models.t5_layers import scale_output, stream_dtype
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.matrices import Matrix, Rows, project, stored
@@ -321,6 +321,4 @@ def _embed(params: T5Params, tokens: Array) -> Array:
 
 
 def _logits(c: T5Config, params: T5Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    if c.scale_logits:
-        x = x * jnp.asarray(c.d_model**-0.5, x.dtype)
-    return project(x, params.head, dtype=jnp.float32)
+    return project(scale_output(c, x), params.head, dtype=jnp.float32)

@@ -30,6 +30,13 @@ def stream_dtype(dtype: Any) -> Any:
     return jnp.float32 if dtype == jnp.float16 else dtype
 
 
+def scale_output(config: T5Config, x: Array) -> Array:
+    """What the original T5 does before its tied head, x / sqrt(d_model); a factor in bfloat16 is 0.1 % off."""
+    if not config.scale_logits:
+        return x
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * config.d_model**-0.5).astype(x.dtype)
+
+
 class T5Attention(nn.Module):
     """Attention of x over a source, which is x itself or the encoder's output."""
 

@@ -19,6 +19,7 @@ import pytest
 from jaxllm.config import T5Config, TrainingConfig
 from jaxllm.models import T5, abstract_params, build, init_params, t5_decode
 from jaxllm.models.layers import apply
+from jaxllm.models.t5_layers import scale_output
 from jaxllm.training.loss import build_loss
 from tests.conftest import TOLERANCE
 
@@ -276,6 +277,14 @@ def test_float16_survives_a_stream_beyond_its_range(t5: Compiled) -> None:
     ours = np.asarray(jax.jit(lambda *a: apply(model, *a))(loud, source, target))
     want = np.asarray(t5.forward(loud, source, target, np.ones_like(source), np.ones_like(target)))
     assert np.abs(ours - want).max() < 5 * TOLERANCE["float16"] * np.abs(want).max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scaled_output_has_the_exact_factor(dtype: str) -> None:
+    config = dataclasses.replace(V10, d_model=768)
+    x = jnp.linspace(1, 2, 2**12).astype(dtype)
+    factors = np.asarray(scale_output(config, x), np.float64) / np.asarray(x, np.float64)
+    np.testing.assert_allclose(factors.mean(), 768**-0.5, rtol=1e-4)
 
 
 def test_tied_head_is_the_embedding() -> None:
