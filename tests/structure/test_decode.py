@@ -93,7 +93,7 @@ def test_operations_of_a_t5_layer_are_few(tiny_t5: T5Config, monkeypatch: pytest
     assert layer["reduce_sum"] + layer["reduce_max"] <= 11  # three norms; scores, softmax and mix, twice
     assert layer["transpose"] == 2  # of the new key and value only
     assert layer["gather"] == layer["scatter"] == layer["concatenate"] == 0  # the bias is made once per step
-    assert sum(layer.values()) <= 164
+    assert sum(layer.values()) <= 165  # the activation is widened and rounded, which fuses
 
 
 @pytest.mark.parametrize("name", ["llama_125m", "llama3_1b", "llama3_8b", "t5_small", "t5_base", "t5_large"])
