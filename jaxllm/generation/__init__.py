@@ -1,13 +1,19 @@
-"""Decoding with a functional cache: continue, stream, search, speculate, score."""
+"""Decoding with a functional cache: continue, stream, search, speculate, score.
+
+All take lists of token ids and return lists; they check and pad on the host, so they are called outside `jax.jit`. What
+they compile is public as well: `jaxllm.models.llama_decode` and `jaxllm.models.t5_decode`.
+"""
 
 from jaxllm.generation.beam import Beam, BeamSettings, beam_search
 from jaxllm.generation.generate import generate, generate_stream
 from jaxllm.generation.score import score
 from jaxllm.generation.speculative import Speculated, generate_speculative
+from jaxllm.ops.sampling import Sampling
 
 __all__ = [
     "Beam",
     "BeamSettings",
+    "Sampling",
     "Speculated",
     "beam_search",
     "generate",

@@ -109,6 +109,8 @@ def beam_search(
     Raises:
         ValueError: as `generate`, or when there are fewer tokens than candidates.
     """
+    if not isinstance(search, BeamSettings):
+        raise ValueError(f"search must be a BeamSettings, e.g. BeamSettings(beams=4), got {search!r}")
     candidates = max(2, 1 + len(eos_ids)) * search.beams
     if candidates > search.beams * model.config.vocab_size:
         raise ValueError(f"{candidates} candidates exceed {search.beams} beams of {model.config.vocab_size} tokens")

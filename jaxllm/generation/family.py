@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.models import Model, llama_decode, t5_decode
+from jaxllm.models import Model, check_params, llama_decode, t5_decode
 from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import apply
 from jaxllm.models.llama import Llama
@@ -51,7 +51,7 @@ class Decoder(Protocol):
         ...
 
     def prepare(self, params: Any, *, int8: bool = False) -> Any:
-        """The decoding layout of training parameters; returns what is already prepared."""
+        """The decoding layout of training parameters, which must be the model's; returns what is already prepared."""
         ...
 
     def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
@@ -102,7 +102,9 @@ class LlamaDecoder:
     def prepare(self, params: Any, *, int8: bool = False) -> llama_decode.LlamaParams:
         """See `Decoder`."""
         if isinstance(params, llama_decode.LlamaParams):
+            _check_prepared(self.model, params.embed, decoder=len(params.layers))
             return params
+        check_params(self.model, params)
         return llama_decode.prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
 
     def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
@@ -179,7 +181,10 @@ class T5Decoder:
     def prepare(self, params: Any, *, int8: bool = False) -> t5_decode.T5Params:
         """See `Decoder`."""
         if isinstance(params, t5_decode.T5Params):
+            encoder, decoder = len(params.encoder.layers), len(params.decoder.layers)
+            _check_prepared(self.model, params.embed, encoder=encoder, decoder=decoder)
             return params
+        check_params(self.model, params)
         return t5_decode.prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
 
     def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
@@ -234,6 +239,19 @@ class T5Decoder:
         return apply(self.model, params, tokens, shifted, encoder_segment_ids=segments)
 
 
+def _check_prepared(model: Model, embed: Array, **layers: int) -> None:
+    """What a layout can show of another model's."""
+    c = model.config
+    depths = {"decoder": c.num_layers}
+    if c.family == "t5":
+        depths = {"encoder": c.num_layers, "decoder": c.num_decoder_layers}
+    if layers != depths or embed.shape != (c.vocab_size, c.d_model):
+        raise ValueError(
+            f"the prepared parameters are not those of the model: layers {layers}, embedding {embed.shape}; the config "
+            f"has {depths} and {(c.vocab_size, c.d_model)}"
+        )
+
+
 def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
     """Each prompt and right after it its new tokens."""
     columns = lengths[:, None] + jnp.arange(new.shape[1])
@@ -243,4 +261,6 @@ def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
 
 def decoder_of(model: Model) -> Decoder:
     """The adapter of a model's family."""
+    if not isinstance(model, Llama | T5):
+        raise ValueError(f"the first argument must be a model as `build` makes it, got {type(model).__name__}")
     return T5Decoder(model) if isinstance(model, T5) else LlamaDecoder(model)

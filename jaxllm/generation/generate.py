@@ -43,7 +43,7 @@ def generate(
         params: its parameters, stacked as in training or as `prepare_for_decode` makes them.
         prompts: token ids of each row; lengths may differ.
         max_new_tokens: most tokens to add.
-        sampling: greedy by default.
+        sampling: greedy by default; else e.g. `jaxllm.generation.Sampling(temperature=0.8, top_p=0.95)`.
         eos_ids: ids that end a row; they are part of the output.
         pad_id: fills the batch, and rows that have ended.
         seed: of the random choices; one per prompt makes a row independent of its place in the batch.
@@ -55,7 +55,7 @@ def generate(
 
     Raises:
         ValueError: before anything is compiled, for an empty prompt, an id outside the vocabulary, no room in the
-            model's context, or settings that contradict each other.
+            model's context, parameters of another model, or settings that contradict each other.
         AssertionError: when `check` finds a step that differs.
     """
     if check:

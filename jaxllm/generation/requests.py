@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.generation.family import Decoder, Plan, decoder_of
@@ -138,15 +139,19 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int, p
 
 
 def check_ids(model: Model, rows: Sequence[Sequence[int]], *, name: str) -> None:
-    """Raises a ValueError for no rows, an empty one, or an id outside the vocabulary."""
+    """Raises a ValueError for no rows, an empty one, what is no row of ids, or an id outside the vocabulary."""
     if len(rows) == 0:
         raise ValueError(f"at least one {name} is needed, got none")
     vocab = model.config.vocab_size
     for i, row in enumerate(rows):
-        if len(row) == 0:
+        ids = np.asarray(row)
+        if ids.shape == (0,):
             raise ValueError(f"{name} {i} needs at least one token; the end-of-text id begins a document")
-        if min(row) < 0 or max(row) >= vocab:
-            raise ValueError(f"{name} {i} holds ids outside 0..{vocab - 1}: {min(row)}..{max(row)}")
+        # Other kinds would be rounded to ids, or compared letter by letter.
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"{name} {i} must be a list of token ids such as [1, 2, 3], got {str(row)[:60]!r}")
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise ValueError(f"{name} {i} holds ids outside 0..{vocab - 1}: {ids.min()}..{ids.max()}")
 
 
 def _check_settings(
@@ -159,6 +164,7 @@ def _check_settings(
     cache_dtype: str | None,
 ) -> None:
     vocab = model.config.vocab_size
+    _check_kinds(sampling, eos_ids, max_new_tokens=max_new_tokens, samples=samples, pad_id=pad_id)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if max_new_tokens > _MOST:  # a T5 has no longest context that would stop it
@@ -176,15 +182,28 @@ def _check_settings(
         raise ValueError(f"cache_dtype must be int8 or None (the compute dtype), got {cache_dtype!r}")
 
 
+def _check_kinds(sampling: Sampling, eos_ids: Sequence[int], **numbers: int) -> None:
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling, e.g. Sampling(temperature=0.8), got {sampling!r}")
+    if isinstance(eos_ids, int):
+        raise ValueError(f"eos_ids must be a list of ids, e.g. [{eos_ids}], got {eos_ids}")
+    for name, number in numbers.items():
+        if not isinstance(number, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, got {number!r}")
+
+
 def _row_keys(seed: int | Sequence[int], prompts: int, samples: int) -> jax.Array:
     """A key per output row, from its prompt's seed (or the seed and the prompt's index) and the sample's index."""
-    seeds = [seed] if isinstance(seed, int) else seed
-    if not all(0 <= each < 2**32 for each in seeds):
-        raise ValueError(f"seed must lie in 0..2**32 - 1, got {seed}")
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        raise ValueError("seed must be a whole number, or one per prompt, got a key of jax.random")
+    given = np.asarray(seed)
+    single, seeds = given.ndim == 0, given.reshape(-1).tolist()  # Python's numbers: those of jax overflow here
+    if not all(isinstance(each, int) and 0 <= each < 2**32 for each in seeds):
+        raise ValueError(f"seed must lie in 0..2**32 - 1 and be whole, got {seed}")
     base = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
-    if isinstance(seed, int):
+    if single:
         base = jax.vmap(jax.random.fold_in, (None, 0))(base[0], np.arange(prompts))
-    elif len(seed) != prompts:
-        raise ValueError(f"seed needs one number, or one per prompt: got {len(seed)} for {prompts} prompts")
+    elif len(seeds) != prompts:
+        raise ValueError(f"seed needs one number, or one per prompt: got {len(seeds)} for {prompts} prompts")
     rows = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(samples)))(base)
     return rows.reshape(-1)

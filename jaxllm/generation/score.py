@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.generation.family import Decoder, decoder_of
 from jaxllm.generation.requests import bucket, check_ids, check_prompts, pad
-from jaxllm.models import Model
+from jaxllm.models import Model, check_params
 
 
 def score(
@@ -34,9 +34,11 @@ def score(
         pad_id: fills the batch.
 
     Raises:
-        ValueError: for rows that are empty, outside the vocabulary, unpaired or longer than the context.
+        ValueError: for rows that are empty, outside the vocabulary, unpaired or longer than the context, or parameters
+            of another model.
     """
     decoder = decoder_of(model)
+    check_params(model, params)
     if len(prompts) != len(continuations):
         raise ValueError(f"each prompt needs one continuation: got {len(prompts)} and {len(continuations)}")
     check_ids(model, continuations, name="continuation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,20 +17,38 @@ Model = Llama | T5
 
 
 def build(config: LlamaConfig | T5Config, *, dtype: Any = jnp.float32, islands: Islands = DEFAULT_ISLANDS) -> Model:
-    """The model of a config.
+    """The model of a config: a Flax module, called as `model.apply({"params": params}, tokens)`.
 
     Args:
         config: architecture.
-        dtype: of activations and matmul inputs.
+        dtype: of activations and matmul inputs, such as jnp.bfloat16 or "bfloat16".
         islands: dtypes of what does not follow `dtype`.
+
+    Raises:
+        ValueError: for what is no model config, or a dtype that is not floating.
     """
+    if not isinstance(config, LlamaConfig | T5Config):
+        hint = "; pass its .model" if hasattr(config, "model") else ""
+        raise ValueError(f"build needs a LlamaConfig or a T5Config, got {type(config).__name__}{hint}")
+    if not _is_floating(dtype):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     if isinstance(config, T5Config):
         return T5(config, dtype, islands)
     return Llama(config, dtype, islands)
 
 
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
-    """Random parameters in float32; jitted, because op-by-op initialisation costs seconds."""
+    """Random parameters in float32, a plain dict; `key` is a `jax.random.key(seed)`.
+
+    Jitted, because op-by-op initialisation costs seconds.
+    """
     return jax.jit(lambda k: model.init(k, *_inputs(model))["params"])(key)
 
 
@@ -41,6 +60,32 @@ def abstract_params(model: Model) -> dict[str, Any]:
 def _inputs(model: Model) -> tuple[jax.Array, ...]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     return (tokens, tokens) if isinstance(model, T5) else (tokens,)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(config: LlamaConfig | T5Config) -> dict[str, Any]:
+    return abstract_params(build(config))
+
+
+def check_params(model: Model, params: Any) -> None:
+    """Compares training parameters with the model's: their names and shapes.
+
+    Raises:
+        ValueError: naming those that are missing, left over or of another shape.
+    """
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
+
+    want, found = shapes(_shapes(model.config)), shapes(params)
+    wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
+    wrong += [f"{name} is not in the model" for name in found.keys() - want.keys()]
+    common = want.keys() & found.keys()
+    wrong += [f"{name} is {found[name]}, not {want[name]}" for name in common if found[name] != want[name]]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"the parameters are not those of the model: {', '.join(sorted(wrong)[:4])}{more}")
 
 
 def count_params(model: Model) -> int:

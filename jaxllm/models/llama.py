@@ -21,8 +21,12 @@ from jaxllm.models.layers import (
     RMSNorm,
     apply,
     apply_stack,
+    check_depth,
+    check_shape,
+    check_tokens,
     embed,
     init_stack,
+    refuse,
     saved,
 )
 from jaxllm.ops.attention import attention
@@ -57,6 +61,8 @@ class LlamaLayer(nn.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps, norms)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps, norms)
+        else:
+            refuse(self, "q_norm", "k_norm")
         self.o_proj = Linear(queries, c.d_model, residual_std, c.out_bias)
         self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, norms)
         self.gate_proj = Linear(c.d_model, c.d_ff, c.init_std, c.mlp_bias)
@@ -115,8 +121,11 @@ class Llama(nn.Module):
         # Not by self.param alone: it would trace the initialiser again.
         if not self.has_variable("params", "layers"):
             self.param("layers", init_stack, self._init_layer, c.num_layers)
+        check_depth(self._layers(), c.num_layers)
         self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
-        if not c.tie_embeddings:
+        if c.tie_embeddings:
+            refuse(self, "lm_head")
+        else:
             self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.d_model))
 
     def __call__(
@@ -134,6 +143,9 @@ class Llama(nn.Module):
             positions: of each token in its document; None counts from 0.
             segment_ids: document of each token, 0 = padding (its output means nothing); None is one document.
             length: context length that dynamic and longrope scaling assume; None is T.
+
+        Raises:
+            ValueError: while tracing, for tokens that are no integers [B, T], or parameters of another model.
         """
         x = self.hidden(tokens, positions=positions, segment_ids=segment_ids, length=length)
         return self.logits(x)
@@ -148,6 +160,9 @@ class Llama(nn.Module):
     ) -> Float[Array, "B T D"]:
         """The normalised last hidden state, for losses that never build all logits; arguments as `__call__`."""
         c = self.config
+        check_tokens(tokens, "tokens")
+        check_shape(positions, "positions", tokens.shape, (1, tokens.shape[1]))
+        check_shape(segment_ids, "segment_ids", tokens.shape)
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         rope = self._rope(positions, length or tokens.shape[1])

@@ -23,8 +23,12 @@ from jaxllm.models.layers import (
     RMSNorm,
     apply,
     apply_stack,
+    check_depth,
+    check_shape,
+    check_tokens,
     embed,
     init_stack,
+    refuse,
 )
 from jaxllm.models.t5_layers import BiasOf, DecoderLayer, EncoderLayer, create_table, scale_output, stream_dtype
 from jaxllm.ops.dropout import dropout, split_keys
@@ -45,6 +49,9 @@ class _Stack(nn.Module):
         # Not by self.param alone: it would trace the initialiser again.
         if not self.has_variable("params", "layers"):
             self.param("layers", init_stack, self._init_layer, self._num_layers())
+        check_depth(self.get_variable("params", "layers"), self._num_layers())
+        if c.relative_per_layer:
+            refuse(self, "relative_bias")
         self.relative_bias = None if c.relative_per_layer else create_table(self, c)
         self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
 
@@ -156,7 +163,9 @@ class T5(nn.Module):
         self.embed = self.param("embed", nn.initializers.normal(c.init_factor), (c.vocab_size, c.d_model))
         self.encoder = Encoder(c, self.dtype, self.islands)
         self.decoder = Decoder(c, self.dtype, self.islands)
-        if not c.tie_embeddings:
+        if c.tie_embeddings:
+            refuse(self, "lm_head")
+        else:
             # As T5X, and what v1.0's scaled tied head amounts to; a standard deviation of 1 starts at tens of nats.
             head = nn.initializers.normal(c.init_factor * c.d_model**-0.5)
             self.lm_head = self.param("lm_head", head, (c.vocab_size, c.d_model))
@@ -178,6 +187,9 @@ class T5(nn.Module):
             encoder_segment_ids: document of each source token, 0 = padding; None is one document, number 1.
             decoder_segment_ids: document of each decoder token, which sees the source of the same number.
             key: of dropout; None is no dropout.
+
+        Raises:
+            ValueError: while tracing, for tokens that are no integers [B, T], or parameters of another model.
         """
         segments = {"encoder_segment_ids": encoder_segment_ids, "decoder_segment_ids": decoder_segment_ids}
         return self.logits(self.hidden(encoder_tokens, decoder_tokens, **segments, key=key))
@@ -210,6 +222,8 @@ class T5(nn.Module):
         key: Array | None = None,
     ) -> Float[Array, "B S D"]:
         """The encoder's output; at padding it means nothing."""
+        check_tokens(encoder_tokens, "encoder_tokens")
+        check_shape(encoder_segment_ids, "encoder_segment_ids", encoder_tokens.shape)
         pattern = Pattern(query_segments=encoder_segment_ids, key_segments=encoder_segment_ids)
         return self.encoder(self._embed(encoder_tokens), pattern, key)
 
@@ -224,6 +238,11 @@ class T5(nn.Module):
     ) -> Float[Array, "B T D"]:
         """The decoder's hidden state over an encoder's output, as `hidden` returns it."""
         c = self.config
+        check_tokens(decoder_tokens, "decoder_tokens")
+        check_shape(decoder_segment_ids, "decoder_segment_ids", decoder_tokens.shape)
+        check_shape(encoder_segment_ids, "encoder_segment_ids", encoded.shape[:2])
+        one = (1, *encoded.shape[1:])  # one source for all targets
+        check_shape(encoded, "the encoder's output", (decoder_tokens.shape[0], *one[1:]), one)
         pattern = Pattern(causal=True, query_segments=decoder_segment_ids, key_segments=decoder_segment_ids)
         cross_pattern = Pattern()
         if encoder_segment_ids is not None or decoder_segment_ids is not None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
-from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, Islands, Linear, RMSNorm, saved
+from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, Islands, Linear, RMSNorm, refuse, saved
 from jaxllm.ops.attention import attention
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.linear import linear_float32
@@ -27,7 +27,7 @@ BiasOf = Callable[[Array | None], Array | None]
 
 def stream_dtype(dtype: Any) -> Any:
     """Dtype of the residual stream: T5's outgrows float16, whose largest number is 65504."""
-    return jnp.float32 if dtype == jnp.float16 else dtype
+    return jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype
 
 
 def scale_output(config: T5Config, x: Array) -> Array:
@@ -92,6 +92,8 @@ class T5MLP(nn.Module):
         std = c.init_factor * c.d_model**-0.5
         if c.gated:
             self.gate_proj = Linear(c.d_model, c.d_ff, std)
+        else:
+            refuse(self, "gate_proj")
         self.up_proj = Linear(c.d_model, c.d_ff, std)
         self.down_proj = Linear(c.d_ff, c.d_model, c.init_factor * c.d_ff**-0.5)
 

@@ -1,0 +1,166 @@
+"""Calls that are wrong say so by name, while tracing at the latest, instead of computing something else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.generation import BeamSettings, Sampling, beam_search, generate, score
+from jaxllm.models import Model, abstract_params, build
+from jaxllm.models.llama_decode import prepare_for_decode
+from jaxllm.models.t5_layers import stream_dtype
+
+LLAMA = LlamaConfig(vocab_size=50, d_model=16, d_ff=24, num_layers=2, num_heads=4, num_kv_heads=2, max_length=32)
+T5 = T5Config(vocab_size=50, d_model=16, d_ff=24, num_layers=2, num_heads=2, head_dim=8)
+TOKENS = jnp.ones((2, 6), jnp.int32)
+
+
+@pytest.fixture(autouse=True)
+def untyped() -> Iterator[None]:
+    """A user has no type checker at run time, which the tests put around every call."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def params_of(config: LlamaConfig | T5Config) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_params(build(config)))
+
+
+def call(model: Model, params: Any, tokens: Any = TOKENS, **inputs: Any) -> Any:
+    """The model's logits, traced only."""
+    many = (tokens, tokens) if model.config.family == "t5" else (tokens,)
+    return jax.eval_shape(lambda: model.apply({"params": params}, *many, **inputs))
+
+
+OTHERS = {
+    "depth": (LLAMA, dataclasses.replace(LLAMA, num_layers=1)),
+    "tied": (dataclasses.replace(LLAMA, tie_embeddings=True), LLAMA),
+    "bias": (LLAMA, dataclasses.replace(LLAMA, qkv_bias=True)),
+    "head norms": (LLAMA, dataclasses.replace(LLAMA, qk_norm=True)),
+    "width": (LLAMA, dataclasses.replace(LLAMA, d_model=32)),
+    "vocabulary": (LLAMA, dataclasses.replace(LLAMA, vocab_size=60)),
+    "t5 depth": (T5, dataclasses.replace(T5, num_layers=1)),
+    "t5 decoder depth": (T5, dataclasses.replace(T5, num_decoder_layers=1)),
+    "t5 tied": (dataclasses.replace(T5, tie_embeddings=True), T5),
+    "t5 gate": (dataclasses.replace(T5, gated=False), T5),
+    "t5 bias per layer": (dataclasses.replace(T5, relative_per_layer=True), T5),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_parameters_of_another_model_are_refused(case: str) -> None:
+    config, other = OTHERS[case]
+    model, params = build(config), params_of(other)
+    with pytest.raises(Exception, match=r"the parameters hold|ScopeParam|expected to generate shape|Could not find"):
+        call(model, params)
+    for decode in (
+        lambda: generate(model, params, [[1, 2]], max_new_tokens=2),
+        lambda: beam_search(model, params, [[1, 2]], max_new_tokens=2, search=BeamSettings(beams=2)),
+        lambda: score(model, params, [[1, 2]], [[3]]),
+    ):
+        with pytest.raises(ValueError, match="the parameters are not those of the model"):
+            decode()
+
+
+def test_prepared_parameters_of_another_depth_are_refused() -> None:
+    other = dataclasses.replace(LLAMA, num_layers=1)
+    prepared = prepare_for_decode(params_of(other), dtype=jnp.float32)
+    with pytest.raises(ValueError, match="prepared parameters are not those of the model"):
+        generate(build(LLAMA), prepared, [[1, 2]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (jnp.ones(6, jnp.int32), r"got int32\[6\]; a single row is \w*tokens\[None\]"),
+        (jnp.ones((1, 2, 6), jnp.int32), r"got int32\[1, 2, 6\]"),
+        (jnp.ones((2, 6)), r"got float32\[2, 6\]"),
+        (jnp.ones((2, 6), bool), r"got bool\[2, 6\]"),
+        (jnp.ones((2, 0), jnp.int32), r"got int32\[2, 0\]"),
+        ([[1, 2]], "got list; use jnp.asarray"),
+    ],
+)
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+def test_tokens_that_are_no_rows_of_ids_are_refused(config: Any, tokens: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(build(config), params_of(config), tokens)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "shape"),
+    [
+        (LLAMA, "positions", (6,)),
+        (LLAMA, "positions", (2, 5)),
+        (LLAMA, "segment_ids", (3, 6)),
+        (T5, "encoder_segment_ids", (2, 5)),
+        (T5, "decoder_segment_ids", (1, 6)),
+    ],
+)
+def test_inputs_of_other_shapes_than_the_tokens_are_refused(config: Any, name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be of shape .*2, 6.*, got"):
+        call(build(config), params_of(config), **{name: jnp.ones(shape, jnp.int32)})
+
+
+def test_an_encoder_output_of_another_batch_is_refused() -> None:
+    model, params = build(T5), params_of(T5)
+    encoded = jnp.zeros((3, 5, T5.d_model))
+    with pytest.raises(ValueError, match=r"the encoder's output must be of shape \[2, 5, 16\] or \[1, 5, 16\], got"):
+        jax.eval_shape(lambda: model.apply({"params": params}, TOKENS, encoded, method="decode"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [1, 2, 3]}, r"prompt 0 must be a list of token ids such as \[1, 2, 3\], got '1'"),
+        ({"prompts": "text"}, "prompt 0 must be a list of token ids"),
+        ({"prompts": [[1.5, 2.5]]}, "prompt 0 must be a list of token ids"),
+        ({"prompts": [[1], [True, False]]}, "prompt 1 must be a list of token ids"),
+        ({"prompts": np.array([1, 2])}, "prompt 0 must be a list of token ids"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens must be a whole number, got 4.0"),
+        ({"eos_ids": 3}, r"eos_ids must be a list of ids, e.g. \[3\]"),
+        ({"pad_id": None}, "pad_id must be a whole number, got None"),
+        ({"sampling": 0.5}, r"sampling must be a Sampling, e.g. Sampling\(temperature=0.8\), got 0.5"),
+        ({"seed": 1.5}, "seed must lie in .* and be whole"),
+        ({"seed": jax.random.key(0)}, "seed must be a whole number, or one per prompt, got a key"),
+        ({"model": {}}, "must be a model as `build` makes it, got dict"),
+    ],
+)
+def test_a_generation_that_cannot_be_meant_is_refused(arguments: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"model": build(LLAMA), "params": params_of(LLAMA), "prompts": [[1]], "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=message):
+        generate(**{**asked, **arguments})
+
+
+def test_beam_search_names_its_settings() -> None:
+    search: Any = 4
+    with pytest.raises(ValueError, match=r"search must be a BeamSettings, e.g. BeamSettings\(beams=4\), got 4"):
+        beam_search(build(LLAMA), params_of(LLAMA), [[1]], max_new_tokens=2, search=search)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    model, params, drawn = build(LLAMA), params_of(LLAMA), Sampling(temperature=1.0)
+    want = generate(model, params, [[1, 2]], max_new_tokens=4, sampling=drawn, seed=3)
+    for seed in (np.int64(3), jnp.int32(3)):
+        given: Any = seed
+        count: Any = np.int64(4)
+        assert generate(model, params, np.array([[1, 2]]), max_new_tokens=count, sampling=drawn, seed=given) == want
+
+
+@pytest.mark.parametrize("wrong", [{"config": {"vocab_size": 3}}, {"dtype": jnp.int32}, {"dtype": "half-ish"}])
+def test_build_refuses_what_is_no_model(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"build needs a LlamaConfig|dtype must be float32, bfloat16 or float16"):
+        build(**{"config": LLAMA, **wrong})
+
+
+@pytest.mark.parametrize("dtype", ["float16", np.float16, np.dtype("float16"), jnp.float16])
+def test_t5s_stream_is_float32_under_every_spelling_of_float16(dtype: Any) -> None:
+    assert stream_dtype(dtype) == jnp.float32
