@@ -17,7 +17,7 @@ from jaxllm.ops.linear import sum_of_outer
 
 
 class LossSums(NamedTuple):
-    """Sums over all weighted positions, float32 scalars.
+    """Sums over all weighted positions, float32 scalars; gradients flow from `loss` only, of the others they are 0.
 
     Attributes:
         loss: cross-entropy plus z-loss, what is minimised.
@@ -45,9 +45,16 @@ def chunked_cross_entropy(
     """sum(weights * (logsumexp(l) - l[target] + z_loss * logsumexp(l) ** 2)) with l = hidden @ head.T in float32.
 
     `chunk` rows of logits exist at once, they and their exponentials in float32 or `logits_dtype`; sums over the
-    vocabulary are float32 all the same. Gradients flow to hidden and head, from `loss` only.
+    vocabulary are float32 all the same. Gradients flow to hidden and head, from `loss` only. A target outside the
+    vocabulary makes the sums NaN, or counts for nothing where its weight is 0.
     Source: arXiv 2204.02311 section 5 for the z-loss.
+
+    Raises:
+        ValueError: for targets or weights of another shape than [B, T].
     """
+    for name, value in (("targets", targets), ("weights", weights)):
+        if value.shape != hidden.shape[:-1]:
+            raise ValueError(f"{name} must be of shape {list(hidden.shape[:-1])}, got {list(value.shape)}")
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat_targets, flat_weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     chunk = min(chunk, rows.shape[0])
@@ -93,8 +100,10 @@ def _chunk_sums(
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     total = jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1, dtype=jnp.float32)
     normalizer = largest.astype(jnp.float32) + jnp.log(total)
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    nll = weights * (normalizer - target)
+    # A negative index would count from the end of the vocabulary; what is outside becomes NaN.
+    index = jnp.where(targets < 0, logits.shape[-1], targets)
+    target = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+    nll = jnp.where(weights == 0, 0.0, weights * (normalizer - target))
     loss = nll + weights * z_loss * jnp.square(normalizer)
     correct = weights * (target >= largest)
     return (jnp.sum(loss), jnp.sum(nll), jnp.sum(correct)), logits, normalizer

@@ -21,7 +21,12 @@ LossFunction = Callable[[Any, Batch, jax.Array | None], LossSums]
 
 
 def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
-    """The training loss of a model, per `config.z_loss` and `config.loss_chunk`; key None is no dropout."""
+    """The training loss of a model, per `config.z_loss` and `config.loss_chunk`; key None is no dropout.
+
+    Batches hold `targets` and `weights` [B, T], and `tokens` [B, T] with `positions` and `segment_ids` where wanted (a
+    decoder), or `encoder_tokens` [B, S] and `decoder_tokens` [B, T] with `encoder_segment_ids` and
+    `decoder_segment_ids` where wanted (an encoder-decoder). Divide the sums once: `sums.loss / sums.weight`.
+    """
     hidden = _t5_hidden if isinstance(model, T5) else _llama_hidden
 
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
@@ -44,6 +49,6 @@ def _llama_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None
 
 
 def _t5_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    segments = {name: batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids")}
+    segments = {name: batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids") if name in batch}
     tokens = batch["encoder_tokens"], batch["decoder_tokens"]
     return apply(model, params, *tokens, **segments, key=key, method="hidden")

@@ -12,11 +12,13 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.config import LlamaConfig, T5Config, TrainingConfig
 from jaxllm.generation import BeamSettings, Sampling, beam_search, generate, score
-from jaxllm.models import Model, abstract_params, build
+from jaxllm.models import Model, abstract_params, build, init_params
 from jaxllm.models.llama_decode import prepare_for_decode
 from jaxllm.models.t5_layers import stream_dtype
+from jaxllm.ops.losses import chunked_cross_entropy
+from jaxllm.training.loss import build_loss
 
 LLAMA = LlamaConfig(vocab_size=50, d_model=16, d_ff=24, num_layers=2, num_heads=4, num_kv_heads=2, max_length=32)
 T5 = T5Config(vocab_size=50, d_model=16, d_ff=24, num_layers=2, num_heads=2, head_dim=8)
@@ -164,3 +166,19 @@ def test_build_refuses_what_is_no_model(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", ["float16", np.float16, np.dtype("float16"), jnp.float16])
 def test_t5s_stream_is_float32_under_every_spelling_of_float16(dtype: Any) -> None:
     assert stream_dtype(dtype) == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["targets", "weights"])
+def test_a_loss_names_what_has_another_shape_than_the_tokens(name: str) -> None:
+    arrays: dict[str, Any] = {"targets": jnp.zeros((2, 6), jnp.int32), "weights": jnp.zeros((2, 6))}
+    arrays[name] = arrays[name].T
+    with pytest.raises(ValueError, match=rf"{name} must be of shape \[2, 6\], got \[6, 2\]"):
+        chunked_cross_entropy(jnp.zeros((2, 6, 4)), jnp.zeros((9, 4)), **arrays)
+
+
+def test_segment_ids_are_optional_in_a_batch_of_either_family() -> None:
+    ones = jnp.ones((2, 6), jnp.int32)
+    rows = {"targets": TOKENS, "weights": jnp.ones((2, 6)), "encoder_tokens": TOKENS, "decoder_tokens": TOKENS}
+    loss, params = build_loss(build(T5), TrainingConfig()), init_params(build(T5), jax.random.key(0))
+    packed = loss(params, {**rows, "encoder_segment_ids": ones, "decoder_segment_ids": ones}, None)
+    assert float(loss(params, rows, None).loss) == pytest.approx(float(packed.loss), rel=1e-6)

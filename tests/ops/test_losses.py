@@ -98,3 +98,14 @@ def test_three_products_with_the_head_and_never_all_logits() -> None:
     memory = gradient.lower(hidden, head, targets, weights).compile().memory_analysis().temp_size_in_bytes
     all_logits = 4 * 256 * 4096 * 4
     assert memory < all_logits / 2
+
+
+@pytest.mark.parametrize("target", [-100, -1, 11])
+def test_a_target_outside_the_vocabulary_is_nan_or_weighs_nothing(target: int) -> None:
+    """-100, say, which torch leaves out, must not be learned as the hundredth id from the end."""
+    hidden, head = jax.random.normal(jax.random.key(0), (1, 3, 4)), jax.random.normal(jax.random.key(1), (11, 4))
+    targets = jnp.array([[1, target, 3]])
+    masked = chunked_cross_entropy(hidden, head, targets, jnp.array([[1.0, 0.0, 1.0]]))
+    want = chunked_cross_entropy(hidden, head, targets.at[0, 1].set(0), jnp.array([[1.0, 0.0, 1.0]]))
+    assert masked == want
+    assert jnp.isnan(chunked_cross_entropy(hidden, head, targets, jnp.ones((1, 3))).loss)
