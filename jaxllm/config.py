@@ -11,7 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxllm.model_config import STRICT, LlamaConfig, ModelConfig, RopeConfig, T5Config, fraction, positive, require
+from jaxllm.model_config import (
+    STRICT,
+    LlamaConfig,
+    ModelConfig,
+    RopeConfig,
+    T5Config,
+    fraction,
+    positive,
+    require,
+    typed,
+)
 
 Float = Literal["float32", "bfloat16", "float16"]
 # What may be computed in another dtype than `precision.compute`; `jaxllm.models.layers.Islands` says what each is.
@@ -65,6 +75,7 @@ class PrecisionConfig:
     max_overflows: int = 20
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "initial_scale", "growth_interval", "min_scale", "max_scale", "hysteresis", "max_overflows")
         require(
             self.compute != "float16" or self.loss_scale != "none",
@@ -122,6 +133,7 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "learning_rate", "eps")
         fraction(self, "b1", "b2")
         for name in ("warmup_steps", "decay_steps", "weight_decay"):
@@ -178,6 +190,7 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
+        typed(self)
         require(bool(self.source), "source is empty; use stdlib, files or a TFDS name")
         require(
             (self.source == "files") == (self.path is not None),
@@ -249,6 +262,7 @@ class TrainingConfig:
     compilation_cache: str | None = None
 
     def __post_init__(self) -> None:
+        typed(self)
         counts = ("steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches")
         positive(self, *counts, "save_every", "keep", "loss_chunk")
         require(
@@ -281,6 +295,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        typed(self)
         model, data, islands = self.model, self.data, self.precision.islands
         optimizer, steps = self.optimizer, self.training.steps
         encoder_decoder = model.family == "t5"

@@ -5,8 +5,12 @@ Not here: the settings of a run (`jaxllm.config`, where these can be imported fr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from numbers import Integral, Real
+from os import PathLike
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Layers = Literal["scan", "unroll"]
 Remat = Literal["none", "elementwise", "dots", "full"]
@@ -34,6 +38,29 @@ def fraction(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+
+
+_hints = functools.lru_cache(get_type_hints)
+
+
+# NumPy's numbers are numbers too, and a path may be given as one.
+_ACCEPTED: dict[Any, tuple[type, ...]] = {int: (Integral,), float: (Real,), str: (str, PathLike)}
+
+
+def typed(owner: Any) -> None:
+    """Requires of each field the type it is declared with, as pydantic does for a config that comes from a file."""
+    for name, hint in _hints(type(owner)).items():
+        value = getattr(owner, name)
+        if get_origin(hint) is Literal:
+            known = get_args(hint)
+            require(value in known, f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+            continue
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        fits = any(isinstance(value, _ACCEPTED.get(kind, get_origin(kind) or kind)) for kind in kinds)
+        if isinstance(value, bool):  # an int to Python
+            fits = bool in kinds
+        names = " or ".join("None" if kind is NoneType else getattr(kind, "__name__", str(kind)) for kind in kinds)
+        require(fits, f"{name} must be of type {names}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +104,7 @@ class RopeConfig:
     def __post_init__(self) -> None:
         known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
         require(self.type in known, f"rope type must be one of {', '.join(known)}, got {self.type!r}")
+        typed(self)
         require(self.theta > 0, f"rope theta must be positive, got {self.theta}")
         if self.type in ("linear", "dynamic", "llama3"):
             require(self.factor is not None, f"rope type {self.type} needs factor, e.g. factor: 8.0")
@@ -150,6 +178,7 @@ class LlamaConfig:
     attention: Attention = "auto"
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "max_length")
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
@@ -235,6 +264,7 @@ class T5Config:
     attention: Attention = "auto"
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "head_dim", "init_factor")
         if self.num_decoder_layers == 0:
             object.__setattr__(self, "num_decoder_layers", self.num_layers)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig, RopeConfig, RunConfig, T5Config
@@ -162,3 +164,29 @@ def test_abstract_parameters_allocate_nothing() -> None:
     config = load_config(next(path for path in CONFIGS if path.stem == "llama3_8b"))
     leaf = abstract_params(build(config.model))["embed"]
     assert type(leaf).__name__ == "ShapeDtypeStruct"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("activation", "swish", "activation must be one of silu, gelu_tanh, gelu, relu, got 'swish'"),
+        ("layers", "unrolled", "layers must be one of scan, unroll"),
+        ("attention", "flash", "attention must be one of auto, reference, chunked, cudnn"),
+        ("d_model", 32.0, "d_model must be of type int, got 32.0"),
+        ("d_model", "32", "d_model must be of type int, got '32'"),
+        ("tie_embeddings", 1, "tie_embeddings must be of type bool, got 1"),
+        ("num_layers", True, "num_layers must be of type int, got True"),
+        ("sliding_window", 4.5, "sliding_window must be of type int or None, got 4.5"),
+        ("rope", {"type": "default"}, "rope must be of type RopeConfig, got {"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_as_one_from_a_file(
+    tiny: LlamaConfig, field: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny, **{field: value})
+
+
+def test_numbers_of_numpy_are_numbers(tiny: LlamaConfig) -> None:
+    changed: dict[str, Any] = {"d_model": np.int64(tiny.d_model), "norm_eps": np.float32(1e-5)}
+    assert dataclasses.replace(tiny, **changed).head_dim == tiny.head_dim
