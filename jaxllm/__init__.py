@@ -1,6 +1,8 @@
 """jaxllm: pretrain, decode and study Llama and T5 in JAX.
 
-Importing it loads jax and flax only; data, checkpoints and references are imported where they are used.
+Importing it loads jax, flax and optax, but no data library, checkpoint library or reference: those are imported where
+they are used. Besides what is named here: `jaxllm.generation` (streams, beams, scores, speculation, `Sampling`),
+`jaxllm.training.loss.build_loss` and `jaxllm.training.train_step` for loops of your own, and `jaxllm.data`.
 """
 
 from jaxllm.config import (

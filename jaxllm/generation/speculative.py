@@ -288,7 +288,7 @@ def _verify(
     columns = jnp.where(kept, state.counts[:, None] + offsets, state.out.shape[1])
     out = state.out.at[rows, columns].set(tokens, mode="drop")
     seen = None if state.seen is None else state.seen.at[rows, tokens].max(kept)
-    counts = state.counts + new
+    counts = state.counts + new.astype(state.counts.dtype)  # int64 where jax_enable_x64 makes it so
     stopped = (
         state.finished
         | (counts >= limit)
