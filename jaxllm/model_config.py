@@ -55,8 +55,9 @@ def typed(owner: Any) -> None:
             known = get_args(hint)
             require(value in known, f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
             continue
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        fits = any(isinstance(value, _ACCEPTED.get(kind, get_origin(kind) or kind)) for kind in kinds)
+        kinds: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        accepted: list[Any] = [_ACCEPTED.get(kind, get_origin(kind) or kind) for kind in kinds]
+        fits = any(isinstance(value, kind) for kind in accepted)
         if isinstance(value, bool):  # an int to Python
             fits = bool in kinds
         names = " or ".join("None" if kind is NoneType else getattr(kind, "__name__", str(kind)) for kind in kinds)
