@@ -94,7 +94,8 @@ def _add(left: Sums, right: Sums) -> Sums:
 
 def _chunk_sums(
     z_loss: float, wide: Any, head: Array, rows: Array, targets: Array, weights: Array
-) -> tuple[Sums, Array, Array]:
+) -> tuple[Sums, Array, tuple[Array, Array, Array]]:
+    """The sums, the logits, and of each row the largest logit, the sum of exponentials from it, and logsumexp."""
     logits = jnp.einsum("nd,vd->nv", rows, head, preferred_element_type=jnp.float32)
     logits = logits if wide is None else logits.astype(wide)
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
@@ -103,10 +104,12 @@ def _chunk_sums(
     # A negative index would count from the end of the vocabulary; what is outside becomes NaN.
     index = jnp.where(targets < 0, logits.shape[-1], targets)
     target = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
-    nll = jnp.where(weights == 0, 0.0, weights * (normalizer - target))
+    # From the largest logit, not from the normaliser: that is rounded to its own size, thousands of times a small loss.
+    nll = jnp.log(total) - (target.astype(jnp.float32) - largest.astype(jnp.float32))
+    nll = jnp.where(weights == 0, 0.0, weights * nll)
     loss = nll + weights * z_loss * jnp.square(normalizer)
     correct = weights * (target >= largest)
-    return (jnp.sum(loss), jnp.sum(nll), jnp.sum(correct)), logits, normalizer
+    return (jnp.sum(loss), jnp.sum(nll), jnp.sum(correct)), logits, (largest, total, normalizer)
 
 
 def _cross_entropy_forward(
@@ -118,11 +121,11 @@ def _cross_entropy_forward(
     def body(carry: tuple[Sums, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Sums, Array], Array]:
         total, head_grad = carry
         part_rows, part_targets, part_weights = part
-        sums, logits, normalizer = _chunk_sums(z_loss, wide, head, *part)
+        sums, logits, (largest, softmax_sum, normalizer) = _chunk_sums(z_loss, wide, head, *part)
         # d loss / d logits = weight * ((1 + 2 z lse) softmax - one_hot), rounded to the compute dtype once.
         slope = inner * part_weights * (1 + 2 * z_loss * normalizer)
         hot = part_targets[:, None] == jnp.arange(logits.shape[-1])[None, :]
-        grad = slope[:, None] * jnp.exp(logits - normalizer[:, None].astype(logits.dtype))
+        grad = (slope / softmax_sum)[:, None] * jnp.exp(logits - largest[:, None])
         grad = (grad - jnp.where(hot, (inner * part_weights)[:, None], 0)).astype(dtype)
         row_grad = jnp.einsum("nv,vd->nd", grad, head, preferred_element_type=jnp.float32)
         head_grad += sum_of_outer(part_rows, grad)

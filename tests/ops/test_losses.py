@@ -49,6 +49,19 @@ def test_sums_count_weights_and_hits() -> None:
     assert float(sums.loss) > float(sums.nll)
 
 
+def test_sure_predictions_keep_their_small_losses_and_gradients() -> None:
+    """Logits of a thousand, right by a margin of seven: losses of 1e-3 that the logits' own rounding would swallow."""
+    targets = jnp.arange(20)[None]
+    head = jnp.eye(20)  # the hidden states are the logits
+    hidden = 1000.0 + 7 * jnp.eye(20)[None] + jax.random.normal(jax.random.key(0), (1, 20, 20)) / 8
+    loss, grad = jax.value_and_grad(lambda h: chunked_cross_entropy(h, head, targets, jnp.ones((1, 20))).loss)(hidden)
+    logits = np.asarray(hidden[0], np.float64)
+    softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
+    softmax /= softmax.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(loss, -np.log(np.diagonal(softmax)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(grad[0], softmax - np.eye(20), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_gradients_are_close(dtype: str) -> None:
     hidden, head, targets, weights = problem(dtype)
