@@ -163,18 +163,19 @@ def check_shape(value: Any, name: str, *shapes: tuple[int, ...]) -> None:
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
-    """Rows of the table in the compute dtype; the gradient sums a token's occurrences in float32."""
+    """Rows of the table in the compute dtype, NaN for ids outside it; the gradient sums a token's uses in float32."""
     return _lookup(table.astype(dtype), tokens)
 
 
 @jax.custom_vjp
 def _lookup(table: Array, tokens: Array) -> Array:
-    return table[tokens]
+    # Indexing would take the nearest row for a wrong id, or count from the end: answers that nobody can tell are wrong.
+    return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _lookup_forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
     # An empty slice carries the table's shape and dtype without keeping the table.
-    return table[tokens], (tokens, jnp.empty((table.shape[0], 0), table.dtype))
+    return _lookup(table, tokens), (tokens, jnp.empty((table.shape[0], 0), table.dtype))
 
 
 def _lookup_backward(saved_values: tuple[Array, Array], grad: Array) -> tuple[Array, None]:

@@ -182,3 +182,13 @@ def test_segment_ids_are_optional_in_a_batch_of_either_family() -> None:
     loss, params = build_loss(build(T5), TrainingConfig()), init_params(build(T5), jax.random.key(0))
     packed = loss(params, {**rows, "encoder_segment_ids": ones, "decoder_segment_ids": ones}, None)
     assert float(loss(params, rows, None).loss) == pytest.approx(float(packed.loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, 50])
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+def test_an_id_outside_the_vocabulary_is_not_taken_for_another(config: LlamaConfig | T5Config, wrong: int) -> None:
+    """Indexing would read the nearest row, or count from the end."""
+    model = build(config)
+    tokens = TOKENS.at[0, 3].set(wrong)
+    logits = model.apply({"params": params_of(config)}, *([tokens, tokens] if config is T5 else [tokens]))
+    assert np.isnan(np.asarray(logits[0, 3])).all() and np.isfinite(np.asarray(logits[1])).all()
