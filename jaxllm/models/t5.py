@@ -43,30 +43,24 @@ class _Stack(nn.Module):
     dtype: Any
     islands: Islands = DEFAULT_ISLANDS
 
-    def setup(self) -> None:
+    def _create(self, num_layers: int, init_layer: Callable[[Array], Params]) -> None:
         """Creates the layers, the shared bias table and the last norm."""
         c = self.config
         # Not by self.param alone: it would trace the initialiser again.
         if not self.has_variable("params", "layers"):
-            self.param("layers", init_stack, self._init_layer, self._num_layers())
-        check_depth(self.get_variable("params", "layers"), self._num_layers())
+            self.param("layers", init_stack, init_layer, num_layers)
+        check_depth(self.get_variable("params", "layers"), num_layers)
         if c.relative_per_layer:
             refuse(self, "relative_bias")
         self.relative_bias = None if c.relative_per_layer else create_table(self, c)
         self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
-
-    def _num_layers(self) -> int:
-        raise NotImplementedError
-
-    def _init_layer(self, key: Array) -> Params:
-        raise NotImplementedError
 
     def _run(self, layer: Callable[[Params, Array, Array | None], Array], x: Array, key: Array | None) -> Array:
         """Dropout, the layers, the last norm, dropout; from the stream's dtype to the compute dtype."""
         c = self.config
         embed_key, layers_key, last_key = split_keys(key if c.dropout_rate else None, 3)
         layers = self.get_variable("params", "layers")
-        keys = None if layers_key is None else jax.random.split(layers_key, self._num_layers())
+        keys = None if layers_key is None else jax.random.split(layers_key, jax.tree.leaves(layers)[0].shape[0])
         x = dropout(x, embed_key, rate=c.dropout_rate)
         x = apply_stack(layer, layers, x, keys, mode=c.layers, remat=c.remat)
         return dropout(self.final_norm(x).astype(self.dtype), last_key, rate=c.dropout_rate)
@@ -98,14 +92,15 @@ def _own_or_shared(build: Callable[[Array], Array], table: Array | None) -> Bias
 class Encoder(_Stack):
     """Layers that see the whole source."""
 
+    def setup(self) -> None:
+        """Creates the encoder's parameters."""
+        self._create(self.config.num_layers, self._init_layer)
+
     def __call__(self, x: Float[Array, "B S D"], pattern: Pattern, key: Array | None) -> Float[Array, "B S D"]:
         """Embedded tokens to the output that decoders attend to."""
         layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
         bias_of = self._bias_of(x.shape[1], bidirectional=True)
         return self._run(lambda params, h, own_key: apply(layer, params, h, pattern, bias_of, own_key), x, key)
-
-    def _num_layers(self) -> int:
-        return self.config.num_layers
 
     def _init_layer(self, key: Array) -> Params:
         x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
@@ -116,6 +111,10 @@ class Encoder(_Stack):
 
 class Decoder(_Stack):
     """Layers that see the past, and the encoder's output."""
+
+    def setup(self) -> None:
+        """Creates the decoder's parameters."""
+        self._create(self.config.num_decoder_layers, self._init_layer)
 
     def __call__(
         self,
@@ -133,9 +132,6 @@ class Decoder(_Stack):
             return apply(layer, params, h, encoded, pattern, cross_pattern, bias_of, own_key)
 
         return self._run(run, x, key)
-
-    def _num_layers(self) -> int:
-        return self.config.num_decoder_layers
 
     def _init_layer(self, key: Array) -> Params:
         x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
