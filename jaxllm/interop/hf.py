@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxllm.config import ModelConfig
 from jaxllm.interop import InteropError, llama, t5, weight_dtype
 from jaxllm.interop.safetensors_dir import TensorFiles, read_json, read_params, write_params
-from jaxllm.models import Model, abstract_params, build
+from jaxllm.models import Model, abstract_params, build, check_params
 
 _FAMILIES: dict[str, ModuleType] = {"llama": llama, "t5": t5}  # by our family
 
@@ -93,7 +93,10 @@ def save_hf(
     module = _FAMILIES[model.config.family]
     raw = module.write_config(model.config)
     dtype = None if dtype is None else weight_dtype(dtype)
-    _check_shapes(model, params)
+    try:
+        check_params(model, params)
+    except ValueError as error:
+        raise InteropError(str(error)) from None
     kinds = [jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)] if dtype is None else [dtype]
     kind = jnp.result_type(*kinds).name
     ids = {} if special_ids is None else _special_keys(special_ids)
@@ -177,18 +180,6 @@ def _check_kinds(raw: dict[str, Any], defaults: dict[str, Any]) -> None:
         listed = key == "eos_token_id" and isinstance(value, list) and all(type(item) is int for item in value)
         if type(value) not in kinds and not (value is None and nullable) and not listed:
             raise InteropError(f"{key} must be of type {kinds[-1].__name__}, got {value!r}")
-
-
-def _check_shapes(model: Model, params: Any) -> None:
-    """Names parameters of another shape; missing and unexpected ones are found when they are written."""
-    want = dict(jax.tree_util.tree_leaves_with_path(abstract_params(model)))
-    wrong = [
-        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)}, not {list(want[path].shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if path in want and leaf.shape != want[path].shape
-    ]
-    if wrong:
-        raise InteropError(f"the parameters are not those of the model: {', '.join(wrong[:8])}")
 
 
 def _special_keys(ids: SpecialIds) -> dict[str, Any]:

@@ -202,18 +202,14 @@ def write_params(
     Args:
         folder: the directory, created if need be.
         entries: every parameter.
-        params: the tree, stacked over layers.
+        params: the tree that `entries` describe, stacked over layers.
         dtype: of the tensors; None keeps each parameter's.
         shard_bytes: most bytes of tensors in a file.
         texts: other files of the export by name, such as config.json.
-
-    Raises:
-        InteropError: when the tree is not the one that `entries` describe.
     """
     from safetensors.numpy import save_file
 
     folder = Path(folder)
-    _check_tree(entries, params)
     folder.mkdir(parents=True, exist_ok=True)
     plan = _plan(entries, params, dtype, shard_bytes)
     names = [SINGLE] if len(plan) == 1 else [_shard_name(i, len(plan)) for i in range(len(plan))]
@@ -276,20 +272,6 @@ def _check(files: TensorFiles, entries: Sequence[Entry], abstract: Any, ignored:
     problems = [f"{title}: {_listed(names)}" for title, names in groups if names]
     if problems:
         raise InteropError(f"{files.folder} does not fit its config.json: " + "; ".join(problems))
-
-
-def _check_tree(entries: Sequence[Entry], params: Any) -> None:
-    have = {tuple(str(getattr(k, "key", k)) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    want = {entry.path for entry in entries}
-    problems = [
-        f"{title}: {_listed(['/'.join(path) for path in sorted(paths)])}"
-        for title, paths in (("missing", want - have), ("unexpected", have - want))
-        if paths
-    ]
-    if problems:
-        raise InteropError(
-            "the parameters are not those of the model (stacked over layers, as in training): " + "; ".join(problems)
-        )
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

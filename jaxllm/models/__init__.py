@@ -79,13 +79,19 @@ def check_params(model: Model, params: Any) -> None:
         return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
 
     want, found = shapes(_shapes(model.config)), shapes(params)
-    wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
-    wrong += [f"{name} is not in the model" for name in found.keys() - want.keys()]
     common = want.keys() & found.keys()
-    wrong += [f"{name} is {found[name]}, not {want[name]}" for name in common if found[name] != want[name]]
+    groups = {
+        "missing: ": want.keys() - found.keys(),
+        "unexpected: ": found.keys() - want.keys(),
+        "": {f"{name} {list(found[name])}, not {list(want[name])}" for name in common if found[name] != want[name]},
+    }
+    wrong = [
+        title + ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        for title, names in groups.items()
+        if names
+    ]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"the parameters are not those of the model: {', '.join(sorted(wrong)[:4])}{more}")
+        raise ValueError(f"the parameters are not those of the model: {'; '.join(wrong)}")
 
 
 def count_params(model: Model) -> int:
