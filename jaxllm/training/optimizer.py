@@ -60,7 +60,7 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
         # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
         parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     else:
-        parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype))
+        parts.append(_stored_first_moment(optax.scale_by_adam(config.b1, config.b2, config.eps), config.moment_dtype))
     if config.name != "adamw":
         parts.append(scale_by_parameter_rms())
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
@@ -78,6 +78,25 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     if precision.loss_scale == "static":
         return static_loss_scale(inner, precision.initial_scale)
     return inner
+
+
+def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Adam that keeps its first moment in `dtype` between steps and computes with it in float32.
+
+    optax's own `mu_dtype` multiplies the stored moment by b1 in that dtype: bfloat16 has 0.9883 for a b1 of 0.99, which
+    makes every update an eighth too small, and 1 for 0.999, which never forgets.
+    """
+    if dtype == "float32":
+        return adam
+
+    def kept(state: Any, kind: Any) -> Any:
+        return state._replace(mu=jax.tree.map(lambda x: x.astype(kind), state.mu))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, kept(state, jnp.float32), params)
+        return updates, kept(state, dtype)
+
+    return optax.GradientTransformation(lambda params: kept(adam.init(params), dtype), update)
 
 
 def scale_by_parameter_rms(minimum: float = 1e-3) -> optax.GradientTransformation:

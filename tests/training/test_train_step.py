@@ -181,6 +181,27 @@ def test_rms_scaling_is_per_layer_of_a_stack(tiny: LlamaConfig) -> None:
     np.testing.assert_allclose(sizes[1] / sizes[0], 10, rtol=0.1)
 
 
+@pytest.mark.parametrize("b1", [0.9, 0.95, 0.99, 0.999])
+def test_a_first_moment_in_bfloat16_decays_by_the_exact_b1(b1: float) -> None:
+    """What bfloat16 takes is the rounding of one number between steps, not another decay: updates keep their size."""
+    options = {"b1": b1, "weight_decay": 0.0, "clip_norm": None, "schedule": "constant"}
+    exact, low = (
+        build_optimizer(OptimizerConfig(moment_dtype=dtype, **options), PrecisionConfig(), steps=10)
+        for dtype in ("float32", "bfloat16")
+    )
+    params = {"kernel": jnp.zeros((32, 64))}
+    states, rng = [rule.init(params) for rule in (exact, low)], np.random.default_rng(0)
+    mean = rng.standard_normal((32, 64))
+    updates = []
+    steps = [jax.jit(rule.update) for rule in (exact, low)]
+    for _ in range(150):
+        grads = {"kernel": jnp.asarray(mean + rng.standard_normal(mean.shape), jnp.float32)}
+        results = [step(grads, state, params) for step, state in zip(steps, states, strict=True)]
+        updates, states = [np.asarray(update["kernel"]) for update, _ in results], [state for _, state in results]
+    assert {x.dtype for x in jax.tree.leaves(optax.tree.get(states[1], "mu"))} == {jnp.dtype("bfloat16")}
+    np.testing.assert_allclose(np.vdot(*updates) / np.vdot(updates[0], updates[0]), 1, atol=2e-3)
+
+
 @pytest.mark.parametrize(("name", "rate"), [("adamw", 1e-2), ("adamw_rms", 0.3), ("adafactor", 0.3)])
 def test_every_rule_trains(tiny: LlamaConfig, name: str, rate: float) -> None:
     """Rules that scale by a tensor's RMS (0.02 at the start) need a larger rate for the same step."""
