@@ -16,6 +16,14 @@ def test_research_code_runs(capsys) -> None:
     assert re.fullmatch(r"\[\[(\d+, ){4}\d+\]\]\n", printed)
 
 
+def test_the_guide_to_looking_inside_runs(capsys) -> None:
+    """Its blocks one after the other, and the printed line is what it says."""
+    guide = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.+?)```", guide, flags=re.S))
+    exec(compile(code, "docs/study.md", "exec"), {})
+    assert f"# {capsys.readouterr().out}" in guide
+
+
 def test_it_holds_one_command_for_each_purpose() -> None:
     commands = re.findall(r"<!-- (main job|tests) -->\n```bash\n([^\n]+)\n```", README)
     assert [name for name, _ in commands] == ["main job", "tests"]

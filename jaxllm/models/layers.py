@@ -82,7 +82,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 # Saved by remat: elementwise, so that no matmul runs twice and only cheap products are recomputed.
-_SAVED = ("query", "key", "value", "attention", "gate", "up", "residual")
+_SAVED = ("query", "key", "value", "heads", "gate", "up", "after_attention", "after_cross_attention")
+# Named for `jaxllm.study` alone.
+_OTHERS = ("input", "attention_output", "cross_attention_output", "neurons", "mlp_output", "after_mlp")
 
 
 def apply(module: nn.Module, params: Params, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
@@ -188,10 +190,10 @@ def _lookup_backward(saved_values: tuple[Array, Array], grad: Array) -> tuple[Ar
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def saved(x: Array, name: str) -> Array:
-    """Marks a value that `remat: elementwise` keeps for the backward pass."""
-    if name not in _SAVED:
-        raise ValueError(f"{name!r} is not a checkpoint name; known: {', '.join(_SAVED)}")
+def site(x: Array, name: str) -> Array:
+    """Marks a value by a name, for `jaxllm.study` to find and for `remat: elementwise` to keep; no operation."""
+    if name not in (*_SAVED, *_OTHERS):
+        raise ValueError(f"{name!r} is no name of a site; known: {', '.join((*_SAVED, *_OTHERS))}")
     return checkpoint_name(x, name)
 
 

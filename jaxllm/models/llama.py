@@ -27,7 +27,7 @@ from jaxllm.models.layers import (
     embed,
     init_stack,
     refuse,
-    saved,
+    site,
 )
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
@@ -72,6 +72,7 @@ class LlamaLayer(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], rope: Rope, pattern: Pattern) -> Float[Array, "B T D"]:
         """One layer over whole sequences."""
         c = self.config
+        x = site(x, "input")
         query, key, value = self._project(self.attn_norm(x).astype(self.dtype), rope)
         mixed = attention(
             query,
@@ -82,7 +83,7 @@ class LlamaLayer(nn.Module):
             implementation=c.attention,
             softmax_dtype=self.islands.softmax,
         )
-        return self._finish(x, saved(mixed, "attention"))
+        return self._finish(x, site(mixed, "heads"))
 
     def _project(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
         c = self.config
@@ -91,13 +92,16 @@ class LlamaLayer(nn.Module):
         if c.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-        return saved(query, "query"), saved(key, "key"), saved(value, "value")
+        return site(query, "query"), site(key, "key"), site(value, "value")
 
     def _finish(self, x: Array, mixed: Array) -> Array:
-        x = saved(x + self.o_proj(mixed.reshape(*x.shape[:2], -1)).astype(x.dtype), "residual")
+        update = site(self.o_proj(mixed.reshape(*x.shape[:2], -1)), "attention_output")
+        x = site(x + update.astype(x.dtype), "after_attention")
         h = self.mlp_norm(x).astype(self.dtype)
-        gate, up = saved(self.gate_proj(h), "gate"), saved(self.up_proj(h), "up")
-        return x + self.down_proj(ACTIVATIONS[self.config.activation](gate) * up).astype(x.dtype)
+        gate, up = site(self.gate_proj(h), "gate"), site(self.up_proj(h), "up")
+        neurons = site(ACTIVATIONS[self.config.activation](gate) * up, "neurons")
+        update = site(self.down_proj(neurons), "mlp_output")
+        return site(x + update.astype(x.dtype), "after_mlp")
 
 
 class Llama(nn.Module):

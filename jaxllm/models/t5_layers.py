@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
-from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, Islands, Linear, RMSNorm, refuse, saved
+from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, Islands, Linear, RMSNorm, refuse, site
 from jaxllm.ops.attention import attention
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.linear import linear_float32
@@ -60,9 +60,9 @@ class T5Attention(nn.Module):
         drop = None if key is None else functools.partial(dropout, key=key, rate=c.dropout_rate)
         keys, values = self.keys_values(source)
         mixed = attention(
-            saved(self._heads(self.q_proj(x)), "query"),
-            saved(keys, "key"),
-            saved(values, "value"),
+            site(self._heads(self.q_proj(x)), "query"),
+            site(keys, "key"),
+            site(values, "value"),
             pattern=pattern,
             scale=1.0,
             bias=bias,
@@ -70,7 +70,7 @@ class T5Attention(nn.Module):
             drop=drop,
             softmax_dtype=self.islands.softmax,
         )
-        return self.o_proj(saved(mixed, "attention").reshape(*x.shape[:2], -1))
+        return self.o_proj(site(mixed, "heads").reshape(*x.shape[:2], -1))
 
     def keys_values(self, source: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
         """What the source offers to queries."""
@@ -103,9 +103,9 @@ class T5MLP(nn.Module):
         `islands.mlp_output` makes it another dtype.
         """
         c = self.config
-        activation, up = ACTIVATIONS[c.activation], saved(self.up_proj(x), "up")
-        h = activation(saved(self.gate_proj(x), "gate")) * up if c.gated else activation(up)
-        h = dropout(h, key, rate=c.dropout_rate)
+        activation, up = ACTIVATIONS[c.activation], site(self.up_proj(x), "up")
+        h = activation(site(self.gate_proj(x), "gate")) * up if c.gated else activation(up)
+        h = dropout(site(h, "neurons"), key, rate=c.dropout_rate)
         wide = self.islands.mlp_output or stream_dtype(h.dtype)
         if wide == h.dtype:
             return self.down_proj(h)
@@ -138,12 +138,13 @@ class EncoderLayer(nn.Module):
         self, x: Float[Array, "B S D"], pattern: Pattern, bias_of: BiasOf, key: Array | None
     ) -> Float[Array, "B S D"]:
         """One layer over whole sequences."""
+        c, x = self.config, site(x, "input")
         weights_key, attention_key, inner_key, mlp_key = split_keys(key, 4)
         h = self.attn_norm(x).astype(self.dtype)
         bias = bias_of(self.relative_bias)
-        x = _add(self.config, x, self.attention(h, h, pattern, bias, weights_key), attention_key)
+        x = _add(c, x, self.attention(h, h, pattern, bias, weights_key), attention_key, "attention")
         h = self.mlp_norm(x).astype(self.dtype)
-        return _add(self.config, x, self.mlp(h, inner_key), mlp_key)
+        return _add(c, x, self.mlp(h, inner_key), mlp_key, "mlp")
 
 
 class DecoderLayer(nn.Module):
@@ -180,19 +181,21 @@ class DecoderLayer(nn.Module):
         key: Array | None,
     ) -> Float[Array, "B T D"]:
         """One layer over whole sequences."""
-        c = self.config
+        c, x = self.config, site(x, "input")
         weights_key, attention_key, cross_weights_key, cross_key, inner_key, mlp_key = split_keys(key, 6)
         h = self.attn_norm(x).astype(self.dtype)
         bias = bias_of(self.relative_bias)
-        x = _add(c, x, self.attention(h, h, pattern, bias, weights_key), attention_key)
+        x = _add(c, x, self.attention(h, h, pattern, bias, weights_key), attention_key, "attention")
         h = self.cross_norm(x).astype(self.dtype)
-        x = _add(c, x, self.cross_attention(h, encoded, cross_pattern, None, cross_weights_key), cross_key)
+        mixed = self.cross_attention(h, encoded, cross_pattern, None, cross_weights_key)
+        x = _add(c, x, mixed, cross_key, "cross_attention")
         h = self.mlp_norm(x).astype(self.dtype)
-        return _add(c, x, self.mlp(h, inner_key), mlp_key)
+        return _add(c, x, self.mlp(h, inner_key), mlp_key, "mlp")
 
 
-def _add(c: T5Config, x: Array, update: Array, key: Array | None) -> Array:
-    return saved(x + dropout(update, key, rate=c.dropout_rate).astype(x.dtype), "residual")
+def _add(c: T5Config, x: Array, update: Array, key: Array | None, name: str) -> Array:
+    update = dropout(site(update, f"{name}_output"), key, rate=c.dropout_rate)
+    return site(x + update.astype(x.dtype), f"after_{name}")
 
 
 def create_table(module: nn.Module, c: T5Config) -> Float[Array, "R N"]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.ops import fused_attention as fused
@@ -118,6 +119,9 @@ def masked_attention(
         if bias is not None:
             scores += bias.astype(wide).reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
         weights = _softmax(scores, mask).astype(query.dtype)
+    # A site of jaxllm.study, by query heads.
+    shape = weights.shape
+    weights = checkpoint_name(weights.reshape(batch, heads, *shape[3:]), "attention_weights").reshape(shape)
     if drop is not None:
         weights = drop(weights)
     return einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 
 from jaxllm.config import PrecisionConfig, RunConfig
 from jaxllm.models import abstract_params
+from jaxllm.study.programs import LOOP, is_backward, label, programs
 from jaxllm.training.fit import abstract_batch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
 from jaxllm.training.precision import build_model, compute_dtype
-from jaxllm.training.programs import LOOP, is_backward, label, programs
 from jaxllm.training.train_step import init_train_state, make_train_step
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.training.programs import INLINED, LOOP, inlined, is_backward, label
+from jaxllm.study.interpret import REVERSED, Place, Record, Visitor, bind, interpret
+from jaxllm.study.programs import is_backward, label
 
 
 class Reading(NamedTuple):
@@ -54,10 +55,15 @@ class Observer:
 
     def _trace(self, *args: Any) -> list[jax.Array]:
         closed = jax.make_jaxpr(self._function)(*args)
-        scope = _Scope((), (), self._dtype)
-        _, records = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), scope)
+        visitor = Visitor(lambda _: True, self._measure)
+        _, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves(args), visitor)
         self._sites = [site for site, _ in records]
         return [value for _, value in records]
+
+    def _measure(self, eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
+        outputs, operation = bind(eqn, inputs), eqn.primitive.name
+        found = [x for x in outputs if x.dtype == self._dtype and x.size and operation not in _MOVES]
+        return outputs, [(_Site(place.path, place.stacks, operation), _largest(x)) for x in found]
 
 
 def first_nonfinite(readings: Sequence[Reading]) -> Reading | None:
@@ -77,87 +83,28 @@ def headroom(readings: Sequence[Reading], dtype: Any) -> dict[str, float]:
     return bits
 
 
-class _Scope(NamedTuple):
-    """Where in the program: positions and loops from the outside in, name stacks on the way; dtype looked for."""
-
+class _Site(NamedTuple):
     path: tuple[int | str, ...]
     stacks: tuple[str, ...]
-    dtype: Any
-
-
-class _Site(NamedTuple):
-    scope: _Scope
     operation: str
 
     def reading(self, index: tuple[int, ...], largest: float) -> Reading:
         steps = iter(index)
-        order = [_turn(part, next(steps)) if isinstance(part, str) else part for part in self.scope.path]
-        block, name = label(self.scope.stacks, index)
-        backward = is_backward(self.scope.stacks)
+        order = [_turn(part, next(steps)) if isinstance(part, str) else part for part in self.path]
+        block, name = label(self.stacks, index)
+        backward = is_backward(self.stacks)
         return Reading(block, f"{name or 'loss'}: {self.operation}", backward, largest, tuple(order))
 
 
-_FORWARD, _REVERSED = "loop", "reversed loop"
+def _turn(loop: str, index: int) -> int:
+    return -index if loop == REVERSED else index
+
+
 # What only moves numbers cannot be the first to spoil them.
 _MOVES = {"reshape", "transpose", "broadcast_in_dim", "squeeze", "name", "split", "slice", "concatenate", "copy", "pad"}
-
-_Records = list[tuple[_Site, jax.Array]]
-
-
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], scope: _Scope) -> tuple[list[Any], _Records]:
-    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    records: _Records = []
-    for position, eqn in enumerate(jaxpr.eqns):
-        inputs = [atom.val if hasattr(atom, "val") else values[atom] for atom in eqn.invars]
-        stack = str(eqn.source_info.name_stack)
-        here = scope._replace(path=(*scope.path, position), stacks=(*scope.stacks, stack))
-        if eqn.primitive.name == "scan":
-            outputs, inner = _evaluate_scan(eqn, inputs, here)
-        elif eqn.primitive.name in INLINED:
-            body, constants = inlined(eqn)
-            outputs, inner = _evaluate(body, constants, inputs, here)
-        else:
-            result = eqn.primitive.bind(*inputs, **eqn.params)
-            outputs = list(result) if eqn.primitive.multiple_results else [result]
-            inner = [] if eqn.primitive.name in _MOVES else _measure(outputs, eqn.primitive.name, here)
-        values.update(zip(eqn.outvars, outputs, strict=True))
-        records.extend(inner)
-    return [atom.val if hasattr(atom, "val") else values[atom] for atom in jaxpr.outvars], records
-
-
-def _measure(outputs: Sequence[Any], operation: str, scope: _Scope) -> _Records:
-    found = [x for x in outputs if x.dtype == scope.dtype and x.size]
-    return [(_Site(scope, operation), _largest(x)) for x in found]
 
 
 def _largest(x: jax.Array) -> jax.Array:
     # XLA:CPU's maximum of a large array leaves NaNs out.
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, largest)
-
-
-def _evaluate_scan(eqn: Any, inputs: list[Any], scope: _Scope) -> tuple[list[Any], _Records]:
-    closed, backwards = eqn.params["jaxpr"], eqn.params["reverse"]
-    # What a loop slices or stacks has one more axis outside it; the parameters that count it are gone in jax 0.12.
-    carried = sum(not stacked for stacked in _stacked(eqn.outvars, closed.jaxpr.outvars))
-    constants = len(inputs) - carried - sum(_stacked(eqn.invars, closed.jaxpr.invars))
-    loop = _REVERSED if backwards else _FORWARD
-    inner = scope._replace(path=(*scope.path, loop), stacks=(*scope.stacks, LOOP))
-    consts, start, xs = inputs[:constants], inputs[constants : constants + carried], inputs[constants + carried :]
-    sites: list[_Site] = []
-
-    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], tuple[list[Any], list[jax.Array]]]:
-        outputs, records = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *x], inner)
-        sites[:] = [site for site, _ in records]
-        return outputs[:carried], (outputs[carried:], [value for _, value in records])
-
-    last, (ys, largest) = jax.lax.scan(body, start, xs, length=eqn.params["length"], reverse=backwards)
-    return [*last, *ys], list(zip(sites, largest, strict=True))
-
-
-def _stacked(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
-    return [outer.aval.ndim > inner.aval.ndim for outer, inner in zip(outside, inside, strict=True)]
-
-
-def _turn(loop: str, index: int) -> int:
-    return -index if loop == _REVERSED else index

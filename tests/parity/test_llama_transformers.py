@@ -14,6 +14,7 @@ import pytest
 import jaxllm
 from jaxllm.config import OptimizerConfig, PrecisionConfig, TrainingConfig
 from jaxllm.interop.hf import load_hf_config
+from jaxllm.study import capture
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
 from jaxllm.training.train_step import init_train_state, make_train_step
@@ -54,6 +55,18 @@ def test_exports_open_in_transformers(name: str, tmp_path: Path, llama_directory
     for key, value in built.state_dict().items():
         assert torch.equal(opened.state_dict()[key], value), key
     np.testing.assert_array_equal(theirs.logits(opened, cases.tokens()), theirs.logits(built, cases.tokens()))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_hidden_states_and_attention_maps(name: str, llama_directory) -> None:
+    model, params = jaxllm.load_hf(llama_directory(name))
+    want = theirs.inside(theirs.build(name), cases.tokens())
+    forward = capture(lambda p, ids: model.apply({"params": p}, ids, method="hidden"), "input", "attention_weights")
+    last, seen = jax.jit(forward)(params, cases.tokens())
+    for key in ("input", "attention_weights"):
+        assert seen[f"layers/{key}"].shape == want[key].shape
+        assert cases.logit_error(seen[f"layers/{key}"], want[key]) < cases.LOGITS
+    assert cases.logit_error(last, want["last"]) < cases.LOGITS
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxllm
 from jaxllm.interop.hf import SpecialIds, load_hf_config
 from jaxllm.models import t5, t5_layers
+from jaxllm.study import capture
 from tests.parity import t5_cases as cases
 
 torch = pytest.importorskip("torch")
@@ -33,6 +35,23 @@ def test_logits_loss_and_every_gradient(name: str, t5_numbers: Callable[[str], c
         assert np.abs(grad).max() > 0, key
         assert np.abs(ours.grads[key] - grad).max() < cases.GRADS * np.abs(grad).max(), key
     assert theirs.greedy(model) == cases.load_golden(name)["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_hidden_states_and_attention_maps(name: str, t5_directory: Callable[[str], Path]) -> None:
+    """Where the encoder's input is real; of padding each side makes something else, which nothing sees."""
+    model, params = jaxllm.load_hf(t5_directory(name))
+    want, real = theirs.inside(theirs.build(name)), cases.source_mask()
+    vocab = model.config.vocab_size
+    tokens = cases.source(vocab), cases.decoder_tokens(model.config.decoder_start_id, vocab)
+    run = capture(lambda p, a, b: model.apply({"params": p}, a, b, encoder_segment_ids=jnp.asarray(real)), *want)
+    _, seen = jax.jit(run)(params, *tokens)
+    assert seen.keys() == want.keys()
+    for key, value in want.items():
+        queries = real.astype(bool) if key.startswith("encoder") else np.ones(tokens[1].shape, bool)
+        kept = queries[None, :, :, None] if key.endswith("input") else queries[None, :, None, :, None]
+        assert seen[key].shape == value.shape
+        assert cases.logit_error(jnp.where(kept, seen[key], 0), np.where(kept, value, 0)) < cases.LOGITS, key
 
 
 @pytest.mark.parametrize("name", cases.CASES)

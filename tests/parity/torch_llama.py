@@ -39,6 +39,14 @@ def logits(model: Any, ids: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
         return model(torch.tensor(ids).long(), **given).logits.double().numpy()
 
 
+def inside(model: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Hidden states and attention maps of all layers, by the names of `jaxllm.study`; the last state is normalised."""
+    with torch.no_grad():
+        out = model(torch.tensor(ids).long(), output_hidden_states=True, output_attentions=True)
+    *inputs, last = out.hidden_states
+    return {"input": np.stack(inputs), "last": last.numpy(), "attention_weights": np.stack(out.attentions)}
+
+
 def greedy(model: Any) -> list[list[int]]:
     """What `generate` adds to the first tokens of each row."""
     prompt = torch.tensor(cases.tokens()[:, : cases.PROMPT]).long()

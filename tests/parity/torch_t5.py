@@ -41,6 +41,21 @@ def logits(model: Any) -> np.ndarray:
         return model(**_batch(model), decoder_input_ids=_long(shifted)).logits.double().numpy()
 
 
+def inside(model: Any) -> dict[str, np.ndarray]:
+    """Inputs and attention maps of all layers, by the paths of `jaxllm.study`."""
+    shifted = cases.decoder_tokens(model.config.decoder_start_token_id, model.config.vocab_size)
+    with torch.no_grad():
+        batch = {**_batch(model), "decoder_input_ids": _long(shifted)}
+        out = model(**batch, output_hidden_states=True, output_attentions=True)
+    return {
+        "encoder/layers/input": np.stack(out.encoder_hidden_states[:-1]),
+        "decoder/layers/input": np.stack(out.decoder_hidden_states[:-1]),
+        "encoder/layers/attention/attention_weights": np.stack(out.encoder_attentions),
+        "decoder/layers/attention/attention_weights": np.stack(out.decoder_attentions),
+        "decoder/layers/cross_attention/attention_weights": np.stack(out.cross_attentions),
+    }
+
+
 def greedy(model: Any) -> list[list[int]]:
     """What `generate` puts after the start id; its cache fails when the decoder is deeper than the encoder."""
     out = model.generate(

@@ -1,7 +1,7 @@
 """Reading jaxprs: the programs inside an operation, and a name for where an operation comes from.
 
 Names are those of the Flax modules around an operation, which JAX keeps in name stacks. Not here: what is read, see
-`jaxllm.training.observe` (values) and `jaxllm.training.ledger` (dtypes).
+`jaxllm.study.interpret` (values) and `jaxllm.training.ledger` (dtypes).
 """
 
 from __future__ import annotations

@@ -1,0 +1,170 @@
+"""Values inside a function by name: `capture` hands them out, `edit` replaces them in place, `sites` lists them.
+
+A site is a value that a layer marks with `jax.ad_checkpoint.checkpoint_name`; its path follows the parameter tree,
+such as layers/heads or decoder/layers/cross_attention/query, and the number of the layer comes beside it. All three
+are transformations of functions, as `jax.grad` is one: they compose with it, with jit, vmap and each other. Not here:
+what the models mark, see docs/study.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxllm.study.interpret import Place, Record, Visitor, bind, interpret
+from jaxllm.study.programs import label, programs
+
+Edit = Callable[[Array, Any], Any]
+
+
+def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """A function that returns (function's own result, {path: values of all layers [L, ...]}).
+
+    >>> logits, seen = jax.jit(capture(forward, "after_mlp", "attention_weights"))(params, tokens)
+
+    Args:
+        function: any function of arrays that runs a model once.
+        names: paths, or their ends: `query` is every query, `cross_attention/query` those of cross-attention. None
+            means every site, which can be a great deal of memory.
+
+    Raises:
+        ValueError: when called, for a name that is no site of the function, or a site in the backward pass or in a
+            loop or condition of the caller's: capture the function inside it instead.
+    """
+
+    @functools.wraps(function)
+    def captured(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
+        wanted = _Sites(names)
+
+        def visit(eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
+            path, _ = wanted.reach(eqn, place)
+            outputs = bind(eqn, inputs)
+            taken = path and (not names or any(_matches(path, name) for name in names))
+            return outputs, [((path, bool(place.steps)), outputs[0])] if taken else []
+
+        out, records = _interpret(function, args, kwargs, visit)
+        wanted.check()
+        return out, _joined(records)
+
+    return captured
+
+
+def edit(function: Callable[..., Any], edits: Mapping[str, Edit]) -> Callable[..., Any]:
+    """The function with values replaced at its sites.
+
+    >>> without = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 3, x.at[:, :, 5].set(0), x)})
+
+    Args:
+        function: any function of arrays that runs a model once.
+        edits: by path or its end (as in `capture`), functions of (value, layer) to a new value of the same shape,
+            which is cast to the old one's dtype. `layer` is an integer or, where layers are a loop, a traced one:
+            choose by `jnp.where`. What they close over may be traced too, to differentiate or vmap over it.
+
+    Raises:
+        ValueError: when called, as `capture`, and for a new value of another shape.
+    """
+
+    @functools.wraps(function)
+    def edited(*args: Any, **kwargs: Any) -> Any:
+        wanted = _Sites(edits)
+
+        def visit(eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
+            path, layer = wanted.reach(eqn, place)
+            for name, change in edits.items():
+                if path and _matches(path, name):
+                    inputs = [_changed(change, path, inputs[0], layer)]
+            return bind(eqn, inputs), []
+
+        out, _ = _interpret(function, args, kwargs, visit)
+        wanted.check()
+        return out
+
+    return edited
+
+
+def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtypeStruct]]:
+    """A function of the same arguments that returns {path: shape and dtype over all layers}, computing nothing."""
+
+    @functools.wraps(function)
+    def listed(*args: Any, **kwargs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        return jax.eval_shape(capture(function), *args, **kwargs)[1]
+
+    return listed
+
+
+class _Sites:
+    """What a run of the function has come across: all paths, and how many layers of each."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._counts: dict[str, int] = {}
+
+    def reach(self, eqn: Any, place: Place) -> tuple[str, Any]:
+        """Path and layer of a site; an empty path for any other operation."""
+        if eqn.primitive.name != "name":
+            if _holds_site(eqn):
+                raise ValueError(f"a site is inside {eqn.primitive.name}: capture or edit the function inside it")
+            return "", None
+        path = _path(place, eqn.params["name"])
+        layer = self._counts.get(path, 0)
+        self._counts[path] = layer + 1
+        return path, place.steps[-1] if place.steps else layer
+
+    def check(self) -> None:
+        """Raises ValueError for a name that is none of the paths."""
+        for name in self._names:
+            if not any(_matches(path, name) for path in self._counts):
+                known = ", ".join(self._counts) or "none: it runs no model of this library"
+                hint = _WEIGHTS_HINT if name.endswith("attention_weights") else ""
+                raise ValueError(f"{name!r} is no site of the function{hint}; its sites are {known}")
+
+
+_WEIGHTS_HINT = " (only `attention: reference` holds the weights: build the model with that)"
+
+
+def _interpret(function: Callable[..., Any], args: Any, kwargs: Any, visit: Any) -> tuple[Any, list[Record]]:
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+    visitor = Visitor(_holds_site, visit)
+    outputs, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), visitor)
+    return jax.tree.unflatten(jax.tree.structure(shape), outputs), records
+
+
+def _holds_site(eqn: Any) -> bool:
+    return any(inner.primitive.name == "name" or _holds_site(inner) for body in programs(eqn) for inner in body.eqns)
+
+
+def _matches(path: str, name: str) -> bool:
+    return f"/{path}".endswith(f"/{name}")
+
+
+def _path(place: Place, name: str) -> str:
+    """Such as decoder/layers/cross_attention/query: modules by their own names, layer classes as `layers`."""
+    if any("jvp(" in stack or "transpose(" in stack for stack in place.stacks):
+        raise ValueError(f"the site {name} is part of a gradient: take the gradient of the captured or edited function")
+    parts = label(place.stacks, range(len(place.steps)))[1].split("/")
+    looped = [part for part in parts if part.endswith("]")]
+    if len(place.steps) != len(looped) or not all(part.endswith("Layer[0]") for part in looped):
+        raise ValueError(f"the site {name} is inside a loop over other things than layers: capture or edit inside it")
+    # A class stands where no parent gives a name: the model itself, and a layer taken out of its stack.
+    modules = ["layers" if part.split("[")[0].endswith("Layer") else part for part in parts]
+    return "/".join([module for module in modules if not module[:1].isupper()] + [name])
+
+
+def _joined(records: list[Record]) -> dict[str, Array]:
+    """Values of all layers by path: from a loop they come stacked, from single layers one by one."""
+    parts: dict[str, list[Array]] = {}
+    for (path, looped), value in records:
+        parts.setdefault(path, []).append(value if looped else value[None])
+    return {path: jnp.concatenate(values) for path, values in parts.items()}
+
+
+def _changed(change: Edit, path: str, value: Array, layer: Any) -> Array:
+    new = jnp.asarray(change(value, layer))
+    if new.shape != value.shape:
+        raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
+    return new.astype(value.dtype)

@@ -1,0 +1,178 @@
+"""Laws of `jaxllm.study`: reading changes nothing, an edit does what other parameters would, layers are told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.models.layers import apply
+from jaxllm.study import capture, edit, sites
+
+SIZES = {"vocab_size": 31, "d_model": 16, "d_ff": 24, "num_layers": 3, "num_heads": 4, "attention": "reference"}
+LLAMA = jaxllm.LlamaConfig(**SIZES, num_kv_heads=2)
+T5 = jaxllm.T5Config(**SIZES, head_dim=4, num_decoder_layers=2)
+TOKENS = jnp.arange(14).reshape(2, 7) * 5 % 31
+
+Forward = Callable[[Any, jax.Array], jax.Array]
+
+
+def family(config: Any, **changes: Any) -> tuple[Forward, Any]:
+    """Logits as a function of (parameters, tokens), and parameters large enough for layers to matter."""
+    model = jaxllm.build(dataclasses.replace(config, **changes))
+    params = jaxllm.init_params(model, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf * 6 if leaf.ndim == 3 else leaf, params)
+    twice = config.family == "t5"
+    return lambda p, ids: apply(model, p, *[ids] * (1 + twice)), params
+
+
+WAYS = [{"layers": "scan"}, {"layers": "unroll"}, {"layers": "scan", "remat": "elementwise"}]
+
+
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+def test_reading_changes_nothing_and_loops_and_single_layers_agree(config: Any) -> None:
+    results = []
+    for way in WAYS:
+        forward, params = family(config, **way)
+        plain, (out, seen) = jax.jit(forward)(params, TOKENS), jax.jit(capture(forward))(params, TOKENS)
+        np.testing.assert_allclose(out, plain, atol=1e-6)
+        assert {path: value.shape for path, value in seen.items()} == {
+            path: value.shape for path, value in sites(forward)(params, TOKENS).items()
+        }
+        results.append(seen)
+    for seen in results[1:]:
+        assert seen.keys() == results[0].keys()
+        for path, value in seen.items():
+            np.testing.assert_allclose(value, results[0][path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def close(found: Any, want: Any) -> None:
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_captured_is_the_layers_own_arithmetic() -> None:
+    """Streams add up, weights are a distribution that mixes the values, and the head turns the last into logits."""
+    forward, params = family(LLAMA)
+    logits, seen = capture(forward)(params, TOKENS)
+    seen = {path.removeprefix("layers/"): value for path, value in seen.items()}
+    close(seen["input"][0], params["embed"][TOKENS])
+    close(seen["input"][1:], seen["after_mlp"][:-1])
+    close(seen["after_attention"], seen["input"] + seen["attention_output"])
+    close(seen["after_mlp"], seen["after_attention"] + seen["mlp_output"])
+    close(seen["neurons"], jax.nn.silu(seen["gate"]) * seen["up"])
+    close(seen["mlp_output"], jnp.einsum("lbtf,lfd->lbtd", seen["neurons"], params["layers"]["down_proj"]["kernel"]))
+    values = jnp.repeat(seen["value"], 2, axis=3)
+    close(seen["heads"], jnp.einsum("lbnts,lbsnh->lbtnh", seen["attention_weights"], values))
+    close(seen["attention_weights"].sum(-1), 1)
+    x = seen["after_mlp"][-1]
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + LLAMA.norm_eps) * params["final_norm"]["weight"]
+    close(logits, x @ params["lm_head"].T)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+def test_a_head_without_output_is_one_without_output_weights(config: Any, way: dict[str, Any]) -> None:
+    forward, params = family(config, **way)
+    without = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 1, x.at[:, :, 2].set(0), x)})
+
+    def cut(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.at[1, 8:12].set(0) if "o_proj" in jax.tree_util.keystr(path) else leaf
+
+    want = forward(jax.tree_util.tree_map_with_path(cut, params), TOKENS)
+    found = jax.jit(without)(params, TOKENS)
+    close(found, want)
+    assert jnp.abs(found - forward(params, TOKENS)).max() > 0.01
+
+
+def test_a_name_means_all_sites_that_end_in_it() -> None:
+    forward, params = family(T5)
+    paths = set(sites(forward)(params, TOKENS))
+    assert {path for path in paths if path.endswith("/query")} == {
+        "encoder/layers/attention/query",
+        "decoder/layers/attention/query",
+        "decoder/layers/cross_attention/query",
+    }
+    assert set(capture(forward, "query")(params, TOKENS)[1]) == {path for path in paths if path.endswith("/query")}
+    one = capture(forward, "cross_attention/query", "encoder/layers/input")(params, TOKENS)[1]
+    assert set(one) == {"decoder/layers/cross_attention/query", "encoder/layers/input"}
+
+
+def test_a_patched_state_carries_another_run_over() -> None:
+    forward, params = family(LLAMA)
+    other = TOKENS[::-1]
+    want, seen = capture(forward, "after_mlp")(params, other)
+    states = seen["layers/after_mlp"]
+    patched = edit(forward, {"after_mlp": lambda x, layer: jnp.where(layer == 1, states[layer], x)})
+    # What comes after layer 1 sees only its output; captured after the edit, the layers before it are the first run's.
+    found, mixed = capture(patched, "after_mlp")(params, TOKENS)
+    close(found, want)
+    close(mixed["layers/after_mlp"][1:], states[1:])
+    close(mixed["layers/after_mlp"][0], states[0][::-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_those_of_the_function(dtype: str) -> None:
+    """And a shift of the first input has the gradient of the embedding."""
+    model = jaxllm.build(LLAMA, dtype=dtype)
+    params = jaxllm.init_params(model, jax.random.key(0))
+
+    def loss(p: Any) -> jax.Array:
+        return jnp.sum(jax.nn.log_softmax(apply(model, p, TOKENS))[..., 3])
+
+    def shifted(p: Any, shift: jax.Array) -> jax.Array:
+        return edit(loss, {"input": lambda x, layer: x + jnp.where(layer == 0, shift, 0)})(p)
+
+    zero = jnp.zeros((*TOKENS.shape, LLAMA.d_model), dtype)
+    grads, shift = jax.jit(jax.grad(shifted, (0, 1)))(params, zero)
+    want = jax.jit(jax.grad(loss))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, want)
+    np.testing.assert_allclose(shift.astype(jnp.float32), want["embed"][TOKENS], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sweep_over_layers_and_heads_is_one_vmap() -> None:
+    forward, params = family(LLAMA)
+
+    def without(at: jax.Array, head: jax.Array) -> jax.Array:
+        off = {"heads": lambda x, layer: jnp.where((layer == at) & (jnp.arange(4) == head)[:, None], 0, x)}
+        return edit(forward, off)(params, TOKENS)
+
+    at, head = jnp.divmod(jnp.arange(12), 4)
+    swept = jax.jit(jax.vmap(without))(at, head)
+    for i in (0, 6, 11):
+        close(swept[i], without(at[i], head[i]))
+    assert jnp.abs(swept - forward(params, TOKENS)).max((1, 2, 3)).min() > 0.001
+
+
+def test_a_new_value_takes_the_dtype_of_the_old_one() -> None:
+    model = jaxllm.build(LLAMA, dtype="bfloat16")
+    params = jaxllm.init_params(model, jax.random.key(0))
+    wider = edit(lambda p: apply(model, p, TOKENS), {"neurons": lambda x, _: x.astype(jnp.float32) * 2})
+    _, seen = capture(wider, "neurons")(params)
+    assert seen["layers/neurons"].dtype == jnp.bfloat16
+
+
+FORWARD, PARAMS = family(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: capture(FORWARD, "head"), r"'head' is no site of the function; its sites are layers/input, "),
+        (lambda: edit(FORWARD, {"head": lambda x, _: x}), r"'head' is no site"),
+        (lambda: edit(FORWARD, {"heads": lambda x, _: x[:1]}), r"heads must keep the shape \[2, 7, 4, 4\], got \[1, "),
+        (lambda: capture(lambda p, ids: ids * 2, "heads"), r"none: it runs no model"),
+        (lambda: capture(family(LLAMA, attention="chunked")[0], "attention_weights"), r"only `attention: reference`"),
+        (lambda: capture(jax.grad(lambda p, ids: FORWARD(p, ids).sum())), r"part of a gradient"),
+        (lambda: capture(lambda p, ids: jax.lax.map(lambda i: FORWARD(p, i), ids[None])), r"loop over other things"),
+        (lambda: edit(lambda p, ids: jax.lax.cond(True, FORWARD, FORWARD, p, ids), {}), r"a site is inside cond"),
+    ],
+)
+def test_errors(call: Callable[[], Callable[..., Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()(PARAMS, TOKENS)
