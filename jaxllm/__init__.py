@@ -2,7 +2,8 @@
 
 Importing it loads jax, flax and optax, but no data library, checkpoint library or reference: those are imported where
 they are used. Besides what is named here: `jaxllm.generation` (streams, beams, scores, speculation, `Sampling`),
-`jaxllm.study` (hidden states, attention maps, interventions), `jaxllm.training.loss.build_loss` and `jaxllm.training.train_step` for loops of your own, and `jaxllm.data`.
+`jaxllm.study` (hidden states, attention maps, interventions), `jaxllm.training.loss.build_loss` and
+`jaxllm.training.train_step` for loops of your own, and `jaxllm.data`.
 """
 
 from jaxllm.config import (

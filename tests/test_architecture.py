@@ -19,7 +19,7 @@ ALLOWED = {
     "ops": set(),
     "study": set(),
     "models": {"ops"},
-    "generation": {"ops", "models"},
+    "generation": {"ops", "models", "study"},
     "interop": {"ops", "models", "generation"},
     "data": set(),
     "training": {"ops", "models", "generation", "interop", "data", "sharding", "study"},

@@ -5,6 +5,7 @@ they compile is public as well: `jaxllm.models.llama_decode` and `jaxllm.models.
 """
 
 from jaxllm.generation.beam import Beam, BeamSettings, beam_search
+from jaxllm.generation.edited import edited
 from jaxllm.generation.generate import generate, generate_stream
 from jaxllm.generation.score import score
 from jaxllm.generation.speculative import Speculated, generate_speculative
@@ -16,6 +17,7 @@ __all__ = [
     "Sampling",
     "Speculated",
     "beam_search",
+    "edited",
     "generate",
     "generate_speculative",
     "generate_stream",

@@ -40,7 +40,7 @@ def generate(
 
     Args:
         model: a decoder, which continues its prompts, or an encoder-decoder, which answers them.
-        params: its parameters, stacked as in training or as `prepare_for_decode` makes them.
+        params: its parameters, stacked as in training or as `prepare_for_decode` makes them, or `edited`.
         prompts: token ids of each row; lengths may differ.
         max_new_tokens: most tokens to add.
         sampling: greedy by default; else e.g. `jaxllm.generation.Sampling(temperature=0.8, top_p=0.95)`.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.generation.edited import adapter
 from jaxllm.generation.family import Decoder, Plan, decoder_of
 from jaxllm.models import Model
 from jaxllm.ops.sampling import GREEDY, Sampling
@@ -97,7 +98,7 @@ def make_request(
 
     Args:
         model: of either family.
-        params: stacked as in training, or prepared.
+        params: stacked as in training, or prepared, or `edited`.
         prompts: ids of each row.
         max_new_tokens: most tokens to add.
         sampling: how tokens are chosen.
@@ -110,7 +111,7 @@ def make_request(
         wraps: a sliding window's cache may be as short as the window.
         record: keep each step's logits.
     """
-    decoder = decoder_of(model)
+    decoder = adapter(model, params)
     _check_settings(model, sampling, max_new_tokens, eos_ids, pad_id, samples, cache_dtype)
     check_prompts(model, prompts, new=max_new_tokens, pad_id=pad_id)
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.generation.family import Decoder, decoder_of
+from jaxllm.generation.edited import Edited, adapter
+from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import bucket, check_ids, check_prompts, pad
 from jaxllm.models import Model, check_params
 
 
 def score(
     model: Model,
-    params: dict[str, Any],
+    params: Any,
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     *,
@@ -28,7 +29,7 @@ def score(
 
     Args:
         model: a decoder, or an encoder-decoder whose encoder reads the prompt.
-        params: as in training.
+        params: as in training, or `edited`.
         prompts: ids of each row.
         continuations: ids whose probability is asked for, one sequence per prompt.
         pad_id: fills the batch.
@@ -37,8 +38,8 @@ def score(
         ValueError: for rows that are empty, outside the vocabulary, unpaired or longer than the context, or parameters
             of another model.
     """
-    decoder = decoder_of(model)
-    check_params(model, params)
+    decoder = adapter(model, params)
+    check_params(model, params.params if isinstance(params, Edited) else params)
     if len(prompts) != len(continuations):
         raise ValueError(f"each prompt needs one continuation: got {len(prompts)} and {len(continuations)}")
     check_ids(model, continuations, name="continuation")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
-from jaxllm.models.layers import ACTIVATIONS, unstack
+from jaxllm.models.layers import ACTIVATIONS, site, unstack
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.matrices import Matrix, Rows, project, stored
@@ -242,17 +242,20 @@ def _through_cache(
     return _logits(config, params, x), tuple(keys), tuple(values)
 
 
+@jax.named_scope("layers")
 def _layer(config: LlamaConfig, layer: LayerParams, x: Float[Array, "B T D"], rope: Rope, mix: Mix) -> Array:
-    c = config
+    c, x = config, site(x, "input")
     fused = layer.qkv(rms_norm(x, layer.attn_norm, eps=c.norm_eps))
     heads = fused.reshape(*x.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
     query, key, value = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
     if layer.q_norm is not None and layer.k_norm is not None:
         query, key = rms_norm(query, layer.q_norm, eps=c.norm_eps), rms_norm(key, layer.k_norm, eps=c.norm_eps)
-    mixed = mix(apply_rope(query, *rope), apply_rope(key, *rope), value)
-    x = x + layer.out(mixed.reshape(*x.shape[:2], -1))
+    query, key = site(apply_rope(query, *rope), "query"), site(apply_rope(key, *rope), "key")
+    mixed = site(mix(query, key, site(value, "value")), "heads")
+    x = site(x + site(layer.out(mixed.reshape(*x.shape[:2], -1)), "attention_output"), "after_attention")
     gate, up = jnp.split(layer.gate_up(rms_norm(x, layer.mlp_norm, eps=c.norm_eps)), 2, axis=-1)
-    return x + layer.down(ACTIVATIONS[c.activation](gate) * up)
+    neurons = site(ACTIVATIONS[c.activation](site(gate, "gate")) * site(up, "up"), "neurons")
+    return site(x + site(layer.down(neurons), "mlp_output"), "after_mlp")
 
 
 def _logits(config: LlamaConfig, params: LlamaParams, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import T5Config
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
-from jaxllm.models.layers import ACTIVATIONS, unstack
+from jaxllm.models.layers import ACTIVATIONS, site, unstack
 from jaxllm.models.t5_layers import scale_output, stream_dtype
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
@@ -172,8 +172,9 @@ def prefill(
     for layer in params.encoder.layers:
         own = layer.attention.table
         bias = shared if own is None else bias_of(own)
-        x = _attend_self(c, layer.attention, x, lambda q, k, v, bias=bias: mix(q, k, v, bias))
-        x = _mlp(c, layer.mlp, x)
+        with jax.named_scope("encoder/layers"):
+            x = _attend_self(c, layer.attention, site(x, "input"), lambda q, k, v, bias=bias: mix(q, k, v, bias))
+            x = _mlp(c, layer.mlp, x)
     encoded = _norm(c, x, params.encoder.final_norm)
     keys, values = zip(*(_cross_keys_values(c, layer.cross, encoded) for layer in params.decoder.layers), strict=True)
     cache = kv.init_cache(
@@ -277,38 +278,58 @@ def _through_cache(
             values.append(put(cache.values[i], value))
             return look(query, keys[-1], values[-1], visible, bias)
 
-        x = _attend_self(c, layer.attention, x, mix)
-        x = _attend_cross(
-            c, layer.cross, x, lambda query, i=i: look(query, cross.keys[i], cross.values[i], cross_visible, None)
-        )
-        x = _mlp(c, layer.mlp, x)
+        def mix_cross(query: Array, i: int = i) -> Array:
+            return look(query, cross.keys[i], cross.values[i], cross_visible, None)
+
+        with jax.named_scope("decoder/layers"):
+            x = _attend_self(c, layer.attention, site(x, "input"), mix)
+            x = _attend_cross(c, layer.cross, x, mix_cross)
+            x = _mlp(c, layer.mlp, x)
     return _logits(c, params, _norm(c, x, params.decoder.final_norm)), tuple(keys), tuple(values)
 
 
 def _attend_self(c: T5Config, p: AttentionParams, x: Array, mix: Callable[[Array, Array, Array], Array]) -> Array:
-    joined = project(_norm(c, x, p.norm), p.qkv).reshape(*x.shape[:2], 3, c.num_heads, c.head_dim)
-    mixed = mix(joined[:, :, 0], joined[:, :, 1], joined[:, :, 2])
-    return x + project(mixed.reshape(*x.shape[:2], -1), p.out).astype(x.dtype)
+    with jax.named_scope("attention"):
+        joined = project(_norm(c, x, p.norm), p.qkv).reshape(*x.shape[:2], 3, c.num_heads, c.head_dim)
+        query, key, value = site(joined[:, :, 0], "query"), site(joined[:, :, 1], "key"), site(joined[:, :, 2], "value")
+        update = _out(p.out, mix(query, key, value))
+    return _add(x, update, "attention")
 
 
 def _attend_cross(c: T5Config, p: CrossParams, x: Array, mix: Callable[[Array], Array]) -> Array:
-    mixed = mix(project(_norm(c, x, p.norm), p.query).reshape(*x.shape[:2], c.num_heads, c.head_dim))
-    return x + project(mixed.reshape(*x.shape[:2], -1), p.out).astype(x.dtype)
+    with jax.named_scope("cross_attention"):
+        query = project(_norm(c, x, p.norm), p.query).reshape(*x.shape[:2], c.num_heads, c.head_dim)
+        update = _out(p.out, mix(site(query, "query")))
+    return _add(x, update, "cross_attention")
 
 
+def _out(out: Matrix, mixed: Array) -> Array:
+    mixed = site(mixed, "heads")
+    return project(mixed.reshape(*mixed.shape[:2], -1), out)
+
+
+@jax.named_scope("decoder/layers/cross_attention")
 def _cross_keys_values(c: T5Config, p: CrossParams, encoded: Array) -> tuple[Array, Array]:
     joined = project(encoded, p.key_value).reshape(*encoded.shape[:2], 2, c.num_heads, c.head_dim)
-    return jnp.swapaxes(joined[:, :, 0], 1, 2), jnp.swapaxes(joined[:, :, 1], 1, 2)
+    key, value = site(joined[:, :, 0], "key"), site(joined[:, :, 1], "value")
+    return jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
 
 
 def _mlp(c: T5Config, p: MLPParams, x: Array) -> Array:
-    h = project(_norm(c, x, p.norm), p.up)
-    if c.gated:
-        gate, up = jnp.split(h, 2, axis=-1)
-        h = ACTIVATIONS[c.activation](gate) * up
-    else:
-        h = ACTIVATIONS[c.activation](h)
-    return x + project(h, p.down, dtype=x.dtype)  # the sum that overflows float16, see `T5MLP`
+    activation = ACTIVATIONS[c.activation]
+    with jax.named_scope("mlp"):
+        h = project(_norm(c, x, p.norm), p.up)
+        if c.gated:
+            gate, up = jnp.split(h, 2, axis=-1)
+            h = activation(site(gate, "gate")) * site(up, "up")
+        else:
+            h = activation(site(h, "up"))
+        update = project(site(h, "neurons"), p.down, dtype=x.dtype)  # the sum that overflows float16, see `T5MLP`
+    return _add(x, update, "mlp")
+
+
+def _add(x: Array, update: Array, name: str) -> Array:
+    return site(x + site(update, f"{name}_output").astype(x.dtype), f"after_{name}")
 
 
 def _norm(c: T5Config, x: Array, weight: Array) -> Array:

@@ -1,5 +1,5 @@
 """What goes on inside a model: its values read and replaced where they arise, in any function of it."""
 
-from jaxllm.study.sites import capture, edit, sites
+from jaxllm.study.sites import Edit, capture, edit, sites
 
-__all__ = ["capture", "edit", "sites"]
+__all__ = ["Edit", "capture", "edit", "sites"]

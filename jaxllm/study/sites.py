@@ -54,7 +54,7 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
     return captured
 
 
-def edit(function: Callable[..., Any], edits: Mapping[str, Edit]) -> Callable[..., Any]:
+def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: bool = True) -> Callable[..., Any]:
     """The function with values replaced at its sites.
 
     >>> without = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 3, x.at[:, :, 5].set(0), x)})
@@ -64,6 +64,7 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit]) -> Callable[..
         edits: by path or its end (as in `capture`), functions of (value, layer) to a new value of the same shape,
             which is cast to the old one's dtype. `layer` is an integer or, where layers are a loop, a traced one:
             choose by `jnp.where`. What they close over may be traced too, to differentiate or vmap over it.
+        strict: whether a name that is no site of the function is an error.
 
     Raises:
         ValueError: when called, as `capture`, and for a new value of another shape.
@@ -81,7 +82,8 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit]) -> Callable[..
             return bind(eqn, inputs), []
 
         out, _ = _interpret(function, args, kwargs, visit)
-        wanted.check()
+        if strict:
+            wanted.check()
         return out
 
     return edited
