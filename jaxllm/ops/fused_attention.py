@@ -2,9 +2,10 @@
 
 A mask would become a [B, N, T, S] bias, read in both passes and differentiated. Instead each document gets a code of
 signs, appended to queries and keys as further dimensions of a head: equal codes add one constant to the score, which
-the softmax cancels, and different codes add at least `_MARGIN` less, which it rounds to zero. The kernel stays the
-fused one, grouped heads and bias included; the price is a head wider by 8 or 16. jax has a packed layout for cuDNN as
-well: it is private, strides keys by the number of query heads and bounds the documents of a row, so it is not used.
+the softmax cancels, and different codes add `_MARGIN` less or, mostly, twice that, which it rounds to zero. The kernel
+stays the fused one, grouped heads and bias included; the price is a head wider by 8 or 16. jax has a packed layout for
+cuDNN as well: it is private, strides keys by the number of query heads and bounds the documents of a row, so it is not
+used.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# What a key of another document loses against one of the same, in units of a scaled score: exp(-192) is 0 in float32.
-_MARGIN = 192.0
+# What a key of another document loses for each sign that differs, in units of a scaled score; exp(-104) is 0 in
+# float32, the rest is how far a foreign score may lie above all of its own, and growing heads reach hundreds. More
+# would cost digits: every sign of an equal code adds half a margin to a score.
+_MARGIN = 256.0
 
 
 def _largest_head() -> int:
@@ -113,19 +116,23 @@ def append_codes(
     scale: float,
 ) -> tuple[Array, Array, Array]:
     """Queries and keys with their document's code behind each head, and values with zeros."""
-    width = code_width(query.shape[1], key.shape[1])
+    width, signs = code_width(query.shape[1], key.shape[1]), max(query.shape[1], key.shape[1]).bit_length() + 1
     # Codes that differ in one sign differ by 2 size^2 in their product.
     size = jnp.asarray(math.sqrt(_MARGIN / (2 * scale)), query.dtype)
     return (
-        _append(query, size * _signs(query_segments, width, query.dtype)),
-        _append(key, size * _signs(key_segments, width, key.dtype)),
+        _append(query, size * _signs(query_segments, signs, width, query.dtype)),
+        _append(key, size * _signs(key_segments, signs, width, key.dtype)),
         _append(value, jnp.zeros((*key_segments.shape, width), value.dtype)),
     )
 
 
-def _signs(segments: Int[Array, "B T"], width: int, dtype: jnp.dtype) -> Float[Array, "B T W"]:
-    bits = (segments[..., None] >> jnp.arange(width)) & 1
-    return (2 * bits - 1).astype(dtype)
+def _signs(segments: Int[Array, "B T"], signs: int, width: int, dtype: jnp.dtype) -> Float[Array, "B T W"]:
+    """Codes of `signs` signs, less what `width` has no room for, then zeros.
+
+    Numbers n ^ 2 n differ in two bits at least, and n itself in one, which is left where the last sign has no room.
+    """
+    bits = ((segments ^ (segments << 1))[..., None] >> jnp.arange(width)) & 1
+    return jnp.where(jnp.arange(width) < signs, 2 * bits - 1, 0).astype(dtype)
 
 
 def _append(x: Float[Array, "B T N H"], code: Float[Array, "B T W"]) -> Float[Array, "B T N I"]:
