@@ -59,7 +59,7 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     parts = [] if config.clip_norm is None else [clip_by_global_norm(config.clip_norm)]
     if config.name == "adafactor":
         # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
-        parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+        parts += [optax.scale_by_factored_rms(), _clip_by_rms(1.0)]
     else:
         parts.append(_stored_first_moment(optax.scale_by_adam(config.b1, config.b2, config.eps), config.moment_dtype))
     if config.name != "adamw":
@@ -132,6 +132,28 @@ def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> opta
     return optax.GradientTransformation(lambda params: kept(adam.init(params), dtype), update)
 
 
+def _clip_by_rms(largest: float) -> optax.GradientTransformation:
+    """Scales each tensor's update down to an RMS of `largest`, each layer of a stack by itself (1804.04235 section 6).
+
+    optax's clip_by_block_rms would take a stack for one tensor, in which a single layer's outbreak goes under.
+    """
+
+    def clip(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        return update / jnp.maximum(1.0, _rms(path, update) / largest)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree_util.tree_map_with_path(clip, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _rms(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """Root of the mean square of a tensor, or of each layer of a stack, in float32."""
+    stacked = any(getattr(part, "key", "") in ("layers", "encoder_layers", "decoder_layers") for part in path)
+    axes = tuple(range(1 if stacked else 0, x.ndim))
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
+
+
 def scale_by_parameter_rms(minimum: float = 1e-3) -> optax.GradientTransformation:
     """Multiplies each tensor's update by max(RMS(parameter), minimum), one RMS per layer of a stack.
 
@@ -140,10 +162,7 @@ def scale_by_parameter_rms(minimum: float = 1e-3) -> optax.GradientTransformatio
     """
 
     def scale(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> jax.Array:
-        stacked = any(getattr(part, "key", "") in ("layers", "encoder_layers", "decoder_layers") for part in path)
-        axes = tuple(range(1 if stacked else 0, param.ndim))
-        rms = jnp.sqrt(jnp.mean(jnp.square(param.astype(jnp.float32)), axis=axes, keepdims=True))
-        return update * jnp.maximum(rms, minimum).astype(update.dtype)
+        return update * jnp.maximum(_rms(path, param), minimum).astype(update.dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree_util.tree_map_with_path(scale, updates, params), state

@@ -181,6 +181,28 @@ def test_rms_scaling_is_per_layer_of_a_stack(tiny: LlamaConfig) -> None:
     np.testing.assert_allclose(sizes[1] / sizes[0], 10, rtol=0.1)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor"])
+def test_a_layer_of_a_stack_is_updated_as_if_it_were_alone(name: str) -> None:
+    """Also where one layer's gradient breaks out, which Adafactor clips."""
+    config = OptimizerConfig(name=name, learning_rate=1e-2, clip_norm=None, schedule="constant")
+    rule = build_optimizer(config, PrecisionConfig(), steps=10)
+    stack = jax.random.normal(jax.random.key(0), (3, 130, 140)) * jnp.array([1, 5, 0.1])[:, None, None]
+
+    def after(params: dict, grads: list[dict]) -> dict:
+        state = rule.init(params)
+        for grad in grads:
+            updates, state = rule.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    size = jnp.array([[1, 1, 1], [1, 2, 1], [1, 100, 1]], jnp.float32)[:, :, None, None]
+    grads = size * jax.random.normal(jax.random.key(1), (3, *stack.shape))
+    together = after({"layers": {"kernel": stack}}, [{"layers": {"kernel": grad}} for grad in grads])
+    for i, layer in enumerate(together["layers"]["kernel"]):
+        alone = after({"kernel": stack[i]}, [{"kernel": grad[i]} for grad in grads])
+        np.testing.assert_allclose(layer - stack[i], alone["kernel"] - stack[i], atol=1e-6, err_msg=f"layer {i}")
+
+
 @pytest.mark.parametrize("b1", [0.9, 0.95, 0.99, 0.999])
 def test_a_first_moment_in_bfloat16_decays_by_the_exact_b1(b1: float) -> None:
     """What bfloat16 takes is the rounding of one number between steps, not another decay: updates keep their size."""
