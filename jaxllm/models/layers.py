@@ -234,8 +234,9 @@ def apply_stack(
         return jax.lax.scan(lambda h, part: (body(part[0], h, part[1]), None), x, (params, per_layer))[0]
     count = jax.tree.leaves(params)[0].shape[0]
     extras = unstack(per_layer) if per_layer is not None else [None] * count
-    for layer_params, extra in zip(unstack(params), extras, strict=True):
-        x = body(layer_params, x, extra)
+    for i, (layer_params, extra) in enumerate(zip(unstack(params), extras, strict=True)):
+        with jax.named_scope(str(i)):  # profiles and `jaxllm.study` read it
+            x = body(layer_params, x, extra)
     return x
 
 

@@ -153,7 +153,8 @@ def prefill(
                 stores.append(kv.write(store, last, cache.slot))
             return attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
 
-        x = _layer(c, layer, x, rope, mix)
+        with jax.named_scope(f"layers/{i}"):
+            x = _layer(c, layer, x, rope, mix)
     real = (kept >= 0) & (kept < lengths[:, None])
     seen = cache.positions.at[:, : kept.shape[1]].set(jnp.where(real, kept, -1))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
@@ -231,18 +232,18 @@ def _through_cache(
     config: LlamaConfig, params: LlamaParams, cache: KVCache, tokens: Array, rope: Rope, put: Callable, look: Callable
 ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
     x, keys, values = params.embed[tokens], [], []
-    for layer, old_keys, old_values in zip(params.layers, cache.keys, cache.values, strict=True):
+    for i, layer in enumerate(params.layers):
 
-        def mix(query: Array, key: Array, value: Array, old: tuple[Any, Any] = (old_keys, old_values)) -> Array:
-            keys.append(put(old[0], key))
-            values.append(put(old[1], value))
+        def mix(query: Array, key: Array, value: Array, i: int = i) -> Array:
+            keys.append(put(cache.keys[i], key))
+            values.append(put(cache.values[i], value))
             return look(query, keys[-1], values[-1])
 
-        x = _layer(config, layer, x, rope, mix)
+        with jax.named_scope(f"layers/{i}"):
+            x = _layer(config, layer, x, rope, mix)
     return _logits(config, params, x), tuple(keys), tuple(values)
 
 
-@jax.named_scope("layers")
 def _layer(config: LlamaConfig, layer: LayerParams, x: Float[Array, "B T D"], rope: Rope, mix: Mix) -> Array:
     c, x = config, site(x, "input")
     fused = layer.qkv(rms_norm(x, layer.attn_norm, eps=c.norm_eps))

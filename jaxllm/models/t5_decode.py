@@ -169,14 +169,19 @@ def prefill(
 
     x = _embed(params, encoder_tokens)
     shared = None if params.encoder.table is None else bias_of(params.encoder.table)
-    for layer in params.encoder.layers:
+    for i, layer in enumerate(params.encoder.layers):
         own = layer.attention.table
         bias = shared if own is None else bias_of(own)
-        with jax.named_scope("encoder/layers"):
+        with jax.named_scope(f"encoder/layers/{i}"):
             x = _attend_self(c, layer.attention, site(x, "input"), lambda q, k, v, bias=bias: mix(q, k, v, bias))
             x = _mlp(c, layer.mlp, x)
     encoded = _norm(c, x, params.encoder.final_norm)
-    keys, values = zip(*(_cross_keys_values(c, layer.cross, encoded) for layer in params.decoder.layers), strict=True)
+    keys, values = [], []
+    for i, layer in enumerate(params.decoder.layers):
+        with jax.named_scope(f"decoder/layers/{i}"):
+            key, value = _cross_keys_values(c, layer.cross, encoded)
+        keys.append(key)
+        values.append(value)
     cache = kv.init_cache(
         batch=batch,
         capacity=capacity,
@@ -185,7 +190,7 @@ def prefill(
         head_dim=c.head_dim,
         dtype=dtype or params.embed.dtype,
     )
-    return CrossCache(keys, values, jnp.arange(count)[None] < encoder_lengths[:, None]), cache
+    return CrossCache(tuple(keys), tuple(values), jnp.arange(count)[None] < encoder_lengths[:, None]), cache
 
 
 def decode_step(
@@ -281,7 +286,7 @@ def _through_cache(
         def mix_cross(query: Array, i: int = i) -> Array:
             return look(query, cross.keys[i], cross.values[i], cross_visible, None)
 
-        with jax.named_scope("decoder/layers"):
+        with jax.named_scope(f"decoder/layers/{i}"):
             x = _attend_self(c, layer.attention, site(x, "input"), mix)
             x = _attend_cross(c, layer.cross, x, mix_cross)
             x = _mlp(c, layer.mlp, x)
@@ -308,7 +313,7 @@ def _out(out: Matrix, mixed: Array) -> Array:
     return project(mixed.reshape(*mixed.shape[:2], -1), out)
 
 
-@jax.named_scope("decoder/layers/cross_attention")
+@jax.named_scope("cross_attention")
 def _cross_keys_values(c: T5Config, p: CrossParams, encoded: Array) -> tuple[Array, Array]:
     joined = project(encoded, p.key_value).reshape(*encoded.shape[:2], 2, c.num_heads, c.head_dim)
     key, value = site(joined[:, :, 0], "key"), site(joined[:, :, 1], "value")

@@ -39,21 +39,24 @@ def is_backward(stacks: Sequence[str]) -> bool:
     return any("transpose(" in stack for stack in stacks)
 
 
-def label(stacks: Sequence[str], index: Sequence[int] = ()) -> tuple[str, str]:
+def label(stacks: Sequence[str], index: Sequence[int] | None = None) -> tuple[str, str]:
     """Outermost numbered module (or the first) and the path of modules, from name stacks from the outside in.
 
     Args:
         stacks: name stacks, with `LOOP` at each border of a loop.
-        index: iteration of each loop; it goes to the first module inside: LlamaLayer[2]/down_proj.
+        index: iteration of each loop; it goes to the first module inside: LlamaLayer[2]/down_proj. So does the number
+            of a layer outside loops. None numbers nothing.
     """
     parts: list[str] = []
-    steps, pending = iter(index), ""
+    steps, pending = iter(index or ()), ""
     for stack in stacks:
         if stack == LOOP:
             step = next(steps, None)
             pending = "" if step is None else f"[{step}]"
             continue
         for token in _WRAPPER.sub("", stack).split("/"):
+            if token.isdigit() and index is not None:
+                pending = f"[{token}]"
             # Methods (Llama.hidden), einsum equations and repetitions say nothing new.
             if not token.isidentifier() or (parts and parts[-1].split("[")[0] == token):
                 continue
@@ -61,3 +64,8 @@ def label(stacks: Sequence[str], index: Sequence[int] = ()) -> tuple[str, str]:
             pending = ""
     block = next((part for part in parts if "[" in part), parts[0] if parts else "")
     return block, "/".join(parts)
+
+
+def numbers(stacks: Sequence[str]) -> list[int]:
+    """Numbers of layers outside loops."""
+    return [int(token) for stack in stacks for token in _WRAPPER.sub("", stack).split("/") if token.isdigit()]

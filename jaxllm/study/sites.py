@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxllm.study.interpret import Place, Record, Visitor, bind, interpret
-from jaxllm.study.programs import label, programs
+from jaxllm.study.programs import label, numbers, programs
 
 Edit = Callable[[Array, Any], Any]
 
@@ -100,11 +100,11 @@ def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtyp
 
 
 class _Sites:
-    """What a run of the function has come across: all paths, and how many layers of each."""
+    """What a run of the function has come across."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = list(names)
-        self._counts: dict[str, int] = {}
+        self._seen: dict[str, None] = {}
 
     def reach(self, eqn: Any, place: Place) -> tuple[str, Any]:
         """Path and layer of a site; an empty path for any other operation."""
@@ -113,15 +113,14 @@ class _Sites:
                 raise ValueError(f"a site is inside {eqn.primitive.name}: capture or edit the function inside it")
             return "", None
         path = _path(place, eqn.params["name"])
-        layer = self._counts.get(path, 0)
-        self._counts[path] = layer + 1
-        return path, place.steps[-1] if place.steps else layer
+        self._seen[path] = None
+        return path, place.steps[0] if place.steps else next(iter(numbers(place.stacks)), 0)
 
     def check(self) -> None:
         """Raises ValueError for a name that is none of the paths."""
         for name in self._names:
-            if not any(_matches(path, name) for path in self._counts):
-                known = ", ".join(self._counts) or "none: it runs no model of this library"
+            if not any(_matches(path, name) for path in self._seen):
+                known = ", ".join(self._seen) or "none: it runs no model of this library"
                 hint = _WEIGHTS_HINT if name.endswith("attention_weights") else ""
                 raise ValueError(f"{name!r} is no site of the function{hint}; its sites are {known}")
 
@@ -148,12 +147,12 @@ def _path(place: Place, name: str) -> str:
     """Such as decoder/layers/cross_attention/query: modules by their own names, layer classes as `layers`."""
     if any("jvp(" in stack or "transpose(" in stack for stack in place.stacks):
         raise ValueError(f"the site {name} is part of a gradient: take the gradient of the captured or edited function")
-    parts = label(place.stacks, range(len(place.steps)))[1].split("/")
-    looped = [part for part in parts if part.endswith("]")]
-    if len(place.steps) != len(looped) or not all(part.endswith("Layer[0]") for part in looped):
-        raise ValueError(f"the site {name} is inside a loop over other things than layers: capture or edit inside it")
+    if place.steps:
+        looped = [part for part in label(place.stacks, range(len(place.steps)))[1].split("/") if part.endswith("]")]
+        if numbers(place.stacks) or len(place.steps) > 1 or not all(part.endswith("Layer[0]") for part in looped):
+            raise ValueError(f"the site {name} is in a loop over other things than layers: capture or edit inside it")
     # A class stands where no parent gives a name: the model itself, and a layer taken out of its stack.
-    modules = ["layers" if part.split("[")[0].endswith("Layer") else part for part in parts]
+    modules = ["layers" if part.endswith("Layer") else part for part in label(place.stacks)[1].split("/")]
     return "/".join([module for module in modules if not module[:1].isupper()] + [name])
 
 

@@ -90,6 +90,16 @@ def test_a_head_without_output_is_one_without_output_weights(config: Any, way: d
     assert jnp.abs(found - forward(params, TOKENS)).max() > 0.01
 
 
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_a_model_that_runs_twice_numbers_its_layers_twice(layers: str) -> None:
+    forward, params = family(LLAMA, layers=layers)
+    without = {"heads": lambda x, layer: jnp.where(layer == 1, x.at[:, :, 2].set(0), x)}
+    once, seen = capture(edit(forward, without), "heads")(params, TOKENS)
+    twice, both = capture(edit(lambda p, ids: forward(p, ids) + forward(p, ids), without), "heads")(params, TOKENS)
+    close(twice, 2 * once)
+    close(both["layers/heads"], jnp.concatenate([seen["layers/heads"]] * 2))
+
+
 def test_a_name_means_all_sites_that_end_in_it() -> None:
     forward, params = family(T5)
     paths = set(sites(forward)(params, TOKENS))
@@ -158,6 +168,7 @@ def test_a_new_value_takes_the_dtype_of_the_old_one() -> None:
 
 
 FORWARD, PARAMS = family(LLAMA)
+UNROLLED, _ = family(LLAMA, layers="unroll")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +180,14 @@ FORWARD, PARAMS = family(LLAMA)
         (lambda: capture(lambda p, ids: ids * 2, "heads"), r"none: it runs no model"),
         (lambda: capture(family(LLAMA, attention="chunked")[0], "attention_weights"), r"only `attention: reference`"),
         (lambda: capture(jax.grad(lambda p, ids: FORWARD(p, ids).sum())), r"part of a gradient"),
-        (lambda: capture(lambda p, ids: jax.lax.map(lambda i: FORWARD(p, i), ids[None])), r"loop over other things"),
+        (
+            lambda: capture(lambda p, ids: jax.lax.map(lambda i: FORWARD(p, i), ids[None])),
+            r"in a loop over other things",
+        ),
+        (
+            lambda: capture(lambda p, ids: jax.lax.map(lambda i: UNROLLED(p, i), ids[None])),
+            r"in a loop over other things",
+        ),
         (lambda: edit(lambda p, ids: jax.lax.cond(True, FORWARD, FORWARD, p, ids), {}), r"a site is inside cond"),
     ],
 )

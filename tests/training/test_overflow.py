@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -102,13 +103,18 @@ def test_first_group_is_the_first_of_the_backward_pass() -> None:
 @pytest.fixture(scope="module")
 def observers():
     """Forward and gradient observers of a float16 Llama, over (params, scale)."""
-    loss = build_loss(build(MODEL, dtype=jnp.float16), TrainingConfig(loss_chunk=64))
+    forward = scaled_loss(MODEL)
+    return Observer(forward, jnp.float16), Observer(jax.grad(forward), jnp.float16)
+
+
+def scaled_loss(config):
+    loss = build_loss(build(config, dtype=jnp.float16), TrainingConfig(loss_chunk=64))
     data = jax.tree.map(jnp.asarray, batch())
 
     def forward(params, scale):
         return scale * loss(cast_floating(params, jnp.float16), data, jax.random.key(0)).loss
 
-    return Observer(forward, jnp.float16), Observer(jax.grad(forward), jnp.float16)
+    return forward
 
 
 def planted(layer: int):
@@ -126,6 +132,12 @@ def test_a_planted_overflow_is_named_by_layer_and_module(observers, layer: int) 
         found = first_nonfinite(observe(planted(layer), 1.0))
         assert (found.block, found.backward) == (f"LlamaLayer[{layer}]", False)
         assert found.name.startswith(f"LlamaLayer[{layer}]/down_proj: ")
+
+
+def test_single_layers_are_numbered_as_those_of_a_loop() -> None:
+    observe = Observer(jax.grad(scaled_loss(dataclasses.replace(MODEL, layers="unroll"))), jnp.float16)
+    found = first_nonfinite(observe(planted(2), 1.0))
+    assert found.name.startswith("LlamaLayer[2]/down_proj: ")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
