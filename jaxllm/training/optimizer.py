@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from jaxllm.config import OptimizerConfig, PrecisionConfig
 from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
@@ -56,7 +55,7 @@ def decay_mask(params: Any) -> Any:
 def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, steps: int) -> optax.GradientTransformation:
     """The update rule of a run, with its loss scale around it."""
     schedule = build_schedule(config, steps=steps)
-    parts = [] if config.clip_norm is None else [clip_by_global_norm(config.clip_norm)]
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     if config.name == "adafactor":
         # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
         parts += [optax.scale_by_factored_rms(), _clip_by_rms(1.0)]
@@ -79,38 +78,6 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     if precision.loss_scale == "static":
         return static_loss_scale(inner, precision.initial_scale)
     return inner
-
-
-def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """Scales a gradient whose global norm is above `largest` down to it; optax's with the norm below."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        norm = global_norm(updates)
-        return jax.tree.map(lambda x: jnp.where(norm < largest, x, (x / norm) * largest), updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def global_norm(tree: Any) -> Float[Array, ""]:
-    """Root of the sum of all squares, in float32; finite where it can be.
-
-    A number above 1.8e19, as a diverging model's gradient may hold, has no square in float32. Clipping by an infinite
-    norm would make the whole gradient zero, and the trainer would take the run for lost: the norm is then found again
-    in units of the largest number, by a branch that is not run where it isn't needed.
-    """
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-
-    def in_units_of_the_largest() -> Array:
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
-        unit = jnp.minimum(largest, jnp.finfo(jnp.float32).max)  # an infinity's norm is infinite, not NaN
-        return unit * _root_of_squares([leaf / unit for leaf in leaves])
-
-    plain = _root_of_squares(leaves)
-    return jax.lax.cond(jnp.isfinite(plain), lambda: plain, in_units_of_the_largest)
-
-
-def _root_of_squares(leaves: list[Array]) -> Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
 
 
 def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

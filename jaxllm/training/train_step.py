@@ -31,7 +31,6 @@ from jaxllm.training.loss_scale import (
     retry,
     unscale,
 )
-from jaxllm.training.optimizer import global_norm
 from jaxllm.training.precision import cast_floating
 
 
@@ -168,6 +167,11 @@ def _metrics(
         at_floor=at_floor,
         culprit=number,
     )
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Root of the sum of all squares, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
 
 
 def accumulate_gradients(
