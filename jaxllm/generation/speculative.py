@@ -21,7 +21,7 @@ from jaxllm.generation.loop import ban_end, ended, start
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import KVCache
-from jaxllm.ops.sampling import GREEDY, Sampling, choose, most_probable, process
+from jaxllm.ops.sampling import GREEDY, Sampling, choose, draw, most_probable, process
 
 # Longest run of latest tokens that is looked for; shorter ones are tried when it isn't found.
 _LONGEST_RUN = 3
@@ -319,6 +319,6 @@ def _accept_sampled(logits: Float[Array, "B T V"], draft: Draft, keys: Array) ->
     # After the last draft nothing was proposed, so the remainder is p itself.
     rest = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
     rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]
-    drawn = jax.vmap(jax.random.categorical)(pair[:, 1], jnp.log(rest)).astype(jnp.int32)
+    drawn = draw(jnp.log(rest), pair[:, 1])
     tokens = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
     return accepted, jnp.where(jnp.arange(drafts + 1) == accepted[:, None], drawn[:, None], tokens)

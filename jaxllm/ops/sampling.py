@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 _BLOCK = 64  # of the vocabulary, in `most_probable`
 _SMALLEST, _LARGEST = 1e-30, 1e30  # by which logits can be divided or multiplied without leaving float32
@@ -97,7 +97,24 @@ def choose(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[
     """One token per row from processed logits; row i draws with keys[i]."""
     if sampling.temperature == 0:
         return most_probable(logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return draw(logits, keys)
+
+
+def draw(logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
+    """One id per row with the probabilities softmax(logits): the largest of logits + Gumbel noise."""
+    noise = jax.vmap(lambda key: _gumbel(jax.random.bits(key, logits.shape[-1:], jnp.uint32)))(keys)
+    return most_probable(logits + noise)
+
+
+def _gumbel(bits: UInt[Array, "*B"]) -> Float[Array, "*B"]:
+    """-log(-log(1 - v)) of v = bits / 2^32.
+
+    jax's own takes 23 bits and cannot exceed 16: tokens of a probability below 1e-7, of which a large vocabulary has
+    per cents, would come at a third of their rate or not at all. Counted from 0, where floating-point numbers are
+    dense, all 32 bits tell.
+    """
+    v = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(v, 1 - 2.0**-24)))
 
 
 def most_probable(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:

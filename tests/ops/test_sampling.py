@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.sampling import Sampling, choose, keep_min_p, keep_top_k, keep_top_p, most_probable, process, sample
+from jaxllm.ops.sampling import (
+    Sampling,
+    _gumbel,
+    choose,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    most_probable,
+    process,
+    sample,
+)
 
 SETTINGS = {
     "plain": {"temperature": 1.0},
@@ -123,3 +133,11 @@ def test_a_row_draws_with_its_own_key() -> None:
 def test_contradictory_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(reversed(wrong)))):
         Sampling(**wrong)
+
+
+def test_noise_of_a_draw_is_exact_in_both_tails() -> None:
+    """The upper one draws tokens of tiny probability: 131071 of 3e-8 each must come together 4 times in 1000."""
+    bits = np.array([0, 1, 7, 1000, 2**20, 2**31, 2**32 - 2**20], np.uint32)
+    v = (bits.astype(np.float64) + 0.5) / 2**32
+    np.testing.assert_allclose(_gumbel(jnp.asarray(bits)), -np.log(-np.log1p(-v)), rtol=1e-5)
+    assert np.all(np.isfinite(_gumbel(jnp.array([2**32 - 1, 0], jnp.uint32))))
