@@ -185,6 +185,10 @@ class Llama(nn.Module):
         """X @ head.T, accumulated and returned in float32."""
         return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
 
+    def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of a stream at any layer, as `jaxllm.study` captures it: last norm, then head (the logit lens)."""
+        return self.logits(self.final_norm(x).astype(self.dtype))
+
     def head(self) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding when tied."""
         return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)

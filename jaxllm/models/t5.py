@@ -254,6 +254,10 @@ class T5(nn.Module):
         """X @ head.T, accumulated and returned in float32."""
         return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
 
+    def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of the decoder's stream at any layer, as `jaxllm.study` captures it: last norm, then head."""
+        return self.logits(scale_output(self.config, self.decoder.final_norm(x).astype(self.dtype)))
+
     def head(self) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding when tied."""
         return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)

@@ -113,6 +113,17 @@ def test_a_name_means_all_sites_that_end_in_it() -> None:
     assert set(one) == {"decoder/layers/cross_attention/query", "encoder/layers/input"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", [LLAMA, dataclasses.replace(T5, tie_embeddings=True, scale_logits=True)])
+def test_the_lens_reads_the_logits_off_the_last_stream(config: Any, dtype: str) -> None:
+    model = jaxllm.build(config, dtype=dtype)
+    params = jaxllm.init_params(model, jax.random.key(0))
+    inputs = [TOKENS] * (1 + (config.family == "t5"))
+    logits, seen = capture(lambda: apply(model, params, *inputs), "after_mlp")()
+    last = next(value for path, value in seen.items() if "encoder" not in path)[-1]
+    np.testing.assert_array_equal(apply(model, params, last, method="lens"), logits)
+
+
 def test_a_patched_state_carries_another_run_over() -> None:
     forward, params = family(LLAMA)
     other = TOKENS[::-1]
