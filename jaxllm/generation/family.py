@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.models import Model, check_params, llama_decode, t5_decode
+from jaxllm.models import Model, check_model, check_params, llama_decode, t5_decode
 from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import apply
 from jaxllm.models.llama import Llama
@@ -261,6 +261,5 @@ def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
 
 def decoder_of(model: Model) -> Decoder:
     """The adapter of a model's family."""
-    if not isinstance(model, Llama | T5):
-        raise ValueError(f"the first argument must be a model as `build` makes it, got {type(model).__name__}")
+    check_model(model)
     return T5Decoder(model) if isinstance(model, T5) else LlamaDecoder(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -48,8 +49,28 @@ def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
     """Random parameters in float32, a plain dict; `key` is a `jax.random.key(seed)`.
 
     Jitted, because op-by-op initialisation costs seconds.
+
+    Raises:
+        ValueError: for what is no model, or not one key.
     """
+    check_model(model)
+    _check_key(key)
     return jax.jit(lambda k: model.init(k, *_inputs(model))["params"])(key)
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for what `build` has not made, such as a config."""
+    if not isinstance(model, Llama | T5):
+        raise ValueError(f"the first argument must be a model as `build` makes it, got {type(model).__name__}")
+
+
+def _check_key(key: Any) -> None:
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    old = dtype == jnp.uint32 and shape == (2,)  # a jax.random.PRNGKey
+    if not old and not (typed and shape == ()):
+        got = f"{dtype}{list(shape)}; jax.vmap takes several" if typed and shape else repr(key)
+        raise ValueError(f"key must be one key, e.g. jax.random.key(0), got {got}")
 
 
 def abstract_params(model: Model) -> dict[str, Any]:
@@ -91,7 +112,8 @@ def check_params(model: Model, params: Any) -> None:
         if names
     ]
     if wrong:
-        raise ValueError(f"the parameters are not those of the model: {'; '.join(wrong)}")
+        fix = '; pass variables["params"]' if isinstance(params, Mapping) and set(params) == {"params"} else ""
+        raise ValueError(f"the parameters are not those of the model: {'; '.join(wrong)}{fix}")
 
 
 def count_params(model: Model) -> int:

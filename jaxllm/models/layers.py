@@ -49,6 +49,9 @@ class Islands(NamedTuple):
 
 DEFAULT_ISLANDS = Islands()
 
+# Of parameters when they are created; left to jax, they would be float64 under jax_enable_x64.
+MASTER = jnp.float32
+
 
 def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """An elementwise function computed in float32 and rounded once, in both passes; kept for the second is x alone.
@@ -102,11 +105,11 @@ class Linear(nn.Module):
 
     def setup(self) -> None:
         """Creates the kernel, and the bias where there is one."""
-        self.kernel = self.param("kernel", nn.initializers.normal(self.std), (self.inputs, self.outputs))
+        self.kernel = self.param("kernel", nn.initializers.normal(self.std), (self.inputs, self.outputs), MASTER)
         if not self.use_bias:
             refuse(self, "bias")
         else:
-            self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+            self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,), MASTER)
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Maps the last axis from `inputs` to `outputs`."""
@@ -123,7 +126,7 @@ class RMSNorm(nn.Module):
 
     def setup(self) -> None:
         """Creates the weight."""
-        self.weight = self.param("weight", nn.initializers.ones, (self.features,))
+        self.weight = self.param("weight", nn.initializers.ones, (self.features,), MASTER)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
@@ -166,7 +169,7 @@ def check_shape(value: Any, name: str, *shapes: tuple[int, ...]) -> None:
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
     """Rows of the table in the compute dtype, NaN for ids outside it; the gradient sums a token's uses in float32."""
-    return _lookup(table.astype(dtype), tokens)
+    return _lookup(jnp.asarray(table, dtype), tokens)  # parameters may be NumPy's
 
 
 @jax.custom_vjp

@@ -15,6 +15,7 @@ from jaxllm.config import LlamaConfig
 from jaxllm.models.layers import (
     ACTIVATIONS,
     DEFAULT_ISLANDS,
+    MASTER,
     Islands,
     Linear,
     Params,
@@ -121,7 +122,7 @@ class Llama(nn.Module):
         """Creates the embedding, the stacked layers, the last norm and the head."""
         c = self.config
         normal = nn.initializers.normal(c.init_std)
-        self.embed = self.param("embed", normal, (c.vocab_size, c.d_model))
+        self.embed = self.param("embed", normal, (c.vocab_size, c.d_model), MASTER)
         # Not by self.param alone: it would trace the initialiser again.
         if not self.has_variable("params", "layers"):
             self.param("layers", init_stack, self._init_layer, c.num_layers)
@@ -130,7 +131,7 @@ class Llama(nn.Module):
         if c.tie_embeddings:
             refuse(self, "lm_head")
         else:
-            self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.d_model))
+            self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.d_model), MASTER)
 
     def __call__(
         self,
@@ -191,7 +192,7 @@ class Llama(nn.Module):
 
     def head(self) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding when tied."""
-        return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)
+        return jnp.asarray(self.embed if self.config.tie_embeddings else self.lm_head, self.dtype)
 
     def _layers(self) -> Any:
         return self.get_variable("params", "layers")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import T5Config
 from jaxllm.models.layers import (
     DEFAULT_ISLANDS,
+    MASTER,
     Islands,
     Params,
     RMSNorm,
@@ -156,7 +157,9 @@ class T5(nn.Module):
     def setup(self) -> None:
         """Creates the embedding that both stacks share, the stacks, and the head."""
         c = self.config
-        self.embed = self.param("embed", nn.initializers.normal(c.init_factor), (c.vocab_size, c.d_model))
+        if self.has_rng("dropout") and not self.is_initializing():
+            raise ValueError("dropout takes key=, not rngs: model.apply(..., key=jax.random.key(0))")
+        self.embed = self.param("embed", nn.initializers.normal(c.init_factor), (c.vocab_size, c.d_model), MASTER)
         self.encoder = Encoder(c, self.dtype, self.islands)
         self.decoder = Decoder(c, self.dtype, self.islands)
         if c.tie_embeddings:
@@ -164,7 +167,7 @@ class T5(nn.Module):
         else:
             # As T5X, and what v1.0's scaled tied head amounts to; a standard deviation of 1 starts at tens of nats.
             head = nn.initializers.normal(c.init_factor * c.d_model**-0.5)
-            self.lm_head = self.param("lm_head", head, (c.vocab_size, c.d_model))
+            self.lm_head = self.param("lm_head", head, (c.vocab_size, c.d_model), MASTER)
 
     def __call__(
         self,
@@ -260,7 +263,7 @@ class T5(nn.Module):
 
     def head(self) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding when tied."""
-        return (self.embed if self.config.tie_embeddings else self.lm_head).astype(self.dtype)
+        return jnp.asarray(self.embed if self.config.tie_embeddings else self.lm_head, self.dtype)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or stream_dtype(self.dtype))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
-from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, Islands, Linear, RMSNorm, refuse, site
+from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, MASTER, Islands, Linear, RMSNorm, refuse, site
 from jaxllm.ops.attention import attention
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.linear import linear_float32
@@ -201,4 +201,4 @@ def _add(c: T5Config, x: Array, update: Array, key: Array | None, name: str) -> 
 def create_table(module: nn.Module, c: T5Config) -> Float[Array, "R N"]:
     """The relative bias of a layer or of a stack."""
     std = c.init_factor * c.d_model**-0.5
-    return module.param("relative_bias", nn.initializers.normal(std), (c.relative_buckets, c.num_heads))
+    return module.param("relative_bias", nn.initializers.normal(std), (c.relative_buckets, c.num_heads), MASTER)

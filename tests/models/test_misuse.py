@@ -163,6 +163,49 @@ def test_build_refuses_what_is_no_model(wrong: dict[str, Any]) -> None:
         build(**{"config": LLAMA, **wrong})
 
 
+@pytest.mark.parametrize(
+    ("key", "got"),
+    [(0, "0"), (np.int32(7), "7"), (None, "None"), (jax.random.split(jax.random.key(0), 3), r"key<fry>\[3\]")],
+)
+def test_init_params_says_what_a_key_is(key: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=rf"key must be one key, e.g. jax.random.key\(0\), got .*{got}"):
+        init_params(build(LLAMA), key)
+
+
+def test_init_params_takes_a_model() -> None:
+    config: Any = LLAMA
+    with pytest.raises(ValueError, match="the first argument must be a model as `build` makes it, got LlamaConfig"):
+        init_params(config, jax.random.key(0))
+    old = init_params(build(LLAMA), jax.random.PRNGKey(3))
+    new = init_params(build(LLAMA), jax.random.key(3))
+    assert all(map(np.array_equal, jax.tree.leaves(old), jax.tree.leaves(new)))
+
+
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+def test_variables_are_told_from_parameters(config: LlamaConfig | T5Config) -> None:
+    with pytest.raises(ValueError, match=r"missing: .*; pass variables\[\"params\"\]"):
+        generate(build(config), {"params": params_of(config)}, [[1]], max_new_tokens=2)
+
+
+def test_flaxs_dropout_key_is_not_left_unread() -> None:
+    """T5 would compute without dropout, and nobody could tell."""
+    model = build(dataclasses.replace(T5, dropout_rate=0.1))
+    for method in ("__call__", "hidden"):
+        with pytest.raises(ValueError, match=r"dropout takes key=, not rngs"):
+            call(model, params_of(T5), method=method, rngs={"dropout": jax.random.key(0)})
+
+
+@pytest.mark.parametrize(
+    "config", [LLAMA, T5, dataclasses.replace(T5, tie_embeddings=True)], ids=["llama", "t5", "tied"]
+)
+def test_parameters_may_be_numpys(config: LlamaConfig | T5Config) -> None:
+    params = init_params(build(config), jax.random.key(0))
+    plain = jax.tree.map(np.asarray, params)
+    rows = dict.fromkeys(("tokens", "encoder_tokens", "decoder_tokens", "targets"), np.asarray(TOKENS))
+    loss, rows = build_loss(build(config), TrainingConfig()), rows | {"weights": np.ones((2, 6), np.float32)}
+    assert float(loss(plain, rows, None).loss) == float(loss(params, rows, None).loss)
+
+
 @pytest.mark.parametrize("dtype", ["float16", np.float16, np.dtype("float16"), jnp.float16])
 def test_t5s_stream_is_float32_under_every_spelling_of_float16(dtype: Any) -> None:
     assert stream_dtype(dtype) == jnp.float32
