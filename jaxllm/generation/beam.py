@@ -200,7 +200,7 @@ def _select(
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[..., None], d.count, axis=2)
     ends = ended(chosen, settings.eos_ids) | (d.count + 1 >= limit)
 
-    going, best = jax.lax.top_k(totals + ends * _RULED_OUT, beams)
+    going, best = jax.lax.top_k(totals + jnp.where(ends, _RULED_OUT, 0), beams)
     done = _finish(state, search, tokens, totals, ends)
     rows_of = jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
     chosen = jnp.take_along_axis(chosen, best, axis=1).reshape(-1)
@@ -222,7 +222,7 @@ def _finish(state: BeamState, search: BeamSettings, tokens: Array, totals: Array
     full = jnp.all(state.done, axis=1, keepdims=True) & (search.early_stopping is True)
     closed = full | ~state.improvable[:, None]
     scores = totals / length.astype(jnp.float32) ** search.length_penalty
-    scores += _RULED_OUT * (closed.astype(jnp.float32) + ~finishing)
+    scores += jnp.where(closed, _RULED_OUT, 0) + jnp.where(finishing, 0, _RULED_OUT)
     scores, best = jax.lax.top_k(jnp.concatenate([state.done_scores, scores], axis=1), beams)
 
     def merged(old: Array, new: Array) -> Array:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxllm.generation.edited import adapter
 from jaxllm.generation.family import Decoder, Plan, decoder_of
@@ -112,6 +113,7 @@ def make_request(
         record: keep each step's logits.
     """
     decoder = adapter(model, params)
+    check_outside(params, prompts, seed)
     _check_settings(model, sampling, max_new_tokens, eos_ids, pad_id, samples, cache_dtype)
     check_prompts(model, prompts, new=max_new_tokens, pad_id=pad_id)
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
@@ -131,6 +133,16 @@ def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndar
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
     return tokens, lengths
+
+
+def check_outside(*values: Any) -> None:
+    """Raises a ValueError inside jax's transformations, where values are not there yet."""
+    # The zero is a tracer inside jit even where no argument is one.
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((*values, jnp.zeros(())))):
+        raise ValueError(
+            "decoding works on lists, on the host: call it outside jax.jit, vmap and grad. Inside, `model.apply` gives "
+            "logits that can be differentiated, and jaxllm.models.llama_decode and t5_decode give single steps"
+        )
 
 
 def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:

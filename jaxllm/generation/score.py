@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.generation.edited import Edited, adapter
 from jaxllm.generation.family import Decoder
-from jaxllm.generation.requests import bucket, check_ids, check_prompts, pad
+from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
 from jaxllm.models import Model, check_params
 
 
@@ -39,6 +39,7 @@ def score(
             of another model.
     """
     decoder = adapter(model, params)
+    check_outside(params, prompts, continuations)
     check_params(model, params.params if isinstance(params, Edited) else params)
     if len(prompts) != len(continuations):
         raise ValueError(f"each prompt needs one continuation: got {len(prompts)} and {len(continuations)}")

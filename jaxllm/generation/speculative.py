@@ -188,7 +188,7 @@ def _processed(
     logits: Float[Array, "B T V"], counts: Int[Array, " B"], settings: Settings, seen: Bool[Array, "B T V"] | None
 ) -> Float[Array, "B T V"]:
     """Processors on the logits of tokens number counts, counts + 1, ... of each row."""
-    numbers, vocab = counts[:, None] + jnp.arange(logits.shape[1]), logits.shape[-1]
+    numbers, vocab = counts[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32), logits.shape[-1]
     banned = ban_end(settings, numbers.reshape(-1), vocab)
     seen = None if seen is None else seen.reshape(-1, vocab)
     return process(logits.reshape(-1, vocab), settings.sampling, seen=seen, banned=banned).reshape(logits.shape)
@@ -222,14 +222,14 @@ def _look_up(
     """What followed the latest occurrence in `source` of the longest run of tokens that ends `said`."""
 
     def row(source: Array, length: Array, said: Array, said_length: Array) -> Array:
-        index = jnp.arange(source.shape[0])
+        index = jnp.arange(source.shape[0], dtype=jnp.int32)
         run, matching = jnp.zeros_like(index), index < length
         for back in range(1, _LONGEST_RUN + 1):
             # Position i continues a run if the `back` tokens before it are the last ones said.
             wanted = said[said_length - back]
             matching &= (index >= back) & (said_length >= back) & (jnp.roll(source, back) == wanted)
-            run += matching
-        best = jnp.argmax(run * source.shape[0] + index * (run > 0))
+            run += matching.astype(jnp.int32)
+        best = jnp.argmax(run * source.shape[0] + jnp.where(run > 0, index, 0))
         return jax.lax.dynamic_slice_in_dim(jnp.pad(source, (0, drafts)), best, drafts)
 
     return Draft(jax.vmap(row)(source, lengths, said, said_lengths), None)
@@ -259,7 +259,7 @@ def _draft(
         return (cache, new, seen), (new[:, 0], jax.nn.softmax(logits[:, 0]))
 
     carry = cache, _last(state), state.seen
-    (cache, *_), (tokens, probabilities) = jax.lax.scan(step, carry, jnp.arange(drafts + 1))
+    (cache, *_), (tokens, probabilities) = jax.lax.scan(step, carry, jnp.arange(drafts + 1, dtype=jnp.int32))
     return Draft(tokens[:drafts].T, jnp.swapaxes(probabilities[:drafts], 0, 1)), cache
 
 
@@ -275,33 +275,38 @@ def _verify(
 ) -> SpeculativeState:
     """One forward over the last token and the drafts; keeps what the large model would have said as well."""
     fed = jnp.concatenate([_last(state), draft.tokens], axis=1)
-    offsets = jnp.arange(fed.shape[1])
+    offsets = jnp.arange(fed.shape[1], dtype=jnp.int32)  # jax_enable_x64 would make it int64, and all that follows
     positions = (first_position + state.counts - 1)[:, None] + offsets
     logits, cache = decoder.extend(side.params, side.context, state.cache, fed, positions, settings.plan)
     logits = _processed(logits, state.counts, settings, _seen_along(state.seen, draft.tokens))
     accept = _accept_greedy if settings.sampling.temperature == 0 else _accept_sampled
     accepted, tokens = accept(logits, draft, _keys(keys, state.counts, 0))
     ends = ended(tokens, settings.eos_ids) & (offsets <= accepted[:, None])
-    until_end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1), accepted) + 1
+    until_end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1).astype(jnp.int32), accepted) + 1
     new = jnp.where(state.finished, 0, jnp.minimum(until_end, limit - state.counts))
     rows, kept = jnp.arange(fed.shape[0])[:, None], offsets < new[:, None]
     columns = jnp.where(kept, state.counts[:, None] + offsets, state.out.shape[1])
     out = state.out.at[rows, columns].set(tokens, mode="drop")
     seen = None if state.seen is None else state.seen.at[rows, tokens].max(kept)
-    counts = state.counts + new.astype(state.counts.dtype)  # int64 where jax_enable_x64 makes it so
+    counts = state.counts + new
     stopped = (
         state.finished
         | (counts >= limit)
         | ended(_last(state._replace(out=out, counts=counts))[:, 0], settings.eos_ids)
     )
-    return SpeculativeState(cache, state.draft_cache, out, counts, state.steps + ~state.finished, stopped, seen)
+    steps = jnp.where(state.finished, state.steps, state.steps + 1)
+    return SpeculativeState(cache, state.draft_cache, out, counts, steps, stopped, seen)
+
+
+def _leading(true: Bool[Array, "B k"]) -> Int[Array, " B"]:
+    """How many of each row are True before the first that is not."""
+    return jnp.sum(jnp.cumprod(true.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
 
 
 def _accept_greedy(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
     """How many drafts are the largest logits, and those: the token after the accepted ones is among them."""
     tokens = most_probable(logits)
-    agreed = jnp.cumprod(tokens[:, :-1] == draft.tokens, axis=1)
-    return jnp.sum(agreed, axis=1), tokens
+    return _leading(tokens[:, :-1] == draft.tokens), tokens
 
 
 def _accept_sampled(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
@@ -311,11 +316,11 @@ def _accept_sampled(logits: Float[Array, "B T V"], draft: Draft, keys: Array) ->
     """
     vocab, drafts = logits.shape[-1], draft.tokens.shape[1]
     p = jax.nn.softmax(logits)
-    q = jax.nn.one_hot(draft.tokens, vocab) if draft.probabilities is None else draft.probabilities
+    q = jax.nn.one_hot(draft.tokens, vocab, dtype=jnp.float32) if draft.probabilities is None else draft.probabilities
     p_x, q_x = (jnp.take_along_axis(x, draft.tokens[..., None], axis=-1)[..., 0] for x in (p[:, :-1], q))
     pair = jax.vmap(jax.random.split)(keys)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (drafts,)))(pair[:, 0])
-    accepted = jnp.sum(jnp.cumprod(uniform * q_x < p_x, axis=1), axis=1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (drafts,), jnp.float32))(pair[:, 0])
+    accepted = _leading(uniform * q_x < p_x)
     # After the last draft nothing was proposed, so the remainder is p itself.
     rest = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
     rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]

@@ -142,7 +142,8 @@ def prefill(
     )
     # A cache that may wrap around holds each prompt's last tokens, oldest first, so that the oldest is replaced first.
     wraps = c.sliding_window is not None and capacity <= c.sliding_window
-    kept = jnp.arange(min(count, capacity))[None] + jnp.where(wraps, lengths - min(count, capacity), 0)[:, None]
+    held = min(count, capacity)
+    kept = jnp.arange(held, dtype=jnp.int32)[None] + jnp.where(wraps, lengths - held, 0)[:, None]
     columns = jnp.maximum(kept, 0)
     x, keys, values = params.embed[tokens], [], []
     for i, layer in enumerate(params.layers):

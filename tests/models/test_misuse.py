@@ -142,6 +142,14 @@ def test_a_generation_that_cannot_be_meant_is_refused(arguments: dict[str, Any],
         generate(**{**asked, **arguments})
 
 
+def test_a_traced_prompt_or_seed_is_refused() -> None:
+    model, params = build(LLAMA), params_of(LLAMA)
+    with pytest.raises(ValueError, match=r"call it outside jax\.jit"):
+        jax.jit(lambda rows: jnp.asarray(generate(model, params, rows, max_new_tokens=2)))(TOKENS)
+    with pytest.raises(ValueError, match=r"call it outside jax\.jit"):
+        jax.vmap(lambda seed: jnp.asarray(generate(model, params, [[1]], max_new_tokens=2, seed=seed)))(jnp.arange(2))
+
+
 def test_beam_search_names_its_settings() -> None:
     search: Any = 4
     with pytest.raises(ValueError, match=r"search must be a BeamSettings, e.g. BeamSettings\(beams=4\), got 4"):
