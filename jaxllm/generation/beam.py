@@ -21,7 +21,7 @@ from jaxllm.generation.loop import GenerateState, ban_end, ended, segments, star
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
-from jaxllm.ops.sampling import Sampling, process
+from jaxllm.ops.sampling import Sampling, process, to_numbers
 
 # What transformers adds to a score to rule a beam out; finite, so that sums stay ordered.
 _RULED_OUT = -1e9
@@ -57,6 +57,8 @@ class BeamSettings:
     returned: int = 1
 
     def __post_init__(self) -> None:
+        to_numbers(self, int, "beams", "returned")
+        to_numbers(self, float, "length_penalty")
         if self.beams < 2:
             raise ValueError(f"beams must be at least 2, got {self.beams}; one beam is a greedy generate")
         if not 1 <= self.returned <= self.beams:

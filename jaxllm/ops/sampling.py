@@ -8,13 +8,29 @@ batch mates. Not here: when to stop.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 _BLOCK = 64  # of the vocabulary, in `most_probable`
 _SMALLEST, _LARGEST = 1e-30, 1e30  # by which logits can be divided or multiplied without leaving float32
+
+
+def to_numbers(settings: Any, kind: type[int] | type[float], *names: str) -> None:
+    """Makes fields of a frozen dataclass Python's numbers: jax's are not hashable, and a static argument must be.
+
+    Raises:
+        ValueError: for what is no number, or no whole one where int is wanted.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        given = np.asarray(value)
+        if given.ndim or given.dtype.kind not in ("iu" if kind is int else "iuf"):
+            raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}")
+        object.__setattr__(settings, name, kind(given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +54,8 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
+        to_numbers(self, float, "temperature", "top_p", "min_p", "repetition_penalty")
+        to_numbers(self, int, "min_new_tokens", *(["top_k"] if self.top_k is not None else []))
         if self.temperature != 0 and not _SMALLEST <= self.temperature <= _LARGEST:
             raise ValueError(
                 f"temperature must be 0 (greedy) or lie in [{_SMALLEST}, {_LARGEST}], got {self.temperature}"

@@ -165,6 +165,36 @@ def test_numbers_of_numpy_are_numbers() -> None:
         assert generate(model, params, np.array([[1, 2]]), max_new_tokens=count, sampling=drawn, seed=given) == want
 
 
+@pytest.mark.parametrize(
+    ("settings", "number", "message"),
+    [
+        (Sampling, {"temperature": "1"}, "temperature must be a number, got '1'"),
+        (Sampling, {"temperature": 1.0, "top_k": 5.0}, "top_k must be a whole number, got 5.0"),
+        (Sampling, {"temperature": True}, "temperature must be a number, got True"),
+        (Sampling, {"temperature": None}, "temperature must be a number, got None"),
+        (Sampling, {"min_new_tokens": 2.0}, "min_new_tokens must be a whole number, got 2.0"),
+        (BeamSettings, {"beams": 4.0}, "beams must be a whole number, got 4.0"),
+        (BeamSettings, {"beams": 4, "length_penalty": "1"}, "length_penalty must be a number, got '1'"),
+        (BeamSettings, {"beams": 4, "returned": 2.0}, "returned must be a whole number, got 2.0"),
+    ],
+)
+def test_settings_of_decoding_are_numbers(settings: Any, number: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**number)
+
+
+def test_settings_of_decoding_take_numbers_of_numpy_and_jax() -> None:
+    """They are static arguments, so they must be hashable, and equal ones must share a compiled program."""
+    drawn: Any = Sampling
+    for one in (np.float32(0.5), jnp.float32(0.5), np.float64(0.5)):
+        assert hash(drawn(temperature=one, top_k=np.int64(5))) == hash(Sampling(temperature=0.5, top_k=5))
+    assert drawn(temperature=jnp.int32(1)) == Sampling(temperature=1.0)
+    beams: Any = BeamSettings
+    assert hash(beams(beams=jnp.int32(4), length_penalty=jnp.float32(2))) == hash(
+        BeamSettings(beams=4, length_penalty=2)
+    )
+
+
 @pytest.mark.parametrize("wrong", [{"config": {"vocab_size": 3}}, {"dtype": jnp.int32}, {"dtype": "half-ish"}])
 def test_build_refuses_what_is_no_model(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"build needs a LlamaConfig|dtype must be float32, bfloat16 or float16"):
