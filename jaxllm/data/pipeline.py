@@ -88,7 +88,8 @@ class Pipeline:
         }
         documents = grain.MapDataset.source(source.train)[shard].seed(seed).shuffle().repeat()
         own = int(np.random.SeedSequence([seed, shard.start or 0]).generate_state(1)[0])
-        batches = self._rows(documents, seed=own).batch(batch_size, drop_remainder=True)
+        window = _rows_of_an_epoch(source.train, shard, config.text_key, self.recipe.lengths[0])
+        batches = self._rows(documents, seed=own, window=window).batch(batch_size, drop_remainder=True)
         if config.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
@@ -164,14 +165,14 @@ class Pipeline:
         if close is not None:
             close()
 
-    def _rows(self, documents: Any, *, seed: int) -> Any:
+    def _rows(self, documents: Any, *, seed: int, window: int = _WINDOW_ROWS) -> Any:
         encoded = documents.map(self.recipe.encode).to_iter_dataset(_READING)
         if self.recipe.cut is None:
             cuts = encoded.batch(_GROUP, batch_fn=list)
         else:
             cuts = ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
         rows = FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
-        window = min(_WINDOW_ROWS, max(_WINDOW_TOKENS // self.recipe.lengths[0], 1))
+        window = min(window, _WINDOW_ROWS, max(_WINDOW_TOKENS // self.recipe.lengths[0], 1))
         if self.recipe.cut is None:  # whole documents, shuffled before: only packing has put them into an order
             window = min(window, _GROUP)
         return WindowShuffleIterDataset(rows, window_size=window, seed=seed)
@@ -199,7 +200,7 @@ def build_pipeline(
     vocab_size: int,
     batch_size: int,
     seed: int,
-    run_dir: Path,
+    run_dir: str | Path,
     process_index: int = 0,
     process_count: int = 1,
     decoder_start_id: int = 0,
@@ -211,7 +212,7 @@ def build_pipeline(
         vocab_size: rows of the model's embedding.
         batch_size: rows of a batch of this process.
         seed: of the order.
-        run_dir: where the tokenizer, and unless `cache_dir` is set the prepared data, are kept.
+        run_dir: where the tokenizer, and unless `cache_dir` is set the prepared data, are kept; made where it is new.
         process_index: which part of the documents this process reads.
         process_count: of how many parts.
         decoder_start_id: first decoder token of an example, for an encoder-decoder.
@@ -219,6 +220,7 @@ def build_pipeline(
     Raises:
         DataError: naming what is missing or does not fit, and the fix.
     """
+    run_dir = Path(run_dir).expanduser()
     source = open_source(config, cache_dir=Path(config.cache_dir or run_dir / "data").expanduser())
     tokenizer = _tokenizer(config, source, vocab_size, run_dir)
     if tokenizer.vocab_size > vocab_size:
@@ -252,6 +254,16 @@ def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Pat
     tokenizer.save(cached)
     _log.info("trained a tokenizer of %d ids on %d documents", tokenizer.vocab_size, len(source.train))
     return tokenizer
+
+
+def _rows_of_an_epoch(records: Sequence[Any], shard: slice, key: str, length: int) -> int:
+    """At most how many rows the documents fill once, since no token is shorter than a byte.
+
+    To shuffle more than these together would take minutes to read three short documents again and again.
+    """
+    sizes = [len(text.encode()) + 1 for text in _sample(records, key)]
+    documents = len(range(*shard.indices(len(records))))
+    return max(math.ceil(documents * sum(sizes) / len(sizes) / length), 1)
 
 
 def _sample(records: Sequence[Any], key: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ class Tokenizer:
         """Hash of the tokenizer, for checkpoints."""
         return hashlib.sha256(self._fast.to_str().encode()).hexdigest()[:12]
 
-    def save(self, path: Path) -> None:
-        """Writes tokenizer.json, whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json, whole or not at all, in a folder that may be new."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(self._fast.to_str(pretty=True), encoding="utf-8")
         partial.replace(path)
@@ -143,20 +145,24 @@ class SentencePieceTokenizer(Tokenizer):
         """Hash of the model, for checkpoints."""
         return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()[:12]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the .model beside where a tokenizer.json would be."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".model").write_bytes(self._model.serialized_model_proto())
 
     def _restrict(self) -> None:
         """SentencePiece needs no restriction."""
 
 
-def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids; any text round-trips exactly.
 
     Raises:
-        DataError: when the vocabulary has no room for bytes, specials and sentinels.
+        DataError: when the vocabulary has no room for bytes, specials and sentinels, or a text is given for texts.
     """
+    if isinstance(texts, str):  # its letters would be the texts
+        raise DataError("texts must be many texts, got one str; put it into a list")
     if vocab_size < _SMALLEST:
         raise DataError(
             f"model.vocab_size {vocab_size} is too small for 256 bytes, 3 special tokens and {NUM_SENTINELS} "

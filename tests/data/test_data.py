@@ -59,6 +59,32 @@ def test_saved_tokenizer_keeps_the_rule(tokenizer: Tokenizer, tmp_path: Path) ->
     assert loaded.decode(loaded.encode("</s>")) == "</s>" and 1 not in loaded.encode("</s>")
 
 
+def test_paths_may_be_strings_and_folders_new(corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(str(tmp_path / "new" / "tokenizer.json"))
+    config = DataConfig(source="files", path=str(corpus), tokenizer=str(tmp_path / "new" / "tokenizer.json"))
+    pipeline = build_pipeline(config, vocab_size=500, batch_size=4, seed=0, run_dir=str(tmp_path / "a" / "run"))
+    assert pipeline.tokenizer.fingerprint == load_tokenizer(str(tmp_path / "a" / "run" / "tokenizer.json")).fingerprint
+
+
+def test_a_text_is_not_taken_for_texts() -> None:
+    with pytest.raises(DataError, match="texts must be many texts, got one str; put it into a list"):
+        train_tokenizer("a corpus in one string", vocab_size=500)
+
+
+@pytest.mark.parametrize("objective", ["causal", "span_corruption"])
+def test_a_tiny_corpus_is_read_a_few_times_before_the_first_batch(tmp_path: Path, objective: str) -> None:
+    """A window of a million tokens would take minutes to fill from three short documents."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(12):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"Grüße Nr. {i} aus 東京", encoding="utf-8")
+    pipeline = open_pipeline(tmp_path / "corpus", tmp_path / "run", objective=objective, validation_fraction=0.5)
+    read, encode = [], pipeline.tokenizer.encode
+    pipeline.tokenizer.encode = lambda text: read.append(text) or encode(text)
+    batch = next(pipeline)
+    assert len(batch["targets"]) == 4 and len(read) < 500
+    assert len(set(read)) == len(pipeline._source.train)
+
+
 def test_special_ids(tokenizer: Tokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
     size = tokenizer.vocab_size
