@@ -108,7 +108,7 @@ def _chunk_sums(
     nll = jnp.log(total) - (target.astype(jnp.float32) - largest.astype(jnp.float32))
     nll = jnp.where(weights == 0, 0.0, weights * nll)
     loss = nll + weights * z_loss * jnp.square(normalizer)
-    correct = weights * (target >= largest)
+    correct = jnp.where(target >= largest, weights, 0)
     return (jnp.sum(loss), jnp.sum(nll), jnp.sum(correct)), logits, (largest, total, normalizer)
 
 
