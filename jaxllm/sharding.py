@@ -6,6 +6,21 @@ device's rows and with whole parameters, which are gathered in the compute dtype
 in float32, and every device keeps its share of the sums. That is written out here: left to XLA's partitioner, the
 scans over chunks of the loss and over microbatches would move activations. The loss scale sees the sums, so its
 decision is one. Not here: several processes, tensor or pipeline parallelism.
+
+A loop of your own, on one device or several, where `batches` are dicts of NumPy rows (see `build_loss`):
+
+    mesh = make_mesh()  # all devices
+    start = lambda: init_train_state(init_params(model, key), optimizer, key)
+    layout = state_shardings(jax.eval_shape(start), mesh)
+    state = jax.jit(start, out_shardings=layout)()  # no device ever holds it all
+    loss = build_loss(model, TrainingConfig())
+    step = make_train_step(loss, optimizer, accumulation=1, dtype=model.dtype, mesh=mesh)
+    step = jax.jit(step, donate_argnums=0)
+    for batch in batches:
+        state, metrics = step(state, place_rows(batch, mesh))
+    params = jax.device_put(state.params, jax.devices()[0])  # decoding is for one device
+
+`Checkpoints.restore(with_shardings(jax.eval_shape(start), mesh))` brings a state back onto another number of devices.
 """
 
 from __future__ import annotations

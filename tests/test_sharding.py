@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxllm.config import RunConfig
+from jaxllm import sharding
+from jaxllm.config import LlamaConfig, RunConfig, TrainingConfig
 from jaxllm.config_file import dump_config, parse_config
-from jaxllm.models import build, count_params
+from jaxllm.models import build, count_params, init_params
 from jaxllm.sharding import check_rows, make_mesh
 from jaxllm.training.fit import estimate_fit
 from jaxllm.training.initial_params import load_run
+from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.train_step import init_train_state, make_train_step
 from jaxllm.training.trainer import pretrain
 
 # Trains to step 4, copies the folder for the parent, goes on to the end; then one step of which one device overflows.
@@ -152,6 +157,19 @@ def test_a_device_holds_and_sends_its_share(runs: tuple[RunConfig, RunConfig, Ru
 def test_an_overflow_on_one_device_is_one_for_all(runs: tuple[RunConfig, RunConfig, RunConfig, dict]) -> None:
     report = runs[3]
     assert (report["scales"], report["skipped"], report["untouched"]) == ([4.0], 1, True)
+
+
+def test_the_loop_that_the_docstring_shows_runs(tiny: LlamaConfig) -> None:
+    """On one device here; the laws of several are above."""
+    lines = [line[4:] for line in (sharding.__doc__ or "").splitlines() if line.startswith("    ")]
+    rows = jnp.arange(32).reshape(4, 8)
+    batch = {"tokens": rows, "targets": rows, "weights": jnp.ones((4, 8))}
+    names = {**vars(sharding), "init_train_state": init_train_state, "make_train_step": make_train_step}
+    names |= {"build_loss": build_loss, "init_params": init_params, "TrainingConfig": TrainingConfig}
+    names |= {"model": build(tiny), "optimizer": optax.sgd(0.1), "key": jax.random.key(0), "batches": [batch, batch]}
+    exec("\n".join(lines), names)
+    assert int(names["state"].step) == 2 and np.isfinite(names["metrics"].loss)
+    assert names["params"]["embed"].sharding.device_set == {jax.devices()[0]}
 
 
 def test_rows_that_cannot_be_shared_are_refused() -> None:
