@@ -6,6 +6,7 @@ prompt and in every step after it. The cache then holds what the edits made of k
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class Edited(NamedTuple):
     """
 
     params: Any
-    edits: dict[str, Any]
+    edits: OrderedDict[str, Any]
 
 
 def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
@@ -49,8 +50,9 @@ def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
         if name.split("/")[-1] == "attention_weights":
             raise ValueError(f"{name} can't be edited while decoding, which never holds them: edit heads or query")
     # A partial of a partial would be another function each time.
-    made = {name: change if isinstance(change, Partial) else Partial(change) for name, change in edits.items()}
-    return Edited(params, made)
+    made = [(name, change if isinstance(change, Partial) else Partial(change)) for name, change in edits.items()]
+    # Of one site edits apply in their order, which jit would sort in a dict.
+    return Edited(params, OrderedDict(made))
 
 
 def adapter(model: Model, params: Any) -> Decoder:

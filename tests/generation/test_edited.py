@@ -91,6 +91,14 @@ def test_another_vector_compiles_nothing() -> None:
     assert loop.run._cache_size() == before
 
 
+def test_edits_of_one_site_keep_their_order() -> None:
+    model, params, _ = family("llama")
+    both = edited(params, {"layers/heads": lambda x, layer: x * 0 + 1, "heads": lambda x, layer: x * 2})
+    twos = edited(params, {"heads": lambda x, layer: x * 0 + 2})
+    found, want = (np.concatenate(score(model, p, PROMPTS, PROMPTS)) for p in (both, twos))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
 def test_what_cannot_be_edited_is_refused() -> None:
     model, params, _ = family("t5")
     with pytest.raises(ValueError, match="attention_weights can't be edited while decoding"):
