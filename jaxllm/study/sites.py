@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxllm.study.interpret import Place, Record, Visitor, bind, interpret
-from jaxllm.study.programs import label, numbers, programs
+from jaxllm.study.programs import LOOP, label, numbers, programs
 
 Edit = Callable[[Array, Any], Any]
 
@@ -114,7 +114,8 @@ class _Sites:
             return "", None
         path = _path(place, eqn.params["name"])
         self._seen[path] = None
-        return path, place.steps[0] if place.steps else next(iter(numbers(place.stacks)), 0)
+        # Scopes of the caller's may be numbered too; the layer's is the innermost.
+        return path, place.steps[0] if place.steps else [0, *numbers(place.stacks)][-1]
 
     def check(self) -> None:
         """Raises ValueError for a name that is none of the paths."""
@@ -130,8 +131,9 @@ _WEIGHTS_HINT = " (only `attention: reference` holds the weights: build the mode
 
 def _interpret(function: Callable[..., Any], args: Any, kwargs: Any, visit: Any) -> tuple[Any, list[Record]]:
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
-    visitor = Visitor(_holds_site, visit)
-    outputs, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), visitor)
+    outputs, records = interpret(
+        closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), Visitor(_holds_site, visit)
+    )
     return jax.tree.unflatten(jax.tree.structure(shape), outputs), records
 
 
@@ -148,12 +150,12 @@ def _path(place: Place, name: str) -> str:
     if any("jvp(" in stack or "transpose(" in stack for stack in place.stacks):
         raise ValueError(f"the site {name} is part of a gradient: take the gradient of the captured or edited function")
     if place.steps:
-        looped = [part for part in label(place.stacks, range(len(place.steps)))[1].split("/") if part.endswith("]")]
-        if numbers(place.stacks) or len(place.steps) > 1 or not all(part.endswith("Layer[0]") for part in looped):
+        inside = place.stacks[place.stacks.index(LOOP) + 1 :]
+        if LOOP in inside or numbers(inside):
             raise ValueError(f"the site {name} is in a loop over other things than layers: capture or edit inside it")
     # A class stands where no parent gives a name: the model itself, and a layer taken out of its stack.
     modules = ["layers" if part.endswith("Layer") else part for part in label(place.stacks)[1].split("/")]
-    return "/".join([module for module in modules if not module[:1].isupper()] + [name])
+    return "/".join([module for module in modules if module and not module[:1].isupper()] + [name])
 
 
 def _joined(records: list[Record]) -> dict[str, Array]:

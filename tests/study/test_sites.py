@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxllm
 from jaxllm.models.layers import apply
@@ -98,6 +101,31 @@ def test_a_model_that_runs_twice_numbers_its_layers_twice(layers: str) -> None:
     twice, both = capture(edit(lambda p, ids: forward(p, ids) + forward(p, ids), without), "heads")(params, TOKENS)
     close(twice, 2 * once)
     close(both["layers/heads"], jnp.concatenate([seen["layers/heads"]] * 2))
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_numbered_scopes_around_a_model_are_not_its_layers(layers: str) -> None:
+    forward, params = family(LLAMA, layers=layers)
+    without = edit(jax.named_scope("7")(forward), {"heads": lambda x, layer: jnp.where(layer == 1, 0, x)})
+    want = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 1, 0, x)})(params, TOKENS)
+    close(jax.jit(without)(params, TOKENS), want)
+    assert jnp.abs(want - forward(params, TOKENS)).max() > 0.01
+
+
+def test_loops_over_own_layers_have_sites() -> None:
+    """Flax calls them by any name, and a plain scan by none."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return checkpoint_name(2 * x, "h"), None
+
+    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="blocks")
+    plain = functools.partial(jax.lax.scan, lambda x, _: (checkpoint_name(2 * x, "h"), None), xs=None, length=3)
+    for path, run in (("blocks/h", lambda x: stack.apply({}, x, None)), ("h", plain)):
+        _, seen = capture(run)(jnp.ones(2))
+        assert list(seen) == [path]
+        close(seen[path], [[2, 2], [4, 4], [8, 8]])
 
 
 def test_a_name_means_all_sites_that_end_in_it() -> None:
