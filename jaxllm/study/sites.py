@@ -134,7 +134,8 @@ def _interpret(function: Callable[..., Any], args: Any, kwargs: Any, visit: Any)
     outputs, records = interpret(
         closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), Visitor(_holds_site, visit)
     )
-    return jax.tree.unflatten(jax.tree.structure(shape), outputs), records
+    # Constants and arguments that are results are not arrays of JAX yet.
+    return jax.tree.unflatten(jax.tree.structure(shape), map(jnp.asarray, outputs)), records
 
 
 def _holds_site(eqn: Any) -> bool:

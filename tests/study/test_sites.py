@@ -128,6 +128,15 @@ def test_loops_over_own_layers_have_sites() -> None:
         close(seen[path], [[2, 2], [4, 4], [8, 8]])
 
 
+def test_results_are_arrays_whatever_the_function_returns() -> None:
+    def function(p: Any, ids: Any) -> Any:
+        return FORWARD(p, ids), ids, 3, jax.random.key(0)
+
+    (_, *found), _ = capture(function, "heads")(PARAMS, np.asarray(TOKENS, np.int64))
+    assert all(isinstance(value, jax.Array) for value in found)
+    assert [str(value.dtype) for value in found] == ["int32", "int32", "key<fry>"]
+
+
 def test_a_name_means_all_sites_that_end_in_it() -> None:
     forward, params = family(T5)
     paths = set(sites(forward)(params, TOKENS))
