@@ -33,8 +33,8 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
             means every site, which can be a great deal of memory.
 
     Raises:
-        ValueError: when called, for a name that is no site of the function, or a site in the backward pass or in a
-            loop or condition of the caller's: capture the function inside it instead.
+        ValueError: when called, for a name that is no site of the function, or a site in the backward pass, in a
+            loop or condition of the caller's, or in a function with derivatives of its own: capture inside it.
     """
 
     @functools.wraps(function)
@@ -131,11 +131,14 @@ _WEIGHTS_HINT = " (only `attention: reference` holds the weights: build the mode
 
 def _interpret(function: Callable[..., Any], args: Any, kwargs: Any, visit: Any) -> tuple[Any, list[Record]]:
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
-    outputs, records = interpret(
-        closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), Visitor(_holds_site, visit)
-    )
+    outputs, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), Visitor(_enters, visit))
     # Constants and arguments that are results are not arrays of JAX yet.
     return jax.tree.unflatten(jax.tree.structure(shape), map(jnp.asarray, outputs)), records
+
+
+def _enters(eqn: Any) -> bool:
+    # Run from inside, a function with derivatives of its own would lose them.
+    return _holds_site(eqn) and not eqn.primitive.name.startswith("custom_")
 
 
 def _holds_site(eqn: Any) -> bool:

@@ -217,6 +217,8 @@ def test_a_new_value_takes_the_dtype_of_the_old_one() -> None:
 
 FORWARD, PARAMS = family(LLAMA)
 UNROLLED, _ = family(LLAMA, layers="unroll")
+OWN_SLOPE = jax.custom_vjp(FORWARD)
+OWN_SLOPE.defvjp(lambda p, ids: (FORWARD(p, ids), p), lambda p, grad: (p, None))
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,7 @@ UNROLLED, _ = family(LLAMA, layers="unroll")
             lambda: capture(lambda p, ids: jax.lax.map(lambda i: UNROLLED(p, i), ids[None])),
             r"in a loop over other things",
         ),
+        (lambda: capture(OWN_SLOPE), r"a site is inside custom_vjp_call"),
         (lambda: edit(lambda p, ids: jax.lax.cond(True, FORWARD, FORWARD, p, ids), {}), r"a site is inside cond"),
     ],
 )
