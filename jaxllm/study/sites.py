@@ -122,7 +122,7 @@ class _Sites:
         for name in self._names:
             if not any(_matches(path, name) for path in self._seen):
                 known = ", ".join(self._seen) or "none: it runs no model of this library"
-                hint = _WEIGHTS_HINT if name.endswith("attention_weights") else ""
+                hint = _WEIGHTS_HINT if "attention_weights" in name else ""
                 raise ValueError(f"{name!r} is no site of the function{hint}; its sites are {known}")
 
 
@@ -171,7 +171,10 @@ def _joined(records: list[Record]) -> dict[str, Array]:
 
 
 def _changed(change: Edit, path: str, value: Array, layer: Any) -> Array:
-    new = jnp.asarray(change(value, layer))
+    new = change(value, layer)
+    if new is None:
+        raise ValueError(f"the edit of {path} returns None: it must return the new value")
+    new = jnp.asarray(new)
     if new.shape != value.shape:
         raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
     return new.astype(value.dtype)

@@ -239,6 +239,8 @@ OWN_SLOPE.defvjp(lambda p, ids: (FORWARD(p, ids), p), lambda p, grad: (p, None))
             r"in a loop over other things",
         ),
         (lambda: capture(OWN_SLOPE), r"a site is inside custom_vjp_call"),
+        (lambda: capture(FORWARD, ["heads"]), r"\['heads'\] is no site of the function; its sites are layers/input, "),
+        (lambda: edit(FORWARD, {"heads": lambda x, _: None}), r"the edit of layers/heads returns None"),
         (lambda: edit(lambda p, ids: jax.lax.cond(True, FORWARD, FORWARD, p, ids), {}), r"a site is inside cond"),
     ],
 )
