@@ -44,8 +44,11 @@ def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
             function compiles anew, so define it once, and give arrays that change by `jax.tree_util.Partial`.
 
     Raises:
-        ValueError: for attention weights, which decoding never holds: edit `heads` or `query` instead.
+        ValueError: for attention weights, which decoding never holds: edit `heads` or `query` instead; for parameters
+            that are edited already.
     """
+    if isinstance(params, Edited):
+        raise ValueError("the parameters are edited already: give all edits at once")
     for name in edits:
         if name.split("/")[-1] == "attention_weights":
             raise ValueError(f"{name} can't be edited while decoding, which never holds them: edit heads or query")

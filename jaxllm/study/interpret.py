@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.study.programs import INLINED, LOOP, inlined
+from jaxllm.study.programs import INLINED, LOOP, REMAT, inlined
 
 FORWARD, REVERSED = "loop", "reversed loop"
 
@@ -81,9 +81,24 @@ def _run(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[li
     name = eqn.primitive.name
     if name == "scan" and visitor.enters(eqn):
         return _run_scan(eqn, inputs, visitor, here)
+    if name in REMAT and not eqn.params["differentiated"] and visitor.enters(eqn):
+        return _run_remat(eqn, inputs, visitor, here)
     if name in INLINED and visitor.enters(eqn):
         return interpret(*inlined(eqn), inputs, visitor, here)
     return visitor.visit(eqn, inputs, here)
+
+
+def _run_remat(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[list[Any], list[Record]]:
+    """As a program that a gradient computes again, still."""
+    labels: list[Any] = []
+
+    def body(inputs: list[Any]) -> tuple[list[Any], list[jax.Array]]:
+        outputs, records = interpret(*inlined(eqn), inputs, visitor, here)
+        labels[:] = [label for label, _ in records]
+        return outputs, [value for _, value in records]
+
+    outputs, recorded = jax.checkpoint(body, policy=eqn.params["policy"])(inputs)
+    return outputs, list(zip(labels, recorded, strict=True))
 
 
 def _run_scan(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[list[Any], list[Record]]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Operations that run a program once, on their own inputs and in their own place.
-INLINED = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
+REMAT = {"checkpoint", "remat2"}
+INLINED = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", *REMAT}
 
 # Stands in a list of name stacks for the border of a loop.
 LOOP = "<loop>"

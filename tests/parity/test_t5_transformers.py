@@ -44,8 +44,10 @@ def test_hidden_states_and_attention_maps(name: str, t5_directory: Callable[[str
     want, real = theirs.inside(theirs.build(name)), cases.source_mask()
     vocab = model.config.vocab_size
     tokens = cases.source(vocab), cases.decoder_tokens(model.config.decoder_start_id, vocab)
-    run = capture(lambda p, a, b: model.apply({"params": p}, a, b, encoder_segment_ids=jnp.asarray(real)), *want)
-    _, seen = jax.jit(run)(params, *tokens)
+    last, options = want.pop("last"), {"encoder_segment_ids": jnp.asarray(real), "method": "hidden"}
+    found, seen = jax.jit(capture(lambda p, a, b: model.apply({"params": p}, a, b, **options), *want))(params, *tokens)
+    scaled = model.config.d_model**-0.5 if model.config.scale_logits else 1
+    assert cases.logit_error(found, scaled * last) < cases.LOGITS * scaled
     assert seen.keys() == want.keys()
     for key, value in want.items():
         queries = real.astype(bool) if key.startswith("encoder") else np.ones(tokens[1].shape, bool)

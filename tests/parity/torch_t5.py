@@ -42,12 +42,13 @@ def logits(model: Any) -> np.ndarray:
 
 
 def inside(model: Any) -> dict[str, np.ndarray]:
-    """Inputs and attention maps of all layers, by the paths of `jaxllm.study`."""
+    """Inputs and attention maps of all layers, by the paths of `jaxllm.study`; the last state, normalised."""
     shifted = cases.decoder_tokens(model.config.decoder_start_token_id, model.config.vocab_size)
     with torch.no_grad():
         batch = {**_batch(model), "decoder_input_ids": _long(shifted)}
         out = model(**batch, output_hidden_states=True, output_attentions=True)
     return {
+        "last": out.decoder_hidden_states[-1].numpy(),
         "encoder/layers/input": np.stack(out.encoder_hidden_states[:-1]),
         "decoder/layers/input": np.stack(out.decoder_hidden_states[:-1]),
         "encoder/layers/attention/attention_weights": np.stack(out.encoder_attentions),

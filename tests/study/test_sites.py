@@ -193,6 +193,24 @@ def test_gradients_are_those_of_the_function(dtype: str) -> None:
     np.testing.assert_allclose(shift.astype(jnp.float32), want["embed"][TOKENS], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("remat", ["elementwise", "dots", "full"])
+def test_what_is_rematerialised_still_is(remat: str) -> None:
+    """By the bytes that a gradient's program holds, and its bits."""
+    tokens = jnp.tile(TOKENS, (8, 8))
+
+    def sizes(remat: str) -> tuple[Any, list[int]]:
+        forward, params = family(LLAMA, num_layers=6, remat=remat)
+        changed = edit(forward, {"neurons": lambda x, layer: x * jnp.where(layer == 1, 2, 1)})
+        seen = capture(forward, "heads")
+        losses = [forward, changed, lambda p, ids: seen(p, ids)[0]]
+        grads = [jax.jit(jax.grad(lambda p, f=f: f(p, tokens).mean())).lower(params).compile() for f in losses]
+        return grads[2](params), [grad.memory_analysis().temp_size_in_bytes for grad in grads]
+
+    (grads, lean), (want, rich) = sizes(remat), sizes("none")
+    assert max(lean) < 1.1 * lean[0] < 0.8 * rich[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, want)
+
+
 def test_a_sweep_over_layers_and_heads_is_one_vmap() -> None:
     forward, params = family(LLAMA)
 
