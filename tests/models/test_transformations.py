@@ -48,15 +48,12 @@ def test_parameters_are_float32_under_x64(config: LlamaConfig | T5Config) -> Non
 
 @BOTH
 def test_a_float32_loss_keeps_to_strict_promotion(config: LlamaConfig | T5Config) -> None:
-    params, gradient = init_params(build(config), jax.random.key(0)), jax.value_and_grad(mean_loss(config))
-    want = gradient(params)
+    trace, params = jax.make_jaxpr(jax.value_and_grad(mean_loss(config))), abstract_params(build(config))
     with jax.numpy_dtype_promotion("strict"):
-        got = gradient(params)
-    assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
+        assert jax.tree.leaves(trace(params).out_avals)
 
 
-@BOTH
-@pytest.mark.parametrize("attention", ["reference", "chunked"])
+@pytest.mark.parametrize(("config", "attention"), [(LLAMA, "chunked"), (T5, "reference")], ids=["llama", "t5"])
 def test_derivatives_along_a_direction_and_of_derivatives(config: LlamaConfig | T5Config, attention: str) -> None:
     """As README says: in reverse mode, since products with rules of their own have no jvp."""
     mean = jax.jit(mean_loss(dataclasses.replace(config, attention=attention)))

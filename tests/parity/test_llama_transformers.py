@@ -57,7 +57,7 @@ def test_exports_open_in_transformers(name: str, tmp_path: Path, llama_directory
     np.testing.assert_array_equal(theirs.logits(opened, cases.tokens()), theirs.logits(built, cases.tokens()))
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", ("gqa_tied_linear", "biases_yarn_mscale", "longrope_long", "mistral", "qwen3"))
 def test_hidden_states_and_attention_maps(name: str, llama_directory) -> None:
     model, params = jaxllm.load_hf(llama_directory(name))
     want = theirs.inside(theirs.build(name), cases.tokens())

