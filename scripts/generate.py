@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from huge_pages import restart_with_huge_pages
 
@@ -52,33 +53,16 @@ def _speak(arguments: argparse.Namespace) -> None:
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
-    prompts = _prompts(arguments)
+    prompts = terminal.read_prompts(arguments.prompt, prompt_file=arguments.prompt_file, batch=arguments.batch)
     speaker = load_speaker(arguments.folder, dtype=arguments.dtype, int8=arguments.int8)
-    options = {"max_new_tokens": arguments.max_new_tokens, "sampling": sampling, "stop": arguments.stop}
-    options["seed"] = arguments.seed
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("max_new_tokens", "stop", "seed")} | {
+        "sampling": sampling
+    }
     if arguments.batch:
         rate = terminal.write_batches(speaker, prompts, batch_size=arguments.batch_size, **options)
     else:
         rate = terminal.write_stream(speaker, prompts[0], **options)
     print(rate, file=sys.stderr)
-
-
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    if arguments.batch:
-        text = _read(arguments.batch)
-        if not text:
-            raise ValueError(f"{arguments.batch} is empty; write one prompt per line")
-        return text.split("\n")  # splitlines would also cut at form feeds and U+2028
-    if arguments.prompt_file:
-        return [_read(arguments.prompt_file)]
-    return [sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes what a model says on standard output, one prompt as it comes or many as JSON lines, and says how fast it was.
+"""Reads prompts, and writes what a model says on standard output, as it comes or as JSON lines, and how fast it was.
 
 Not here: arguments (`scripts/generate.py`), and loading (`jaxllm.training.speaker`), whose speaker is used here.
 """
@@ -9,10 +9,34 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jaxllm.generation.generate import generate, generate_stream
 from jaxllm.generation.requests import check_prompts
+
+
+def read_prompts(prompt: str | None, *, prompt_file: Path | None, batch: Path | None) -> list[str]:
+    """The prompt itself (- is standard input), that of a file, or a prompt per line of `batch`; one of them is given.
+
+    Raises:
+        ValueError: for a batch without prompts, or a file that is no UTF-8 text.
+    """
+    if batch:
+        text = _read(batch)
+        if not text:
+            raise ValueError(f"{batch} is empty; write one prompt per line")
+        return text.split("\n")  # splitlines would also cut at form feeds and U+2028
+    if prompt_file:
+        return [_read(prompt_file)]
+    return [sys.stdin.read().removesuffix("\n") if prompt in (None, "-") else prompt]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def write_stream(speaker: Any, prompt: str, *, seed: int, **options: Any) -> str:
