@@ -32,14 +32,15 @@ def gradient_groups(params: Any) -> tuple[str, ...]:
 def first_nonfinite(grads: Any) -> Int[Array, ""]:
     """Index into `gradient_groups` of the first group that holds an infinity or NaN, -1 when all are finite."""
     leaves = jax.tree_util.tree_leaves_with_path(grads)
-    flags = [finite_rows(leaf) if _is_stacked(path) else all_finite(leaf)[None] for path, leaf in leaves]
+    flags = [finite_rows(leaf) if is_stacked(path) else all_finite(leaf)[None] for path, leaf in leaves]
     starts = np.concatenate([[0], np.cumsum([flag.size for flag in flags])])
     index = [starts[leaf] + (row or 0) for _, leaf, row in _groups(grads)]
     bad = ~jnp.concatenate(flags)[np.array(index)]
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
-def _is_stacked(path: tuple[Any, ...]) -> bool:
+def is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of the parameters holds all layers of a stack on its first axis, by its path."""
     return any(getattr(part, "key", None) == "layers" for part in path)
 
 
@@ -48,7 +49,7 @@ def _groups(params: Any) -> list[tuple[str, int, int | None]]:
     found = []
     for leaf, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         names = [str(getattr(part, "key", part)) for part in path]
-        rows = range(value.shape[0]) if _is_stacked(path) else [None]
+        rows = range(value.shape[0]) if is_stacked(path) else [None]
         found.extend((_order(names, row), "/".join(_inserted(names, row)), leaf, row) for row in rows)
     found.sort(key=lambda group: group[0], reverse=True)
     return [group[1:] for group in found]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.config import OptimizerConfig, PrecisionConfig
+from jaxllm.training.attribution import is_stacked
 from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
 
 
@@ -116,8 +117,7 @@ def _clip_by_rms(largest: float) -> optax.GradientTransformation:
 
 def _rms(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
     """Root of the mean square of a tensor, or of each layer of a stack, in float32."""
-    stacked = any(getattr(part, "key", "") in ("layers", "encoder_layers", "decoder_layers") for part in path)
-    axes = tuple(range(1 if stacked else 0, x.ndim))
+    axes = tuple(range(1 if is_stacked(path) else 0, x.ndim))
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
 
 
