@@ -58,6 +58,11 @@ def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
     return Edited(params, OrderedDict(made))
 
 
+def without_edits(params: Any) -> Any:
+    """The parameters themselves."""
+    return params.params if isinstance(params, Edited) else params
+
+
 def adapter(model: Model, params: Any) -> Decoder:
     """The decoder for a model with these parameters."""
     return EditedDecoder(decoder_of(model)) if isinstance(params, Edited) else decoder_of(model)

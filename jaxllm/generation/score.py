@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.generation.edited import Edited, adapter
+from jaxllm.generation.edited import adapter, without_edits
 from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
 from jaxllm.models import Model, check_params
@@ -40,7 +40,7 @@ def score(
     """
     decoder = adapter(model, params)
     check_outside(params, prompts, continuations)
-    check_params(model, params.params if isinstance(params, Edited) else params)
+    check_params(model, without_edits(params))
     if len(prompts) != len(continuations):
         raise ValueError(f"each prompt needs one continuation: got {len(prompts)} and {len(continuations)}")
     check_ids(model, continuations, name="continuation")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.generation.edited import Edited
+from jaxllm.generation.edited import without_edits
 from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import Request
 
@@ -18,8 +18,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 def check_checkable(params: Any, cache_dtype: str | None) -> None:
     """Raises a ValueError for parameters that are already prepared, or an int8 cache, which is not meant to agree."""
-    plain = params.params if isinstance(params, Edited) else params
-    if not isinstance(plain, dict) or cache_dtype:
+    if not isinstance(without_edits(params), dict) or cache_dtype:
         raise ValueError("check compares with the training model: pass its parameters, and no cache_dtype")
 
 
