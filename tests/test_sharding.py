@@ -120,9 +120,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunConfig
         (folder / "corpus" / f"{i}.txt").write_text(text)
     one, four, moved = (config(folder, folder / "corpus", name) for name in ("one", "four", "moved"))
     (folder / "four.yaml").write_text(dump_config(four))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     command = [sys.executable, "-c", RUN, str(folder / "four.yaml"), moved.training.run_dir]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     pretrain(one)
     assert pretrain(moved).resumed_from == 4

@@ -257,7 +257,7 @@ assert len(jax.devices()) == 2 and int(after.skipped) == 1 and int(after.inner[0
 
 
 def test_one_decision_for_all_devices() -> None:
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
