@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxllm.config import RunConfig
-from jaxllm.data.builders import is_held_out
+from jaxllm.data.builders import LocalInfo, is_held_out
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import open_run_pipeline
 from jaxllm.training.trainer import pretrain
@@ -32,7 +32,7 @@ with tfds.core.registered.skip_registration():
 
         def _info(self) -> tfds.core.DatasetInfo:
             features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in RECORDS[0]})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+            return LocalInfo(builder=self, features=features, disable_shuffling=True)
 
         def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
             if self.builder_config.name == "whole":
