@@ -128,9 +128,8 @@ def _batch(shape: str) -> dict[str, np.ndarray]:
         targets = tokens[:, source:]
         return {
             "encoder_tokens": tokens[:, :source],
-            "encoder_segment_ids": np.ones((rows, source), np.int32),
+            "encoder_lengths": np.full(rows, source, np.int32),
             "decoder_tokens": np.concatenate([np.zeros((rows, 1), np.int32), targets[:, :-1]], axis=1),
-            "decoder_segment_ids": np.ones((rows, target), np.int32),
             "targets": targets,
             "weights": np.ones((rows, target), np.float32),
         }

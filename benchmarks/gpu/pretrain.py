@@ -116,8 +116,8 @@ def t5_batches(config: RunConfig) -> Iterator[dict[str, np.ndarray]]:
         none = [np.zeros(0, np.int32)]
         pairs = denoise(rng, stretch, [_DENOISER], raw=[raw], modes=none, sentinels=_SENTINELS, eos_id=_EOS)
         width = config.data.target_length or length
-        packed = pack_pairs(pairs, inputs_length=length, targets_length=width, start_id=0)
-        yield {name: value[:rows] for name, value in packed.items()}
+        batch = pack_pairs(pairs, inputs_length=length, targets_length=width, start_id=0, alone=True)
+        yield {name: value[:rows] for name, value in batch.items()}
 
 
 def run_script(name: str, seconds: float, *, toy: bool) -> None:

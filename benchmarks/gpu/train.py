@@ -29,7 +29,7 @@ class Case(NamedTuple):
         length: tokens of a row, of the encoder for T5.
         targets: tokens of a decoder row.
         compute: dtype; float16 comes with a dynamic loss scale.
-        documents: documents packed into a row and kept apart; 1 is no document mask at all.
+        documents: documents packed into a row and kept apart; 1 is no document mask at all. T5's rows hold one.
         accumulation: microbatches.
         remat: what the backward pass computes again.
     """
@@ -87,16 +87,14 @@ def synthetic_batch(config: RunConfig, *, documents: int) -> dict[str, np.ndarra
     def tokens(length: int) -> np.ndarray:
         return rng.integers(1, config.model.vocab_size, (rows, length), dtype=np.int32)
 
-    def segments(length: int) -> np.ndarray:
-        return np.tile(np.arange(length, dtype=np.int32) * documents // length + 1, (rows, 1))
-
     length, targets = config.data.sequence_length, config.data.target_length
     if targets is not None:
-        names = {"encoder_tokens": tokens(length), "encoder_segment_ids": segments(length)}
-        names |= {"decoder_tokens": tokens(targets), "decoder_segment_ids": segments(targets)}
+        names = {"encoder_tokens": tokens(length), "decoder_tokens": tokens(targets)}
+        names |= {"encoder_lengths": np.full(rows, length, np.int32)}
     else:
         names = {"tokens": tokens(length), "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
-        names |= {"segment_ids": segments(length)} if config.data.document_mask else {}
+        if config.data.document_mask:
+            names["segment_ids"] = np.tile(np.arange(length, dtype=np.int32) * documents // length + 1, (rows, 1))
     width = targets or length
     return {**names, "targets": tokens(width), "weights": np.ones((rows, width), np.float32)}
 

@@ -155,6 +155,11 @@ def row_lengths(config: DataConfig) -> tuple[int, int]:
     return config.sequence_length, solve_lengths(denoiser, inputs=config.sequence_length).targets
 
 
+def fills_rows(config: DataConfig) -> bool:
+    """Whether one example fills a row, so that none shares it: span corruption of as much text as fits."""
+    return config.objective == "span_corruption" and config.example_length is None
+
+
 def compositions(rng: np.random.Generator, rows: int, items: int, parts: int) -> np.ndarray:
     """`items` split into `parts` non-empty parts, [rows, parts]: every such split is equally likely.
 

@@ -1,8 +1,9 @@
-"""Examples of an encoder-decoder packed into rows of two fixed lengths, with segment ids on both sides.
+"""Examples of an encoder-decoder in rows of two fixed lengths: packed with segment ids on both sides, or one a row.
 
-A row holds as many whole examples as fit on both sides; none is split or shortened. Segment ids count from 1 and are
-equal for the inputs and the targets of one example, so that one comparison masks self- and cross-attention alike;
-0 is padding. Relative positions inside a segment are plain differences, so that no positions are needed.
+A packed row holds as many whole examples as fit on both sides; none is split or shortened. Segment ids count from 1 and
+are equal for the inputs and the targets of one example, so that one comparison masks self- and cross-attention alike;
+0 is padding. Relative positions inside a segment are plain differences, so that no positions are needed. Where one
+example fills a row, its length says all, and a GPU's fused attention needs no wider heads to tell examples apart.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from jaxllm.data.objectives import Pairs
 Batch = dict[str, np.ndarray]
 
 
-def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_id: int) -> Batch:
+def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_id: int, alone: bool = False) -> Batch:
     """Rows [n, inputs_length] and [n, targets_length] that hold every example once.
 
-    Decoder tokens are the targets shifted right inside each example, beginning with `start_id`.
+    Decoder tokens are the targets shifted right inside each example, beginning with `start_id`. `alone` gives each
+    example a row, and `encoder_lengths` [n] in place of segment ids.
 
     Raises:
         DataError: when an example is longer than a row.
@@ -31,7 +33,7 @@ def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_i
             f"an example of {longest[0]} inputs or {longest[1]} targets does not fit a row of {inputs_length} and "
             f"{targets_length}; raise data.sequence_length or data.target_length"
         )
-    row = first_fit(sizes, room)
+    row = np.arange(len(sizes)) if alone else first_fit(sizes, room)
     segment, offsets = _slots(row, sizes)
     count = int(row.max(initial=-1)) + 1
     shifted = np.roll(pairs.targets, 1)
@@ -44,13 +46,18 @@ def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_i
         out[place] = values
         return out.reshape(count, width)
 
-    return {
+    rows = {
         "encoder_tokens": spread(source, inputs_length, pairs.inputs),
-        "encoder_segment_ids": spread(source, inputs_length, np.repeat(segment, pairs.input_lengths)),
         "decoder_tokens": spread(target, targets_length, shifted),
-        "decoder_segment_ids": spread(target, targets_length, np.repeat(segment, pairs.target_lengths)),
         "targets": spread(target, targets_length, pairs.targets),
         "weights": spread(target, targets_length, np.ones(1, np.float32), np.float32),
+    }
+    if alone:
+        return {**rows, "encoder_lengths": pairs.input_lengths.astype(np.int32)}
+    return {
+        **rows,
+        "encoder_segment_ids": spread(source, inputs_length, np.repeat(segment, pairs.input_lengths)),
+        "decoder_segment_ids": spread(target, targets_length, np.repeat(segment, pairs.target_lengths)),
     }
 
 
@@ -71,7 +78,11 @@ def segments_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Segment ids of the inputs and of the targets; a decoder-only model has one for both."""
     if "encoder_segment_ids" in batch:
         return batch["encoder_segment_ids"], batch["decoder_segment_ids"]
-    ids = batch["segment_ids"] if "segment_ids" in batch else (batch["weights"] > 0).astype(np.int32)
+    real = (batch["weights"] > 0).astype(np.int32)
+    if "encoder_lengths" in batch:
+        columns = np.arange(batch["encoder_tokens"].shape[1])
+        return (columns < batch["encoder_lengths"][:, None]).astype(np.int32), real
+    ids = batch.get("segment_ids", real)
     return ids, ids
 
 

@@ -21,6 +21,7 @@ from jaxllm.data.objectives import (
     causal,
     denoise,
     fill_spans,
+    fills_rows,
     join_prefix,
     noise_of,
     prefix_lm,
@@ -134,7 +135,8 @@ def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoiser
     def expand(piece: Batch, rng: np.random.Generator) -> Batch:
         text = piece["tokens"][piece["tokens_segment_ids"] > 0]
         pairs = denoise(rng, text, denoisers, raw=raw, modes=modes, sentinels=sentinels, eos_id=eos)
-        return pack_pairs(pairs, inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
+        sizes = {"inputs_length": rows[0], "targets_length": rows[1]}
+        return pack_pairs(pairs, **sizes, start_id=start_id, alone=fills_rows(config))
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         mode = next((mode for mode in by_mode if np.array_equal(inputs[: len(mode)], mode)), inputs[:0])

@@ -233,10 +233,9 @@ class T5Decoder:
         self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
     ) -> Float[Array, "B N V"]:
         """See `Decoder`."""
-        segments = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
         begun = jnp.full((tokens.shape[0], 1), self.model.config.decoder_start_id, new.dtype)
         shifted = jnp.concatenate([begun, new[:, :-1]], axis=1)
-        return apply(self.model, params, tokens, shifted, encoder_segment_ids=segments)
+        return apply(self.model, params, tokens, shifted, encoder_lengths=lengths)
 
 
 def _check_prepared(model: Model, embed: Array, **layers: int) -> None:

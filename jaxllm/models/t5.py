@@ -83,6 +83,16 @@ class _Stack(nn.Module):
         return _own_or_shared(build, self.relative_bias)
 
 
+def _key_lengths(lengths: Array | None, rows: int, *segments: Array | None) -> Int[Array, " B"] | None:
+    """Real keys of each row, for a kernel that must see one: the output of an empty row means nothing anyway."""
+    if lengths is None:
+        return None
+    if any(each is not None for each in segments):
+        raise ValueError("encoder_lengths say that a row is one document: give them or segment ids, not both")
+    check_shape(lengths, "encoder_lengths", (rows,))
+    return jnp.maximum(lengths, 1)
+
+
 def _own_or_shared(build: Callable[[Array], Array], table: Array | None) -> BiasOf:
     if table is None:
         return lambda own: None if own is None else build(own)
@@ -176,6 +186,7 @@ class T5(nn.Module):
         *,
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_lengths: Int[Array, " B"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B T V"]:
         """Float32 logits of the target after each decoder token.
@@ -185,13 +196,22 @@ class T5(nn.Module):
             decoder_tokens: targets shifted right, each document starting with `config.decoder_start_id`.
             encoder_segment_ids: document of each source token, 0 = padding; None is one document, number 1.
             decoder_segment_ids: document of each decoder token, which sees the source of the same number.
+            encoder_lengths: real source tokens of each row, where a row is one document and padding ends it: instead
+                of segment ids, and faster on a GPU, whose fused attention knows lengths but no documents.
             key: of dropout; None is no dropout.
 
         Raises:
             ValueError: while tracing, for tokens that are no integers [B, T], or parameters of another model.
         """
-        segments = {"encoder_segment_ids": encoder_segment_ids, "decoder_segment_ids": decoder_segment_ids}
-        return self.logits(self.hidden(encoder_tokens, decoder_tokens, **segments, key=key))
+        hidden = self.hidden(
+            encoder_tokens,
+            decoder_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            encoder_lengths=encoder_lengths,
+            key=key,
+        )
+        return self.logits(hidden)
 
     def hidden(
         self,
@@ -200,30 +220,28 @@ class T5(nn.Module):
         *,
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_lengths: Int[Array, " B"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head multiplies, for losses that never build all logits; arguments as `__call__`."""
         encoder_key, decoder_key = split_keys(key, 2)
-        encoded = self.encode(encoder_tokens, encoder_segment_ids=encoder_segment_ids, key=encoder_key)
-        return self.decode(
-            decoder_tokens,
-            encoded,
-            encoder_segment_ids=encoder_segment_ids,
-            decoder_segment_ids=decoder_segment_ids,
-            key=decoder_key,
-        )
+        source = {"encoder_segment_ids": encoder_segment_ids, "encoder_lengths": encoder_lengths}
+        encoded = self.encode(encoder_tokens, **source, key=encoder_key)
+        return self.decode(decoder_tokens, encoded, **source, decoder_segment_ids=decoder_segment_ids, key=decoder_key)
 
     def encode(
         self,
         encoder_tokens: Int[Array, "B S"],
         *,
         encoder_segment_ids: Int[Array, "B S"] | None = None,
+        encoder_lengths: Int[Array, " B"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B S D"]:
         """The encoder's output; at padding it means nothing."""
         check_tokens(encoder_tokens, "encoder_tokens")
         check_shape(encoder_segment_ids, "encoder_segment_ids", encoder_tokens.shape)
-        pattern = Pattern(query_segments=encoder_segment_ids, key_segments=encoder_segment_ids)
+        key_lengths = _key_lengths(encoder_lengths, encoder_tokens.shape[0], encoder_segment_ids)
+        pattern = Pattern(query_segments=encoder_segment_ids, key_segments=encoder_segment_ids, key_lengths=key_lengths)
         return self.encoder(self._embed(encoder_tokens), pattern, key)
 
     def decode(
@@ -233,6 +251,7 @@ class T5(nn.Module):
         *,
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_lengths: Int[Array, " B"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """The decoder's hidden state over an encoder's output, as `hidden` returns it."""
@@ -243,7 +262,8 @@ class T5(nn.Module):
         one = (1, *encoded.shape[1:])  # one source for all targets
         check_shape(encoded, "the encoder's output", (decoder_tokens.shape[0], *one[1:]), one)
         pattern = Pattern(causal=True, query_segments=decoder_segment_ids, key_segments=decoder_segment_ids)
-        cross_pattern = Pattern()
+        segments = encoder_segment_ids, decoder_segment_ids
+        cross_pattern = Pattern(key_lengths=_key_lengths(encoder_lengths, encoded.shape[0], *segments))
         if encoder_segment_ids is not None or decoder_segment_ids is not None:
             ones = functools.partial(jnp.ones, dtype=jnp.int32)
             cross_pattern = Pattern(

@@ -92,7 +92,7 @@ def _scores(rule: _Rule, operands: _Operands, pattern: Pattern, rows: slice, col
     if mask is None:
         return scores
     mask = mask[None, None, None] if mask.ndim == 2 else mask[:, None, None]
-    groups = jnp.broadcast_to(mask, (mask.shape[0], 1, query.shape[2], *mask.shape[3:]))
+    groups = jnp.broadcast_to(mask, (mask.shape[0], 1, *query.shape[2:4], columns.stop - columns.start))
     return jnp.where(_fold(groups), scores, jnp.finfo(scores.dtype).min)
 
 

@@ -17,7 +17,7 @@ import optax
 from jax.extend.core import Var
 
 from jaxllm.config import LlamaConfig, RunConfig
-from jaxllm.data.objectives import row_lengths
+from jaxllm.data.objectives import fills_rows, row_lengths
 from jaxllm.models import abstract_params
 from jaxllm.sharding import device_bytes
 from jaxllm.training.device import Device
@@ -118,8 +118,10 @@ def abstract_batch(config: RunConfig, *, rows: int) -> dict[str, jax.ShapeDtypeS
     if isinstance(config.model, LlamaConfig):
         names = ("tokens", "positions", *(["segment_ids"] if config.data.document_mask else []))
         return {**batch, **{name: field(length) for name in names}}
-    encoder = {f"encoder_{name}": field(length) for name in ("tokens", "segment_ids")}
-    return {**batch, **encoder, **{f"decoder_{name}": field(targets) for name in ("tokens", "segment_ids")}}
+    batch |= {"encoder_tokens": field(length), "decoder_tokens": field(targets)}
+    if fills_rows(config.data):
+        return {**batch, "encoder_lengths": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+    return {**batch, "encoder_segment_ids": field(length), "decoder_segment_ids": field(targets)}
 
 
 def _target_length(config: RunConfig) -> int:

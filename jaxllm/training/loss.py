@@ -25,9 +25,10 @@ def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
 
     Batches hold `targets` and `weights` [B, T], and `tokens` [B, T] with `positions` and `segment_ids` where wanted (a
     decoder), or `encoder_tokens` [B, S] and `decoder_tokens` [B, T] with `encoder_segment_ids` and
-    `decoder_segment_ids` where wanted (an encoder-decoder). Divide the sums once: `sums.loss / sums.weight`.
+    `decoder_segment_ids`, or `encoder_lengths` [B], where wanted (an encoder-decoder). Divide the sums once:
+    `sums.loss / sums.weight`.
     """
-    hidden = _t5_hidden if isinstance(model, T5) else _llama_hidden
+    hidden = t5_hidden if isinstance(model, T5) else _llama_hidden
 
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
         return chunked_cross_entropy(
@@ -48,7 +49,9 @@ def _llama_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None
     return apply(model, params, batch["tokens"], **inputs, method="hidden")
 
 
-def _t5_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    segments = {name: batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids") if name in batch}
+def t5_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    """The decoder's hidden states [B, T, D] of a batch, whichever way its rows say what is one document."""
+    names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_lengths")
+    documents = {name: batch[name] for name in names if name in batch}
     tokens = batch["encoder_tokens"], batch["decoder_tokens"]
-    return apply(model, params, *tokens, **segments, key=key, method="hidden")
+    return apply(model, params, *tokens, **documents, key=key, method="hidden")

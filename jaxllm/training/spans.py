@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from jaxllm.data.packing import segments_of
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.models import Model
 from jaxllm.models.layers import apply
@@ -22,7 +23,7 @@ from jaxllm.models.t5 import T5
 from jaxllm.ops.sampling import most_probable
 from jaxllm.sharding import map_rows
 from jaxllm.training.compiled import CompiledOnce
-from jaxllm.training.loss import Batch
+from jaxllm.training.loss import Batch, t5_hidden
 from jaxllm.training.precision import cast_floating
 
 
@@ -42,10 +43,8 @@ def make_predict_step(model: T5, *, dtype: Any, mesh: Mesh | None = None) -> Cal
     """The most likely token at every decoder position, given the true ones before; logits exist row by row."""
 
     def on_rows(cast: Any, batch: Batch) -> Int[Array, "B T"]:
-        segments = {name: batch[name] for name in ("encoder_segment_ids", "decoder_segment_ids")}
-        tokens = batch["encoder_tokens"], batch["decoder_tokens"]
-        hidden = apply(model, cast, *tokens, **segments, method="hidden")
         head = apply(model, cast, method="head")
+        hidden = t5_hidden(model, cast, batch)
         return jax.lax.map(lambda row: most_probable(jnp.einsum("td,vd->tv", row, head)), hidden)
 
     spread = map_rows(on_rows, mesh, summed=False)
@@ -94,7 +93,7 @@ class SpanEvaluation:
         if self._predict is None:
             return
         predicted = np.asarray(self._predict(params, placed))
-        found = count_spans(predicted, batch["targets"], batch["decoder_segment_ids"], self._sentinels)
+        found = count_spans(predicted, batch["targets"], segments_of(batch)[1], self._sentinels)
         self._counts = SpanCounts(self._counts.exact + found.exact, self._counts.total + found.total)
 
     def result(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
+from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline, open_run_pipeline
 from jaxllm.models import count_params, init_params
 from jaxllm.sharding import check_rows, make_mesh, place_rows, state_shardings, with_shardings
@@ -333,7 +334,8 @@ class _Run:
 
 def _tokens(batch: dict[str, np.ndarray]) -> float:
     """Tokens that are not padding, on both sides of an encoder-decoder."""
-    return float(np.count_nonzero(batch["weights"]) + np.count_nonzero(batch.get("encoder_segment_ids", 0)))
+    source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
+    return float(np.count_nonzero(batch["weights"]) + source)
 
 
 def _keep_layout(state: TrainState, mesh: Mesh | None) -> dict[str, Any]:

@@ -253,6 +253,11 @@ def test_packing_keeps_every_example_whole(sizes: list[tuple[int, int]], seed: i
             filled = ids[: (ids > 0).sum()]
             assert (np.diff(filled) >= 0).all() and not ids[len(filled) :].any()
             assert not batch[f"{side}_tokens"][row][len(filled) :].any()
+    alone = pack_pairs(pairs, inputs_length=20, targets_length=12, start_id=55, alone=True)
+    found = [(i.tolist(), t.tolist()) for i, t in unpack_pairs(alone)]
+    assert found == [(i.tolist(), t.tolist()) for i, t in pairs.examples()]
+    assert not (set(batch) ^ set(alone)) - {"encoder_lengths", "encoder_segment_ids", "decoder_segment_ids"}
+    assert (alone["decoder_tokens"][:, 0] == 55).all() and len(alone["targets"]) == len(lengths)
 
 
 def test_packing_uses_few_rows_and_refuses_what_cannot_fit() -> None:

@@ -112,6 +112,15 @@ def test_inputs_of_other_shapes_than_the_tokens_are_refused(config: Any, name: s
         call(build(config), params_of(config), **{name: jnp.ones(shape, jnp.int32)})
 
 
+def test_lengths_of_sources_are_one_per_row_and_stand_alone() -> None:
+    t5, lengths = (build(T5), params_of(T5)), jnp.ones((2,), jnp.int32)
+    with pytest.raises(ValueError, match=r"encoder_lengths must be of shape \[2\], got \[3\]"):
+        call(*t5, encoder_lengths=jnp.ones((3,), jnp.int32))
+    for name in ("encoder_segment_ids", "decoder_segment_ids"):
+        with pytest.raises(ValueError, match=r"give them or segment ids, not both"):
+            call(*t5, encoder_lengths=lengths, **{name: jnp.ones((2, 6), jnp.int32)})
+
+
 def test_an_encoder_output_of_another_batch_is_refused() -> None:
     model, params = build(T5), params_of(T5)
     encoded = jnp.zeros((3, 5, T5.d_model))

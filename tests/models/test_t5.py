@@ -154,6 +154,21 @@ def test_packed_equals_alone(t5: Compiled) -> None:
     assert np.all(np.isfinite(together))
 
 
+def test_lengths_equal_segment_ids_and_an_empty_row_poisons_nothing(t5: Compiled) -> None:
+    batch, lengths = _batch(9), np.array([5, 0], np.int32)
+    weights = np.array([[1.0], [0.0]], np.float32) * np.ones((2, TARGET), np.float32)
+    weights[0, 3:] = 0  # the end of a target is padding, which causality hides from what comes before
+    gradient = jax.jit(jax.value_and_grad(lambda params, batch: t5.loss(params, batch, None).loss))
+    inside = (np.arange(SOURCE) < lengths[:, None]).astype(np.int32)
+    segments = {"encoder_segment_ids": inside, "decoder_segment_ids": (weights > 0).astype(np.int32)}
+    rows = {name: batch[name] for name in ("encoder_tokens", "decoder_tokens", "targets")} | {"weights": weights}
+    want, want_grads = gradient(t5.params, rows | segments)
+    loss, grads = gradient(t5.params, rows | {"encoder_lengths": lengths})
+    assert float(loss) == pytest.approx(float(want), rel=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE["float32"] * float(jnp.abs(theirs).max()))
+
+
 def _row(length: int, *parts: Any) -> np.ndarray:
     joined = np.concatenate([np.asarray(part, np.int32) for part in parts])
     return np.pad(joined, (0, length - len(joined)))[None]
@@ -174,7 +189,7 @@ def test_rows_of_a_batch_never_see_each_other(t5: Compiled) -> None:
 
 @pytest.mark.parametrize("method", ["__call__", "hidden", "encode", "decode"])
 def test_a_training_call_accepts_no_cache(method: str) -> None:
-    allowed = {"self", "encoder_tokens", "decoder_tokens", "encoded", *SEGMENTS, "key"}
+    allowed = {"self", "encoder_tokens", "decoder_tokens", "encoded", *SEGMENTS, "encoder_lengths", "key"}
     assert set(inspect.signature(getattr(T5, method)).parameters) <= allowed
 
 

@@ -66,6 +66,7 @@ LENGTHS = jnp.array([320, 200])
 PATTERNS |= {
     "padded": Pattern(query_lengths=LENGTHS, key_lengths=LENGTHS),
     "causal padded": Pattern(causal=True, query_lengths=LENGTHS, key_lengths=LENGTHS),
+    "padded keys": Pattern(key_lengths=LENGTHS),
     "packed both ways": Pattern(query_segments=SEGMENTS, key_segments=SEGMENTS),
 }
 
