@@ -26,17 +26,21 @@ CASES = {
 }
 
 
-def random_params(model: Any, *, int8: bool) -> Any:
-    """Random weights in the decoding layout, leaf by leaf: the float32 masters of 8B would not leave much room."""
-    prepared = jax.eval_shape(lambda tree: decoder_of(model).prepare(tree, int8=int8), abstract_params(model))
-    leaves, structure = jax.tree.flatten(prepared)
+def abstract_weights(model: Any, *, int8: bool) -> Any:
+    """Shapes of the weights in the decoding layout."""
+    return jax.eval_shape(lambda tree: decoder_of(model).prepare(tree, int8=int8), abstract_params(model))
 
-    def fill(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+
+def fill(weights: Any) -> Any:
+    """Random weights of these shapes, leaf by leaf: the float32 masters of 8B would not leave much room."""
+    leaves, structure = jax.tree.flatten(weights)
+
+    def draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.dtype == jnp.int8:
             return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
         return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
-    filled = [jax.jit(fill, static_argnums=1)(jax.random.key(i), leaf) for i, leaf in enumerate(leaves)]
+    filled = [jax.jit(draw, static_argnums=1)(jax.random.key(i), leaf) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, filled)
 
 
@@ -45,7 +49,7 @@ def main(name: str, *, toy: bool) -> None:
     shape_name, batch, prompt, new, int8 = CASES[name]
     batch, prompt, new = (min(batch, 2), 16, 8) if toy else (batch, prompt, new)
     model = build(shape(shape_name, toy=toy), dtype=jnp.float32 if toy else jnp.bfloat16)
-    params = random_params(model, int8=int8)
+    params = fill(abstract_weights(model, int8=int8))
     prompts = np.random.default_rng(0).integers(1, model.config.vocab_size, (batch, prompt)).tolist()
     request = make_request(model, params, prompts, max_new_tokens=new)
     settings, start = request.settings, time.perf_counter()
@@ -71,7 +75,7 @@ def main(name: str, *, toy: bool) -> None:
     step = spread(times)
     context_length = (prompt + new / 2) / settings.plan.slots  # mean part of the cache that holds something
     cached = tree_bytes((state.cache.keys, state.cache.values)) * context_length
-    moved = _read(model.config, params) + tree_bytes(context) + cached
+    moved = read_bytes(model.config, params) + tree_bytes(context) + cached
     report(
         "decode",
         name,
@@ -84,7 +88,7 @@ def main(name: str, *, toy: bool) -> None:
     )
 
 
-def _read(config: Any, params: Any) -> int:
+def read_bytes(config: Any, params: Any) -> int:
     """Bytes of the weights that one step reads: the layers and the head, and nothing that only prefill needs."""
     if isinstance(config, LlamaConfig):
         return tree_bytes((params.layers, params.head))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-BEGIN, END = "<!-- gpu results: benchmarks/gpu/table.py -->", "<!-- end of gpu results -->"
+MARKERS = "<!-- gpu results: benchmarks/gpu/table.py -->", "<!-- end of gpu results -->"
 
 
 def table(document: dict[str, Any]) -> str:
@@ -46,16 +46,17 @@ def _row(result: dict[str, Any]) -> str | None:
     return f"| {result['part']} {result['case']} | {speed} | {peak} | {other} |"
 
 
-def insert(readme: str, text: str) -> str:
-    """The README with what stands between the markers replaced.
+def insert(document: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
+    """The text with what stands between the markers replaced.
 
     Raises:
         ValueError: when it lacks them.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md has no place for the table; put these two lines into it: {BEGIN} and {END}")
-    before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
+    begin, end = markers
+    if begin not in document or end not in document:
+        raise ValueError(f"there is no place for the table; put these two lines into it: {begin} and {end}")
+    before, rest = document.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
 def main(paths: list[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
@@ -99,19 +101,28 @@ def synthetic_batch(config: RunConfig, *, documents: int) -> dict[str, np.ndarra
     return {**names, "targets": tokens(width), "weights": np.ones((rows, width), np.float32)}
 
 
-def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
-    """Compiled step, initial state and compile seconds."""
+def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
+    """The optimizer of a run that is long enough."""
+    return build_optimizer(config.optimizer, config.precision, steps=100_000)
+
+
+def build_step(config: RunConfig) -> tuple[Any, Callable[[], Any]]:
+    """The train step of a run, and what makes its initial state."""
     dtype = compute_dtype(config.precision)
     model = build(config.model, dtype=dtype)
-    rule = build_optimizer(config.optimizer, config.precision, steps=100_000)
+    rule = optimizer_of(config)
     loss = build_loss(model, config.training)
     step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype)
+    return jax.jit(step, donate_argnums=0), lambda: init_train_state(
+        init_params(model, jax.random.key(0)), rule, jax.random.key(1)
+    )
 
-    def fresh() -> Any:
-        return init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
 
+def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
+    """Compiled step, initial state and compile seconds."""
+    step, fresh = build_step(config)
     before = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(fresh), batch).compile()
+    compiled = step.lower(jax.eval_shape(fresh), batch).compile()
     return compiled, jax.jit(fresh)(), time.perf_counter() - before
 
 
@@ -132,7 +143,6 @@ def main(name: str, *, toy: bool) -> None:
 
     run(1 if toy else 4)
     times = spread(time_groups(run, groups=1 if toy else 8, size=1 if toy else 4))
-    rule = build_optimizer(config.optimizer, config.precision, steps=100_000)
     losses = [float(each.loss) for each in metrics]
     if not all(np.isfinite(losses)):
         raise SystemExit(f"{name}: the loss is not finite: {losses}")
@@ -143,7 +153,7 @@ def main(name: str, *, toy: bool) -> None:
         compile_seconds=compile_seconds,
         first_loss=losses[0],
         last_loss=losses[-1],
-        estimated_gb=sum(estimate_fit(config, rule)) / 1e9,
+        estimated_gb=sum(estimate_fit(config, optimizer_of(config))) / 1e9,
         **speed(config, times["median"]),
         **memory(step),
     )

@@ -172,7 +172,8 @@ def test_failures_are_survived(
     assert "out of memory" in capsys.readouterr().out
     text = table.table(document)
     assert "5 tokens/s | 50.0% MFU | 9.0 GB" in text
-    readme = table.insert(f"before\n{table.BEGIN}\nold\n{table.END}\nafter", text)
+    begin, end = table.MARKERS
+    readme = table.insert(f"before\n{begin}\nold\n{end}\nafter", text)
     assert readme.startswith("before") and readme.endswith("after") and "old" not in readme
     with pytest.raises(ValueError, match="put these two lines into it"):
         table.insert("nothing", text)

@@ -10,6 +10,7 @@ import jax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from benchmarks.gpu.compiled import PRETENCE
 from jaxllm.config import RunConfig
 from jaxllm.models import abstract_params
 from jaxllm.training.fit import abstract_batch
@@ -20,11 +21,9 @@ from jaxllm.training.train_step import init_train_state, make_train_step
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes this process choose and lower what a Hopper GPU with cuDNN 9.10 would get."""
-    cudnn = "jax._src.cudnn.fused_attention_stablehlo."
-    monkeypatch.setattr(cudnn + "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(cudnn + "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    """Makes this process choose and lower what a Hopper GPU with cuDNN would get."""
+    for name, value in PRETENCE.items():
+        monkeypatch.setattr(name, value)
 
 
 def traced_train_step(config: RunConfig) -> Any:

@@ -1,0 +1,244 @@
+"""What XLA's GPU compiler makes of the benchmark's programs for an H200, on a machine without one; nothing is run.
+
+    bash benchmarks/gpu/compiler.sh                        # once: the compiler, 150 MB, into gpu_compiler/
+    python -m benchmarks.gpu.compiled train/t5_large decode/8b_b1
+    python -m benchmarks.gpu.compiled configs/t5_large.yaml model.layers=scan
+
+Memory, kernels and what they move are the compiler's own answer. Two things need a GPU and are missing: XLA does not
+time its candidates for each product, and cuDNN's attention is called by name but not built. So no speed is claimed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks.gpu import decode, train
+from benchmarks.gpu.common import shape
+from benchmarks.gpu.program import Kernel, dimensions, kernels, nbytes
+from benchmarks.gpu.table import insert
+from jaxllm.config import RunConfig, T5Config
+from jaxllm.config_file import load_config
+from jaxllm.data.objectives import row_lengths
+from jaxllm.generation import loop
+from jaxllm.generation.requests import make_request
+from jaxllm.models import build
+from jaxllm.training.fit import abstract_batch, estimate_fit, tree_bytes
+from jaxllm.training.metrics import train_flops
+
+ROOT = Path(__file__).parent.parent.parent
+COMPILER = ROOT / "gpu_compiler"
+RESULTS = ROOT / "benchmarks" / "results" / "compiled_H200.json"
+GUIDE = ROOT / "docs" / "gpu.md"
+MARKERS = "<!-- compiled for a GPU: benchmarks/gpu/compiled.py -->", "<!-- end of compiled for a GPU -->"
+# An H200 as XLA's `GpuTargetConfigProto` describes it; the numbers are those of openxla/xla's own description.
+TARGET = """
+gpu_device_info {
+  name: "NVIDIA H200 141GB HBM3e" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  memory_bandwidth: 4800000000000 device_memory_size: 151397597184 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.2"
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H200 141GB HBM3e"
+dnn_version_info { major: 9 minor: 10 patch: 2 } runtime_version { major: 13 }
+"""
+# What makes a process choose and lower what a Hopper GPU with cuDNN would get.
+_CUDNN = "jax._src.cudnn.fused_attention_stablehlo."
+PRETENCE = {
+    _CUDNN + "check_cudnn_version": lambda: 91002,
+    _CUDNN + "check_compute_capability": lambda capability: True,
+    "jax.default_backend": lambda: "gpu",
+}
+# The flag of scripts/pretrain.py on a GPU, and full effort whatever the environment says.
+_OPTIONS = {"xla_gpu_triton_gemm_any": True, "xla_backend_optimization_level": 3}
+
+
+class Traced(NamedTuple):
+    """A program to compile, and what it should need.
+
+    Attributes:
+        traced: on abstract arguments.
+        steps: how many steps one run of it takes.
+        facts: figures to show beside the compiler's.
+    """
+
+    traced: Any
+    steps: int
+    facts: dict[str, float]
+
+
+@contextlib.contextmanager
+def pretend_gpu() -> Iterator[None]:
+    """Inside, this process lowers for a Hopper GPU."""
+    with contextlib.ExitStack() as stack:
+        for name, value in PRETENCE.items():
+            stack.enter_context(mock.patch(name, value))
+        yield
+
+
+def place(tree: Any) -> Any:
+    """The shapes of a tree on the H200 that isn't there.
+
+    Raises:
+        SystemExit: when jax's CUDA compiler is not installed, with the command that does it.
+    """
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_device()), tree)
+
+
+@functools.cache
+def _device() -> jax.sharding.Sharding:
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+    except (NotImplementedError, RuntimeError) as error:
+        raise SystemExit(f"jax's CUDA compiler is not here ({error}): bash benchmarks/gpu/compiler.sh") from error
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def train_case(config: RunConfig, layers: int | None) -> Traced:
+    """The train step of a run."""
+    config = dataclasses.replace(config, model=_cut(config.model, layers))
+    step, fresh = train.build_step(config)
+    state, batch = jax.eval_shape(fresh), abstract_batch(config, rows=config.training.batch_size)
+    data = config.data
+    flops = train_flops(
+        config.model, batch=config.training.batch_size, length=data.sequence_length, target_length=row_lengths(data)[1]
+    )
+    facts = {
+        "state_gb": tree_bytes(state) / 1e9,
+        "estimated_gb": sum(estimate_fit(config, train.optimizer_of(config))) / 1e9,
+        "needed_gflops": flops.weights / 1e9,
+    }
+    return Traced(step.trace(place(state), place(batch)), 1, facts)
+
+
+def decode_case(name: str, layers: int | None) -> Traced:
+    """The last chunk of steps of a case of `benchmarks.gpu.decode`, when the cache is nearly full."""
+    shape_name, batch, prompt, new, int8 = decode.CASES[name]
+    model = build(_cut(shape(shape_name, toy=False), layers), dtype=jnp.bfloat16)
+    params = decode.abstract_weights(model, int8=int8)
+    request = make_request(model, params, [[1] * prompt] * batch, max_new_tokens=new)
+    inputs = request.decoder, request.settings
+    context, state = jax.eval_shape(
+        functools.partial(loop.begin, *inputs), params, request.tokens, request.lengths, request.keys
+    )
+    attended, _ = loop.segments(request.settings.plan, request.settings.chunk)[-1]
+    stopped = jax.ShapeDtypeStruct((batch,), bool)
+    arguments = place(params), place(context), place(state), place(stopped)
+    cached = tree_bytes((state.cache.keys, state.cache.values)) / request.settings.plan.slots * attended
+    needed = decode.read_bytes(model.config, params) + tree_bytes(context) + cached
+    facts = {"state_gb": tree_bytes(state) / 1e9, "needed_gb": needed / 1e9}
+    return Traced(loop.next_chunk.trace(*inputs, *arguments, attended), request.settings.chunk, facts)
+
+
+def _cut(config: Any, layers: int | None) -> Any:
+    if layers is None:
+        return config
+    both = {"num_decoder_layers": layers} if isinstance(config, T5Config) else {}
+    return dataclasses.replace(config, num_layers=layers, **both)
+
+
+def compile_case(name: str, overrides: Sequence[str] = (), *, layers: int | None = None) -> dict[str, Any]:
+    """Figures of one case or config file, its layers cut to `layers` of each stack; per step where it takes several."""
+    part, case = name.split("/")[-2:]
+    with pretend_gpu():
+        if part == "decode":
+            program = decode_case(case, layers)
+        elif part == "train":
+            program = train_case(train.run_config(train.CASES[case], toy=False), layers)
+        else:
+            program = train_case(load_config(name, overrides), layers)
+        before = time.perf_counter()
+        compiled = program.traced.lower().compile(compiler_options=_OPTIONS)
+    seconds = time.perf_counter() - before
+    memory, every = compiled.memory_analysis(), kernels(compiled.as_text())
+    steps = program.steps
+    # Moved outside products: what fusion leaves to be read and written.
+    outside = sum(kernel.times * kernel.bytes for kernel in every if not kernel.product)
+    return {
+        "part": part,
+        "case": case,
+        "compile_seconds": round(seconds, 1),
+        "argument_gb": memory.argument_size_in_bytes / 1e9,
+        "aliased_gb": memory.alias_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "kernels": sum(kernel.times for kernel in every) / steps,
+        "products": sum(kernel.times for kernel in every if kernel.product) / steps,
+        "gflops": sum(kernel.times * kernel.flops for kernel in every) / steps / 1e9,
+        "moved_gb": sum(kernel.times * kernel.bytes for kernel in every) / steps / 1e9,
+        "moved_outside_products_gb": outside / steps / 1e9,
+        "copied_gb": sum(map(_copied, every)) / steps / 1e9,
+        "fused_attention_heads": sorted({dimensions(kernel.shape)[-1] for kernel in every if kernel.attention}),
+        **program.facts,
+    }
+
+
+def _copied(kernel: Kernel) -> int:
+    return kernel.times * nbytes(kernel.shape) if kernel.operation.startswith("copy") else 0
+
+
+def table(document: dict[str, Any]) -> str:
+    """One row per case, with what the compiler's figures are to be compared with."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    lines = [f"For an H200, by XLA's GPU compiler on a machine without one ({versions}); nothing was run:", ""]
+    lines += ["| program | memory | kernels | moved | |", "| --- | --- | --- | --- | --- |"]
+    for each in document["results"]:
+        memory = each["argument_gb"] + each["temporary_gb"]
+        if each["part"] != "decode":
+            estimate, products = each["estimated_gb"], each["gflops"] / each["needed_gflops"]
+            moved = f"{each['moved_outside_products_gb']:.0f} GB outside products"
+            other = f"estimate {estimate:.0f} GB; {products:.2f}x the products of forward and backward"
+        else:
+            moved = f"{each['moved_gb']:.2f} GB, {each['moved_gb'] / each['needed_gb']:.2f}x weights and cache"
+            other = f"{1000 * each['temporary_gb']:.1f} MB beside weights and state"
+        row = f"{each['part']} {each['case']} | {memory:.1f} GB | {each['kernels']:.0f} | {moved} | {other}"
+        lines.append(f"| {row} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compiles what the command line names and prints, and writes, what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="of run_gpu.sh, or a run's YAML file; all without any")
+    parser.add_argument("--layers", type=int, help="cut every stack to so many layers")
+    parser.add_argument("--write", action="store_true", help=f"to {GUIDE.name} and {RESULTS.name}")
+    options = parser.parse_args(arguments)
+    overrides = [word for word in options.cases if "=" in word]
+    named = [word for word in options.cases if word not in overrides]
+    real = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml") if "tiny" not in path.stem)
+    every = [*real, *(f"train/{case}" for case in train.CASES), *(f"decode/{case}" for case in decode.CASES)]
+    if unknown := [name for name in named if name not in every and not Path(name).is_file()]:
+        parser.error(f"no case or file {', '.join(unknown)}; there are {', '.join(every)}")
+    results = []
+    for name in named or every:
+        results.append(compile_case(name, overrides, layers=options.layers))
+        print(json.dumps(results[-1]), flush=True)
+    if options.write:
+        versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")}
+        document = {"device": "NVIDIA H200, described, not present", "versions": versions, "results": results}
+        RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        GUIDE.write_text(insert(GUIDE.read_text(encoding="utf-8"), table(document), MARKERS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.append(str(COMPILER))  # before jax looks for its plugins
+    main()

@@ -1,0 +1,161 @@
+"""Reads a program that XLA has compiled: its kernels, how often each runs, what it moves and multiplies.
+
+From the text of the optimized HLO, because nothing else shows it: XLA's own cost analysis counts the body of a loop
+once. Every operation of the program and of its loops is one kernel, except those that only name or regroup buffers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
+
+
+class Kernel(NamedTuple):
+    """One operation that the device runs.
+
+    Attributes:
+        name: XLA's.
+        source: the operation of jax that it came from, with its module.
+        operation: HLO's name of it, or the target of a custom call.
+        shape: of its result, as HLO writes it.
+        times: how often one run of the program runs it.
+        bytes: read and written each time.
+        flops: of its matrix products each time.
+    """
+
+    name: str
+    source: str
+    operation: str
+    shape: str
+    times: int
+    bytes: int
+    flops: int
+
+    @property
+    def attention(self) -> bool:
+        """Whether it is one of cuDNN's fused attentions."""
+        return "fmha" in self.operation
+
+    @property
+    def product(self) -> bool:
+        """Whether it multiplies matrices, a fused attention included."""
+        return self.flops > 0 or self.attention
+
+
+class _Operation(NamedTuple):
+    name: str
+    shape: str
+    operation: str
+    operands: list[str]
+    line: str
+
+    def called(self, attribute: str) -> str:
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.line)
+        return found[1] if found else ""
+
+
+_Computations = dict[str, list[_Operation]]
+
+
+def kernels(text: str) -> list[Kernel]:
+    """All kernels of one run of a compiled program, `compiled.as_text()`.
+
+    Raises:
+        ValueError: for a loop of unknown length.
+    """
+    computations: _Computations = {}
+    entry = ""
+    for block in text.split("\n\n"):
+        head, *lines = block.strip("\n").split("\n")
+        named = re.match(r"(ENTRY )?%?([\w.\-]+) \(", head)
+        if named:
+            computations[named[2]] = [operation for line in lines if (operation := _read(line))]
+            entry = named[2] if named[1] else entry
+    return list(_run(computations, entry, 1))
+
+
+def nbytes(shape: str) -> int:
+    """Bytes of an array or a tuple of them, as HLO writes shapes."""
+    return sum(_BYTES.get(dtype, 4) * math.prod(_sizes(dims)) for dtype, dims in _ARRAY.findall(shape))
+
+
+def dimensions(shape: str) -> list[int]:
+    """Dimensions of an array, or of the first of a tuple of them."""
+    return _sizes(_ARRAY.findall(shape)[0][1])
+
+
+def _sizes(dims: str) -> list[int]:
+    return [int(size) for size in dims.split(",") if size]
+
+
+def _read(line: str) -> _Operation | None:
+    found = _OPERATION.match(line)
+    if not found:
+        return None
+    depth, end = 1, found.end()
+    while depth and end < len(line):
+        depth += {"(": 1, ")": -1}.get(line[end], 0)
+        end += 1
+    return _Operation(found[1], found[2], found[3], re.findall(r"%([\w.\-]+)", line[found.end() : end]), line)
+
+
+def _run(computations: _Computations, name: str, times: int) -> Iterator[Kernel]:
+    shapes = {operation.name: operation.shape for operation in computations[name]}
+    for operation in computations[name]:
+        kind = operation.operation
+        if kind in _FREE or kind.endswith("-done"):
+            continue
+        if kind == "while":
+            length = re.search(r'known_trip_count":\{"n":"(\d+)"', operation.line)
+            if length is None:
+                raise ValueError(f"the loop {operation.name} has no known length")
+            yield from _run(computations, operation.called("body"), times * int(length[1]))
+            continue
+        body = computations.get(operation.called("calls"), [])
+        # The result of what is started and goes on beside other work names its operands, too.
+        operands = [] if kind.endswith("-start") else dict.fromkeys(operation.operands)
+        read = sum(nbytes(shapes.get(operand, "")) for operand in operands)
+        source, target = (re.search(rf'{key}="([^"]*)"', operation.line) for key in ("op_name", "custom_call_target"))
+        yield Kernel(
+            name=operation.name,
+            source=source[1] if source else "",
+            operation=target[1] if target else kind,
+            shape=operation.shape,
+            times=times,
+            bytes=nbytes(operation.shape) + read - _untouched(body),
+            flops=_flops(computations, body),
+        )
+
+
+def _untouched(body: list[_Operation]) -> int:
+    """What a fusion is given or returns whole and only slices, or updates in place."""
+    shapes = {operation.name: operation.shape for operation in body}
+    spared = 0
+    for operation in body:
+        if operation.operation == "dynamic-update-slice":
+            spared += 2 * nbytes(operation.shape) - nbytes(shapes[operation.operands[1]])
+        users = [other for other in body if operation.name in other.operands]
+        if operation.operation == "parameter" and users and all(other.operation in _SLICES for other in users):
+            spared += max(0, nbytes(operation.shape) - sum(nbytes(other.shape) for other in users))
+    return spared
+
+
+def _flops(computations: _Computations, body: list[_Operation]) -> int:
+    shapes = {operation.name: operation.shape for operation in body}
+    total = 0
+    for operation in body:
+        if operation.operation == "dot":
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", operation.line)
+            left = dimensions(shapes[operation.operands[0]])
+            depth = math.prod(left[i] for i in _sizes(contracted[1] if contracted else ""))
+            total += 2 * depth * math.prod(dimensions(operation.shape))
+        total += _flops(computations, computations.get(operation.called("calls"), []))
+    return total

@@ -1,0 +1,50 @@
+"""What XLA's GPU compiler makes of one layer of each program at real width, for an H200 that isn't there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu.compiled import COMPILER, ROOT
+
+pytestmark = pytest.mark.skipif(not COMPILER.exists(), reason="no GPU compiler: bash benchmarks/gpu/compiler.sh")
+
+
+def compiled(*cases: str) -> dict[str, dict[str, Any]]:
+    """Figures by case, from a process of its own: there jax finds the compiler, and nothing lowers its effort."""
+    command = [sys.executable, "-m", "benchmarks.gpu.compiled", *cases, "--layers", "1"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    for cheap in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+        environment.pop(cheap, None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {f"{each['part']}/{each['case']}": each for each in found}
+
+
+def test_train_steps() -> None:
+    most = {"train/llama_1b": 275, "train/t5_base": 370}
+    for name, program in compiled(*most).items():
+        assert program["aliased_gb"] == pytest.approx(program["state_gb"], rel=1e-6), name  # all of it updated in place
+        assert program["argument_gb"] + program["temporary_gb"] < program["estimated_gb"], name
+        # What is computed again holds no product; the loss's last chunk is padded, and T5's bias is a small product.
+        assert 1 <= program["gflops"] / program["needed_gflops"] < 1.05, name
+        # Not wider than the model's: a code of documents behind each head takes kernels that pad and slice.
+        assert program["fused_attention_heads"] == [64], name
+        assert program["copied_gb"] < 1e-6, name
+        assert program["kernels"] <= most[name], name
+
+
+def test_decoding() -> None:
+    most = {"decode/1b_b1": 26, "decode/1b_b8": 26, "decode/t5_large_b8": 32, "decode/8b_int8_b1": 28}
+    for name, program in compiled(*most).items():
+        assert program["aliased_gb"] == pytest.approx(program["state_gb"], rel=1e-6), name
+        assert program["copied_gb"] < 1e-6 and program["temporary_gb"] < 1e-3, name
+        # Int8 weights are widened in the product that reads them, keys and values are read where they lie.
+        assert program["moved_gb"] / program["needed_gb"] < 1.08, name
+        assert program["kernels"] <= most[name], name
