@@ -48,14 +48,19 @@ def _is_floating(dtype: Any) -> bool:
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
     """Random parameters in float32, a plain dict; `key` is a `jax.random.key(seed)`.
 
-    Jitted, because op-by-op initialisation costs seconds.
+    Jitted, because op-by-op initialisation costs seconds; models that are equal share what was compiled.
 
     Raises:
         ValueError: for what is no model, or not one key.
     """
     check_model(model)
     _check_key(key)
-    return jax.jit(lambda k: model.init(k, *_inputs(model))["params"])(key)
+    return _init(model, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: Model, key: jax.Array) -> dict[str, Any]:
+    return model.init(key, *_inputs(model))["params"]
 
 
 def check_model(model: Any) -> None:
@@ -75,7 +80,7 @@ def _check_key(key: Any) -> None:
 
 def abstract_params(model: Model) -> dict[str, Any]:
     """Shapes and dtypes of the parameters, without allocating them."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *_inputs(model))["params"])
+    return _init.eval_shape(model, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def _inputs(model: Model) -> tuple[jax.Array, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig
-from jaxllm.models import build, init_params
+from jaxllm.models import Model, build, init_params
 from tests.conftest import TOLERANCE
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_tree.json"
@@ -22,13 +24,21 @@ def tokens(rows: int, length: int, vocab: int = 97) -> jax.Array:
     return jax.random.randint(jax.random.key(5), (rows, length), 0, vocab)
 
 
-def gradient(config: LlamaConfig, params, batch: jax.Array):
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: Model, params: Any, batch: jax.Array, **inputs: jax.Array) -> jax.Array:
+    """Logits, compiled: one operation after the other takes longer to compile."""
+    return model.apply({"params": params}, batch, **inputs)
+
+
+@functools.cache
+def gradient_of(config: LlamaConfig) -> Any:
+    """A compiled loss and gradient, of which every layer loop needs the one of the default."""
     model = build(config)
 
-    def loss(p):
-        return jnp.mean(jax.nn.log_softmax(model.apply({"params": p}, batch))[..., 3])
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        return jnp.mean(jax.nn.log_softmax(apply(model, params, batch))[..., 3])
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def test_parameter_tree_is_frozen(tiny: LlamaConfig) -> None:
@@ -50,8 +60,8 @@ def test_parameter_tree_is_frozen(tiny: LlamaConfig) -> None:
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_layer_loops_and_remat_change_nothing(tiny: LlamaConfig, layers: str, remat: str) -> None:
     params = init_params(build(tiny), jax.random.key(0))
-    want = gradient(tiny, params, tokens(2, 12))
-    ours = gradient(dataclasses.replace(tiny, layers=layers, remat=remat), params, tokens(2, 12))
+    changed = dataclasses.replace(tiny, layers=layers, remat=remat)
+    want, ours = (gradient_of(config)(params, tokens(2, 12)) for config in (tiny, changed))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=TOLERANCE["float32"], rtol=TOLERANCE["float32"])
 
@@ -62,7 +72,7 @@ def test_no_gradient_from_the_future(tiny: LlamaConfig) -> None:
     batch = tokens(1, 10)
 
     def first_logits(table):
-        return jnp.sum(model.apply({"params": {**params, "embed": table}}, batch)[0, 4] ** 2)
+        return jnp.sum(apply(model, {**params, "embed": table}, batch)[0, 4] ** 2)
 
     used = np.abs(np.asarray(jax.grad(first_logits)(params["embed"]))).sum(axis=-1)
     later = set(np.asarray(batch[0, 5:]).tolist()) - set(np.asarray(batch[0, :5]).tolist())
@@ -78,9 +88,9 @@ def test_packed_equals_alone(tiny: LlamaConfig, attention: str) -> None:
     packed = jnp.concatenate([a, b, jnp.zeros((1, 4), a.dtype)], axis=1)
     segments = jnp.array([[1] * 7 + [2] * 9 + [0] * 4])
     positions = jnp.array([[*range(7), *range(9), *[0] * 4]])
-    together = model.apply({"params": params}, packed, positions=positions, segment_ids=segments)
-    np.testing.assert_allclose(together[:, :7], model.apply({"params": params}, a), atol=TOLERANCE["float32"])
-    np.testing.assert_allclose(together[:, 7:16], model.apply({"params": params}, b), atol=TOLERANCE["float32"])
+    together = apply(model, params, packed, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(together[:, :7], apply(model, params, a), atol=TOLERANCE["float32"])
+    np.testing.assert_allclose(together[:, 7:16], apply(model, params, b), atol=TOLERANCE["float32"])
     assert np.all(np.isfinite(np.asarray(together)))
 
 
@@ -94,9 +104,9 @@ def test_padding_changes_nothing(tiny: LlamaConfig, side: str) -> None:
     order = (lambda x, y: [y, x]) if side == "left" else (lambda x, y: [x, y])
     padded, segments = (jnp.concatenate(order(x, y), axis=1) for x, y in ((row, pad), (real, empty)))
     positions = jnp.concatenate(order(jnp.arange(6)[None], jnp.zeros((1, 3), int)), axis=1)
-    out = model.apply({"params": params}, padded, positions=positions, segment_ids=segments)
+    out = apply(model, params, padded, positions=positions, segment_ids=segments)
     kept = out[:, 3:] if side == "left" else out[:, :6]
-    np.testing.assert_allclose(kept, model.apply({"params": params}, row), atol=TOLERANCE["float32"])
+    np.testing.assert_allclose(kept, apply(model, params, row), atol=TOLERANCE["float32"])
     assert np.all(np.isfinite(np.asarray(out)))
 
 
@@ -106,8 +116,8 @@ def test_a_shift_of_all_positions_changes_nothing(tiny: LlamaConfig) -> None:
     batch = tokens(2, 11)
     shifted = jnp.arange(11)[None] + 1000
     np.testing.assert_allclose(
-        model.apply({"params": params}, batch, positions=shifted),
-        model.apply({"params": params}, batch),
+        apply(model, params, batch, positions=shifted),
+        apply(model, params, batch),
         atol=2e-4,
     )
 
@@ -116,7 +126,7 @@ def test_window_of_the_whole_length_is_no_window(tiny: LlamaConfig) -> None:
     params = init_params(build(tiny), jax.random.key(0))
 
     def run(window):
-        return build(dataclasses.replace(tiny, sliding_window=window)).apply({"params": params}, tokens(1, 9))
+        return apply(build(dataclasses.replace(tiny, sliding_window=window)), params, tokens(1, 9))
 
     np.testing.assert_allclose(run(9), run(None), atol=TOLERANCE["float32"])
     assert np.abs(np.asarray(run(3) - run(None))).max() > 1e-3
@@ -125,8 +135,8 @@ def test_window_of_the_whole_length_is_no_window(tiny: LlamaConfig) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_is_close_and_logits_are_float32(tiny: LlamaConfig, dtype: str) -> None:
     params = init_params(build(tiny), jax.random.key(0))
-    want = build(tiny).apply({"params": params}, tokens(2, 12))
-    ours = build(tiny, dtype=jnp.dtype(dtype)).apply({"params": params}, tokens(2, 12))
+    want = apply(build(tiny), params, tokens(2, 12))
+    ours = apply(build(tiny, dtype=jnp.dtype(dtype)), params, tokens(2, 12))
     assert ours.dtype == jnp.float32
     assert np.abs(np.asarray(ours - want)).max() < TOLERANCE[dtype] * np.abs(np.asarray(want)).max() * 2
 
@@ -137,6 +147,6 @@ def test_tied_head_is_the_embedding(tiny: LlamaConfig) -> None:
     assert "lm_head" not in params
     untied = {**params, "lm_head": params["embed"]}
     np.testing.assert_array_equal(
-        build(tied).apply({"params": params}, tokens(1, 5)),
-        build(tiny).apply({"params": untied}, tokens(1, 5)),
+        apply(build(tied), params, tokens(1, 5)),
+        apply(build(tiny), untied, tokens(1, 5)),
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxllm.config import RunConfig
 from jaxllm.config_file import parse_config
 from jaxllm.models import abstract_params
 from jaxllm.ops import norms
 from jaxllm.training.fit import abstract_batch
-from jaxllm.training.ledger import allowed, ledger, train_step_ledger, violations
+from jaxllm.training.ledger import Entry, allowed, ledger, train_step_ledger, violations
 from jaxllm.training.loss import build_loss
 from jaxllm.training.precision import build_model
 
@@ -26,7 +29,7 @@ FAMILIES = {
 }
 
 
-def run(family: str, compute: str, **precision: object):
+def run(family: str, compute: str, **precision: object) -> RunConfig:
     scale = {"loss_scale": "dynamic", "retries": 2} if compute == "float16" else {}
     objective = {"objective": "span_corruption"} if family == "t5" else {}
     return parse_config(
@@ -39,10 +42,16 @@ def run(family: str, compute: str, **precision: object):
     )
 
 
+@functools.cache
+def entries_of(family: str, compute: str, **islands: str) -> Counter[Entry]:
+    """The ledger of a run; several tests read the same ones."""
+    return train_step_ledger(run(family, compute, islands=islands))
+
+
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_sum_is_float32(family: str, compute: str) -> None:
-    entries = train_step_ledger(run(family, compute))
+    entries = entries_of(family, compute)
     assert not violations(entries)
     kinds = {entry.kind for entry in entries}
     assert {"matmul", "reduction", "exp", "norm"} <= kinds and ("cast" in kinds) == (compute != "float32")
@@ -54,7 +63,7 @@ def test_every_sum_is_float32(family: str, compute: str) -> None:
 
 
 def test_a_counted_operation_is_counted_over_layers_and_microbatches() -> None:
-    entries = train_step_ledger(run("llama", "bfloat16"))
+    entries = entries_of("llama", "bfloat16")
     found = {e.where: n for e, n in entries.items() if e.kind == "matmul" and "down_proj" in e.where}
     assert found == {"LlamaLayer/down_proj": 2 * 2, "LlamaLayer/down_proj (backward)": 2 * 2 * 2}
 
@@ -87,7 +96,7 @@ def test_an_island_can_be_moved_and_nothing_else_moves(
     family: str, island: str, seen, default: str, other: str
 ) -> None:
     moved = run(family, "bfloat16", islands={island: other})
-    entries, plain = train_step_ledger(moved), train_step_ledger(run(family, "bfloat16"))
+    entries, plain = entries_of(family, "bfloat16", **{island: other}), entries_of(family, "bfloat16")
     assert (seen(plain), seen(entries)) == ({default}, {other})
     assert violations(entries) and not violations(entries, allowed(moved.precision))
     for shows in (row[2] for row in MOVES if row[0] == family and row[1] != island):
@@ -97,13 +106,13 @@ def test_an_island_can_be_moved_and_nothing_else_moves(
 def test_t5s_mlp_output_can_be_moved_both_ways() -> None:
     """Into the stream's float32 under bfloat16 and out of it under float16, where it is cast right after its sum."""
 
-    def casts(compute: str, **precision: object) -> bool:
-        entries = train_step_ledger(run("t5", compute, **precision))
+    def casts(compute: str, **islands: str) -> bool:
+        entries = entries_of("t5", compute, **islands)
         assert not violations(entries)
         return any(e.kind == "cast" and e.where.endswith("mlp/down_proj") and e.output == compute for e in entries)
 
-    assert casts("bfloat16") and not casts("bfloat16", islands={"mlp_output": "float32"})
-    assert casts("float16", islands={"mlp_output": "float16"}) and not casts("float16")
+    assert casts("bfloat16") and not casts("bfloat16", mlp_output="float32")
+    assert casts("float16", mlp_output="float16") and not casts("float16")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,7 +120,7 @@ def test_islands_named_with_their_defaults_are_the_same_program(family: str) -> 
     own = {"llama": ("rope",), "t5": ("relative_bias",)}[family]
     islands = dict.fromkeys(("norms", "softmax", "logits", *own), "float32")
     islands |= {"residual": "bfloat16"} | ({"mlp_output": "bfloat16"} if family == "t5" else {})
-    assert train_step_ledger(run(family, "bfloat16", islands=islands)) == train_step_ledger(run(family, "bfloat16"))
+    assert entries_of(family, "bfloat16", **islands) == entries_of(family, "bfloat16")
 
 
 def test_a_product_that_returns_low_precision_counts_as_a_low_sum() -> None:

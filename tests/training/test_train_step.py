@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +34,22 @@ def batch(rows: int = 4, length: int = 10) -> dict[str, np.ndarray]:
     }
 
 
-def setup(config: LlamaConfig, *, accumulation: int = 1, dtype=jnp.float32, **optimizer: object):
+@functools.cache
+def setup(config: LlamaConfig, *, accumulation: int = 1, dtype: str = "float32", **optimizer: object) -> Any:
+    """A compiled step, a first state and the loss; many tests need the same ones."""
     model = build(config, dtype=dtype)
     rule = build_optimizer(OptimizerConfig(**optimizer), PrecisionConfig(), steps=100)
     loss = build_loss(model, TrainingConfig(loss_chunk=8, z_loss=1e-3))
     state = init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
-    return make_train_step(loss, rule, accumulation=accumulation, dtype=dtype), state, loss
+    return jax.jit(make_train_step(loss, rule, accumulation=accumulation, dtype=dtype)), state, loss
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulated_equals_full_batch(tiny: LlamaConfig, accumulation: int) -> None:
     whole_step, state, _ = setup(tiny)
     split_step, _, _ = setup(tiny, accumulation=accumulation)
-    whole, whole_metrics = jax.jit(whole_step)(state, batch())
-    split, split_metrics = jax.jit(split_step)(state, batch())
+    whole, whole_metrics = whole_step(state, batch())
+    split, split_metrics = split_step(state, batch())
     for a, b in zip(split_metrics, whole_metrics, strict=True):
         np.testing.assert_allclose(a, b, rtol=TOLERANCE["float32"])
     for a, b in zip(jax.tree.leaves(split.params), jax.tree.leaves(whole.params), strict=True):
@@ -54,7 +58,7 @@ def test_accumulated_equals_full_batch(tiny: LlamaConfig, accumulation: int) -> 
 
 def test_weights_of_zero_teach_nothing(tiny: LlamaConfig) -> None:
     step, state, _ = setup(tiny)
-    step, data = jax.jit(step), batch()
+    data = batch()
     changed = {**data, "targets": np.where(data["weights"] > 0, data["targets"], 5)}
     for a, b in zip(jax.tree.leaves(step(state, data)), jax.tree.leaves(step(state, changed)), strict=True):
         if jnp.issubdtype(a.dtype, jnp.floating):
@@ -63,19 +67,19 @@ def test_weights_of_zero_teach_nothing(tiny: LlamaConfig) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_masters_moments_and_metrics_stay_float32(tiny: LlamaConfig, dtype: str) -> None:
-    step, state, _ = setup(tiny, dtype=jnp.dtype(dtype))
-    state, metrics = jax.jit(step)(state, batch())
+    step, state, _ = setup(tiny, dtype=dtype)
+    state, metrics = step(state, batch())
     leaves = jax.tree.leaves((state.params, state.opt_state, metrics))
     assert all(x.dtype == jnp.float32 for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
     exact = setup(tiny)
-    _, want = jax.jit(exact[0])(exact[1], batch())
+    _, want = exact[0](exact[1], batch())
     np.testing.assert_allclose(metrics.loss, want.loss, rtol=TOLERANCE[dtype])
     np.testing.assert_allclose(metrics.grad_norm, want.grad_norm, rtol=TOLERANCE["bfloat16"])
 
 
 def test_it_learns_and_counts_steps(tiny: LlamaConfig) -> None:
     step, state, loss = setup(tiny, learning_rate=3e-3)
-    step, data, losses = jax.jit(step), batch(), []
+    data, losses = batch(), []
     for _ in range(30):
         state, metrics = step(state, data)
         losses.append(float(metrics.loss))
@@ -87,10 +91,9 @@ def test_it_learns_and_counts_steps(tiny: LlamaConfig) -> None:
 
 def test_a_step_compiles_once(tiny: LlamaConfig) -> None:
     step, state, _ = setup(tiny)
-    jitted = jax.jit(step)
     for _ in range(3):
-        state, _ = jitted(state, batch())
-    assert jitted._cache_size() == 1
+        state, _ = step(state, batch())
+    assert step._cache_size() == 1
     assert isinstance(state, TrainState)
 
 
@@ -228,7 +231,7 @@ def test_a_first_moment_in_bfloat16_decays_by_the_exact_b1(b1: float) -> None:
 def test_every_rule_trains(tiny: LlamaConfig, name: str, rate: float) -> None:
     """Rules that scale by a tensor's RMS (0.02 at the start) need a larger rate for the same step."""
     step, state, _ = setup(tiny, name=name, learning_rate=rate)
-    step, losses = jax.jit(step), []
+    losses = []
     for _ in range(15):
         state, metrics = step(state, batch())
         losses.append(float(metrics.loss))
