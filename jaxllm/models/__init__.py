@@ -59,7 +59,7 @@ def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(model: Model, key: jax.Array) -> dict[str, Any]:
+def _init(model: Model, key: jax.Array) -> Any:
     return model.init(key, *_inputs(model))["params"]
 
 
