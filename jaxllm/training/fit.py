@@ -153,13 +153,17 @@ def _kept(config: RunConfig, rows: int) -> int:
 
 
 def residual_bytes(function: Callable[[Any, Any], jax.Array], params: Any, batch: Any) -> int:
-    """Bytes of what `jax.vjp` of a function keeps, the arguments themselves left out."""
+    """Bytes of what `jax.vjp` of a function keeps, the arguments and parts of them left out."""
 
     def kept(tree: Any, data: Any) -> Any:
         return jax.vjp(lambda part: function(part, data), tree)[1]
 
     closed, shapes = jax.make_jaxpr(kept, return_shape=True)(params, batch)
-    inputs = set(closed.jaxpr.invars)
+    # Layers that are not a loop keep their part of the stacked parameters, which the copy in the compute dtype is.
+    given = set(closed.jaxpr.invars)
+    for equation in closed.jaxpr.eqns:
+        if equation.primitive.name in ("slice", "split", "squeeze") and equation.invars[0] in given:
+            given.update(equation.outvars)
     outputs = zip(closed.jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
-    kept_once = {var: shape for var, shape in outputs if isinstance(var, Var) and var not in inputs}
+    kept_once = {var: shape for var, shape in outputs if isinstance(var, Var) and var not in given}
     return tree_bytes(list(kept_once.values()))

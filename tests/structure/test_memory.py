@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,13 @@ def test_each_setting_moves_its_part_of_the_estimate(tiny: LlamaConfig) -> None:
         check_fit(plain, limit=sum(plain) - 1)
 
 
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_no_parameter_counts_as_an_activation(tiny: LlamaConfig, layers: Literal["scan", "unroll"]) -> None:
+    """A few tokens in wide layers, whose slices of the stacked parameters the backward pass is given."""
+    fit = estimate(run(dataclasses.replace(tiny, d_model=128, d_ff=2048, layers=layers), rows=1, length=4))
+    assert fit.activations < fit.parameters / 3
+
+
 @pytest.mark.parametrize("name", ["llama_125m", "llama3_1b", "llama3_8b", "t5_small", "t5_base", "t5_large"])
 def test_real_size_configs_fit_their_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch)
@@ -72,7 +80,7 @@ def test_real_size_configs_fit_their_card(name: str, monkeypatch: pytest.MonkeyP
     fit = estimate(config)
     check_fit(fit, limit=int(CARDS[141]))
     if name == "llama3_8b":
-        with pytest.raises(FitError, match=r"needs about 105\.9 .* parameters: choose a smaller model"):
+        with pytest.raises(FitError, match=r"needs about 130\.6 .* parameters: choose a smaller model"):
             check_fit(fit, limit=int(CARDS[80]))
     else:
         check_fit(fit, limit=int(CARDS[80]))
