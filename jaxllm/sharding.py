@@ -95,9 +95,14 @@ def device_bytes(tree: Any, devices: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize // (devices if _AXIS in spec else 1) for leaf, spec in leaves)
 
 
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch lies on the devices of a mesh."""
+    return NamedSharding(mesh, _ROWS)
+
+
 def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
     """A batch on its devices, rows in order; the copy goes on after this returns."""
-    return jax.device_put(dict(batch), None if mesh is None else NamedSharding(mesh, _ROWS))
+    return jax.device_put(dict(batch), None if mesh is None else row_sharding(mesh))
 
 
 def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) -> Callable[..., tuple[Any, Any]]:

@@ -3,6 +3,7 @@
     bash benchmarks/gpu/compiler.sh                        # once: the compiler, 150 MB, into gpu_compiler/
     python -m benchmarks.gpu.compiled train/t5_large decode/8b_b1
     python -m benchmarks.gpu.compiled configs/t5_large.yaml model.layers=scan
+    python -m benchmarks.gpu.compiled configs/llama3_8b.yaml --devices 8     # figures of each
 
 Memory, kernels and what they move are the compiler's own answer. Two things need a GPU and are missing: XLA does not
 time its candidates for each product, and cuDNN's attention is called by name but not built. So no speed is claimed.
@@ -11,6 +12,7 @@ time its candidates for each product, and cuDNN's attention is called by name bu
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -37,6 +39,7 @@ from jaxllm.data.objectives import row_lengths
 from jaxllm.generation import loop
 from jaxllm.generation.requests import make_request
 from jaxllm.models import build
+from jaxllm.sharding import check_rows, device_bytes, make_mesh, row_sharding, state_shardings
 from jaxllm.training.fit import abstract_batch, estimate_fit, tree_bytes
 from jaxllm.training.metrics import train_flops
 
@@ -97,39 +100,51 @@ def pretend_gpu() -> Iterator[None]:
         yield
 
 
-def place(tree: Any) -> Any:
-    """The shapes of a tree on the H200 that isn't there.
+@functools.cache
+def h200s(count: int) -> list[Any]:
+    """So many H200s that aren't there.
 
     Raises:
         SystemExit: when jax's CUDA compiler is not installed, with the command that does it.
     """
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_device()), tree)
-
-
-@functools.cache
-def _device() -> jax.sharding.Sharding:
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{count}")
     except (NotImplementedError, RuntimeError) as error:
         raise SystemExit(f"jax's CUDA compiler is not here ({error}): bash benchmarks/gpu/compiler.sh") from error
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return topology.devices
 
 
-def train_case(config: RunConfig, layers: int | None) -> Traced:
+def place(tree: Any, layout: Any = None) -> Any:
+    """The shapes of a tree on devices that aren't there, one without a layout."""
+    layout = layout or jax.sharding.SingleDeviceSharding(h200s(1)[0])
+    if isinstance(layout, jax.sharding.Sharding):
+        layout = jax.tree.map(lambda _: layout, tree)
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, layout)
+
+
+def train_case(config: RunConfig, layers: int | None, devices: int) -> Traced:
     """The train step of a run."""
     config = dataclasses.replace(config, model=_cut(config.model, layers))
-    step, fresh = train.build_step(config)
+    check_rows(batch_size=config.training.batch_size, accumulation=config.training.accumulation, devices=devices)
+    mesh = make_mesh(h200s(devices))
+    step, fresh = train.build_step(config, mesh)
     state, batch = jax.eval_shape(fresh), abstract_batch(config, rows=config.training.batch_size)
+    layout, rows = None, None
+    options: dict[str, Any] = {}
+    if mesh is not None:
+        layout, rows = state_shardings(state, mesh), row_sharding(mesh)
+        options = {"out_shardings": (layout, None)}
     data = config.data
     flops = train_flops(
         config.model, batch=config.training.batch_size, length=data.sequence_length, target_length=row_lengths(data)[1]
     )
     facts = {
-        "state_gb": tree_bytes(state) / 1e9,
-        "estimated_gb": sum(estimate_fit(config, train.optimizer_of(config))) / 1e9,
-        "needed_gflops": flops.weights / 1e9,
+        "state_gb": device_bytes(state, devices) / 1e9,
+        "estimated_gb": sum(estimate_fit(config, train.optimizer_of(config), devices=devices)) / 1e9,
+        "needed_gflops": flops.weights / devices / 1e9,
     }
-    return Traced(step.trace(place(state), place(batch)), 1, facts)
+    program = jax.jit(step, donate_argnums=0, **options)
+    return Traced(program.trace(place(state, layout), place(batch, rows)), 1, facts)
 
 
 def decode_case(name: str, layers: int | None) -> Traced:
@@ -158,16 +173,21 @@ def _cut(config: Any, layers: int | None) -> Any:
     return dataclasses.replace(config, num_layers=layers, **both)
 
 
-def compile_case(name: str, overrides: Sequence[str] = (), *, layers: int | None = None) -> dict[str, Any]:
-    """Figures of one case or config file, its layers cut to `layers` of each stack; per step where it takes several."""
+def compile_case(
+    name: str, overrides: Sequence[str] = (), *, layers: int | None = None, devices: int = 1
+) -> dict[str, Any]:
+    """Figures of one case or config file, its layers cut to `layers` of each stack, for each of `devices`.
+
+    Per step where one run takes several; decoding is for one device.
+    """
     part, case = name.split("/")[-2:]
     with pretend_gpu():
         if part == "decode":
             program = decode_case(case, layers)
         elif part == "train":
-            program = train_case(train.run_config(train.CASES[case], toy=False), layers)
+            program = train_case(train.run_config(train.CASES[case], toy=False), layers, devices)
         else:
-            program = train_case(load_config(name, overrides), layers)
+            program = train_case(load_config(name, overrides), layers, devices)
         before = time.perf_counter()
         compiled = program.traced.lower().compile(compiler_options=_OPTIONS)
     seconds = time.perf_counter() - before
@@ -188,9 +208,20 @@ def compile_case(name: str, overrides: Sequence[str] = (), *, layers: int | None
         "moved_gb": sum(kernel.times * kernel.bytes for kernel in every) / steps / 1e9,
         "moved_outside_products_gb": outside / steps / 1e9,
         "copied_gb": sum(map(_copied, every)) / steps / 1e9,
+        "collectives": _collectives(every),
         "fused_attention_heads": sorted({dimensions(kernel.shape)[-1] for kernel in every if kernel.attention}),
         **program.facts,
     }
+
+
+def _collectives(every: list[Kernel]) -> dict[str, float]:
+    """Gigabytes that go into and come out of each kind of communication."""
+    found = collections.Counter[str]()
+    for kernel in every:
+        kind = kernel.operation.removesuffix("-start")
+        if kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"):
+            found[kind] += kernel.times * kernel.bytes
+    return {kind: size / 1e9 for kind, size in found.items()}
 
 
 def _copied(kernel: Kernel) -> int:
@@ -221,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="of run_gpu.sh, or a run's YAML file; all without any")
     parser.add_argument("--layers", type=int, help="cut every stack to so many layers")
+    parser.add_argument("--devices", type=int, default=1, help="train on so many, as jaxllm.sharding lays a run out")
     parser.add_argument("--write", action="store_true", help=f"to {GUIDE.name} and {RESULTS.name}")
     options = parser.parse_args(arguments)
     overrides = [word for word in options.cases if "=" in word]
@@ -231,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no case or file {', '.join(unknown)}; there are {', '.join(every)}")
     results = []
     for name in named or every:
-        results.append(compile_case(name, overrides, layers=options.layers))
+        results.append(compile_case(name, overrides, layers=options.layers, devices=options.devices))
         print(json.dumps(results[-1]), flush=True)
     if options.write:
         versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")}

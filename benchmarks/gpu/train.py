@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
@@ -106,23 +107,21 @@ def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
     return build_optimizer(config.optimizer, config.precision, steps=100_000)
 
 
-def build_step(config: RunConfig) -> tuple[Any, Callable[[], Any]]:
-    """The train step of a run, and what makes its initial state."""
+def build_step(config: RunConfig, mesh: Mesh | None = None) -> tuple[Any, Callable[[], Any]]:
+    """The train step of a run on the devices of a mesh, and what makes its initial state."""
     dtype = compute_dtype(config.precision)
     model = build(config.model, dtype=dtype)
     rule = optimizer_of(config)
     loss = build_loss(model, config.training)
-    step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype)
-    return jax.jit(step, donate_argnums=0), lambda: init_train_state(
-        init_params(model, jax.random.key(0)), rule, jax.random.key(1)
-    )
+    step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype, mesh=mesh)
+    return step, lambda: init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
 
 
 def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
     """Compiled step, initial state and compile seconds."""
     step, fresh = build_step(config)
     before = time.perf_counter()
-    compiled = step.lower(jax.eval_shape(fresh), batch).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(fresh), batch).compile()
     return compiled, jax.jit(fresh)(), time.perf_counter() - before
 
 

@@ -15,9 +15,10 @@ from benchmarks.gpu.compiled import COMPILER, ROOT
 pytestmark = pytest.mark.skipif(not COMPILER.exists(), reason="no GPU compiler: bash benchmarks/gpu/compiler.sh")
 
 
-def compiled(*cases: str) -> dict[str, dict[str, Any]]:
+def compiled(*cases: str, devices: int = 1) -> dict[str, dict[str, Any]]:
     """Figures by case, from a process of its own: there jax finds the compiler, and nothing lowers its effort."""
-    command = [sys.executable, "-m", "benchmarks.gpu.compiled", *cases, "--layers", "1"]
+    options = ["--layers", "1", "--devices", str(devices)]
+    command = [sys.executable, "-m", "benchmarks.gpu.compiled", *cases, *options]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     for cheap in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
         environment.pop(cheap, None)
@@ -38,6 +39,16 @@ def test_train_steps() -> None:
         assert program["fused_attention_heads"] == [64], name
         assert program["copied_gb"] < 1e-6, name
         assert program["kernels"] <= most[name], name
+
+
+def test_several_devices_exchange_weights_and_gradients_only() -> None:
+    (program,) = compiled("train/t5_base", devices=4).values()
+    assert program["aliased_gb"] == pytest.approx(program["state_gb"], rel=1e-6)
+    assert program["argument_gb"] + program["temporary_gb"] < program["estimated_gb"]
+    sums, copies = program["collectives"].pop("reduce-scatter"), program["collectives"].pop("all-gather")
+    assert sums == pytest.approx(2 * copies, rel=0.01)  # float32 gradients beside 16-bit weights, each once
+    assert sum(program["collectives"].values()) < 1e-3  # vectors and scalars
+    assert program["gflops"] / program["needed_gflops"] < 1.1 and program["fused_attention_heads"] == [64]
 
 
 def test_decoding() -> None:
