@@ -173,6 +173,11 @@ def _cut(config: Any, layers: int | None) -> Any:
     return dataclasses.replace(config, num_layers=layers, **both)
 
 
+def cases() -> list[str]:
+    """Programs of run_gpu.sh that can be compiled."""
+    return [*(f"train/{case}" for case in train.CASES), *(f"decode/{case}" for case in decode.CASES)]
+
+
 def compile_case(
     name: str, overrides: Sequence[str] = (), *, layers: int | None = None, devices: int = 1
 ) -> dict[str, Any]:
@@ -180,14 +185,14 @@ def compile_case(
 
     Per step where one run takes several; decoding is for one device.
     """
-    part, case = name.split("/")[-2:]
+    part, case = name.split("/") if name in cases() else ("run", " ".join([name, *overrides]))
     with pretend_gpu():
-        if part == "decode":
-            program = decode_case(case, layers)
+        if part == "run":
+            program = train_case(load_config(ROOT / name, overrides), layers, devices)
         elif part == "train":
             program = train_case(train.run_config(train.CASES[case], toy=False), layers, devices)
         else:
-            program = train_case(load_config(name, overrides), layers, devices)
+            program = decode_case(case, layers)
         before = time.perf_counter()
         compiled = program.traced.lower().compile(compiler_options=_OPTIONS)
     seconds = time.perf_counter() - before
@@ -257,13 +262,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     overrides = [word for word in options.cases if "=" in word]
     named = [word for word in options.cases if word not in overrides]
-    real = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml") if "tiny" not in path.stem)
-    every = [*real, *(f"train/{case}" for case in train.CASES), *(f"decode/{case}" for case in decode.CASES)]
-    if unknown := [name for name in named if name not in every and not Path(name).is_file()]:
-        parser.error(f"no case or file {', '.join(unknown)}; there are {', '.join(every)}")
+    files = [name for name in named if (ROOT / name).is_file()]
+    if unknown := set(named) - set(files) - set(cases()):
+        parser.error(f"no case or file {', '.join(sorted(unknown))}; cases are {', '.join(cases())}")
+    if overrides and (files != named or not files):
+        parser.error(f"{', '.join(overrides)}: settings are of a run's file, such as configs/t5_large.yaml")
+    if options.write and (named or options.layers or options.devices > 1):
+        parser.error("--write keeps the figures of all programs, as they are")
     results = []
-    for name in named or every:
-        results.append(compile_case(name, overrides, layers=options.layers, devices=options.devices))
+    for name, settings in [(name, overrides) for name in named] or _everything():
+        results.append(compile_case(name, settings, layers=options.layers, devices=options.devices))
         print(json.dumps(results[-1]), flush=True)
     if options.write:
         versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")}
@@ -272,6 +280,13 @@ def main(arguments: list[str] | None = None) -> None:
         GUIDE.write_text(insert(GUIDE.read_text(encoding="utf-8"), table(document), MARKERS), encoding="utf-8")
 
 
+def _everything() -> list[tuple[str, list[str]]]:
+    real = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml") if "tiny" not in path.stem)
+    compared = [("configs/t5_large.yaml", [setting]) for setting in ("model.layers=scan", "model.remat=none")]
+    return [*((name, []) for name in real), *compared, *((name, []) for name in cases())]
+
+
 if __name__ == "__main__":
-    sys.path.append(str(COMPILER))  # before jax looks for its plugins
+    sys.path.append(str(COMPILER))  # before jax looks for its plugins, which then looks for no CUDA
+    jax.config.update("jax_platforms", "cpu")
     main()

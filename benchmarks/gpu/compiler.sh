@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-python3}"
 version="$("$python" -c 'import importlib.metadata; print(importlib.metadata.version("jaxlib"))')"
-rm -rf gpu_compiler
-"$python" -m pip install -q --no-deps --target gpu_compiler "jax-cuda13-plugin==$version" "jax-cuda13-pjrt==$version"
+new="$(mktemp -d)"
+trap 'rm -rf "$new"' EXIT
+"$python" -m pip install -q --no-deps --target "$new" "jax-cuda13-plugin==$version" "jax-cuda13-pjrt==$version"
+rm -rf gpu_compiler && mkdir gpu_compiler && mv "$new"/* gpu_compiler/
 du -sh gpu_compiler

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
-from jaxllm.models import build, init_params
+from jaxllm.models import init_params
 from jaxllm.training.device import detect_device
 from jaxllm.training.fit import estimate_fit
 from jaxllm.training.loss import build_loss
 from jaxllm.training.metrics import train_flops
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import compute_dtype
+from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.train_step import init_train_state, make_train_step
 
 
@@ -108,9 +108,8 @@ def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
 
 
 def build_step(config: RunConfig, mesh: Mesh | None = None) -> tuple[Any, Callable[[], Any]]:
-    """The train step of a run on the devices of a mesh, and what makes its initial state."""
-    dtype = compute_dtype(config.precision)
-    model = build(config.model, dtype=dtype)
+    """The train step of a run on the devices of a mesh, without retries, and what makes its initial state."""
+    dtype, model = compute_dtype(config.precision), build_model(config)
     rule = optimizer_of(config)
     loss = build_loss(model, config.training)
     step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype, mesh=mesh)

@@ -33,7 +33,7 @@ def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_i
             f"an example of {longest[0]} inputs or {longest[1]} targets does not fit a row of {inputs_length} and "
             f"{targets_length}; raise data.sequence_length or data.target_length"
         )
-    row = np.arange(len(sizes)) if alone else first_fit(sizes, room)
+    row = np.argsort(_largest_first(sizes, room)) if alone else first_fit(sizes, room)
     segment, offsets = _slots(row, sizes)
     count = int(row.max(initial=-1)) + 1
     shifted = np.roll(pairs.targets, 1)
@@ -53,7 +53,7 @@ def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_i
         "weights": spread(target, targets_length, np.ones(1, np.float32), np.float32),
     }
     if alone:
-        return {**rows, "encoder_lengths": pairs.input_lengths.astype(np.int32)}
+        return {**rows, "encoder_lengths": pairs.input_lengths[np.argsort(row)].astype(np.int32)}
     return {
         **rows,
         "encoder_segment_ids": spread(source, inputs_length, np.repeat(segment, pairs.input_lengths)),
@@ -91,12 +91,16 @@ def first_fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
     rows = np.zeros(len(sizes), np.int64)
     free = np.tile(room, (len(sizes), 1))
     used = 0
-    for i in np.argsort(-(sizes / room).max(axis=1), kind="stable"):
+    for i in _largest_first(sizes, room):
         fits = (free[:used] >= sizes[i]).all(axis=1)
         rows[i] = fits.argmax() if fits.any() else used
         used = max(used, rows[i] + 1)
         free[rows[i]] -= sizes[i]
     return rows
+
+
+def _largest_first(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
+    return np.argsort(-(sizes / room).max(axis=1), kind="stable")
 
 
 def _slots(row: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

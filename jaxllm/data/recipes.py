@@ -149,7 +149,7 @@ def _example_lengths(config: DataConfig, denoiser: Denoiser, mode_length: int) -
     """The longest example of a denoiser that fits a row and `data.example_length`."""
     inputs = config.sequence_length - mode_length
     best = solve_lengths(denoiser, inputs=inputs, targets=config.target_length)
-    if config.objective == "span_corruption" and config.example_length is None:
+    if fills_rows(config):
         exact = solve_lengths(denoiser, inputs=inputs)
         if config.target_length is not None and config.target_length < exact.targets:
             raise DataError(

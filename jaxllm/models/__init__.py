@@ -55,7 +55,7 @@ def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
     """
     check_model(model)
     _check_key(key)
-    return _init(model, key)
+    return _init(model.clone(), key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,7 +80,7 @@ def _check_key(key: Any) -> None:
 
 def abstract_params(model: Model) -> dict[str, Any]:
     """Shapes and dtypes of the parameters, without allocating them."""
-    return _init.eval_shape(model, jax.eval_shape(lambda: jax.random.key(0)))
+    return _init.eval_shape(model.clone(), jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def _inputs(model: Model) -> tuple[jax.Array, ...]:

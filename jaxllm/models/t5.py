@@ -83,14 +83,16 @@ class _Stack(nn.Module):
         return _own_or_shared(build, self.relative_bias)
 
 
-def _key_lengths(lengths: Array | None, rows: int, *segments: Array | None) -> Int[Array, " B"] | None:
+def _key_lengths(lengths: Array | None, sources: int, rows: int, *segments: Array | None) -> Int[Array, " B"] | None:
     """Real keys of each row, for a kernel that must see one: the output of an empty row means nothing anyway."""
     if lengths is None:
         return None
     if any(each is not None for each in segments):
         raise ValueError("encoder_lengths say that a row is one document: give them or segment ids, not both")
-    check_shape(lengths, "encoder_lengths", (rows,))
-    return jnp.maximum(lengths, 1)
+    check_shape(lengths, "encoder_lengths", (sources,))
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"encoder_lengths must be integers, got {lengths.dtype}")
+    return jnp.broadcast_to(jnp.maximum(lengths, 1).astype(jnp.int32), (rows,))
 
 
 def _own_or_shared(build: Callable[[Array], Array], table: Array | None) -> BiasOf:
@@ -130,7 +132,7 @@ class Decoder(_Stack):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        encoded: Float[Array, "B S D"],
+        encoded: Float[Array, "#B S D"],
         pattern: Pattern,
         cross_pattern: Pattern,
         key: Array | None,
@@ -201,7 +203,8 @@ class T5(nn.Module):
             key: of dropout; None is no dropout.
 
         Raises:
-            ValueError: while tracing, for tokens that are no integers [B, T], or parameters of another model.
+            ValueError: while tracing, for tokens that are no integers [B, T], lengths beside segment ids, or parameters
+                of another model.
         """
         hidden = self.hidden(
             encoder_tokens,
@@ -240,18 +243,19 @@ class T5(nn.Module):
         """The encoder's output; at padding it means nothing."""
         check_tokens(encoder_tokens, "encoder_tokens")
         check_shape(encoder_segment_ids, "encoder_segment_ids", encoder_tokens.shape)
-        key_lengths = _key_lengths(encoder_lengths, encoder_tokens.shape[0], encoder_segment_ids)
+        rows = encoder_tokens.shape[0]
+        key_lengths = _key_lengths(encoder_lengths, rows, rows, encoder_segment_ids)
         pattern = Pattern(query_segments=encoder_segment_ids, key_segments=encoder_segment_ids, key_lengths=key_lengths)
         return self.encoder(self._embed(encoder_tokens), pattern, key)
 
     def decode(
         self,
         decoder_tokens: Int[Array, "B T"],
-        encoded: Float[Array, "B S D"],
+        encoded: Float[Array, "#B S D"],
         *,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        encoder_segment_ids: Int[Array, "#B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
-        encoder_lengths: Int[Array, " B"] | None = None,
+        encoder_lengths: Int[Array, "#B"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """The decoder's hidden state over an encoder's output, as `hidden` returns it."""
@@ -263,7 +267,8 @@ class T5(nn.Module):
         check_shape(encoded, "the encoder's output", (decoder_tokens.shape[0], *one[1:]), one)
         pattern = Pattern(causal=True, query_segments=decoder_segment_ids, key_segments=decoder_segment_ids)
         segments = encoder_segment_ids, decoder_segment_ids
-        cross_pattern = Pattern(key_lengths=_key_lengths(encoder_lengths, encoded.shape[0], *segments))
+        rows = decoder_tokens.shape[0]
+        cross_pattern = Pattern(key_lengths=_key_lengths(encoder_lengths, encoded.shape[0], rows, *segments))
         if encoder_segment_ids is not None or decoder_segment_ids is not None:
             ones = functools.partial(jnp.ones, dtype=jnp.int32)
             cross_pattern = Pattern(

@@ -53,12 +53,13 @@ class T5Attention(nn.Module):
         self.o_proj = Linear(inner, c.d_model, c.init_factor * inner**-0.5)
 
     def __call__(
-        self, x: Float[Array, "B T D"], source: Float[Array, "B S D"], pattern: Pattern, bias: Any, key: Array | None
+        self, x: Float[Array, "B T D"], source: Float[Array, "#B S D"], pattern: Pattern, bias: Any, key: Array | None
     ) -> Float[Array, "B T D"]:
         """Attention over whole sequences; `key` is for dropout on its weights."""
         c = self.config
         drop = None if key is None else functools.partial(dropout, key=key, rate=c.dropout_rate)
-        keys, values = self.keys_values(source)
+        # One source may be that of all rows.
+        keys, values = (jnp.broadcast_to(part, (x.shape[0], *part.shape[1:])) for part in self.keys_values(source))
         mixed = attention(
             site(self._heads(self.q_proj(x)), "query"),
             site(keys, "key"),
@@ -174,7 +175,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        encoded: Float[Array, "B S D"],
+        encoded: Float[Array, "#B S D"],
         pattern: Pattern,
         cross_pattern: Pattern,
         bias_of: BiasOf,

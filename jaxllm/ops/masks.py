@@ -58,7 +58,7 @@ class Pattern(NamedTuple):
     key_lengths: Int[Array, " B"] | None = None
 
     def mask(self, queries: range, keys: range) -> Array | None:
-        """The mask of a block of queries and keys, [T, S] or [B, T, S]; None when nothing is hidden."""
+        """The mask of a block of queries and keys, [T, S] or [B, T, S] or what broadcasts to it; None hides nothing."""
         query_index, key_index = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
         causal = causal_mask(query_index, key_index) if self.causal else None
         window = None

@@ -162,7 +162,8 @@ def residual_bytes(function: Callable[[Any, Any], jax.Array], params: Any, batch
     # Layers that are not a loop keep their part of the stacked parameters, which the copy in the compute dtype is.
     given = set(closed.jaxpr.invars)
     for equation in closed.jaxpr.eqns:
-        if equation.primitive.name in ("slice", "split", "squeeze") and equation.invars[0] in given:
+        first = equation.invars[0] if equation.primitive.name in ("slice", "split", "squeeze") else None
+        if isinstance(first, Var) and first in given:
             given.update(equation.outvars)
     outputs = zip(closed.jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
     kept_once = {var: shape for var, shape in outputs if isinstance(var, Var) and var not in given}

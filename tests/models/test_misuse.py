@@ -116,6 +116,8 @@ def test_lengths_of_sources_are_one_per_row_and_stand_alone() -> None:
     t5, lengths = (build(T5), params_of(T5)), jnp.ones((2,), jnp.int32)
     with pytest.raises(ValueError, match=r"encoder_lengths must be of shape \[2\], got \[3\]"):
         call(*t5, encoder_lengths=jnp.ones((3,), jnp.int32))
+    with pytest.raises(ValueError, match=r"encoder_lengths must be integers, got float32"):
+        call(*t5, encoder_lengths=jnp.ones((2,)))
     for name in ("encoder_segment_ids", "decoder_segment_ids"):
         with pytest.raises(ValueError, match=r"give them or segment ids, not both"):
             call(*t5, encoder_lengths=lengths, **{name: jnp.ones((2, 6), jnp.int32)})
@@ -217,6 +219,11 @@ def test_build_refuses_what_is_no_model(wrong: dict[str, Any]) -> None:
 def test_init_params_says_what_a_key_is(key: Any, got: str) -> None:
     with pytest.raises(ValueError, match=rf"key must be one key, e.g. jax.random.key\(0\), got .*{got}"):
         init_params(build(LLAMA), key)
+
+
+def test_a_bound_model_initialises_as_itself() -> None:
+    bound = build(LLAMA).bind({"params": params_of(LLAMA)})
+    assert jax.tree.structure(init_params(bound, jax.random.key(0))) == jax.tree.structure(params_of(LLAMA))
 
 
 def test_init_params_takes_a_model() -> None:

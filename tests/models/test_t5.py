@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.extend
@@ -167,6 +167,29 @@ def test_lengths_equal_segment_ids_and_an_empty_row_poisons_nothing(t5: Compiled
     assert float(loss) == pytest.approx(float(want), rel=1e-6)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE["float32"] * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("attention", ["reference", "chunked"])
+def test_one_source_for_all_targets_is_that_source_in_each(attention: Literal["reference", "chunked"]) -> None:
+    model = build(dataclasses.replace(CONFIG, attention=attention))
+    targets = jnp.asarray(draw(3, 2, TARGET))
+    params, encoded = (
+        init_params(model, jax.random.key(0)),
+        jax.random.normal(jax.random.key(1), (1, SOURCE, CONFIG.d_model)),
+    )
+    lengths = jnp.array([4])
+
+    def loss(source: jax.Array, lengths: jax.Array) -> jax.Array:
+        hidden = apply(model, params, targets, source, encoder_lengths=lengths, method="decode")
+        return jnp.sum(jnp.sin(hidden))
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    (one, ours), (each, theirs) = (
+        gradient(encoded, lengths),
+        gradient(jnp.tile(encoded, (2, 1, 1)), jnp.tile(lengths, 2)),
+    )
+    assert float(one) == pytest.approx(float(each), rel=1e-6)
+    np.testing.assert_allclose(ours[0], theirs.sum(axis=0), atol=TOLERANCE["float32_grad"] * float(jnp.abs(ours).max()))
 
 
 def _row(length: int, *parts: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from jaxllm.ops.fused_attention import append_codes, fused_attention, obstacle
 from jaxllm.ops.linear import einsum, linear
 from jaxllm.ops.masks import Pattern
 from tests.conftest import TOLERANCE
+from tests.structure.programs import pretend_gpu
 
 
 def operands(length: int, keys: int, *, dtype=jnp.float32, heads: int = 6, kv_heads: int = 3) -> list[jax.Array]:
@@ -46,7 +47,8 @@ def test_the_mask_of_a_block_is_a_block_of_the_mask() -> None:
         block = pattern.mask(range(64, 128), range(32, 128))
         assert (whole is None) == (block is None)
         if whole is not None and block is not None:
-            np.testing.assert_array_equal(block, whole[..., 64:128, 32:128])
+            whole = np.broadcast_to(whole, (*whole.shape[:-2], 320, 320))[..., 64:128, 32:128]
+            np.testing.assert_array_equal(np.broadcast_to(block, whole.shape), whole)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -115,6 +117,19 @@ def test_every_path_equals_the_reference_with_gradients(path: str, name: str, bi
         np.testing.assert_allclose(
             np.asarray(ours, np.float32) / scale, np.asarray(want[part]) / scale, atol=tolerance, err_msg=part
         )
+
+
+def test_lengths_may_be_mapped_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients row by row, lowered for a GPU, whose rules see lengths of queries that nobody gave."""
+    pretend_gpu(monkeypatch)
+    arguments = [x.astype(jnp.bfloat16)[:, None] for x in operands(64, 64)]
+
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+        pattern = Pattern(key_lengths=length)
+        return jnp.sum(attention(q, k, v, pattern=pattern, scale=0.3).astype(jnp.float32))
+
+    mapped = jax.jit(jax.vmap(jax.grad(row), in_axes=0)).trace(*arguments, jnp.array([[64], [30]], jnp.int32))
+    assert "fmha" in mapped.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_chunked_takes_any_length_and_keeps_no_weights_when_large(monkeypatch: pytest.MonkeyPatch) -> None:
