@@ -75,6 +75,7 @@ def fused_attention(
     `implementation` xla gives the same operands to jax's own definition, so that the coding is tested without a GPU.
     """
     width = query.shape[-1]
+    real = _real_queries(query.shape[1], query_segments, query_lengths)
     if key_lengths is not None and query_lengths is None:
         # jax would make them of a constant, which its rule for vmap takes for one of the rows.
         query_lengths = jnp.full_like(key_lengths, query.shape[1]) + 0 * key_lengths
@@ -93,7 +94,6 @@ def fused_attention(
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
     )[..., :width]
-    real = _real_queries(query.shape[1], query_segments, query_lengths)
     return mixed if real is None else jnp.where(real[..., None, None], mixed, 0)
 
 
