@@ -78,7 +78,7 @@ def fused_attention(
     real = _real_queries(query.shape[1], query_segments, query_lengths)
     if key_lengths is not None and query_lengths is None:
         # jax would make them of a constant, which its rule for vmap takes for one of the rows.
-        query_lengths = jnp.full_like(key_lengths, query.shape[1]) + 0 * key_lengths
+        query_lengths = query.shape[1] + 0 * key_lengths
     if query_segments is not None and key_segments is not None:
         query, key, value = append_codes(query, key, value, query_segments, key_segments, scale=scale)
     mixed = jax.nn.dot_product_attention(
