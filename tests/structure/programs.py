@@ -11,13 +11,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks.gpu.compiled import PRETENCE
+from benchmarks.gpu.train import build_step
 from jaxllm.config import RunConfig
-from jaxllm.models import abstract_params
 from jaxllm.training.fit import abstract_batch
-from jaxllm.training.loss import build_loss
-from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import build_model, compute_dtype
-from jaxllm.training.train_step import init_train_state, make_train_step
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,13 +24,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def traced_train_step(config: RunConfig) -> Any:
     """The train step of a run on abstract arguments; nothing is allocated."""
-    dtype, model = compute_dtype(config.precision), build_model(config)
-    rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
-    loss = build_loss(model, config.training)
-    step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype)
-    state = jax.eval_shape(lambda p: init_train_state(p, rule, jax.random.key(0)), abstract_params(model))
+    step, fresh = build_step(config)
     batch = abstract_batch(config, rows=config.training.batch_size)
-    return jax.jit(step, donate_argnums=0).trace(state, batch)
+    return jax.jit(step, donate_argnums=0).trace(jax.eval_shape(fresh), batch)
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
