@@ -267,6 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no case or file {', '.join(sorted(unknown))}; cases are {', '.join(cases())}")
     if overrides and (files != named or not files):
         parser.error(f"{', '.join(overrides)}: settings are of a run's file, such as configs/t5_large.yaml")
+    if options.devices > 1 and any(name.startswith("decode/") for name in named or cases()):
+        parser.error("--devices: decoding is for one; name train cases or a run's file")
     if options.write and (named or options.layers or options.devices > 1):
         parser.error("--write keeps the figures of all programs, as they are")
     results = []
