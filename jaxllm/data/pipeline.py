@@ -9,6 +9,7 @@ an objective does is in one `Recipe`; the pipeline knows none of them.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import lzma
 import math
@@ -241,19 +242,35 @@ def build_pipeline(
 
 
 def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Path) -> Tokenizer:
-    cached = run_dir / "tokenizer.json"
-    if config.tokenizer != "train":
-        tokenizer = load_tokenizer(config.tokenizer)
-        tokenizer.save(cached)
-        return tokenizer
-    if cached.exists():
-        return load_tokenizer(cached)
+    """The tokenizer that `run_dir` keeps, beside a file that says what it was made from; never another in its place."""
+    kept, origin_file = run_dir / "tokenizer.json", run_dir / "tokenizer_origin.json"
+    kept = next((path for path in (kept, kept.with_suffix(".model")) if path.exists()), kept)
     keys = [key for key in (config.text_key, config.target_key) if key is not None]
-    every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
-    tokenizer = train_tokenizer(every, vocab_size=vocab_size)
-    tokenizer.save(cached)
-    _log.info("trained a tokenizer of %d ids on %d documents", tokenizer.vocab_size, len(source.train))
-    return tokenizer
+    given = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
+    if given is not None:
+        origin = {"fingerprint": given.fingerprint}
+    else:
+        origin = {"source": source.name, "fields": keys, "vocab_size": vocab_size}
+    if kept.exists():
+        before = origin
+        if origin_file.exists():
+            before = json.loads(origin_file.read_text())
+        elif given is not None:
+            before = {"fingerprint": load_tokenizer(kept).fingerprint}
+        if before != origin:
+            raise DataError(
+                f"{run_dir} keeps a tokenizer made from {before}, this config wants one from {origin}; choose another "
+                f"training.run_dir"
+            )
+        return given or load_tokenizer(kept)
+    if given is None:
+        every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
+        given = train_tokenizer(every, vocab_size=vocab_size)
+        _log.info("trained a tokenizer of %d ids on %d documents", given.vocab_size, len(source.train))
+    origin_file.parent.mkdir(parents=True, exist_ok=True)
+    origin_file.write_text(json.dumps(origin))  # before the tokenizer, without which it means nothing
+    given.save(kept)
+    return given
 
 
 def _rows_of_an_epoch(records: Sequence[Any], shard: slice, key: str, length: int) -> int:

@@ -156,7 +156,38 @@ def test_resume_is_exact(corpus: Path, tmp_path: Path, workers: int) -> None:
 def test_state_of_other_data_is_refused(corpus: Path, tmp_path: Path, change: dict) -> None:
     state = open_pipeline(corpus, tmp_path / "run").get_state()
     with pytest.raises(DataError, match="the checkpoint was made with"):
-        open_pipeline(corpus, tmp_path / "run", **change).set_state(state)
+        open_pipeline(corpus, tmp_path / "other", **change).set_state(state)
+
+
+@pytest.mark.parametrize("first", ["train", "given", "by hand"])
+def test_a_folder_keeps_its_tokenizer(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, first: str) -> None:
+    """A look at data with other settings must not leave its tokenizer to a run, nor replace the run's."""
+    tokenizer.save(tmp_path / "given.json")
+    train_tokenizer(["some other text"], vocab_size=400).save(tmp_path / "other.json")
+    given = {"tokenizer": str(tmp_path / "given.json")}
+    corpus_settings = {"cache_dir": str(tmp_path / "cache"), "source": "files", "path": str(corpus)}
+
+    def opened(vocab_size: int = 448, **settings: object) -> str:
+        config = DataConfig(**corpus_settings, **settings)
+        return build_pipeline(
+            config, vocab_size=vocab_size, batch_size=4, seed=0, run_dir=tmp_path / "run"
+        ).tokenizer.fingerprint
+
+    if first == "by hand":
+        tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    own = given if first == "given" else {}
+    made = opened(**own)
+    refused = [lambda: opened(tokenizer=str(tmp_path / "other.json"))]
+    if first == "train":
+        refused += [lambda: opened(440), lambda: opened(validation_fraction=0.4), lambda: opened(**given)]
+    if first == "given":
+        refused += [opened]
+    for other in refused:
+        with pytest.raises(
+            DataError, match=r"keeps a tokenizer made from \{.*\}, this config wants one from \{.*\}; ch"
+        ):
+            other()
+    assert load_tokenizer(tmp_path / "run" / "tokenizer.json").fingerprint == made == opened(**own)
 
 
 def test_split_is_by_content_and_complete(corpus: Path, tmp_path: Path) -> None:

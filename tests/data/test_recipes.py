@@ -60,7 +60,8 @@ def open_pipeline(runs: Path, name: str, *, workers: int = 0, seed: int = 3, **c
     config = DataConfig(
         **{**options, "cache_dir": str(runs / "cache"), **SHAPES.get(name, {}), **changes}, workers=workers
     )
-    return build_pipeline(config, vocab_size=420, batch_size=4, seed=seed, run_dir=runs, decoder_start_id=0)
+    own = runs if config.tokenizer == "train" else Path(config.tokenizer).with_suffix(".run")
+    return build_pipeline(config, vocab_size=420, batch_size=4, seed=seed, run_dir=own, decoder_start_id=0)
 
 
 def open_pairs(runs: Path, pairs: Path, **changes: object) -> Pipeline:
