@@ -1,8 +1,8 @@
 """Runs a function from its jaxpr and shows every operation to a visitor, which may record and replace its results.
 
 The function itself knows nothing of it, so it needs no hooks and stays as fast as it is. A loop over layers stays one:
-what is recorded inside comes out with one more axis. Not here: what is looked for, see `jaxllm.study.sites` and
-`jaxllm.training.observe`.
+what is recorded inside comes out with one more axis. Not here: what is looked for, see `jaxllm.study.sites`,
+`jaxllm.study.derivatives` and `jaxllm.training.observe`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         result = eqn.primitive.bind(*functions, *inputs, **params)
     return list(result) if eqn.primitive.multiple_results else [result]
+
+
+def run(function: Callable[..., Any], args: Any, kwargs: Any, visitor: Visitor) -> tuple[Any, list[Record]]:
+    """The function's result, and all records in the order of execution."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+    outputs, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), visitor)
+    # Constants and arguments that are results are not arrays of JAX yet.
+    return jax.tree.unflatten(jax.tree.structure(shape), map(jnp.asarray, outputs)), records
 
 
 def interpret(

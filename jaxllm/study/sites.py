@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxllm.study.interpret import Place, Record, Visitor, bind, interpret
+from jaxllm.study.interpret import Place, Record, Visitor, bind, run
 from jaxllm.study.programs import LOOP, label, numbers, programs
 
 Edit = Callable[[Array, Any], Any]
@@ -47,7 +47,7 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
             taken = path and (not names or any(_matches(path, name) for name in names))
             return outputs, [((path, bool(place.steps)), outputs[0])] if taken else []
 
-        out, records = _interpret(function, args, kwargs, visit)
+        out, records = run(function, args, kwargs, Visitor(_enters, visit))
         wanted.check()
         return out, _joined(records)
 
@@ -81,7 +81,7 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
                     inputs = [_changed(change, path, inputs[0], layer)]
             return bind(eqn, inputs), []
 
-        out, _ = _interpret(function, args, kwargs, visit)
+        out, _ = run(function, args, kwargs, Visitor(_enters, visit))
         if strict:
             wanted.check()
         return out
@@ -127,13 +127,6 @@ class _Sites:
 
 
 _WEIGHTS_HINT = " (only `attention: reference` holds the weights: build the model with that)"
-
-
-def _interpret(function: Callable[..., Any], args: Any, kwargs: Any, visit: Any) -> tuple[Any, list[Record]]:
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
-    outputs, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), Visitor(_enters, visit))
-    # Constants and arguments that are results are not arrays of JAX yet.
-    return jax.tree.unflatten(jax.tree.structure(shape), map(jnp.asarray, outputs)), records
 
 
 def _enters(eqn: Any) -> bool:

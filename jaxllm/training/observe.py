@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.study.interpret import REVERSED, Place, Record, Visitor, bind, interpret
+from jaxllm.study.interpret import REVERSED, Place, Record, Visitor, bind, run
 from jaxllm.study.programs import is_backward, label
 
 
@@ -54,9 +54,7 @@ class Observer:
         return sorted(readings, key=lambda reading: reading.order)
 
     def _trace(self, *args: Any) -> list[jax.Array]:
-        closed = jax.make_jaxpr(self._function)(*args)
-        visitor = Visitor(lambda _: True, self._measure)
-        _, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves(args), visitor)
+        _, records = run(self._function, args, {}, Visitor(lambda _: True, self._measure))
         self._sites = [site for site, _ in records]
         return [value for _, value in records]
 

@@ -55,7 +55,7 @@ def test_a_float32_loss_keeps_to_strict_promotion(config: LlamaConfig | T5Config
 
 @pytest.mark.parametrize(("config", "attention"), [(LLAMA, "chunked"), (T5, "reference")], ids=["llama", "t5"])
 def test_derivatives_along_a_direction_and_of_derivatives(config: LlamaConfig | T5Config, attention: str) -> None:
-    """As README says: in reverse mode, since products with rules of their own have no jvp."""
+    """As README says: in reverse mode; forward, rules of the backward pass are refused without `forward_mode`."""
     mean = jax.jit(mean_loss(dataclasses.replace(config, attention=attention)))
     gradient, params = jax.jit(jax.grad(mean)), init_params(build(config), jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
