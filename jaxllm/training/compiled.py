@@ -26,10 +26,19 @@ class RecompilationError(RuntimeError):
 class CompiledOnce(Generic[P, R]):
     """A pure function behind one executable, compiled for the arguments of its first call."""
 
-    def __init__(self, function: Callable[P, R], *, name: str, **options: Any) -> None:
-        """`name` is for messages; `options` are those of `jax.jit`, such as donate_argnums."""
+    def __init__(
+        self, function: Callable[P, R], *, name: str, check: Callable[[int], None] | None = None, **options: Any
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            function: pure.
+            name: for messages.
+            check: told how many bytes of each device it needs, arguments included, before it runs for the first time.
+            options: of `jax.jit`, such as donate_argnums.
+        """
         self._jitted = jax.jit(function, **options)
-        self._name = name
+        self._name, self._check = name, check
         self._executable: jax.stages.Compiled | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,6 +61,8 @@ class CompiledOnce(Generic[P, R]):
         executable = self._jitted.lower(*args, **kwargs).compile()
         seconds = time.perf_counter() - start
         memory = executable.memory_analysis()
-        size = 0.0 if memory is None else (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
-        _log.info("%s compiled in %.1f s, %.2f GB with its arguments", self._name, seconds, size)
+        needed = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        _log.info("%s compiled in %.1f s, %.2f GB with its arguments", self._name, seconds, needed / 1e9)
+        if self._check is not None:
+            self._check(needed)
         return executable

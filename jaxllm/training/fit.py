@@ -1,12 +1,14 @@
-"""Whether a run fits into the device's memory, from abstract shapes, before anything is allocated.
+"""Whether a run fits into the device's memory: an estimate before anything is allocated, then the compiler's word.
 
 Parameters, moments and gradients are counted leaf by leaf. Activations are what the traced backward pass asks the
-forward pass to keep, so the remat policy is in them. XLA may fuse some of it away: the estimate errs on the safe side.
+forward pass to keep, so the remat policy is in them. XLA may fuse some of it away: the estimate errs on the safe side,
+and what the compiled step needs decides, before it runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,22 +73,33 @@ def estimate_fit(config: RunConfig, optimizer: optax.GradientTransformation, *, 
     )
 
 
-def announce_fit(config: RunConfig, optimizer: optax.GradientTransformation, device: Device) -> None:
-    """Logs the estimate and refuses a run that is too large; silent for devices that don't know their memory (CPUs)."""
-    if device.memory is None:
-        return
-    fit = estimate_fit(config, optimizer, devices=device.count)
-    _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
-    check_fit(fit, limit=device.memory)
+def announce_fit(
+    config: RunConfig, optimizer: optax.GradientTransformation, device: Device
+) -> Callable[[int], None] | None:
+    """Logs the estimate, and returns what checks the compiler's figure: None where memory is not known, as on CPUs.
 
-
-def check_fit(fit: Fit, *, limit: int) -> None:
-    """Refuses what exceeds `limit` bytes.
+    An estimate above the device's memory is a warning, since it errs on the safe side.
 
     Raises:
-        FitError: with the parts and what makes the largest of them smaller.
+        FitError: when parameters and moments alone, which no compiler makes smaller, exceed it.
     """
-    if sum(fit) <= limit:
+    if device.memory is None:
+        return None
+    fit = estimate_fit(config, optimizer, devices=device.count)
+    _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
+    check_fit(fit, fit.moments + device_bytes(abstract_params(build_model(config)), device.count), limit=device.memory)
+    if sum(fit) > device.memory:
+        _log.warning("that may be too large; it errs on the safe side, so the compiler's own figure will decide")
+    return functools.partial(check_fit, fit, limit=device.memory)
+
+
+def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
+    """Refuses a run that needs more than `limit` bytes.
+
+    Raises:
+        FitError: with the estimate's parts and what makes the largest of them smaller.
+    """
+    if needed <= limit:
         return
     advice = {
         "activations": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
@@ -97,8 +110,8 @@ def check_fit(fit: Fit, *, limit: int) -> None:
     }
     largest = sorted(fit._asdict().items(), key=lambda part: -part[1])[:2]
     raise FitError(
-        f"this run needs about {sum(fit) / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB: {fit.table()}. "
-        + "; ".join(f"{name}: {advice[name]}" for name, _ in largest)
+        f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB; by the estimate: "
+        f"{fit.table()}. " + "; ".join(f"{name}: {advice[name]}" for name, _ in largest)
     )
 
 

@@ -33,6 +33,8 @@ class RunFolderError(ConfigError):
 def open_run_folder(config: RunConfig) -> Path:
     """Creates the folder with the resolved config in it, or checks that the one there is of the same run.
 
+    A run that has made no step, such as one that was too large for its device, leaves its folder to the next config.
+
     Raises:
         RunFolderError: when it cannot be written, or holds a run of another config (naming the differing keys).
     """
@@ -42,7 +44,7 @@ def open_run_folder(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if path.exists():
+        if path.exists() and _has_begun(folder):
             _check_same(path, config)
         _replace(path, dump_config(config))
     except OSError as error:
@@ -51,6 +53,11 @@ def open_run_folder(config: RunConfig) -> Path:
             f"with free space, e.g. training.run_dir=runs/again"
         ) from error
     return folder
+
+
+def _has_begun(folder: Path) -> bool:
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _check_same(path: Path, config: RunConfig) -> None:

@@ -127,14 +127,15 @@ class _Run:
         self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype, mesh=mesh)
         # A decoder-only model predicts every byte of the text; T5 those that are hidden from it.
         self._bits = "bits_per_byte" if config.model.family == "llama" else "bits_per_target_byte"
-        announce_fit(config, optimizer, detect_device())
+        check = announce_fit(config, optimizer, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
         self.resumed_from = 0
         self._optimizer = optimizer
         self.state = self._initial_state()
         self.step = self.resumed_from
-        self._train_step = CompiledOnce(step, name="train step", donate_argnums=0, **_keep_layout(self.state, mesh))
+        layout = _keep_layout(self.state, mesh)
+        self._train_step = CompiledOnce(step, name="train step", check=check, donate_argnums=0, **layout)
         self._batches, self._position = Prefetch(pipeline, mesh), pipeline.get_state()
         self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
         self.writer = MetricsWriter(folder, resume_step=self.step)

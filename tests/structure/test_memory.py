@@ -60,9 +60,11 @@ def test_each_setting_moves_its_part_of_the_estimate(tiny: LlamaConfig) -> None:
     )
     assert estimate(low).parameters == 1.5 * plain.parameters
     assert estimate(low).moments == pytest.approx(0.75 * plain.moments, rel=0.01)
-    check_fit(plain, limit=sum(plain))
-    with pytest.raises(FitError, match=r"needs about .* activations: raise training.accumulation"):
-        check_fit(plain, limit=sum(plain) - 1)
+    check_fit(plain, 100, limit=100)
+    with pytest.raises(
+        FitError, match=r"needs at least 0\.2 GB and the device has 0\.1 GB; .* activations: raise training.accum"
+    ):
+        check_fit(plain, 200_000_000, limit=100_000_000)
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
@@ -78,12 +80,12 @@ def test_real_size_configs_fit_their_card(name: str, monkeypatch: pytest.MonkeyP
     config = load_config(CONFIGS / f"{name}.yaml")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan"))
     fit = estimate(config)
-    check_fit(fit, limit=int(CARDS[141]))
+    assert sum(fit) < CARDS[141]
     if name == "llama3_8b":
-        with pytest.raises(FitError, match=r"needs about 130\.6 .* parameters: choose a smaller model"):
-            check_fit(fit, limit=int(CARDS[80]))
+        with pytest.raises(FitError, match=r"needs at least 130\.6 .* parameters: choose a smaller model"):
+            check_fit(fit, sum(fit), limit=int(CARDS[80]))
     else:
-        check_fit(fit, limit=int(CARDS[80]))
+        assert sum(fit) < CARDS[80]
 
 
 def test_the_vocabulary_loss_holds_one_chunk_of_logits() -> None:

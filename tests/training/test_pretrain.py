@@ -21,6 +21,8 @@ from jaxllm.config import RunConfig
 from jaxllm.config_file import dump_config, load_config, parse_config
 from jaxllm.models import build, init_params
 from jaxllm.training.checkpoint import CheckpointError, Checkpoints
+from jaxllm.training.device import Device
+from jaxllm.training.fit import Fit, FitError, check_fit
 from jaxllm.training.run_folder import RunFolderError, open_run_folder
 from jaxllm.training.trainer import Summary, TrainingStopped, pretrain
 from tests.conftest import write_corpus
@@ -181,12 +183,43 @@ def test_all_checkpoints_damaged_is_an_error_that_deletes_nothing(
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
 
 
-def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, corpus: Path) -> None:
-    run = config(tmp_path / "run", corpus)
-    open_run_folder(run)
+def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
+    run = copy_of(whole[0], tmp_path / "run")
+    other = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=1e-3))
     with pytest.raises(RunFolderError, match=r"optimizer.learning_rate: 0.0003 -> 0.001"):
-        pretrain(config(tmp_path / "run", corpus, optimizer={"learning_rate": 1e-3}))
-    open_run_folder(config(tmp_path / "run", corpus, training={"log_every": 7, "keep": 5}))
+        pretrain(other)
+    open_run_folder(dataclasses.replace(run, training=dataclasses.replace(run.training, log_every=7, keep=5)))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # what it has logged is of a run, too
+    with pytest.raises(RunFolderError, match=r"optimizer.learning_rate: 0.0003 -> 0.001"):
+        pretrain(other)
+
+
+def test_a_run_that_is_too_large_stops_before_it_runs_and_leaves_its_folder(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needed: list[int] = []
+
+    def check(fit: Fit, size: int, *, limit: int) -> None:
+        needed.append(size)
+        check_fit(fit, size, limit=limit)
+
+    def start(memory: float, *, rows: int, folder: str = "run") -> Summary:
+        device = Device("a GPU", 1, int(memory), None, None)
+        monkeypatch.setattr("jaxllm.training.trainer.detect_device", lambda: device)
+        return pretrain(config(tmp_path / folder, corpus, training={"steps": 1, "batch_size": rows}))
+
+    monkeypatch.setattr("jaxllm.training.fit.check_fit", check)
+    with pytest.raises(FitError):
+        start(1e5, rows=64)
+    assert len(needed) == 1 and not (tmp_path / "run" / "checkpoints").exists()  # not even the state has room
+    with caplog.at_level("WARNING", logger="jaxllm"), pytest.raises(FitError, match=r"activations: raise training\."):
+        start(3e6, rows=64)
+    assert caplog.text.count("so the compiler's own figure will decide") == 1
+    largest = needed[-1]
+    assert start(3e6, rows=2).finished  # fewer rows at once, in the same folder
+    with caplog.at_level("WARNING", logger="jaxllm"):
+        assert start(largest, rows=64, folder="estimated higher").finished
+    assert needed[-1] == largest and caplog.text.count("so the compiler's own figure will decide") == 2
 
 
 def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, corpus: Path) -> None:
