@@ -8,8 +8,10 @@ and sets it aside: a disk that fails for a moment must cost no checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,19 +42,32 @@ class Restored(NamedTuple):
     skipped: tuple[int, ...]
 
 
+# Where a checkpoint's own description says how good it is, so that another process knows the best one, too.
+_LOSS = "validation_loss"
+
+
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest `keep` checkpoints and the one of the lowest loss."""
+
+    def __init__(self, keep: int, losses: Mapping[int, float]) -> None:
+        self._keep, self._losses = keep, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Which of the checkpoints, oldest first, stay."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
+        return [step == best or step in steps[-self._keep :] for step in steps]
+
+
 class Checkpoints:
     """The checkpoint folder of one run."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Opens or creates the folder and removes what an interrupted save left behind."""
-        best = ocp.checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: -metrics["validation_loss"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        latest = ocp.checkpoint_managers.LatestN(keep)
+        self._losses: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, best]),
+            preservation_policy=_NewestAndBest(keep, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -63,6 +78,9 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
+        for step in self.steps():
+            with contextlib.suppress(*UNREADABLE):  # `restore` says so, if it is asked for this one
+                self._note_loss(step, (self._manager.metadata(step).custom_metadata or {}).get(_LOSS))
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
@@ -70,10 +88,10 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> None:
         """Starts writing a checkpoint; an error of the previous one surfaces here."""
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        self._note_loss(step, validation_loss)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         try:
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._manager.save(step, args=items, custom_metadata={_LOSS: validation_loss}, force=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot save step {step} in {self.folder}: {error}") from error
 
@@ -107,6 +125,11 @@ class Checkpoints:
                 f"restore the folder from a backup or start again in another run_dir"
             )
         return None
+
+    def _note_loss(self, step: int, loss: Any) -> None:
+        self._losses.pop(step, None)
+        if isinstance(loss, float):
+            self._losses[step] = loss
 
     def _set_aside(self, steps: list[int]) -> None:
         """Moves checkpoints to FOLDER.damaged/STEP (then STEP-1 and so on), so that their steps can be saved anew."""

@@ -266,12 +266,26 @@ def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reopened", [False, True])
+def test_newest_and_best_are_kept(tmp_path: Path, reopened: bool, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
+    for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, 2.2, None], start=1):
         checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=loss)
         checkpoints.wait()
-    assert checkpoints.steps() == [2, 4, 5]
+        if reopened:  # another process knows no more than what is written
+            checkpoints.close()
+            checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.steps() == [2, 6, 7]
+    checkpoints.close()
+    assert not caplog.records
+
+
+def test_without_an_evaluation_the_newest_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in range(1, 5):
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=None)
+        checkpoints.wait()
+    assert checkpoints.steps() == [3, 4]
     checkpoints.close()
 
 
