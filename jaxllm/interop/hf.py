@@ -79,7 +79,7 @@ def save_hf(
     """Writes a directory that transformers 4.x and 5.x open, and `load_hf` reads back bit for bit.
 
     Args:
-        path: the directory; weights of an earlier export there are replaced.
+        path: the directory; weights and ids of an earlier export there are replaced.
         model: as `build` or `load_hf` made it.
         params: its parameters, stacked over layers as in training.
         dtype: of the tensors; None keeps each parameter's.
@@ -102,7 +102,7 @@ def save_hf(
     ids = {} if special_ids is None else _special_keys(special_ids)
     # Both spellings: 4.x knows torch_dtype, 5.x prefers dtype. Absent ids would become the architecture's defaults.
     raw |= {"dtype": kind, "torch_dtype": kind, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | ids
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InteropError(f"{folder} is a file; give a directory to write")
     configs = {"config.json": raw}
@@ -111,6 +111,8 @@ def save_hf(
         configs["generation_config.json"] = ids | start
     entries, texts = module.entries(model.config), {name: _json(value) for name, value in configs.items()}
     write_params(folder, entries, params, dtype=dtype, shard_bytes=shard_bytes, texts=texts)
+    if not ids:  # those of an earlier export would go before the nulls of config.json
+        (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def special_ids(path: str | Path) -> SpecialIds:
@@ -121,7 +123,7 @@ def special_ids(path: str | Path) -> SpecialIds:
     Raises:
         InteropError: when one of the files is no JSON object, or an id in it no number.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     raw = read_json(folder / "config.json")
     defaults = _family(folder, raw).DEFAULTS[raw["model_type"]]
     raw = defaults | raw

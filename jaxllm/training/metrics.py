@@ -65,7 +65,12 @@ class MetricsWriter:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            if text.encode() != self.path.read_bytes():
+                # Beside it first: no disk that is full, no kill may cost the rows of steps that stay done.
+                partial = self.path.with_suffix(".partial")
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = EventFile(folder / "tensorboard", resume_step=resume_step)
 

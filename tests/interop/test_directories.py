@@ -258,6 +258,14 @@ def test_reading_needs_little_more_than_the_parameters(tmp_path: Path) -> None:
     assert size < peak < 1.2 * size  # NumPy's memory; XLA takes the stacks over
 
 
+def test_an_export_without_ids_keeps_none_of_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for ids in (SpecialIds(bos=1, eos=(2, 5), pad=0), SpecialIds(), None):
+        jaxllm.save_hf("~/model", build(TINY), random_params(TINY), special_ids=ids)
+        assert special_ids(tmp_path / "model") == special_ids("~/model") == (ids or SpecialIds())
+
+
 def test_special_ids_are_declared_and_read(tmp_path: Path) -> None:
     jaxllm.save_hf(tmp_path, build(TINY), random_params(TINY))
     assert special_ids(tmp_path) == SpecialIds()

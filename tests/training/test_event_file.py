@@ -11,6 +11,7 @@ import pytest
 
 from jaxllm.training.event_file import EventFile, crc32c
 from jaxllm.training.metrics import MetricsWriter, read_metrics
+from tests.conftest import full_disk
 
 # By tensorboardX 2.6.5's EventsWriter at time 1700000000.25: version, a session's start, two scalars.
 GOLDEN = bytes.fromhex(
@@ -38,6 +39,24 @@ def test_numbers_that_are_not_finite_are_null_and_not_drawn(tmp_path: Path) -> N
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "steps": 3}]
     (written,) = (tmp_path / "tensorboard").iterdir()
     assert b"steps" in written.read_bytes() and b"loss" not in written.read_bytes()
+
+
+def test_a_start_that_cannot_write_leaves_the_record_as_it_was(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    for step in range(1, 40):
+        writer.write(step, {"loss": 1 / step})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    rows, before, inode = read_metrics(path), path.read_bytes(), path.stat().st_ino
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        MetricsWriter(tmp_path, resume_step=20)
+    assert path.read_bytes() == before
+    MetricsWriter(tmp_path, resume_step=39).close()  # a finished run: there is nothing to write
+    assert path.stat().st_ino == inode and path.read_bytes() == before
+    with path.open("ab") as file:
+        file.write(b'{"step": 40, "lo')  # a crash
+    MetricsWriter(tmp_path, resume_step=20).close()
+    assert read_metrics(path) == rows[:20] and path.read_bytes().endswith(b"\n")
 
 
 def test_the_trainer_imports_no_other_framework() -> None:
