@@ -34,6 +34,7 @@ _NOT_LIBRARY = {
     "idle_test",
 }
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SKIPPED = "skipped.json"  # beside the prepared documents: what is wrong with those that were left out
 _Document = tuple[str, dict[str, str]]  # name and fields
 
 
@@ -97,6 +98,8 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
                 yield index, {"name": name, **fields}
         if held_out:
             self._problems.skipped = before
+        elif self._problems.skipped:
+            (Path(self.data_dir) / SKIPPED).write_text(json.dumps(self._problems.skipped))
 
     def _documents(self) -> Iterator[_Document]:
         raise TypeError(f"{type(self).__name__} must say what its documents are")

@@ -7,17 +7,23 @@ builders live in `jaxllm.data.builders`; the split into training and validation 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
-from jaxllm.data.builders import FilesText, ProblemLog, StdlibText
+from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText
 
 _log = logging.getLogger(__name__)
+
+# A full disk in the words of the system, and of TFDS before it begins: array_record passes them on as text alone.
+_NO_SPACE = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "Not enough disk space")
 
 
 class Source(NamedTuple):
@@ -37,10 +43,16 @@ class Source(NamedTuple):
 def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
     """Prepares the corpus of a config if that has not been done, and opens it.
 
+    Args:
+        config: which corpus.
+        cache_dir: for what is prepared; where `config.cache_dir` is None, a folder in that of the run.
+
     Raises:
-        DataError: when it is missing, empty, unreadable, or can't be had without a network.
+        DataError: when it is missing, empty, unreadable, can't be had without a network, or holds the run's folder.
     """
     problems = ProblemLog(stop=config.on_bad_text == "stop")
+    if config.source == "files" and config.cache_dir is None:
+        _check_apart(Path(config.path or "").expanduser(), run_dir=cache_dir.parent)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _quiet():
@@ -56,8 +68,9 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
             f"cannot prepare {config.source} in {cache_dir}: {error.strerror or error}; set data.cache_dir to a "
             f"writable folder with free space"
         ) from error
-    for skipped in problems.skipped:
-        _log.warning("skipped %s", skipped)
+    skipped = Path(builder.data_dir) / SKIPPED
+    for message in json.loads(skipped.read_text()) if skipped.is_file() else ():
+        _log.warning("skipped %s", message)
     train, validation = _splits(builder, config)
     return Source(builder.info.full_name, train, validation)
 
@@ -80,6 +93,14 @@ def field(record: dict[str, Any], key: str) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
+def _check_apart(root: Path, *, run_dir: Path) -> None:
+    if run_dir.resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"the run's folder {run_dir} lies in data.path {root}, whose documents would then be its metrics.jsonl and "
+            f"sample.txt too; choose a training.run_dir outside, or put the documents into a folder of their own"
+        )
+
+
 def _tfds_builder(name: str, cache_dir: Path) -> Any:
     import tensorflow_datasets as tfds
 
@@ -99,10 +120,15 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
         with _quiet():
             builder.download_and_prepare(file_format="array_record")
     except Exception as error:
+        if builder.data_path.exists():
+            return  # whole, as it is put in place: another run that prepares the same was faster
         if problems.first is not None:
             raise problems.first from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        no_space = next((words for words in _NO_SPACE if words in _first_line(error)), None)
+        if no_space is not None:
+            raise OSError(errno.ENOSPC, no_space) from error
         if "No examples were yielded" in str(error):
             raise DataError(
                 f"{builder.info.full_name}: the training or the validation split is empty; both are needed: add "
