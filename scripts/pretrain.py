@@ -36,12 +36,16 @@ def main() -> int:
     from jaxllm.training.checkpoint import CheckpointError
     from jaxllm.training.console import training_console
     from jaxllm.training.device import prepare_process
+    from jaxllm.training.run_folder import check_in_place
     from jaxllm.training.trainer import TrainingStopped, pretrain
 
     prepare_process()
     with training_console(config):
         try:
+            check_in_place(config, arguments.config, arguments.overrides)
             pretrain(config)
+        except KeyboardInterrupt:
+            return 130  # as a shell reports it
         except (ValueError, OSError, CheckpointError, TrainingStopped) as error:
             logging.getLogger("jaxllm").error("%s", error)
             return 1

@@ -242,35 +242,45 @@ def build_pipeline(
 
 
 def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Path) -> Tokenizer:
-    """The tokenizer that `run_dir` keeps, beside a file that says what it was made from; never another in its place."""
-    kept, origin_file = run_dir / "tokenizer.json", run_dir / "tokenizer_origin.json"
-    kept = next((path for path in (kept, kept.with_suffix(".model")) if path.exists()), kept)
+    """The tokenizer that `run_dir` keeps; never another in its place."""
+    kept = next((path for path in (run_dir / "tokenizer.json", run_dir / "tokenizer.model") if path.exists()), None)
+    if config.tokenizer != "train":
+        given = load_tokenizer(config.tokenizer)
+        if kept is None:
+            _keep(given, run_dir, {"given": given.fingerprint})
+        elif load_tokenizer(kept).fingerprint != given.fingerprint:
+            raise DataError(f"{kept} is another tokenizer than data.tokenizer {config.tokenizer}; {_ELSEWHERE}")
+        return given
     keys = [key for key in (config.text_key, config.target_key) if key is not None]
-    given = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
-    if given is not None:
-        origin = {"fingerprint": given.fingerprint}
-    else:
-        origin = {"source": source.name, "fields": keys, "vocab_size": vocab_size}
-    if kept.exists():
-        before = origin
-        if origin_file.exists():
-            before = json.loads(origin_file.read_text())
-        elif given is not None:
-            before = {"fingerprint": load_tokenizer(kept).fingerprint}
-        if before != origin:
+    origin = {"source": source.name, "documents": len(source.train), "fields": keys, "vocab_size": vocab_size}
+    if kept is not None:
+        before = json.loads((run_dir / _ORIGIN).read_text(encoding="utf-8")) if (run_dir / _ORIGIN).exists() else origin
+        if differing := [
+            f"{key} {before.get(key)} -> {value}" for key, value in origin.items() if before.get(key) != value
+        ]:
             raise DataError(
-                f"{run_dir} keeps a tokenizer made from {before}, this config wants one from {origin}; choose another "
-                f"training.run_dir"
+                f"{kept} was trained for other data or settings than these ({'; '.join(differing)}); files of a corpus "
+                f"count with their names, sizes and times; {_ELSEWHERE}"
             )
-        return given or load_tokenizer(kept)
-    if given is None:
-        every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
-        given = train_tokenizer(every, vocab_size=vocab_size)
-        _log.info("trained a tokenizer of %d ids on %d documents", given.vocab_size, len(source.train))
-    origin_file.parent.mkdir(parents=True, exist_ok=True)
-    origin_file.write_text(json.dumps(origin))  # before the tokenizer, without which it means nothing
-    given.save(kept)
-    return given
+        return load_tokenizer(kept)
+    if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").iterdir()):
+        raise DataError(f"{run_dir} holds checkpoints that know a tokenizer which is not there; {_ELSEWHERE}")
+    every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
+    trained = train_tokenizer(every, vocab_size=vocab_size)
+    _log.info("trained a tokenizer of %d ids on %d documents", trained.vocab_size, len(source.train))
+    _keep(trained, run_dir, origin)
+    return trained
+
+
+# What a tokenizer was made from, beside it: one that was trained for other settings would pass for this run's.
+_ORIGIN = "tokenizer_origin.json"
+_ELSEWHERE = "choose another training.run_dir"
+
+
+def _keep(tokenizer: Tokenizer, run_dir: Path, origin: dict[str, Any]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / _ORIGIN).write_text(json.dumps(origin), encoding="utf-8")  # first: alone it means nothing
+    tokenizer.save(run_dir / "tokenizer.json")
 
 
 def _rows_of_an_epoch(records: Sequence[Any], shard: slice, key: str, length: int) -> int:

@@ -1,12 +1,18 @@
-"""The folder of a run: its config decides whether a second start resumes it or is refused."""
+"""The folder of a run: its config decides whether a second start resumes it or is refused; one process at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxllm.config import RunConfig
 from jaxllm.config_file import ConfigError, config_differences, dump_config, load_config
+
+_log = logging.getLogger(__name__)
 
 # What may change between two starts of one run: it moves no number of the training.
 _FREE = (
@@ -30,29 +36,82 @@ class RunFolderError(ConfigError):
     """A run folder that cannot be used; the message says why and what to do."""
 
 
-def open_run_folder(config: RunConfig) -> Path:
-    """Creates the folder with the resolved config in it, or checks that the one there is of the same run.
+@contextlib.contextmanager
+def open_run_folder(config: RunConfig) -> Iterator[Path]:
+    """The folder for this process alone, made where it is new, after a look at whether the run in it is this one.
 
     A run that has made no step, such as one that was too large for its device, leaves its folder to the next config.
 
     Raises:
-        RunFolderError: when it cannot be written, or holds a run of another config (naming the differing keys).
+        RunFolderError: when it cannot be written, is at work in another process, is something else, or holds a run of
+            another config (naming the differing keys).
     """
-    folder = Path(config.training.run_dir)
+    folder = Path(config.training.run_dir).expanduser()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            stack.enter_context(_alone(folder))
+            if (folder / "config.yaml").exists() and _has_begun(folder):
+                _check_same(folder / "config.yaml", config)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to training.run_dir {folder}: {error.strerror or error}; choose a writable folder "
+                f"with free space, e.g. training.run_dir=runs/again"
+            ) from error
+        if (folder / "config.json").exists():
+            raise RunFolderError(
+                f"training.run_dir {folder} is a Hugging Face directory; choose another, with "
+                f"training.init_from={folder} to start from its parameters"
+            )
+        yield folder
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Writes the resolved config, once all that can be wrong with it has been looked at."""
     path = folder / "config.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if path.exists() and _has_begun(folder):
-            _check_same(path, config)
-        _replace(path, dump_config(config))
-    except OSError as error:
+    partial = path.with_suffix(".partial")
+    partial.write_text(dump_config(config), encoding="utf-8")
+    partial.replace(path)
+
+
+def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]) -> None:
+    """Refuses a run folder's own config.yaml where the folder was moved or copied: it names another folder.
+
+    Args:
+        config: what came of the file and the overrides.
+        path: the file.
+        overrides: as on the command line; one of training.run_dir says what is wanted.
+
+    Raises:
+        RunFolderError: naming both folders.
+    """
+    here, there = Path(path).parent, Path(config.training.run_dir).expanduser()
+    chosen = any(each.startswith("training.run_dir=") for each in overrides)
+    if Path(path).name != "config.yaml" or not (here / "checkpoints").is_dir() or chosen:
+        return
+    if here.resolve() != there.resolve():
         raise RunFolderError(
-            f"cannot write to training.run_dir {folder}: {error.strerror or error}; choose a writable folder "
-            f"with free space, e.g. training.run_dir=runs/again"
-        ) from error
-    return folder
+            f"{path} is the config of the run beside it, but its training.run_dir is {there}; set "
+            f"training.run_dir={here} to go on with the run beside it, or {there} for that one"
+        )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes out; the lock goes with the process, however that ends."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"another process is training the run in {folder}; wait for it, stop it, or choose another "
+                f"training.run_dir"
+            ) from None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): start no second process on it", folder, error.strerror)
+        yield
 
 
 def _has_begun(folder: Path) -> bool:
@@ -72,9 +131,3 @@ def _check_same(path: Path, config: RunConfig) -> None:
             f"{path.parent} holds a run of another config; these keys differ (there -> here):\n  {listed}\n"
             f"resume it with its own config, or choose another training.run_dir"
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

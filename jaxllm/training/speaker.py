@@ -7,6 +7,7 @@ and so become the sentinels that the tokenizer never reads from text.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -105,7 +106,8 @@ def load_speaker(path: str | Path, *, dtype: str = "float32", int8: bool = False
     folder = Path(path).expanduser()
     if (folder / "config.yaml").is_file():
         config, params = load_run(folder)
-        model = build(config.model, dtype=jnp.dtype(dtype))
+        # A kernel that training asked for by name may be of another machine.
+        model = build(dataclasses.replace(config.model, attention="auto"), dtype=jnp.dtype(dtype))
         tokenizer = _tokenizer(folder)
         begin, ends, pad = (tokenizer.eos_id,), (tokenizer.eos_id,), tokenizer.pad_id
     elif (folder / "config.json").is_file():

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
@@ -36,7 +37,7 @@ from jaxllm.training.optimizer import build_optimizer, build_schedule
 from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.prefetch import Prefetch
-from jaxllm.training.run_folder import open_run_folder
+from jaxllm.training.run_folder import open_run_folder, write_config
 from jaxllm.training.samples import write_sample
 from jaxllm.training.spans import SpanEvaluation
 from jaxllm.training.throughput import Throughput
@@ -86,17 +87,43 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
     """
     training = config.training
     check_rows(batch_size=training.batch_size, accumulation=training.accumulation, devices=jax.device_count())
-    if training.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(training.compilation_cache).absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    folder = open_run_folder(config)
-    pipeline = open_run_pipeline(config, folder)
-    with contextlib.closing(pipeline), contextlib.closing(_Run(config, folder, pipeline)) as run:
+    until = training.steps if stop_at is None else min(training.steps, stop_at)
+    with (
+        _compilation_cache(training.compilation_cache),
+        open_run_folder(config) as folder,
+        contextlib.closing(open_run_pipeline(config, folder)) as pipeline,
+        contextlib.closing(_Run(config, folder, pipeline)) as run,
+    ):
+        write_config(config, folder)
         with _stop_signals() as stopped:
-            run.train(until=min(training.steps, stop_at or training.steps), stopped=stopped)
+            run.train(until=until, stopped=stopped)
         if run.step == training.steps:
             run.finish()
         return Summary(run.step, run.resumed_from, run.step == training.steps, run.validation, folder)
+
+
+@contextlib.contextmanager
+def _compilation_cache(path: str | None) -> Iterator[None]:
+    """The persistent cache of jax in a folder, for one run: the next one in this process has its own, or none."""
+    if path is None:
+        yield
+        return
+    own = {
+        "jax_compilation_cache_dir": str(Path(path).expanduser().absolute()),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in own}
+
+    def switch(settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        reset_cache()  # jax keeps to the first folder that it has opened
+
+    switch(own)
+    try:
+        yield
+    finally:
+        switch(before)
 
 
 class _Pending(NamedTuple):
@@ -272,7 +299,8 @@ class _Run:
     def _stop(self, step: int, reason: str) -> NoReturn:
         raise TrainingStopped(
             f"{reason} at step {step}; the last good checkpoint is {self._last_good()}. Lower "
-            f"optimizer.learning_rate, lengthen warmup_steps or tighten clip_norm, and start again from there or anew"
+            f"optimizer.learning_rate, lengthen warmup_steps or tighten clip_norm, and start another training.run_dir, "
+            f"anew or with training.init_from={self.folder}"
         )
 
     def _last_good(self) -> str:

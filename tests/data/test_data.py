@@ -165,29 +165,40 @@ def test_a_folder_keeps_its_tokenizer(corpus: Path, tmp_path: Path, tokenizer: T
     tokenizer.save(tmp_path / "given.json")
     train_tokenizer(["some other text"], vocab_size=400).save(tmp_path / "other.json")
     given = {"tokenizer": str(tmp_path / "given.json")}
-    corpus_settings = {"cache_dir": str(tmp_path / "cache"), "source": "files", "path": str(corpus)}
+    settings = {"cache_dir": str(tmp_path / "cache"), "source": "files", "path": str(corpus)}
+    run_dir = tmp_path / "run"
 
-    def opened(vocab_size: int = 448, **settings: object) -> str:
-        config = DataConfig(**corpus_settings, **settings)
-        return build_pipeline(
-            config, vocab_size=vocab_size, batch_size=4, seed=0, run_dir=tmp_path / "run"
-        ).tokenizer.fingerprint
+    def opened(vocab_size: int = 448, **changes: object) -> str:
+        config = DataConfig(**settings, **changes)
+        pipeline = build_pipeline(config, vocab_size=vocab_size, batch_size=4, seed=0, run_dir=run_dir)
+        return pipeline.tokenizer.fingerprint
 
     if first == "by hand":
-        tokenizer.save(tmp_path / "run" / "tokenizer.json")
+        tokenizer.save(run_dir / "tokenizer.json")
     own = given if first == "given" else {}
     made = opened(**own)
-    refused = [lambda: opened(tokenizer=str(tmp_path / "other.json"))]
+    with pytest.raises(
+        DataError, match=r"tokenizer.json is another tokenizer than data.tokenizer .*other.json; choose"
+    ):
+        opened(tokenizer=str(tmp_path / "other.json"))
     if first == "train":
-        refused += [lambda: opened(440), lambda: opened(validation_fraction=0.4), lambda: opened(**given)]
-    if first == "given":
-        refused += [opened]
-    for other in refused:
+        with pytest.raises(DataError, match=r"for other data or settings than these \(vocab_size 448 -> 440\)"):
+            opened(440)
         with pytest.raises(
-            DataError, match=r"keeps a tokenizer made from \{.*\}, this config wants one from \{.*\}; ch"
+            DataError, match=r"source files_text/files-\w+/1.0.0 -> files_text/files-\w+/1.0.0; documents"
         ):
-            other()
-    assert load_tokenizer(tmp_path / "run" / "tokenizer.json").fingerprint == made == opened(**own)
+            opened(validation_fraction=0.4)
+    if first == "given":
+        with pytest.raises(DataError, match=r"for other data or settings than these \(source None -> files_text/"):
+            opened()
+    assert load_tokenizer(run_dir / "tokenizer.json").fingerprint == made == opened(**own)
+    assert opened(tokenizer=str(run_dir / "tokenizer.json")) == made
+
+
+def test_no_tokenizer_is_trained_for_checkpoints_that_know_one(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "0").mkdir(parents=True)
+    with pytest.raises(DataError, match="checkpoints that know a tokenizer which is not there"):
+        open_pipeline(corpus, tmp_path / "run")
 
 
 def test_split_is_by_content_and_complete(corpus: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from jaxllm.models import build, init_params
 from jaxllm.training.checkpoint import CheckpointError, Checkpoints
 from jaxllm.training.device import Device
 from jaxllm.training.fit import Fit, FitError, check_fit
-from jaxllm.training.run_folder import RunFolderError, open_run_folder
+from jaxllm.training.run_folder import RunFolderError, check_in_place, open_run_folder
 from jaxllm.training.trainer import Summary, TrainingStopped, pretrain
 from tests.conftest import write_corpus
 
@@ -188,7 +188,8 @@ def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path, whole
     other = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=1e-3))
     with pytest.raises(RunFolderError, match=r"optimizer.learning_rate: 0.0003 -> 0.001"):
         pretrain(other)
-    open_run_folder(dataclasses.replace(run, training=dataclasses.replace(run.training, log_every=7, keep=5)))
+    with open_run_folder(dataclasses.replace(run, training=dataclasses.replace(run.training, log_every=7, keep=5))):
+        pass
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # what it has logged is of a run, too
     with pytest.raises(RunFolderError, match=r"optimizer.learning_rate: 0.0003 -> 0.001"):
         pretrain(other)
@@ -220,6 +221,55 @@ def test_a_run_that_is_too_large_stops_before_it_runs_and_leaves_its_folder(
     with caplog.at_level("WARNING", logger="jaxllm"):
         assert start(largest, rows=64, folder="estimated higher").finished
     assert needed[-1] == largest and caplog.text.count("so the compiler's own figure will decide") == 2
+
+
+def test_a_run_folder_is_for_one_process(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
+    run = copy_of(whole[0], tmp_path / "run")
+    with open_run_folder(run), pytest.raises(RunFolderError, match="another process is training the run in"):
+        pretrain(run)
+    assert pretrain(run).resumed_from == 8
+
+
+def test_a_refused_start_changes_nothing(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
+    run = copy_of(whole[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="attention: cudnn cannot run this"):
+        pretrain(dataclasses.replace(run, model=dataclasses.replace(run.model, attention="cudnn")))
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() - before.keys()} <= {".lock"}
+    assert {path: after[path] for path in before} == before
+
+
+def test_a_folder_that_is_something_else_is_refused(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"is a Hugging Face directory; choose another, with training.init_from="):
+        pretrain(config(tmp_path / "hf", corpus))
+
+
+def test_home_is_one_place(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    changes = {"run_dir": "~/run", "compilation_cache": "~/xla", "steps": 1}
+    before = jax.config.jax_compilation_cache_dir
+    assert pretrain(config(tmp_path, corpus, training=changes)).folder == tmp_path / "run"
+    assert {"config.yaml", "tokenizer.json", "checkpoints"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert any((tmp_path / "xla").iterdir()) and not (tmp_path / "~").exists()
+    assert jax.config.jax_compilation_cache_dir == before  # of this run alone
+
+
+def test_a_moved_run_is_not_started_again_where_it_was(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
+    shutil.copytree(whole[0].training.run_dir, tmp_path / "moved")
+    file = tmp_path / "moved" / "config.yaml"
+    with pytest.raises(
+        RunFolderError, match=rf"set training.run_dir={tmp_path / 'moved'} to go on with the run beside"
+    ):
+        check_in_place(load_config(file), file, [])
+    for folder in (str(tmp_path / "moved"), whole[0].training.run_dir):
+        overrides = [f"training.run_dir={folder}"]
+        check_in_place(load_config(file, overrides), file, overrides)
+    own = Path(whole[0].training.run_dir) / "config.yaml"
+    check_in_place(load_config(own), own, [])
 
 
 def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, corpus: Path) -> None:
