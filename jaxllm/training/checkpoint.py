@@ -162,6 +162,11 @@ class Checkpoints:
         found = self._manager.item_metadata(step)["state"]
         if found is None:
             raise FileNotFoundError("its description is missing")
+        if set(found) == {"params"}:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} holds parameters alone; choose another training.run_dir, with "
+                f"training.init_from={self.folder.parent}"
+            )
         have = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
         for path, want in jax.tree_util.tree_leaves_with_path(abstract_state):
             leaf = have.get(_name(path))

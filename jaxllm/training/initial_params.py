@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.config_file import ConfigError, load_config
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
 from jaxllm.training.checkpoint import UNREADABLE, CheckpointError, first_line
@@ -27,8 +28,10 @@ _log = logging.getLogger(__name__)
 _FREE = ("layers", "remat", "attention", "init_std", "init_factor", "dropout_rate")
 
 
-def load_initial_params(path: str | Path, model: Model) -> dict[str, Any]:
+def load_initial_params(path: str | Path, model: Model, *, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Float32 parameters for `model` from a run folder or a Hugging Face directory.
+
+    A `tokenizer` that is none of those in the folder is a warning: it may be a repaired one.
 
     Raises:
         ConfigError: when `path` is neither, or holds another model, naming the settings that differ.
@@ -47,7 +50,21 @@ def load_initial_params(path: str | Path, model: Model) -> dict[str, Any]:
             f"(config.json)"
         )
     _log.info("initial parameters from %s", folder)
+    theirs = tokenizers_in(folder)
+    if tokenizer is not None and theirs:
+        if tokenizer.fingerprint not in [load_tokenizer(file).fingerprint for file in theirs]:
+            _log.warning(
+                "data.tokenizer is another one than %s, whose ids these parameters know; set data.tokenizer=%s unless "
+                "that is on purpose",
+                theirs[0],
+                theirs[0],
+            )
     return params
+
+
+def tokenizers_in(folder: Path) -> list[Path]:
+    """Tokenizer files of a run folder or a Hugging Face directory, the first one to be taken."""
+    return [path for path in (folder / "tokenizer.json", *sorted(folder.glob("*.model"))) if path.is_file()]
 
 
 def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:

@@ -20,7 +20,7 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.generation.family import decoder_of
 from jaxllm.interop.hf import load_hf, special_ids
 from jaxllm.models import Model, build
-from jaxllm.training.initial_params import load_run
+from jaxllm.training.initial_params import load_run, tokenizers_in
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>", re.ASCII)
 
@@ -121,5 +121,4 @@ def load_speaker(path: str | Path, *, dtype: str = "float32", int8: bool = False
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    models = [path for path in (folder / "tokenizer.json", *sorted(folder.glob("*.model"))) if path.is_file()]
-    return load_tokenizer(models[0] if models else folder / "tokenizer.json")
+    return load_tokenizer(next(iter(tokenizers_in(folder)), folder / "tokenizer.json"))

@@ -38,7 +38,7 @@ from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.prefetch import Prefetch
 from jaxllm.training.run_folder import open_run_folder, write_config
-from jaxllm.training.samples import write_sample
+from jaxllm.training.samples import encode_blanks, write_sample
 from jaxllm.training.spans import SpanEvaluation
 from jaxllm.training.throughput import Throughput
 from jaxllm.training.train_step import (
@@ -154,6 +154,8 @@ class _Run:
         self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype, mesh=mesh)
         # A decoder-only model predicts every byte of the text; T5 those that are hidden from it.
         self._bits = "bits_per_byte" if config.model.family == "llama" else "bits_per_target_byte"
+        if config.model.family == "t5":  # a blank that the tokenizer lacks is better found now than at the end
+            encode_blanks(training.sample_prompt, pipeline.tokenizer)
         check = announce_fit(config, optimizer, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
@@ -200,7 +202,7 @@ class _Run:
         restored = self.checkpoints.restore(with_shardings(abstract, mesh))
         layout = None if mesh is None else state_shardings(abstract, mesh)
         if restored is None and self.config.training.init_from:
-            params = load_initial_params(self.config.training.init_from, self.model)
+            params = load_initial_params(self.config.training.init_from, self.model, tokenizer=self.pipeline.tokenizer)
             if mesh is not None:
                 params = jax.device_put(params, state_shardings(params, mesh))
             start = jax.jit(lambda loaded: init_train_state(loaded, optimizer, run_key), out_shardings=layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 
 import jaxllm
 from jaxllm.config import RunConfig
-from jaxllm.config_file import ConfigError, parse_config
+from jaxllm.config_file import ConfigError, dump_config, load_config, parse_config
+from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.models import build
 from jaxllm.training.checkpoint import CheckpointError
+from jaxllm.training.export import export_run, import_run
 from jaxllm.training.initial_params import load_initial_params, load_run
 from jaxllm.training.trainer import pretrain
 from tests.training.test_pretrain import config
@@ -72,3 +75,23 @@ def test_places_without_parameters_are_named(short_run: RunConfig, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"set data.tokenizer to its file"):
         parse_config({"model": {"family": "llama", "vocab_size": 9, "d_model": 8, "d_ff": 8, "num_layers": 1,
                                 "num_heads": 2}, "training": {"init_from": "x"}})  # fmt: skip
+
+
+def test_another_tokenizer_is_a_warning(short_run: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = Path(short_run.training.run_dir)
+    own, other = load_tokenizer(source / "tokenizer.json"), train_tokenizer(["another text"], vocab_size=370)
+    with caplog.at_level("WARNING", logger="jaxllm"):
+        load_initial_params(source, build(short_run.model), tokenizer=own)
+        assert not caplog.records
+        load_initial_params(source, build(short_run.model), tokenizer=other)
+    assert f"set data.tokenizer={source / 'tokenizer.json'} unless that is on purpose" in caplog.text
+
+
+def test_converted_parameters_are_no_run_to_go_on_with(short_run: RunConfig, tmp_path: Path) -> None:
+    source, folder = Path(short_run.training.run_dir), tmp_path / "converted"
+    export_run(source, tmp_path / "hf")
+    import_run(tmp_path / "hf", folder)
+    run = dataclasses.replace(load_config(folder / "config.yaml"), data=short_run.data)
+    (folder / "config.yaml").write_text(dump_config(run))
+    with pytest.raises(CheckpointError, match=rf"holds parameters alone; .* training.init_from={folder}"):
+        pretrain(run)

@@ -81,6 +81,14 @@ def test_the_sample_shows_blanks_and_answers(whole: tuple[RunConfig, Summary]) -
     assert text.count("--- filled in") == 3 and "the «" in text
 
 
+def test_a_blank_that_the_tokenizer_lacks_is_found_at_the_start(folder: Path) -> None:
+    data = {"path": str(folder / "corpus"), "objective": "span_corruption"}
+    run = config(folder, "blank", data, sample_tokens=6, sample_prompt="the <extra_id_100> sat")
+    with pytest.raises(ValueError, match="<extra_id_100> is a blank beyond the 100 of the tokenizer"):
+        pretrain(run)
+    assert not (folder / "blank" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("start", ["scratch", "run", "hf"])
 def test_fine_tuning_on_pairs(start: str, folder: Path, whole: tuple[RunConfig, Summary]) -> None:
     """With a learning rate of nothing, so that where a run started from is what it ends with."""
