@@ -7,6 +7,7 @@ directory becomes a run folder that holds parameters only, for training.init_fro
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--max-length", type=int, help="context length, which Meta's params.json does not say")
     arguments = parser.parse_args()
     source, target = arguments.source, arguments.target
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's traces of a failed write, of which the error tells
     try:
         _convert(source, target, dtype=arguments.dtype, max_length=arguments.max_length)
     except KeyboardInterrupt:

@@ -206,28 +206,31 @@ def write_params(
         dtype: of the tensors; None keeps each parameter's.
         shard_bytes: most bytes of tensors in a file.
         texts: other files of the export by name, such as config.json.
-    """
-    from safetensors.numpy import save_file
 
+    Raises:
+        InteropError, OSError: when a file cannot be written; those of an earlier export are as they were.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan = _plan(entries, params, dtype, shard_bytes)
     names = [SINGLE] if len(plan) == 1 else [_shard_name(i, len(plan)) for i in range(len(plan))]
-    partial = [folder / f"{name}.partial" for name in names]
-    for tensors, path in zip(plan, partial, strict=True):
-        arrays = {name: _tensor(entry, i, params, dtype) for name, (entry, i) in tensors.items()}
-        save_file(arrays, str(path), metadata={"format": "pt"})
     if len(plan) > 1:
         placed = {name: file for tensors, file in zip(plan, names, strict=True) for name in tensors}
         total = sum(_size(entry, params, dtype) for tensors in plan for entry, _ in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         texts = {**(texts or {}), INDEX: json.dumps(index, indent=2)}
-    for name, text in (texts or {}).items():
-        partial.append(folder / f"{name}.partial")
-        partial[-1].write_text(text, encoding="utf-8")
-    new = [path.with_suffix("") for path in partial]
-    for path, whole in zip(partial, new, strict=True):
-        path.replace(whole)
+    new = [folder / name for name in (*names, *(texts or {}))]
+    partial = [path.with_name(f"{path.name}.partial") for path in new]
+    try:
+        for path, tensors in zip(partial, plan, strict=False):
+            _save(path, {name: _tensor(entry, i, params, dtype) for name, (entry, i) in tensors.items()})
+        for path, text in zip(partial[len(plan) :], (texts or {}).values(), strict=True):
+            path.write_text(text, encoding="utf-8")
+        for path, whole in zip(partial, new, strict=True):
+            path.replace(whole)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
     for old in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
         if old not in new:
             old.unlink(missing_ok=True)
@@ -240,6 +243,16 @@ def _open(path: Path) -> Any:
         return safe_open(str(path), framework="numpy")
     except (SafetensorError, OSError) as error:
         raise InteropError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(arrays, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InteropError(f"cannot write {path} ({error}); choose a folder with free space") from None
 
 
 def _hint(folder: Path) -> str:

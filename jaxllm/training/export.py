@@ -1,11 +1,14 @@
 """Run folders to Hugging Face directories and back: what `scripts/convert_hf.py` does.
 
-Not here: reading a run's parameters (`initial_params`), names of tensors (`jaxllm.interop`).
+A conversion that fails leaves neither behind. Not here: reading a run's parameters (`initial_params`), names of tensors
+(`jaxllm.interop`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +31,44 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
     Raises:
         FileExistsError: when the target holds what would be overwritten, as `check_target`.
     """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
     check_target(target)
     config, params = load_run(source)
-    files = _tokenizer_files(Path(source))
+    files = _tokenizer_files(source)
     ids = None
     if files:
         tokenizer = load_tokenizer(files[0])
         begins = tokenizer.eos_id if config.model.family == "llama" else None  # a document follows an end token
         ids = SpecialIds(bos=begins, eos=(tokenizer.eos_id,), pad=tokenizer.pad_id)
-    save_hf(target, build(config.model), params, dtype=dtype, special_ids=ids)
-    for file in files:
-        shutil.copy(file, target)
+    with _beside(target) as folder:
+        save_hf(folder, build(config.model), params, dtype=dtype, special_ids=ids)
+        for file in files:
+            shutil.copy(file, folder)
+            if config.model.family == "t5" and file.suffix == ".model":
+                # transformers 4.x looks for T5's by this name alone, 5.x for UMT5's by the general one.
+                shutil.copy(file, folder / "spiece.model")
 
 
 def import_run(source: str | Path, target: str | Path) -> None:
-    """Writes a run folder of parameters alone, float32, for `training.init_from` and for generation.
+    """Writes a run folder of parameters alone, float32, and tokenizer, for `training.init_from` and for generation.
+
+    The tokenizer's file gets the name by which runs keep theirs.
 
     Raises:
         FileExistsError: when the target holds what would be overwritten, as `check_target`.
     """
-    folder = Path(target)
+    source, folder = Path(source).expanduser(), Path(target).expanduser()
     check_target(folder)
     model, params = load_hf(source, dtype="float32")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save((folder / "checkpoints" / "0" / "state").absolute(), args=ocp.args.PyTreeSave({"params": params}))
-    (folder / "config.yaml").write_text(dump_config(_run_config(model.config, folder)), encoding="utf-8")
-    for file in _tokenizer_files(Path(source)):
-        shutil.copy(file, folder)
+    kept = {file.name.replace("spiece", "tokenizer"): file for file in _tokenizer_files(source)}
+    config = _run_config(model.config, folder, tokenizer=str(folder / next(iter(kept))) if kept else "train")
+    with _beside(folder) as partial:
+        state = (partial / "checkpoints" / "0" / "state").absolute()
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            writer.save(state, args=ocp.args.PyTreeSave({"params": params}))
+        for name, file in kept.items():
+            shutil.copy(file, partial / name)
+        (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
 
 def check_target(target: str | Path) -> None:
@@ -63,7 +77,7 @@ def check_target(target: str | Path) -> None:
     Raises:
         FileExistsError: naming what is there.
     """
-    folder = Path(target)
+    folder = Path(target).expanduser()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another folder")
     if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
@@ -75,11 +89,25 @@ def check_target(target: str | Path) -> None:
         raise FileExistsError(f"{folder} already holds {', '.join(others)}; choose another folder")
 
 
-def _run_config(model: ModelConfig, folder: Path) -> RunConfig:
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder inside, of which everything is moved up into `folder` once it is whole."""
+    partial = folder / "convert.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for item in partial.iterdir():
+            item.replace(folder / item.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _run_config(model: ModelConfig, folder: Path, *, tokenizer: str) -> RunConfig:
     if model.family == "llama":
-        data = DataConfig(sequence_length=min(256, model.max_length))
+        data = DataConfig(tokenizer=tokenizer, sequence_length=min(256, model.max_length))
     else:
-        data = DataConfig(objective="span_corruption")
+        data = DataConfig(tokenizer=tokenizer, objective="span_corruption")
     return RunConfig(model=model, data=data, training=TrainingConfig(run_dir=str(folder)))
 
 

@@ -158,6 +158,7 @@ def test_an_export_that_cannot_be_finished_leaves_the_first_whole(
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
         jaxllm.save_hf(tmp_path, build(TINY), jax.tree.map(lambda x: x + 1, first), shard_bytes=after)
+    assert not list(tmp_path.glob("*.partial"))
     assert_same_bits(jaxllm.load_hf(tmp_path)[1], first)
 
 

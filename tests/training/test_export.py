@@ -16,12 +16,14 @@ import pytest
 
 import jaxllm
 from jaxllm.config import LlamaConfig, RunConfig, T5Config
-from jaxllm.data.tokenizer import train_tokenizer
+from jaxllm.config_file import load_config
+from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.interop.hf import SpecialIds, special_ids
-from jaxllm.models import abstract_params, build
+from jaxllm.models import abstract_params, build, init_params
 from jaxllm.training.export import export_run, import_run
 from jaxllm.training.initial_params import load_run
 from jaxllm.training.speaker import load_speaker
+from tests.conftest import full_disk
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_hf.py"
 SMALL: dict[str, Any] = {"vocab_size": 384, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2}
@@ -101,6 +103,58 @@ def test_an_imported_directory_is_a_run_of_the_same_parameters(
     assert_same_bits(jaxllm.load_hf(tmp_path / "again")[1], params)
 
 
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+SPM = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+
+
+@pytest.mark.parametrize("shape", [LlamaConfig(**SMALL), T5Config(**SMALL, head_dim=8)], ids=["llama", "t5"])
+def test_a_sentencepiece_model_goes_there_and_back(tmp_path: Path, shape: LlamaConfig | T5Config) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts = (f"the quick brown fox number {i} jumps" for i in range(300))
+    name = "spiece.model" if shape.family == "t5" else "tokenizer.model"
+    folders = [tmp_path / each for each in ("hf", "run", "again", "run2")]
+    jaxllm.save_hf(folders[0], build(shape), init_params(build(shape), jax.random.key(0)))
+    with (folders[0] / name).open("wb") as file:
+        sentencepiece.SentencePieceTrainer.Train(sentence_iterator=texts, model_writer=file, vocab_size=60, **SPM)
+    import_run(folders[0], folders[1])
+    export_run(folders[1], folders[2])
+    import_run(folders[2], folders[3])
+    want = load_tokenizer(folders[0] / name).fingerprint
+    assert load_tokenizer(folders[2] / name).fingerprint == want
+    assert [load_speaker(folder).tokenizer.fingerprint for folder in folders] == [want] * 4
+    for folder in (folders[1], folders[3]):
+        # What the data pipeline looks for in a run's folder, and what the run's config names.
+        assert [path.name for path in folder.glob("*.model")] == ["tokenizer.model"]
+        assert load_config(folder / "config.yaml").data.tokenizer == str(folder / "tokenizer.model")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folders[2])
+    ours = load_tokenizer(folders[2] / name).encode("the quick fox")
+    assert theirs("the quick fox", add_special_tokens=False)["input_ids"] == ours.tolist()
+
+
+@pytest.mark.parametrize("convert", [import_run, export_run])
+def test_a_conversion_that_fails_can_be_made_again(
+    run: Path, exported: Path, tmp_path: Path, convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = exported if convert is import_run else run, tmp_path / "target"
+    target.mkdir()
+    (target / "notes.md").write_text("mine")
+    with full_disk(), pytest.raises((OSError, ValueError), match="File too large"):
+        convert(source, target)
+    assert [path.name for path in target.rglob("*")] == ["notes.md"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.copy", interrupt)  # the weights are written by then
+        convert(source, target)
+    assert [path.name for path in target.rglob("*")] == ["notes.md"]
+    (target / "convert.partial" / "checkpoints").mkdir(parents=True)  # of one that was killed
+    convert(source, target)
+    assert not list(target.glob("*.partial")) and (target / "notes.md").exists()
+    assert load_speaker(target).tokenizer.fingerprint == load_speaker(source).tokenizer.fingerprint
+
+
 def test_script_converts_a_run_and_names_what_it_cannot_do(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,5 +186,9 @@ def test_script_converts_a_run_and_names_what_it_cannot_do(
     (tmp_path / "used" / "tokenizer.json").write_text("mine")
     assert "already holds tokenizer.json; choose another folder" in refused(run, tmp_path / "used")
     assert "already holds tokenizer.json; choose another folder" in refused(tmp_path / "hf", tmp_path / "used")
+    with full_disk():
+        assert "File too large" in refused(run, tmp_path / "again")
+        assert "File too large" in refused(tmp_path / "hf", tmp_path / "back")
+    assert not list((tmp_path / "again").iterdir()) and not list((tmp_path / "back").iterdir())
     (tmp_path / "file").touch()
     assert "file is a file; choose another folder" in refused(tmp_path / "hf", tmp_path / "file")
