@@ -126,8 +126,8 @@ class SentencePieceTokenizer(Tokenizer):
         return np.array(self._model.EncodeAsIds(text), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids."""
-        return self._model.DecodeIds([int(i) for i in ids])
+        """The text of ids; those beyond the pieces, which a larger model may write, say nothing."""
+        return self._model.DecodeIds([int(i) for i in ids if i < self.vocab_size])
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -146,10 +146,12 @@ class SentencePieceTokenizer(Tokenizer):
         return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:
-        """Writes the .model beside where a tokenizer.json would be."""
+        """Writes the .model beside where a tokenizer.json would be, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".model").write_bytes(self._model.serialized_model_proto())
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(self._model.serialized_model_proto())
+        partial.replace(path.with_suffix(".model"))
 
     def _restrict(self) -> None:
         """SentencePiece needs no restriction."""
