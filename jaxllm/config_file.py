@@ -37,11 +37,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"no config file {path}; the ones that come with jaxllm are in configs/")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        raw = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); is it a config?") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested without end (an alias within its own anchor?); is it a config?") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold sections such as `model:`, got {type(raw).__name__}")
     for override in overrides:
@@ -91,6 +95,21 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
             prefix = section if len(types) == 1 else f"{section}({_family(cls)})"
             rows.extend(_describe(cls, prefix))
     return rows
+
+
+def _check_keys(node: Any, path: Path) -> None:
+    """Refuses a key that one section has twice: YAML keeps the last and says nothing of the first."""
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise ConfigError(f"{path} has the key {name} in line {lines[name]} and again in line {line}; keep one")
+        lines[name] = line
+        _check_keys(value, path)
 
 
 def _describe(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:

@@ -138,6 +138,15 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     broken.write_text("1: {steps: 3}")
     with pytest.raises(ConfigError, match="unknown section 1; known: model"):
         load_config(broken)
+    broken.write_text("model:\n  family: t5\n  d_ff: 8\n\n  d_ff: 9\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml has the key d_ff in line 3 and again in line 5; keep one"):
+        load_config(broken)
+    broken.write_text("model: {family: t5}\ndata: {}\nmodel: {family: llama}\n")
+    with pytest.raises(ConfigError, match=r"has the key model in line 1 and again in line 3"):
+        load_config(broken)
+    broken.write_text("model: &a {family: t5, rope: *a}")
+    with pytest.raises(ConfigError, match=r"broken.yaml is nested without end"):
+        load_config(broken)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"binary.yaml is not UTF-8 text"):
         load_config(tmp_path / "binary.yaml")
