@@ -55,7 +55,7 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
         _check_apart(Path(config.path or "").expanduser(), run_dir=cache_dir.parent)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _quiet():
+        with _quiet(), _undamaged(cache_dir):
             if config.source == "stdlib":
                 builder = StdlibText.for_interpreter(cache_dir, config, problems)
             elif config.source == "files":
@@ -141,6 +141,19 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
 
 
 @contextlib.contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    """Names the folder when TFDS cannot read what was prepared there; it passes on errors of json and protobuf."""
+    try:
+        yield
+    except (DataError, OSError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"what was prepared in {folder} is damaged ({_first_line(error)}); remove it, to be prepared again"
+        ) from error
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps TFDS's prints, bars and advice about downloads out of a run's log."""
     import tensorflow_datasets as tfds
@@ -160,7 +173,8 @@ def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
     import tensorflow_datasets as tfds
 
     # Read from the folder alone: that reader can be sent to worker processes, a builder with its own arguments can't.
-    builder = tfds.builder_from_directory(builder.data_dir)
+    with _undamaged(Path(builder.data_dir)):
+        builder = tfds.builder_from_directory(builder.data_dir)
     known = builder.info.splits
     held_out = next((name for name in ("validation", "test") if name in known), None)
     if held_out is not None:

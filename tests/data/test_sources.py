@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_a_full_disk_is_named_wherever_it_fills(corpus: Path, tmp_path: Path) ->
             open_source(files(corpus), cache_dir=tmp_path / "cache")
     source = open_source(files(corpus), cache_dir=tmp_path / "cache")
     assert len(source.train) + len(source.validation) == 40
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_damaged_data_is_named_and_can_be_prepared_again(name: str, corpus: Path, tmp_path: Path) -> None:
+    open_source(files(corpus), cache_dir=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").rglob(name)
+    file.write_text("")  # as a loss of power leaves it
+    with pytest.raises(DataError, match=rf"prepared in {tmp_path / 'cache'}.* is damaged .*; remove it"):
+        open_source(files(corpus), cache_dir=tmp_path / "cache")
+    shutil.rmtree(file.parent)
+    assert len(open_source(files(corpus), cache_dir=tmp_path / "cache").train) > 0
 
 
 def test_every_start_names_what_is_skipped(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
