@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from jaxllm.config_file import ConfigError, load_config
+from jaxllm.config_file import load_config
 
 
 def main() -> int:
@@ -28,7 +28,6 @@ def main() -> int:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     logging.basicConfig(level=logging.WARNING)
-    from jaxllm.data import DataError
     from jaxllm.data.inspect import audit, report, view
     from jaxllm.data.packing import unpack_pairs
     from jaxllm.data.pipeline import open_run_pipeline
@@ -36,7 +35,7 @@ def main() -> int:
     console = Console()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        folder = Path(config.training.run_dir)
+        folder = Path(config.training.run_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(open_run_pipeline(config, folder)) as pipeline:
             if arguments.audit:
@@ -50,7 +49,7 @@ def main() -> int:
                     console.print(Panel(text, title=title, title_align="left"))
     except KeyboardInterrupt:
         return 130  # as a shell reports it
-    except (ConfigError, DataError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

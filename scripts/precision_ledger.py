@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxllm.config_file import ConfigError, load_config
+from jaxllm.config_file import load_config
 
 
 def main() -> int:
@@ -19,12 +19,14 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-    except ConfigError as error:
+        from jaxllm.training.ledger import allowed, format_ledger, train_step_ledger, violations
+
+        entries, excused = train_step_ledger(config), allowed(config.precision)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports it
+    except ValueError as error:  # of the config, or of what cannot run here
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from jaxllm.training.ledger import allowed, format_ledger, train_step_ledger, violations
-
-    entries, excused = train_step_ledger(config), allowed(config.precision)
     print(format_ledger(entries, excused))
     bad = violations(entries, excused)
     print(f"{len(entries)} kinds of operations, {len(bad)} below float32 that should not be (marked LOW)")

@@ -170,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=64, help="random tokens in each of two rows")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference")
     options = parser.parse_args(arguments)
+    if options.length < 1:
+        parser.error(f"--length must be at least 1, got {options.length}")
     try:
         vocab = load_hf_config(options.directory).vocab_size
         tokens = np.random.default_rng(0).integers(0, vocab, (2, options.length), dtype=np.int32)

@@ -87,7 +87,26 @@ def test_script_shows_and_audits(corpus: Path, tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "error:" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-@pytest.mark.parametrize("name", ["inspect_data.py", "convert_hf.py"])
+def test_script_takes_a_home_folder_and_names_damaged_data(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "scripts" / "inspect_data.py"))["main"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.source=files", f"data.path={corpus}", "training.run_dir=~/run", "model.vocab_size=420"]
+    command = ["inspect_data.py", str(ROOT / "configs" / "t5_tiny.yaml"), *settings, "data.workers=0"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    assert (tmp_path / "run" / "tokenizer.json").exists() and not (tmp_path / "~").exists()
+    capsys.readouterr()
+    for damaged in ("*-train.array_record-*", "features.json", "dataset_info.json"):
+        (file,) = (tmp_path / "run" / "data").rglob(damaged)
+        file.write_text("{")
+        assert main() == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["inspect_data.py", "convert_hf.py", "precision_ledger.py"])
 def test_an_interrupted_script_ends_without_a_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = runpy.run_path(str(ROOT / "scripts" / name))["main"]
 

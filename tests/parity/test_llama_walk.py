@@ -67,6 +67,13 @@ def test_the_script_names_the_first_divergence(llama_directory, monkeypatch, cap
     assert capsys.readouterr().out.splitlines()[-1] == "first divergence: layer 1 v_proj"
 
 
+@pytest.mark.parametrize("length", ["0", "-1"])
+def test_a_length_that_is_none_is_refused(length: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parity.main([str(tmp_path), f"--length={length}"])
+    assert f"error: --length must be at least 1, got {length}" in capsys.readouterr().err
+
+
 def test_other_families_are_refused(tmp_path: Path, t5_directory, capsys) -> None:
     assert parity.main([str(tmp_path)]) == 2
     assert "error: no config.json" in capsys.readouterr().err
