@@ -34,6 +34,7 @@ def main() -> int:
         print(dump_config(config), end="")
         return 0
     from jaxllm.training.checkpoint import CheckpointError
+    from jaxllm.training.compiled import DeviceError
     from jaxllm.training.console import training_console
     from jaxllm.training.device import prepare_process
     from jaxllm.training.run_folder import check_in_place
@@ -46,7 +47,7 @@ def main() -> int:
             pretrain(config)
         except KeyboardInterrupt:
             return 130  # as a shell reports it
-        except (ValueError, OSError, CheckpointError, TrainingStopped) as error:
+        except (ValueError, OSError, CheckpointError, DeviceError, TrainingStopped) as error:
             logging.getLogger("jaxllm").error("%s", error)
             return 1
     return 0

@@ -6,9 +6,10 @@ an argument that differs later is refused by its name.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
@@ -21,6 +22,29 @@ R = TypeVar("R")
 
 class RecompilationError(RuntimeError):
     """A step was given arguments of another shape, dtype or structure than it was compiled for."""
+
+
+class DeviceError(RuntimeError):
+    """The device, or its libraries, cannot run a step; the message says what to change."""
+
+
+# What to do about it, by a word of XLA's message.
+_ADVICE = {
+    "cudnn": "set model.attention=chunked, which does without cuDNN, or update nvidia-cudnn",
+    "resource_exhausted": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
+}
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        for sign, advice in _ADVICE.items():
+            if sign in message.lower():
+                raise DeviceError(f"the {name} cannot run here: {message.splitlines()[0]}; {advice}") from error
+        raise
 
 
 class CompiledOnce(Generic[P, R]):
@@ -46,11 +70,13 @@ class CompiledOnce(Generic[P, R]):
 
         Raises:
             RecompilationError: naming the argument that changed.
+            DeviceError: when cuDNN has no kernel for it, or memory ends.
         """
         if self._executable is None:
             self._executable = self._compile(*args, **kwargs)
         try:
-            return self._executable(*args, **kwargs)
+            with _explained(self._name):
+                return self._executable(*args, **kwargs)
         except TypeError as error:
             raise RecompilationError(
                 f"the {self._name} was compiled for other arguments; batches must keep their shapes and dtypes. {error}"
@@ -58,7 +84,8 @@ class CompiledOnce(Generic[P, R]):
 
     def _compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         start = time.perf_counter()
-        executable = self._jitted.lower(*args, **kwargs).compile()
+        with _explained(self._name):
+            executable = self._jitted.lower(*args, **kwargs).compile()
         seconds = time.perf_counter() - start
         memory = executable.memory_analysis()
         needed = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes

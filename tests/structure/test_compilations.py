@@ -20,7 +20,7 @@ from jaxllm.generation import BeamSettings, beam_search, generate, generate_spec
 from jaxllm.generation.family import decoder_of
 from jaxllm.models import build, init_params
 from jaxllm.ops.sampling import Sampling
-from jaxllm.training.compiled import CompiledOnce, RecompilationError
+from jaxllm.training.compiled import CompiledOnce, DeviceError, RecompilationError
 from jaxllm.training.trainer import pretrain
 
 
@@ -86,6 +86,26 @@ def test_a_changed_argument_is_refused_by_name() -> None:
         step(jnp.zeros(()), {"tokens": np.zeros((2, 5), np.float32)})
     with pytest.raises(RecompilationError, match="weights"):
         step(jnp.zeros(()), {**batch, "weights": np.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("INTERNAL: [cudnn_frontend] Error: No valid engine configs", "set model.attention=chunked"),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes", "raise training.accumulation"),
+    ],
+)
+def test_what_a_device_cannot_do_comes_with_advice(said: str, advice: str) -> None:
+    def fails(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError(f"{said}\nand a table of buffers")
+
+    compiling, running = CompiledOnce(fails, name="train step"), CompiledOnce(lambda x: x, name="train step")
+    running(np.zeros(3))
+    running._executable = fails
+    for step in (compiling, running):
+        with pytest.raises(DeviceError, match=f"the train step cannot run here: .*{advice}") as stop:
+            step(np.zeros(3))
+        assert "table" not in str(stop.value)
 
 
 def decodings(family: str) -> dict[str, tuple[tuple[str, ...], Callable[[list[list[int]], int], Any]]]:
