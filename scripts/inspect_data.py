@@ -31,10 +31,12 @@ def main() -> int:
     from jaxllm.data.inspect import audit, report, view
     from jaxllm.data.packing import unpack_pairs
     from jaxllm.data.pipeline import open_run_pipeline
+    from jaxllm.training.run_folder import check_in_place
 
     console = Console()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        check_in_place(config, arguments.config, arguments.overrides)
         folder = Path(config.training.run_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(open_run_pipeline(config, folder)) as pipeline:
