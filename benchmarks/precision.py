@@ -3,9 +3,10 @@
     python benchmarks/precision.py [--families llama t5] [--steps 300] [--full]
 
 The models and rules are those of configs/llama_tiny.yaml and configs/t5_tiny.yaml, T5 as v1.0 (`ORIGINAL`), narrower
-and on shorter rows unless --full. All runs of a family take the very same arrays. The gradients of the trained float32
-model are then computed in float16 at several loss scales: an element is lost when float16 makes it 0 and float32 does
-not. Results: benchmarks/results/precision_*.json, docs/images/precision_*.png.
+and on shorter rows unless --full. All runs of a family take the very same arrays. Training amplifies any difference, so
+float32 runs whose initial parameters are moved by a thousandth (`MOVED`) say how far apart equals end. The gradients of
+the trained float32 model are then computed in float16 at several loss scales: an element is lost when float16 makes it
+0 and float32 does not. Results: benchmarks/results/precision_*.json, docs/images/precision_*.png.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ RUNS = {
     "float16, dynamic scale, retries": (*DYNAMIC, "precision.retries=4"),
     "float16, scale 1": ("precision.compute=float16", "precision.loss_scale=static", "precision.initial_scale=1"),
 }
+MOVED = {f"float32, start moved ({seed})": seed for seed in (1, 2, 3)}
 NARROW = {
     "llama": ("d_model=64", "d_ff=160", "num_layers=2", "num_heads=4", "num_kv_heads=2", "vocab_size=512"),
     "t5": ("d_model=64", "d_ff=160", "num_layers=2", "num_heads=2", "vocab_size=768"),
@@ -112,14 +114,15 @@ def measure_family(family: str, steps: int, full: bool, work: Path) -> tuple[dic
         batches = [next(pipeline) for _ in range(steps)]
         validation = list(pipeline.validation(config.training.eval_batches))
     runs = {}
-    for run in RUNS:
-        runs[run] = train(run_config(family, run, steps, full, work), batches, validation)
+    for run in (*RUNS, *MOVED):
+        settings = run_config(family, run if run in RUNS else "float32", steps, full, work)
+        runs[run] = train(settings, batches, validation, moved=MOVED.get(run))
         result = runs[run]
         print(f"{family}, {run}: validation {result['validation']:.4f}, {result['seconds']:.0f} s", flush=True)
     return runs, lost_gradients(config, runs["float32"].pop("params"), batches[0])
 
 
-def train(config: RunConfig, batches: list[Any], validation: list[Any]) -> dict[str, Any]:
+def train(config: RunConfig, batches: list[Any], validation: list[Any], *, moved: int | None = None) -> dict[str, Any]:
     """One run over the batches: rows of metrics, the validation loss per token, seconds per step, parameters."""
     model, dtype = build_model(config), compute_dtype(config.precision)
     rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
@@ -128,7 +131,10 @@ def train(config: RunConfig, batches: list[Any], validation: list[Any]) -> dict[
     step = jax.jit(make_train_step(loss, rule, accumulation=1, dtype=dtype, retries=retries), donate_argnums=0)
     evaluate = jax.jit(make_eval_step(loss, dtype=dtype))
     key, run_key = jax.random.split(jax.random.key(config.training.seed))
-    state = init_train_state(init_params(model, key), rule, run_key)
+    params = init_params(model, key)
+    if moved is not None:
+        params = _moved(params, jax.random.key(moved))
+    state = init_train_state(params, rule, run_key)
     watch = OverflowWatch(config, state.params)
     rows, seconds, before = [], [], time.perf_counter()
     for i, batch in enumerate(batches, 1):
@@ -146,6 +152,13 @@ def train(config: RunConfig, batches: list[Any], validation: list[Any]) -> dict[
         "seconds": time.perf_counter() - before,
         "params": state.params,
     }
+
+
+def _moved(params: Any, key: Any) -> Any:
+    """Each parameter times 1 + a normal number of a thousandth: more than float16 rounds it by, less than bfloat16."""
+    structure = jax.tree.structure(params)
+    keys = structure.unflatten(list(jax.random.split(key, structure.num_leaves)))
+    return jax.tree.map(lambda leaf, own: leaf * (1 + 1e-3 * jax.random.normal(own, leaf.shape)), params, keys)
 
 
 def lost_gradients(config: RunConfig, params: Any, batch: Any) -> dict[str, Any]:
@@ -192,6 +205,8 @@ def plot_losses(families: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, len(families), figsize=(9, 3.4), squeeze=False)
     for axis, (family, runs) in zip(axes[0], families.items(), strict=True):
         for name, run in runs.items():
+            if name in MOVED:
+                continue
             style = {"float32": {"color": "black", "linewidth": 2.5}, "float16, scale 1": {"linestyle": "--"}}
             losses = np.convolve([row["loss"] for row in run["rows"]], np.ones(5) / 5, mode="valid")
             label = f"{name}: {run['validation']:.4f}"
