@@ -7,3 +7,8 @@ jaxllm does not.
 
 class DataError(ValueError):
     """Data that cannot be used; the message names it and the fix."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a person needs of an error; a library's can go on for thousands of characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -6,6 +6,7 @@ files are prepared anew. TFDS registers builders globally, hence an importable m
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -20,7 +21,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from jaxllm.config import DataConfig
-from jaxllm.data import DataError
+from jaxllm.data import DataError, first_line
 
 # Tests, generated tables of code points, and what ships beside the library proper.
 _NOT_LIBRARY = {
@@ -59,6 +60,23 @@ class ProblemLog:
         raise self.first
 
 
+@contextlib.contextmanager
+def undamaged(folder: Path) -> Iterator[None]:
+    """Names the folder of prepared data that can't be read: TFDS passes on errors of json, protobuf and array_record.
+
+    Raises:
+        DataError: in place of those.
+    """
+    try:
+        yield
+    except (DataError, OSError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"what was prepared in {folder} is damaged ({first_line(error)}); remove that folder, to be prepared again"
+        ) from error
+
+
 class LocalInfo(tfds.core.DatasetInfo):
     """What is known of a dataset that no bucket holds."""
 
@@ -77,7 +95,8 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
         if config.target_key is not None:
             self._keys.append(config.target_key)
         builder_config = tfds.core.BuilderConfig(name=label, version="1.0.0")
-        super().__init__(data_dir=str(cache_dir), config=builder_config)
+        with undamaged(cache_dir / self.name / label):
+            super().__init__(data_dir=str(cache_dir), config=builder_config)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {"name": tfds.features.Text(), **{key: tfds.features.Text() for key in self._keys}}

@@ -34,8 +34,8 @@ from jaxllm.config import DataConfig, RunConfig
 from jaxllm.data import DataError
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import RECIPES
-from jaxllm.data.sources import Source, field, open_source, texts
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxllm.data.sources import Source, check_apart, field, open_source, texts
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -222,6 +222,7 @@ def build_pipeline(
         DataError: naming what is missing or does not fit, and the fix.
     """
     run_dir = Path(run_dir).expanduser()
+    check_apart(config, run_dir)
     source = open_source(config, cache_dir=Path(config.cache_dir or run_dir / "data").expanduser())
     tokenizer = _tokenizer(config, source, vocab_size, run_dir)
     if tokenizer.vocab_size > vocab_size:
@@ -241,46 +242,61 @@ def build_pipeline(
     )
 
 
-def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Path) -> Tokenizer:
-    """The tokenizer that `run_dir` keeps; never another in its place."""
-    kept = next((path for path in (run_dir / "tokenizer.json", run_dir / "tokenizer.model") if path.exists()), None)
-    if config.tokenizer != "train":
-        given = load_tokenizer(config.tokenizer)
-        if kept is None:
-            _keep(given, run_dir, {"given": given.fingerprint})
-        elif load_tokenizer(kept).fingerprint != given.fingerprint:
-            raise DataError(f"{kept} is another tokenizer than data.tokenizer {config.tokenizer}; {_ELSEWHERE}")
-        return given
-    keys = [key for key in (config.text_key, config.target_key) if key is not None]
-    origin = {"source": source.name, "documents": len(source.train), "fields": keys, "vocab_size": vocab_size}
-    if kept is not None:
-        before = json.loads((run_dir / _ORIGIN).read_text(encoding="utf-8")) if (run_dir / _ORIGIN).exists() else origin
-        if differing := [
-            f"{key} {before.get(key)} -> {value}" for key, value in origin.items() if before.get(key) != value
-        ]:
-            raise DataError(
-                f"{kept} was trained for other data or settings than these ({'; '.join(differing)}); files of a corpus "
-                f"count with their names, sizes and times; {_ELSEWHERE}"
-            )
-        return load_tokenizer(kept)
-    if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").iterdir()):
-        raise DataError(f"{run_dir} holds checkpoints that know a tokenizer which is not there; {_ELSEWHERE}")
-    every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
-    trained = train_tokenizer(every, vocab_size=vocab_size)
-    _log.info("trained a tokenizer of %d ids on %d documents", trained.vocab_size, len(source.train))
-    _keep(trained, run_dir, origin)
-    return trained
-
-
-# What a tokenizer was made from, beside it: one that was trained for other settings would pass for this run's.
+# What a tokenizer was made from, beside it: one that was made for other settings would pass for this run's.
 _ORIGIN = "tokenizer_origin.json"
-_ELSEWHERE = "choose another training.run_dir"
 
 
-def _keep(tokenizer: Tokenizer, run_dir: Path, origin: dict[str, Any]) -> None:
+def has_begun(run_dir: Path) -> bool:
+    """Whether the run of a folder has made a step."""
+    metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Path) -> Tokenizer:
+    """The tokenizer that `run_dir` keeps: from the run's first step on it is never another."""
+    kept, begun = next(iter(tokenizers_in(run_dir)), None), has_begun(run_dir)
+    if kept is not None and begun and config.tokenizer != "train" and not Path(config.tokenizer).expanduser().exists():
+        return load_tokenizer(kept)  # the run has moved, or what it was given
+    keys = [key for key in (config.text_key, config.target_key) if key is not None]
+    given = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
+    if given is not None:
+        origin: dict[str, Any] = {"fingerprint": given.fingerprint}
+    else:
+        origin = {"source": source.name, "documents": len(source.train), "fields": keys, "vocab_size": vocab_size}
+    if kept is not None:
+        differing = _differences(kept, origin)
+        if not differing:
+            return load_tokenizer(kept)
+        if begun or not (run_dir / _ORIGIN).exists():  # whoever put it there without one wants it
+            raise DataError(
+                f"{kept} is not the tokenizer of this config ({differing}; files of a corpus count with their names, "
+                f"sizes and times); choose another training.run_dir"
+            )
+        kept.unlink()
+    elif begun:
+        raise DataError(f"{run_dir} holds a run whose tokenizer is not there any more; choose another training.run_dir")
+    if given is None:
+        every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
+        given = train_tokenizer(every, vocab_size=vocab_size)
+        _log.info("trained a tokenizer of %d ids on %d documents", given.vocab_size, len(source.train))
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / _ORIGIN).write_text(json.dumps(origin), encoding="utf-8")  # first: alone it means nothing
-    tokenizer.save(run_dir / "tokenizer.json")
+    given.save(run_dir / "tokenizer.json")
+    return given
+
+
+def _differences(kept: Path, wanted: dict[str, Any]) -> str:
+    """How what a kept tokenizer was made from differs from what is wanted; empty when it does not, or nobody knows."""
+    if "fingerprint" in wanted:
+        before: Any = {"fingerprint": load_tokenizer(kept).fingerprint}
+    elif not (file := kept.with_name(_ORIGIN)).exists():
+        return ""
+    else:
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise DataError(f"{file} is damaged; remove it if {kept} is the run's own") from None
+    return ", ".join(f"{key} {before.get(key)} -> {new}" for key, new in wanted.items() if before.get(key) != new)
 
 
 def _rows_of_an_epoch(records: Sequence[Any], shard: slice, key: str, length: int) -> int:

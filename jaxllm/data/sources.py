@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import DataConfig
-from jaxllm.data import DataError
-from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText
+from jaxllm.data import DataError, first_line
+from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
 
 _log = logging.getLogger(__name__)
 
@@ -43,19 +43,13 @@ class Source(NamedTuple):
 def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
     """Prepares the corpus of a config if that has not been done, and opens it.
 
-    Args:
-        config: which corpus.
-        cache_dir: for what is prepared; where `config.cache_dir` is None, a folder in that of the run.
-
     Raises:
-        DataError: when it is missing, empty, unreadable, can't be had without a network, or holds the run's folder.
+        DataError: when it is missing, empty, unreadable, or can't be had without a network.
     """
     problems = ProblemLog(stop=config.on_bad_text == "stop")
-    if config.source == "files" and config.cache_dir is None:
-        _check_apart(Path(config.path or "").expanduser(), run_dir=cache_dir.parent)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _quiet(), _undamaged(cache_dir):
+        with _quiet():
             if config.source == "stdlib":
                 builder = StdlibText.for_interpreter(cache_dir, config, problems)
             elif config.source == "files":
@@ -69,7 +63,9 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
             f"writable folder with free space"
         ) from error
     skipped = Path(builder.data_dir) / SKIPPED
-    for message in json.loads(skipped.read_text()) if skipped.is_file() else ():
+    with undamaged(skipped.parent):
+        messages = json.loads(skipped.read_text()) if skipped.is_file() else ()
+    for message in messages:
         _log.warning("skipped %s", message)
     train, validation = _splits(builder, config)
     return Source(builder.info.full_name, train, validation)
@@ -93,8 +89,14 @@ def field(record: dict[str, Any], key: str) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _check_apart(root: Path, *, run_dir: Path) -> None:
-    if run_dir.resolve().is_relative_to(root.resolve()):
+def check_apart(config: DataConfig, run_dir: Path) -> None:
+    """Refuses a run folder among the user's documents: what the run writes would be some of them.
+
+    Raises:
+        DataError: naming both folders.
+    """
+    root = Path(config.path or "").expanduser()
+    if config.source == "files" and run_dir.resolve().is_relative_to(root.resolve()):
         raise DataError(
             f"the run's folder {run_dir} lies in data.path {root}, whose documents would then be its metrics.jsonl and "
             f"sample.txt too; choose a training.run_dir outside, or put the documents into a folder of their own"
@@ -111,7 +113,7 @@ def _tfds_builder(name: str, cache_dir: Path) -> Any:
         return tfds.builder(name, data_dir=str(cache_dir))
     except Exception as error:
         raise DataError(
-            f"no TFDS dataset {name!r} ({_first_line(error)}); use stdlib, files, or a name from the TFDS catalogue"
+            f"no TFDS dataset {name!r} ({first_line(error)}); use stdlib, files, or a name from the TFDS catalogue"
         ) from error
 
 
@@ -126,7 +128,7 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
             raise problems.first from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        no_space = next((words for words in _NO_SPACE if words in _first_line(error)), None)
+        no_space = next((words for words in _NO_SPACE if words in first_line(error)), None)
         if no_space is not None:
             raise OSError(errno.ENOSPC, no_space) from error
         if "No examples were yielded" in str(error):
@@ -135,21 +137,8 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
                 f"documents or raise data.validation_fraction"
             ) from error
         raise DataError(
-            f"{builder.info.full_name} could not be prepared without TensorFlow ({_first_line(error)}); it may need a "
+            f"{builder.info.full_name} could not be prepared without TensorFlow ({first_line(error)}); it may need a "
             f"network, Apache Beam, or to be prepared elsewhere as array_record and put into data.cache_dir"
-        ) from error
-
-
-@contextlib.contextmanager
-def _undamaged(folder: Path) -> Iterator[None]:
-    """Names the folder when TFDS cannot read what was prepared there; it passes on errors of json and protobuf."""
-    try:
-        yield
-    except (DataError, OSError):
-        raise
-    except Exception as error:
-        raise DataError(
-            f"what was prepared in {folder} is damaged ({_first_line(error)}); remove it, to be prepared again"
         ) from error
 
 
@@ -173,8 +162,12 @@ def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
     import tensorflow_datasets as tfds
 
     # Read from the folder alone: that reader can be sent to worker processes, a builder with its own arguments can't.
-    with _undamaged(Path(builder.data_dir)):
+    with undamaged(Path(builder.data_dir)):
         builder = tfds.builder_from_directory(builder.data_dir)
+        return _opened(builder, config)
+
+
+def _opened(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[Any]]:
     known = builder.info.splits
     held_out = next((name for name in ("validation", "test") if name in known), None)
     if held_out is not None:
@@ -188,8 +181,5 @@ def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
             f"{builder.info.full_name} has {len(train)} training and {len(validation)} validation documents; both "
             f"are needed: add documents or raise data.validation_fraction"
         )
+    _ = train[0], validation[0]  # what can't be read is better found now
     return train, validation
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

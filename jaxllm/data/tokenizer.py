@@ -184,6 +184,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return Tokenizer(fast)
 
 
+def tokenizers_in(folder: Path) -> list[Path]:
+    """Tokenizer files of a run folder or a Hugging Face directory, the one to take first."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.json, or a SentencePiece .model.
 

@@ -21,8 +21,9 @@ def forward_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     >>> curvature = jax.jvp(jax.grad(forward_mode(loss)), (params,), (direction,))[1]  # Hessian times direction
 
     In float32 derivatives are the models' own up to rounding; in 16 bits they are rounded more often. A backward pass
-    through it keeps what jax keeps by itself, such as attention's weights. A rule in a condition, a `while` loop or a
-    `shard_map` stays as it is, and so does a fused attention of a GPU.
+    through it keeps what jax keeps by itself, such as attention's weights. A `custom_vjp` of your own is left out as
+    well, a `custom_jvp` stays. What is in a condition, a `while` loop or a `shard_map` stays as it is, and so does a
+    fused attention of a GPU.
     """
 
     @functools.wraps(function)
@@ -33,9 +34,10 @@ def forward_mode(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _holds_rule(eqn: Any) -> bool:
-    return eqn.primitive.name == "custom_vjp_call" or any(
-        _holds_rule(inner) for body in programs(eqn) for inner in body.eqns
-    )
+    name = eqn.primitive.name
+    if name == "custom_jvp_call":  # goes forward by its own rule, whatever is inside
+        return False
+    return name == "custom_vjp_call" or any(_holds_rule(inner) for body in programs(eqn) for inner in body.eqns)
 
 
 def _as_it_stands(eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:

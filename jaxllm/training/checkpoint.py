@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from jaxllm.data import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +131,7 @@ class Checkpoints:
 
     def _note_loss(self, step: int, loss: Any) -> None:
         self._losses.pop(step, None)
-        if isinstance(loss, float):
+        if isinstance(loss, float) and math.isfinite(loss):
             self._losses[step] = loss
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -185,8 +188,3 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 def _name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-
-
-def first_line(error: BaseException) -> str:
-    """What a person needs of an error; tensorstore's go on for thousands of characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -36,7 +36,8 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
+    """Adds what to do about it to what a device cannot do; `name` says what it was asked for."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -75,7 +76,7 @@ class CompiledOnce(Generic[P, R]):
         if self._executable is None:
             self._executable = self._compile(*args, **kwargs)
         try:
-            with _explained(self._name):
+            with explained(self._name):
                 return self._executable(*args, **kwargs)
         except TypeError as error:
             raise RecompilationError(
@@ -84,7 +85,7 @@ class CompiledOnce(Generic[P, R]):
 
     def _compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         start = time.perf_counter()
-        with _explained(self._name):
+        with explained(self._name):
             executable = self._jitted.lower(*args, **kwargs).compile()
         seconds = time.perf_counter() - start
         memory = executable.memory_analysis()

@@ -6,14 +6,16 @@ scripts call `prepare_process`; importing jaxllm changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 # Datasheet figures by a part of jax's device_kind: dense bfloat16 FLOP/s and memory bytes/s.
 _PEAKS = {
@@ -71,6 +73,30 @@ def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     accepted = accepted_flags(flags)
     os.environ["XLA_FLAGS"] = " ".join([*accepted, os.environ.get("XLA_FLAGS", "")]).strip()
+
+
+@contextlib.contextmanager
+def compilation_cache(path: str | None) -> Iterator[None]:
+    """The persistent cache of jax in a folder, for one run: the next one in this process has its own, or none."""
+    if path is None:
+        yield
+        return
+    own = {
+        "jax_compilation_cache_dir": str(Path(path).expanduser().absolute()),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in own}
+
+    def switch(settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        reset_cache()  # jax keeps to the first folder that it has opened
+
+    switch(own)
+    try:
+        yield
+    finally:
+        switch(before)
 
 
 def accepted_flags(flags: Sequence[str]) -> tuple[str, ...]:

@@ -16,13 +16,11 @@ import orbax.checkpoint as ocp
 
 from jaxllm.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from jaxllm.config_file import dump_config
-from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.models import build
 from jaxllm.training.initial_params import load_run
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
 
 
 def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
@@ -34,7 +32,7 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
     source, target = Path(source).expanduser(), Path(target).expanduser()
     check_target(target)
     config, params = load_run(source)
-    files = _tokenizer_files(source)
+    files = tokenizers_in(source)
     ids = None
     if files:
         tokenizer = load_tokenizer(files[0])
@@ -60,7 +58,7 @@ def import_run(source: str | Path, target: str | Path) -> None:
     source, folder = Path(source).expanduser(), Path(target).expanduser()
     check_target(folder)
     model, params = load_hf(source, dtype="float32")
-    kept = {file.name.replace("spiece", "tokenizer"): file for file in _tokenizer_files(source)}
+    kept = {file.name.replace("spiece", "tokenizer"): file for file in tokenizers_in(source)}
     config = _run_config(model.config, folder, tokenizer=str(folder / next(iter(kept))) if kept else "train")
     with _beside(folder) as partial:
         state = (partial / "checkpoints" / "0" / "state").absolute()
@@ -84,7 +82,7 @@ def check_target(target: str | Path) -> None:
         raise FileExistsError(f"{folder} already holds a run; choose another folder")
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} is a Hugging Face directory; choose another folder")
-    others = [name for name in (*_TOKENIZERS, SINGLE, INDEX) if (folder / name).exists()]
+    others = [file.name for file in tokenizers_in(folder)] + [n for n in (SINGLE, INDEX) if (folder / n).exists()]
     if others:
         raise FileExistsError(f"{folder} already holds {', '.join(others)}; choose another folder")
 
@@ -95,10 +93,16 @@ def _beside(folder: Path) -> Iterator[Path]:
     partial = folder / "convert.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
+    moved: list[Path] = []
     try:
         yield partial
-        for item in partial.iterdir():
-            item.replace(folder / item.name)
+        for item in list(partial.iterdir()):
+            moved.append(folder / item.name)
+            item.replace(moved[-1])
+    except BaseException:
+        for item in moved:
+            shutil.rmtree(item) if item.is_dir() else item.unlink(missing_ok=True)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -109,7 +113,3 @@ def _run_config(model: ModelConfig, folder: Path, *, tokenizer: str) -> RunConfi
     else:
         data = DataConfig(tokenizer=tokenizer, objective="span_corruption")
     return RunConfig(model=model, data=data, training=TrainingConfig(run_dir=str(folder)))
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in _TOKENIZERS if (folder / name).is_file()]

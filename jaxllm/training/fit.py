@@ -87,7 +87,9 @@ def announce_fit(
         return None
     fit = estimate_fit(config, optimizer, devices=device.count)
     _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
-    check_fit(fit, fit.moments + device_bytes(abstract_params(build_model(config)), device.count), limit=device.memory)
+    masters = device_bytes(abstract_params(build_model(config)), device.count)
+    state = fit._replace(parameters=masters, gradients=0, activations=0, logits=0)
+    check_fit(state, sum(state), limit=device.memory)
     if sum(fit) > device.memory:
         _log.warning("that may be too large; it errs on the safe side, so the compiler's own figure will decide")
     return functools.partial(check_fit, fit, limit=device.memory)

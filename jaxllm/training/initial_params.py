@@ -17,10 +17,11 @@ import orbax.checkpoint as ocp
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.config_file import ConfigError, load_config
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.data import DataError, first_line
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
-from jaxllm.training.checkpoint import UNREADABLE, CheckpointError, first_line
+from jaxllm.training.checkpoint import UNREADABLE, CheckpointError
 
 _log = logging.getLogger(__name__)
 
@@ -51,31 +52,36 @@ def load_initial_params(path: str | Path, model: Model, *, tokenizer: Tokenizer 
         )
     _log.info("initial parameters from %s", folder)
     theirs = tokenizers_in(folder)
-    if tokenizer is not None and theirs:
-        if tokenizer.fingerprint not in [load_tokenizer(file).fingerprint for file in theirs]:
-            _log.warning(
-                "data.tokenizer is another one than %s, whose ids these parameters know; set data.tokenizer=%s unless "
-                "that is on purpose",
-                theirs[0],
-                theirs[0],
-            )
+    if tokenizer is not None and theirs and not any(_is(tokenizer, file) for file in theirs):
+        _log.warning(
+            "data.tokenizer is another one than %s, whose ids these parameters know; set data.tokenizer=%s unless "
+            "that is on purpose",
+            theirs[0],
+            theirs[0],
+        )
     return params
 
 
-def tokenizers_in(folder: Path) -> list[Path]:
-    """Tokenizer files of a run folder or a Hugging Face directory, the first one to be taken."""
-    return [path for path in (folder / "tokenizer.json", *sorted(folder.glob("*.model"))) if path.is_file()]
+def _is(tokenizer: Tokenizer, file: Path) -> bool:
+    try:
+        return load_tokenizer(file).fingerprint == tokenizer.fingerprint
+    except DataError:  # one that can't be read here is none that the run reads
+        return False
 
 
 def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
     """Config and float32 parameters of a run's newest whole checkpoint; the folder is left as it is.
 
+    The model's attention is `auto`: a kernel that training asked for by name may be another machine's.
+
     Raises:
         ConfigError: when there is no run.
         CheckpointError: when it has no readable checkpoint.
     """
-    config = load_config(Path(folder) / "config.yaml")
-    checkpoints = Path(folder).absolute() / "checkpoints"
+    folder = Path(folder).expanduser()
+    config = load_config(folder / "config.yaml")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    checkpoints = folder.absolute() / "checkpoints"
     steps = sorted((int(item.name) for item in checkpoints.glob("*") if item.name.isdigit()), reverse=True)
     abstract = {"params": abstract_params(build(config.model))}
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxllm.config import RunConfig
 from jaxllm.config_file import ConfigError, config_differences, dump_config, load_config
+from jaxllm.data.pipeline import has_begun
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _FREE = (
     "training.sample_tokens",
     "training.compilation_cache",
     "data.cache_dir",
+    "data.tokenizer",  # the folder keeps its own, and takes no other
     "model.layers",
     "model.remat",
     "model.attention",
@@ -47,29 +49,29 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
             another config (naming the differing keys).
     """
     folder = Path(config.training.run_dir).expanduser()
+    if (folder / "config.json").exists():
+        raise RunFolderError(
+            f"training.run_dir {folder} is a Hugging Face directory; choose another, with "
+            f"training.init_from={folder} to start from its parameters"
+        )
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
             stack.enter_context(_alone(folder))
-            if (folder / "config.yaml").exists() and _has_begun(folder):
+            if (folder / "config.yaml").exists() and has_begun(folder):
                 _check_same(folder / "config.yaml", config)
         except OSError as error:
             raise RunFolderError(
                 f"cannot write to training.run_dir {folder}: {error.strerror or error}; choose a writable folder "
                 f"with free space, e.g. training.run_dir=runs/again"
             ) from error
-        if (folder / "config.json").exists():
-            raise RunFolderError(
-                f"training.run_dir {folder} is a Hugging Face directory; choose another, with "
-                f"training.init_from={folder} to start from its parameters"
-            )
         yield folder
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
-    """Writes the resolved config, once all that can be wrong with it has been looked at."""
+    """Writes the resolved config, once nothing can refuse the run any more."""
     path = folder / "config.yaml"
     partial = path.with_suffix(".partial")
     partial.write_text(dump_config(config), encoding="utf-8")
@@ -112,11 +114,6 @@ def _alone(folder: Path) -> Iterator[None]:
         except OSError as error:
             _log.warning("%s cannot be locked (%s): start no second process on it", folder, error.strerror)
         yield
-
-
-def _has_begun(folder: Path) -> bool:
-    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
-    return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _check_same(path: Path, config: RunConfig) -> None:

@@ -7,7 +7,6 @@ and so become the sentinels that the tokenizer never reads from text.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxllm.config_file import ConfigError
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.generation.family import decoder_of
 from jaxllm.interop.hf import load_hf, special_ids
 from jaxllm.models import Model, build
-from jaxllm.training.initial_params import load_run, tokenizers_in
+from jaxllm.training.initial_params import load_run
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>", re.ASCII)
 
@@ -106,8 +105,7 @@ def load_speaker(path: str | Path, *, dtype: str = "float32", int8: bool = False
     folder = Path(path).expanduser()
     if (folder / "config.yaml").is_file():
         config, params = load_run(folder)
-        # A kernel that training asked for by name may be of another machine.
-        model = build(dataclasses.replace(config.model, attention="auto"), dtype=jnp.dtype(dtype))
+        model = build(config.model, dtype=jnp.dtype(dtype))
         tokenizer = _tokenizer(folder)
         begin, ends, pad = (tokenizer.eos_id,), (tokenizer.eos_id,), tokenizer.pad_id
     elif (folder / "config.json").is_file():

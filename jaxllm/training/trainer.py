@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
@@ -26,8 +25,8 @@ from jaxllm.data.pipeline import Pipeline, open_run_pipeline
 from jaxllm.models import count_params, init_params
 from jaxllm.sharding import check_rows, make_mesh, place_rows, state_shardings, with_shardings
 from jaxllm.training.checkpoint import Checkpoints, Restored
-from jaxllm.training.compiled import CompiledOnce
-from jaxllm.training.device import detect_device
+from jaxllm.training.compiled import CompiledOnce, explained
+from jaxllm.training.device import compilation_cache, detect_device
 from jaxllm.training.fit import announce_fit
 from jaxllm.training.initial_params import load_initial_params
 from jaxllm.training.loss import build_loss
@@ -82,48 +81,26 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
         stop_at: save and return after this step, for sessions of limited length.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before training, naming the value and the fix.
+        ValueError (ConfigError, DataError, FitError), CheckpointError, DeviceError: before training, naming the value
+            and the fix; nothing that is in the folder has changed.
         TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
     training = config.training
+    if stop_at is not None and stop_at < 1:
+        raise ValueError(f"stop_at must be at least 1, got {stop_at}")
     check_rows(batch_size=training.batch_size, accumulation=training.accumulation, devices=jax.device_count())
     until = training.steps if stop_at is None else min(training.steps, stop_at)
     with (
-        _compilation_cache(training.compilation_cache),
+        compilation_cache(training.compilation_cache),
         open_run_folder(config) as folder,
         contextlib.closing(open_run_pipeline(config, folder)) as pipeline,
         contextlib.closing(_Run(config, folder, pipeline)) as run,
     ):
-        write_config(config, folder)
         with _stop_signals() as stopped:
             run.train(until=until, stopped=stopped)
         if run.step == training.steps:
             run.finish()
         return Summary(run.step, run.resumed_from, run.step == training.steps, run.validation, folder)
-
-
-@contextlib.contextmanager
-def _compilation_cache(path: str | None) -> Iterator[None]:
-    """The persistent cache of jax in a folder, for one run: the next one in this process has its own, or none."""
-    if path is None:
-        yield
-        return
-    own = {
-        "jax_compilation_cache_dir": str(Path(path).expanduser().absolute()),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in own}
-
-    def switch(settings: dict[str, Any]) -> None:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        reset_cache()  # jax keeps to the first folder that it has opened
-
-    switch(own)
-    try:
-        yield
-    finally:
-        switch(before)
 
 
 class _Pending(NamedTuple):
@@ -154,9 +131,11 @@ class _Run:
         self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype, mesh=mesh)
         # A decoder-only model predicts every byte of the text; T5 those that are hidden from it.
         self._bits = "bits_per_byte" if config.model.family == "llama" else "bits_per_target_byte"
-        if config.model.family == "t5":  # a blank that the tokenizer lacks is better found now than at the end
+        if (
+            config.model.family == "t5" and training.sample_tokens
+        ):  # a blank that the tokenizer lacks is better found now than at the end
             encode_blanks(training.sample_prompt, pipeline.tokenizer)
-        check = announce_fit(config, optimizer, detect_device())
+        self._check_fit = announce_fit(config, optimizer, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
         self.resumed_from = 0
@@ -164,7 +143,7 @@ class _Run:
         self.state = self._initial_state()
         self.step = self.resumed_from
         layout = _keep_layout(self.state, mesh)
-        self._train_step = CompiledOnce(step, name="train step", check=check, donate_argnums=0, **layout)
+        self._train_step = CompiledOnce(step, name="train step", check=self._begin, donate_argnums=0, **layout)
         self._batches, self._position = Prefetch(pipeline, mesh), pipeline.get_state()
         self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
         self.writer = MetricsWriter(folder, resume_step=self.step)
@@ -180,8 +159,15 @@ class _Run:
         )
         _log.info("baselines: %s", ", ".join(f"{k} {v:.3f}" for k, v in self.baselines.items()))
 
+    def _begin(self, needed: int) -> None:
+        """The step is compiled: the last that can refuse the run, and then the folder is its."""
+        if self._check_fit is not None:
+            self._check_fit(needed)
+        write_config(self.config, self.folder)
+
     def _initial_state(self) -> TrainState:
-        state, restored = self._newest_state()
+        with explained("initial state"):
+            state, restored = self._newest_state()
         if restored is not None:
             self.resumed_from = restored.step
             self.pipeline.set_state(restored.data)
@@ -299,16 +285,18 @@ class _Run:
         return f"first non-finite value: {value} (with the parameters of step {restored.step if restored else 0})"
 
     def _stop(self, step: int, reason: str) -> NoReturn:
+        good = self._last_good()
+        again = "anew" if good is None else f"anew or with training.init_from={self.folder}"
         raise TrainingStopped(
-            f"{reason} at step {step}; the last good checkpoint is {self._last_good()}. Lower "
+            f"{reason} at step {step}; the last good checkpoint is {good or 'none yet'}. Lower "
             f"optimizer.learning_rate, lengthen warmup_steps or tighten clip_norm, and start another training.run_dir, "
-            f"anew or with training.init_from={self.folder}"
+            f"{again}"
         )
 
-    def _last_good(self) -> str:
+    def _last_good(self) -> str | None:
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
-        return f"step {steps[-1]} in {self.checkpoints.folder}" if steps else "none yet"
+        return f"step {steps[-1]} in {self.checkpoints.folder}" if steps else None
 
     def _evaluate(self) -> None:
         with self._meter.paused():

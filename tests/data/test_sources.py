@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.builders import FilesText
+from jaxllm.data.pipeline import build_pipeline
 from jaxllm.data.sources import open_source, texts
 from tests.conftest import full_disk
 
@@ -43,15 +45,21 @@ def test_a_full_disk_is_named_wherever_it_fills(corpus: Path, tmp_path: Path) ->
     assert len(source.train) + len(source.validation) == 40
 
 
-@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "skipped.json", "*-train.array_record*"])
 def test_damaged_data_is_named_and_can_be_prepared_again(name: str, corpus: Path, tmp_path: Path) -> None:
-    open_source(files(corpus), cache_dir=tmp_path / "cache")
+    (corpus / "bad.txt").write_bytes(b"\xff\xfe")
+    config = files(corpus, on_bad_text="skip")
+    open_source(config, cache_dir=tmp_path / "cache")
     (file,) = (tmp_path / "cache").rglob(name)
     file.write_text("")  # as a loss of power leaves it
-    with pytest.raises(DataError, match=rf"prepared in {tmp_path / 'cache'}.* is damaged .*; remove it"):
-        open_source(files(corpus), cache_dir=tmp_path / "cache")
-    shutil.rmtree(file.parent)
-    assert len(open_source(files(corpus), cache_dir=tmp_path / "cache").train) > 0
+    with pytest.raises(
+        DataError, match=rf"prepared in {file.parent.parent}/?\S* is damaged .*; remove that folder"
+    ) as stop:
+        open_source(config, cache_dir=tmp_path / "cache")
+    folder = Path(re.findall(r"prepared in (\S+) is", str(stop.value))[0])
+    assert folder in (file.parent, file.parent.parent)  # of this dataset alone
+    shutil.rmtree(folder)
+    assert len(open_source(config, cache_dir=tmp_path / "cache").train) > 0
 
 
 def test_every_start_names_what_is_skipped(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,9 +74,12 @@ def test_every_start_names_what_is_skipped(corpus: Path, tmp_path: Path, caplog:
 def test_a_run_within_its_corpus_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(corpus)
     for run in (corpus, corpus / "runs" / "a", tmp_path / "link" / "a"):
-        with pytest.raises(DataError, match=rf"folder {run} lies in data.path {corpus}.*; choose a training.run_dir"):
-            open_source(files(corpus), cache_dir=run / "data")
-        assert not (run / "data").exists()
+        for config in (files(corpus), files(corpus, cache_dir=str(tmp_path / "cache"))):
+            with pytest.raises(
+                DataError, match=rf"folder {run} lies in data.path {corpus}.*; choose a training.run_dir"
+            ):
+                build_pipeline(config, vocab_size=400, batch_size=2, seed=0, run_dir=run)
+            assert not (run / "data").exists()
     # What is prepared is no document: only a run writes such files.
     config = files(corpus, cache_dir=str(corpus / "cache"))
     first, again = (open_source(config, cache_dir=corpus / "cache") for _ in range(2))

@@ -73,6 +73,17 @@ def test_it_composes_with_capture() -> None:
     assert values.shape == moved.shape == (2, 2, LENGTH, 16) and float(jnp.abs(moved).min()) > 0
 
 
+def test_a_forward_rule_of_the_user_stays() -> None:
+    @jax.custom_jvp
+    def squared(x: jax.Array) -> jax.Array:
+        return linear(x, jnp.eye(3)) ** 2
+
+    squared.defjvp(lambda primals, tangents: (squared(*primals), 7 * tangents[0]))
+    x = jnp.arange(3.0)
+    moved = jax.jvp(forward_mode(lambda x: squared(linear(x, jnp.eye(3)))), (x,), (x,))[1]
+    np.testing.assert_array_equal(moved, 7 * x)
+
+
 def test_a_rule_in_a_while_loop_stays_and_jax_says_so() -> None:
     def powers(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(lambda at: at[0] < 3, lambda at: (at[0] + 1, linear(at[1], jnp.eye(2))), (0, x))[1]

@@ -149,6 +149,17 @@ def test_a_conversion_that_fails_can_be_made_again(
         patch.setattr("shutil.copy", interrupt)  # the weights are written by then
         convert(source, target)
     assert [path.name for path in target.rglob("*")] == ["notes.md"]
+    move, moved = Path.replace, []
+
+    def second_fails(path: Path, place: Path) -> Path:
+        if place.parent == target:
+            moved.append(place)
+        return interrupt() if len(moved) == 2 else move(path, place)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # while what is whole is put in place
+        patch.setattr(Path, "replace", second_fails)
+        convert(source, target)
+    assert [path.name for path in target.rglob("*")] == ["notes.md"]
     (target / "convert.partial" / "checkpoints").mkdir(parents=True)  # of one that was killed
     convert(source, target)
     assert not list(target.glob("*.partial")) and (target / "notes.md").exists()

@@ -18,6 +18,7 @@ from jaxllm.models import build
 from jaxllm.training.checkpoint import CheckpointError
 from jaxllm.training.export import export_run, import_run
 from jaxllm.training.initial_params import load_initial_params, load_run
+from jaxllm.training.speaker import load_speaker
 from jaxllm.training.trainer import pretrain
 from tests.training.test_pretrain import config
 
@@ -84,6 +85,12 @@ def test_another_tokenizer_is_a_warning(short_run: RunConfig, tmp_path: Path, ca
         load_initial_params(source, build(short_run.model), tokenizer=own)
         assert not caplog.records
         load_initial_params(source, build(short_run.model), tokenizer=other)
+        assert len(caplog.records) == 1
+        # One that can't be read here, such as Llama 3's tokenizer.model, is not the one that the run reads.
+        both = shutil.copytree(source, tmp_path / "both")
+        (both / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+        load_initial_params(both, build(short_run.model), tokenizer=own)
+        assert len(caplog.records) == 1
     assert f"set data.tokenizer={source / 'tokenizer.json'} unless that is on purpose" in caplog.text
 
 
@@ -95,3 +102,13 @@ def test_converted_parameters_are_no_run_to_go_on_with(short_run: RunConfig, tmp
     (folder / "config.yaml").write_text(dump_config(run))
     with pytest.raises(CheckpointError, match=rf"holds parameters alone; .* training.init_from={folder}"):
         pretrain(run)
+
+
+def test_parameters_trained_with_a_kernel_of_another_machine_are_read(short_run: RunConfig, tmp_path: Path) -> None:
+    folder = shutil.copytree(short_run.training.run_dir, tmp_path / "gpu")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("attention: auto", "attention: cudnn"))
+    assert "attention: cudnn" in (folder / "config.yaml").read_text()
+    assert load_speaker(folder).encode("the cat")
+    export_run(folder, tmp_path / "hf")
+    load_initial_params(folder, build(short_run.model))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -204,23 +206,44 @@ def test_a_run_that_is_too_large_stops_before_it_runs_and_leaves_its_folder(
         needed.append(size)
         check_fit(fit, size, limit=limit)
 
-    def start(memory: float, *, rows: int, folder: str = "run") -> Summary:
+    def start(memory: float, *, rows: int, folder: str = "run", stop_at: int = 1, **changes: int) -> Summary:
         device = Device("a GPU", 1, int(memory), None, None)
         monkeypatch.setattr("jaxllm.training.trainer.detect_device", lambda: device)
-        return pretrain(config(tmp_path / folder, corpus, training={"steps": 1, "batch_size": rows}))
+        run = config(tmp_path / folder, corpus, training={"batch_size": rows, "steps": 2, **changes})
+        return pretrain(run, stop_at=stop_at)
 
     monkeypatch.setattr("jaxllm.training.fit.check_fit", check)
-    with pytest.raises(FitError):
+    with pytest.raises(FitError, match=r"activations 0\.0, .*moments: set optimizer.moment_dtype=bfloat16"):
         start(1e5, rows=64)
     assert len(needed) == 1 and not (tmp_path / "run" / "checkpoints").exists()  # not even the state has room
     with caplog.at_level("WARNING", logger="jaxllm"), pytest.raises(FitError, match=r"activations: raise training\."):
         start(3e6, rows=64)
     assert caplog.text.count("so the compiler's own figure will decide") == 1
     largest = needed[-1]
-    assert start(3e6, rows=2).finished  # fewer rows at once, in the same folder
+    assert start(3e6, rows=2).step == 1  # fewer rows at once, in the same folder
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(FitError):
+        start(6e5, rows=2, keep=7, stop_at=2)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
     with caplog.at_level("WARNING", logger="jaxllm"):
-        assert start(largest, rows=64, folder="estimated higher").finished
-    assert needed[-1] == largest and caplog.text.count("so the compiler's own figure will decide") == 2
+        assert start(largest, rows=64, folder="estimated higher").step == 1
+    assert needed[-1] == largest and caplog.text.count("so the compiler's own figure will decide") == 3
+
+
+def test_stopping_before_the_first_step_is_refused(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ValueError, match="stop_at must be at least 1, got 0"):
+        pretrain(config(tmp_path / "run", corpus), stop_at=0)
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with caplog.at_level("WARNING", logger="jaxllm"), open_run_folder(config(tmp_path / "run", corpus)) as folder:
+        assert folder == tmp_path / "run" and "cannot be locked (No locks available)" in caplog.text
 
 
 def test_a_run_folder_is_for_one_process(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
@@ -250,12 +273,14 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path: Path, corpus: Path
 def test_home_is_one_place(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    changes = {"run_dir": "~/run", "compilation_cache": "~/xla", "steps": 1}
     before = jax.config.jax_compilation_cache_dir
-    assert pretrain(config(tmp_path, corpus, training=changes)).folder == tmp_path / "run"
-    assert {"config.yaml", "tokenizer.json", "checkpoints"} <= {path.name for path in (tmp_path / "run").iterdir()}
-    assert any((tmp_path / "xla").iterdir()) and not (tmp_path / "~").exists()
-    assert jax.config.jax_compilation_cache_dir == before  # of this run alone
+    for i in (1, 2):
+        changes = {"run_dir": f"~/run{i}", "compilation_cache": f"~/xla{i}", "steps": 1}
+        assert pretrain(config(tmp_path, corpus, training=changes)).folder == tmp_path / f"run{i}"
+    assert {"config.yaml", "tokenizer.json", "checkpoints"} <= {path.name for path in (tmp_path / "run1").iterdir()}
+    kept = [len(list((tmp_path / f"xla{i}").iterdir())) for i in (1, 2)]
+    assert kept[0] == kept[1] > 0 and not (tmp_path / "~").exists()  # each run's cache is its own
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_moved_run_is_not_started_again_where_it_was(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
@@ -319,7 +344,7 @@ def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reopened", [False, True])
 def test_newest_and_best_are_kept(tmp_path: Path, reopened: bool, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, 2.2, None], start=1):
+    for step, loss in enumerate([3.0, 1.0, math.nan, None, 2.5, 2.2, None], start=1):
         checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=loss)
         checkpoints.wait()
         if reopened:  # another process knows no more than what is written
