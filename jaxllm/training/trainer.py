@@ -82,7 +82,7 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
 
     Raises:
         ValueError (ConfigError, DataError, FitError), CheckpointError, DeviceError: before training, naming the value
-            and the fix; nothing that is in the folder has changed.
+            and the fix; config, tokenizer and checkpoints of the folder are then as they were.
         TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
     training = config.training
@@ -131,9 +131,8 @@ class _Run:
         self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype, mesh=mesh)
         # A decoder-only model predicts every byte of the text; T5 those that are hidden from it.
         self._bits = "bits_per_byte" if config.model.family == "llama" else "bits_per_target_byte"
-        if (
-            config.model.family == "t5" and training.sample_tokens
-        ):  # a blank that the tokenizer lacks is better found now than at the end
+        if config.model.family == "t5" and training.sample_tokens:
+            # A blank that the tokenizer lacks is better found now than at the end.
             encode_blanks(training.sample_prompt, pipeline.tokenizer)
         self._check_fit = announce_fit(config, optimizer, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
