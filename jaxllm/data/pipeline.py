@@ -266,7 +266,7 @@ def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Pat
     if kept is not None:
         differing = _differences(kept, origin)
         if not differing:
-            return load_tokenizer(kept)
+            return given or load_tokenizer(kept)
         if begun or not (run_dir / _ORIGIN).exists():  # whoever put it there without one wants it
             raise DataError(
                 f"{kept} is not the tokenizer of this config ({differing}; files of a corpus count with their names, "
