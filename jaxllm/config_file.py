@@ -69,6 +69,16 @@ def parse_config(raw: dict[str, Any], *, where: str = "config") -> RunConfig:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The run with settings such as `training.steps=100` changed; see `load_config` for the errors."""
+    import yaml
+
+    raw = yaml.safe_load(dump_config(config))
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw)
+
+
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML; reading it back gives an equal object."""
     import yaml

@@ -2,6 +2,7 @@
 
     bash benchmarks/gpu/compiler.sh                        # once: the compiler, 150 MB, into gpu_compiler/
     python -m benchmarks.gpu.compiled train/t5_large decode/8b_b1
+    python -m benchmarks.gpu.compiled train/llama_1b@cublas --layers 4       # a variant of it, in 4 layers
     python -m benchmarks.gpu.compiled configs/t5_large.yaml model.layers=scan
     python -m benchmarks.gpu.compiled configs/llama3_8b.yaml --devices 8     # figures of each
 
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +35,7 @@ from benchmarks.gpu import decode, train
 from benchmarks.gpu.common import shape
 from benchmarks.gpu.program import Kernel, dimensions, kernels, nbytes
 from benchmarks.gpu.table import insert
+from benchmarks.gpu.variants import split
 from jaxllm.config import RunConfig, T5Config
 from jaxllm.config_file import load_config
 from jaxllm.data.objectives import row_lengths
@@ -122,13 +125,15 @@ def place(tree: Any, layout: Any = None) -> Any:
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, layout)
 
 
-def train_case(config: RunConfig, layers: int | None, devices: int) -> Traced:
+def train_case(config: RunConfig, layers: int | None, devices: int, *, lengths: bool = True) -> Traced:
     """The train step of a run."""
     config = dataclasses.replace(config, model=_cut(config.model, layers))
     check_rows(batch_size=config.training.batch_size, accumulation=config.training.accumulation, devices=devices)
     mesh = make_mesh(h200s(devices))
     step, fresh = train.build_step(config, mesh)
     state, batch = jax.eval_shape(fresh), abstract_batch(config, rows=config.training.batch_size)
+    if not lengths:
+        del batch["encoder_lengths"]
     layout, rows = None, None
     options: dict[str, Any] = {}
     if mesh is not None:
@@ -149,7 +154,7 @@ def train_case(config: RunConfig, layers: int | None, devices: int) -> Traced:
 
 def decode_case(name: str, layers: int | None) -> Traced:
     """The last chunk of steps of a case of `benchmarks.gpu.decode`, when the cache is nearly full."""
-    shape_name, batch, prompt, new, int8 = decode.CASES[name]
+    shape_name, batch, prompt, new, int8 = decode.case_of(name)
     model = build(_cut(shape(shape_name, toy=False), layers), dtype=jnp.bfloat16)
     params = decode.abstract_weights(model, int8=int8)
     request = make_request(model, params, [[1] * prompt] * batch, max_new_tokens=new)
@@ -185,16 +190,23 @@ def compile_case(
 
     Per step where one run takes several; decoding is for one device.
     """
-    part, case = name.split("/") if name in cases() else ("run", " ".join([name, *overrides]))
-    with pretend_gpu():
+    base, variants = split(name)
+    part, case = name.split("/") if base in cases() else ("run", " ".join([name, *overrides]))
+    options: dict[str, Any] = dict(_OPTIONS)
+    for flag in (flag for variant in variants for flag in variant.flags):
+        key, _, value = flag.partition("=")
+        options[key] = _option(value)
+    environment = {key: value for variant in variants for key, value in variant.environment.items()}
+    with pretend_gpu(), mock.patch.dict(os.environ, environment):
         if part == "run":
             program = train_case(load_config(ROOT / name, overrides), layers, devices)
         elif part == "train":
-            program = train_case(train.run_config(train.CASES[case], toy=False), layers, devices)
+            of = train.case_of(case)
+            program = train_case(train.run_config(of, toy=False), layers, devices, lengths=of.lengths)
         else:
             program = decode_case(case, layers)
         before = time.perf_counter()
-        compiled = program.traced.lower().compile(compiler_options=_OPTIONS)
+        compiled = program.traced.lower().compile(compiler_options=options)
     seconds = time.perf_counter() - before
     memory, every = compiled.memory_analysis(), kernels(compiled.as_text())
     steps = program.steps
@@ -217,6 +229,13 @@ def compile_case(
         "fused_attention_heads": sorted({dimensions(kernel.shape)[-1] for kernel in every if kernel.attention}),
         **program.facts,
     }
+
+
+def _option(value: str) -> Any:
+    """A flag's value in the type that jax's compiler options take."""
+    if value in ("true", "false"):
+        return value == "true"
+    return int(value) if value.lstrip("-").isdigit() else value
 
 
 def _collectives(every: list[Kernel]) -> dict[str, float]:
@@ -263,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     overrides = [word for word in options.cases if "=" in word]
     named = [word for word in options.cases if word not in overrides]
     files = [name for name in named if (ROOT / name).is_file()]
-    if unknown := set(named) - set(files) - set(cases()):
+    if unknown := {name for name in named if split(name)[0] not in (*files, *cases())}:
         parser.error(f"no case or file {', '.join(sorted(unknown))}; cases are {', '.join(cases())}")
     if overrides and (files != named or not files):
         parser.error(f"{', '.join(overrides)}: settings are of a run's file, such as configs/t5_large.yaml")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.common import achievable, report, shape, spread
+from benchmarks.gpu.variants import split
 from jaxllm.config import LlamaConfig
 from jaxllm.generation import loop
 from jaxllm.generation.family import decoder_of
@@ -17,13 +18,41 @@ from jaxllm.generation.requests import make_request
 from jaxllm.models import abstract_params, build
 from jaxllm.training.fit import tree_bytes
 
-# Shape, batch, prompt, new tokens, int8 weights.
-_LLAMA = {f"{name}_b{batch}": (name, batch, 512, 512, False) for name in ("1b", "8b") for batch in (1, 8, 64)}
+
+class Case(NamedTuple):
+    """One batch of prompts that is continued greedily.
+
+    Attributes:
+        shape: name of the model's shape.
+        batch: rows.
+        prompt: tokens of each prompt.
+        new: tokens that are decoded.
+        int8: whether the weights are.
+    """
+
+    shape: str
+    batch: int
+    prompt: int = 512
+    new: int = 512
+    int8: bool = False
+
+
 CASES = {
-    **_LLAMA,
-    **{f"t5_large_b{batch}": ("t5_large", batch, 512, 128, False) for batch in (1, 8, 64)},
-    "8b_int8_b1": ("8b", 1, 512, 512, True),
+    **{f"{name}_b{batch}": Case(name, batch) for name in ("1b", "8b") for batch in (1, 8, 64)},
+    **{f"t5_large_b{batch}": Case("t5_large", batch, new=128) for batch in (1, 8, 64)},
+    "8b_int8_b1": Case("8b", 1, int8=True),
+    "1b_b1_8k": Case("1b", 1, prompt=7936, new=128),
+    "8b_b1_8k": Case("8b", 1, prompt=7936, new=128),
 }
+
+
+def case_of(name: str) -> Case:
+    """The case of a name, changed by the variants behind its @."""
+    base, variants = split(name)
+    case = CASES[base]
+    for variant in variants:
+        case = case._replace(**variant.case)
+    return case
 
 
 def abstract_weights(model: Any, *, int8: bool) -> Any:
@@ -46,7 +75,7 @@ def fill(weights: Any) -> Any:
 
 def main(name: str, *, toy: bool) -> None:
     """Measures and reports one case."""
-    shape_name, batch, prompt, new, int8 = CASES[name]
+    shape_name, batch, prompt, new, int8 = case_of(name)
     batch, prompt, new = (min(batch, 2), 16, 8) if toy else (batch, prompt, new)
     model = build(shape(shape_name, toy=toy), dtype=jnp.float32 if toy else jnp.bfloat16)
     params = fill(abstract_weights(model, int8=int8))

@@ -41,7 +41,8 @@ GROUPS = {
     "more_baseline": ("baseline/llama_1b_train", "baseline/t5_large_train", "baseline/llama_8b_decode"),
     "more_decode": (
         *("decode/1b_b8", "decode/1b_b64", "decode/8b_b8", "decode/8b_b64", "decode/t5_large_b8"),
-        *("decode/t5_large_b64", "decode/8b_int8_b1", "baseline/t5_large_decode"),
+        *("decode/t5_large_b64", "decode/8b_int8_b1", "decode/1b_b1_8k", "decode/8b_b1_8k"),
+        "baseline/t5_large_decode",
     ),
     "minutes_script": ("pretrain/script_llama", "pretrain/script_t5"),
 }

@@ -12,7 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
+from benchmarks.gpu.variants import split
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
+from jaxllm.config_file import with_overrides
 from jaxllm.models import init_params
 from jaxllm.training.device import detect_device
 from jaxllm.training.fit import estimate_fit
@@ -35,6 +37,8 @@ class Case(NamedTuple):
         documents: documents packed into a row and kept apart; 1 is no document mask at all. T5's rows hold one.
         accumulation: microbatches.
         remat: what the backward pass computes again.
+        lengths: whether T5's rows come with their lengths.
+        settings: other settings of the run, each as `section.key=value`.
     """
 
     shape: str
@@ -45,6 +49,8 @@ class Case(NamedTuple):
     documents: int = 1
     accumulation: int = 1
     remat: str = "elementwise"
+    lengths: bool = True
+    settings: tuple[str, ...] = ()
 
 
 CASES = {
@@ -61,11 +67,20 @@ CASES = {
 }
 
 
+def case_of(name: str) -> Case:
+    """The case of a name, changed by the variants behind its @."""
+    base, variants = split(name)
+    case = CASES[base]
+    for variant in variants:
+        case = case._replace(**variant.case)._replace(settings=(*case.settings, *variant.settings))
+    return case
+
+
 def run_config(case: Case, *, toy: bool) -> RunConfig:
     """The run of a case."""
     model = shape(case.shape, toy=toy, remat=case.remat)
     t5 = isinstance(model, T5Config)
-    return RunConfig(
+    config = RunConfig(
         model=model,
         precision=PrecisionConfig(compute=case.compute, loss_scale="dynamic" if case.compute == "float16" else "none"),
         optimizer=OptimizerConfig(schedule="constant", name="adamw_rms" if t5 else "adamw"),
@@ -81,9 +96,10 @@ def run_config(case: Case, *, toy: bool) -> RunConfig:
             loss_chunk=8 if toy else 4096,
         ),
     )
+    return with_overrides(config, case.settings)
 
 
-def synthetic_batch(config: RunConfig, *, documents: int) -> dict[str, np.ndarray]:
+def synthetic_batch(config: RunConfig, *, documents: int, lengths: bool = True) -> dict[str, np.ndarray]:
     """A batch of random tokens in rows of equally long documents."""
     rng, rows = np.random.default_rng(0), config.training.batch_size
 
@@ -93,7 +109,8 @@ def synthetic_batch(config: RunConfig, *, documents: int) -> dict[str, np.ndarra
     length, targets = config.data.sequence_length, config.data.target_length
     if targets is not None:
         names = {"encoder_tokens": tokens(length), "decoder_tokens": tokens(targets)}
-        names |= {"encoder_lengths": np.full(rows, length, np.int32)}
+        if lengths:
+            names["encoder_lengths"] = np.full(rows, length, np.int32)
     else:
         names = {"tokens": tokens(length), "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
         if config.data.document_mask:
@@ -126,9 +143,9 @@ def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
 
 def main(name: str, *, toy: bool) -> None:
     """Measures and reports one case."""
-    case = CASES[name]
+    case = case_of(name)
     config = run_config(case, toy=toy)
-    batch = jax.device_put(synthetic_batch(config, documents=case.documents))
+    batch = jax.device_put(synthetic_batch(config, documents=case.documents, lengths=case.lengths))
     step, state, compile_seconds = prepare(config, batch)
     metrics: list[Any] = []
 

@@ -125,7 +125,7 @@ def test_every_group_holds_its_ten_minutes_and_every_program_is_in_one(
     assert max(sum(map(run.planned, group)) for group in run.GROUPS.values()) <= run.BUDGET
     # Three minutes of training, and what begins and ends them.
     assert all(run.PLAN[part] < run._LIMITS[part] for part in run.PLAN) and run.PLAN["pretrain"] >= 180 + 60
-    assert run.cases_of("decode/1b_b") == ["decode/1b_b1", "decode/1b_b8", "decode/1b_b64"]
+    assert run.cases_of("decode/1b_b") == ["decode/1b_b1", "decode/1b_b8", "decode/1b_b64", "decode/1b_b1_8k"]
     assert run.main(["--list"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*run.GROUPS, *cases)) and "minutes_bf16: 8.0 minutes" in shown
@@ -148,7 +148,7 @@ def test_a_budget_leaves_out_what_does_not_fit_and_ends_what_takes_longer(
     assert list(asked) == names[1:]
     assert asked["ceilings/copy"] == run._LIMITS["ceilings"] and 190 < asked["baseline/t5_large_train"] <= 200
     assert re.search(r"pretrain/t5_bf16 +left out: \d+ s remain of 200", capsys.readouterr().out)
-    for arguments, count in (([], len(run.GROUPS["first"])), (["minutes_fp16"], 2), (["decode", "ceilings"], 12)):
+    for arguments, count in (([], len(run.GROUPS["first"])), (["minutes_fp16"], 2), (["decode", "ceilings"], 14)):
         asked.clear()
         assert run.main([*arguments, "--out", str(tmp_path), "--budget=1000000"]) == 0
         assert len(asked) == count
