@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Checks and measures on one GPU, without a network:
-#   benchmarks/run_gpu.sh                        the first ten minutes: tests, ceilings, one case of each kind
-#   benchmarks/run_gpu.sh minutes_bf16           another group of at most ten minutes; --list names and times them
-#   benchmarks/run_gpu.sh train decode/1b        cases whose names begin so, as many as fit into --budget seconds
+#   benchmarks/run_gpu.sh first                  about 400 s: the real script, the library calls, the headline programs
+#   benchmarks/run_gpu.sh next 330               what is still unmeasured, in order of worth, within 330 s
+#   benchmarks/run_gpu.sh train/llama_1b         one case; train/ runs all that begin so; --list names and times them
 #   benchmarks/run_gpu.sh --dry-run              the same programs at toy sizes, on any machine
-# Wheels that benchmarks/gpu/carry.sh left in wheels/ are installed for this run only.
+# Results, log and compilation cache go to $OUT where it is set, else to benchmarks/results. What
+# benchmarks/gpu/carry.sh left in carried/ (wheels, data, the cache of an earlier call) is used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-if compgen -G "wheels/*.whl" >/dev/null; then
+if compgen -G "carried/*.whl" >/dev/null; then
   site="$(mktemp -d)"
   trap 'rm -rf "$site"' EXIT
-  if "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" wheels/*.whl; then
+  if "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" carried/*.whl; then
     export PYTHONPATH="$PYTHONPATH:$site"
   else
-    echo "the wheels in wheels/ do not fit this Python; going on without them" >&2
+    echo "the wheels in carried/ do not fit this Python; continuing without them" >&2
   fi
 fi
 "$python" -m benchmarks.gpu.run "$@"

@@ -1,176 +1,189 @@
-"""Minutes of real training: the bytes of this interpreter's standard library, until a clock runs out.
+"""scripts/pretrain.py itself for about a minute: killed after a checkpoint, started again, finished with a sample.
 
-`llama_*` and `t5_*` need numpy and jax only: a token is a byte. `script_*` runs scripts/pretrain.py itself, which
-needs grain and TFDS; a machine without a network gets them from benchmarks/gpu/carry.sh.
+The corpus and its tokenizer come from benchmarks/gpu/carry.sh; without them the script prepares the standard library of
+this interpreter, which takes longer.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import importlib.util
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from benchmarks.gpu.common import report
-from benchmarks.gpu.train import Case, prepare, run_config, speed
-from jaxllm.config import OptimizerConfig, RunConfig, T5Config
-from jaxllm.data.objectives import Denoiser, denoise, solve_lengths
-from jaxllm.data.packing import pack_pairs
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = {"script_llama": "llama_125m", "script_t5": "t5_tiny"}
-RUNS = {
-    "llama_bf16": Case("125m", 64, 1024, remat="elementwise"),
-    "t5_bf16": Case("t5_small", 128, 512, 114),
-    "llama_fp16": Case("125m", 64, 1024, compute="float16"),
-    "t5_fp16": Case("t5_small", 128, 512, 114, compute="float16"),
+CARRIED = ROOT / "carried"
+_NEEDED = ("grain", "tensorflow_datasets", "array_record", "pydantic")
+_FLOAT16 = ["precision.compute=float16", "precision.loss_scale=dynamic"]
+_LLAMA = ["model.vocab_size=8192", "training.batch_size=64", "training.accumulation=1"]
+_T5 = ["model.vocab_size=8192", "training.batch_size=128", "optimizer.schedule=wsd"]
+_RATES = {"llama_125m": "1e-3", "t5_small": "1e-2"}
+
+
+class Case(NamedTuple):
+    """A run of the script.
+
+    Attributes:
+        config: a file of configs/, without its ending.
+        settings: what a run of a minute changes in it.
+    """
+
+    config: str
+    settings: list[str]
+
+
+CASES = {
+    "llama_fp16": Case("llama_125m", [*_LLAMA, *_FLOAT16]),
+    "llama_bf16": Case("llama_125m", _LLAMA),
+    "t5_fp16": Case("t5_small", [*_T5, *_FLOAT16]),
+    "t5_bf16": Case("t5_small", _T5),
 }
-CASES = (*RUNS, *SCRIPTS)
-_EOS, _SENTINELS = 256, np.arange(383, 283, -1, dtype=np.int32)
-_DENOISER = Denoiser(0.15, 3.0)
 
 
 def main(name: str, *, toy: bool) -> None:
-    """Trains for PRETRAIN_SECONDS (180) and reports whether and how fast the loss fell."""
-    seconds = 0.5 if toy else float(os.environ.get("PRETRAIN_SECONDS", "180"))
-    if name in SCRIPTS:
-        run_script(name, seconds, toy=toy)
-        return
-    case = RUNS[name]
-    config = run_config(case, toy=toy)
-    t5 = isinstance(config.model, T5Config)
-    rate = 1e-2 if t5 else 1e-3
-    optimizer = OptimizerConfig(
-        name="adamw_rms" if t5 else "adamw", learning_rate=rate, schedule="constant", warmup_steps=100
-    )
-    config = dataclasses.replace(config, optimizer=optimizer)
-    batches = t5_batches(config) if t5 else llama_batches(config)
-    batch = next(batches)
-    step, state, compile_seconds = prepare(config, batch)
-    losses: list[float] = []
-    previous, start = None, time.perf_counter()
-    while time.perf_counter() - start < seconds or len(losses) < 4:
-        state, metrics = step(state, batch)
-        batch = next(batches)  # while the device works
-        if previous is not None:
-            losses.append(float(previous.loss))
-        previous = metrics
-    elapsed = (time.perf_counter() - start) / (len(losses) + 1)
-    tail = max(len(losses) // 20, 1)
-    first, last = float(np.mean(losses[:tail])), float(np.mean(losses[-tail:]))
-    if not (np.isfinite(losses[-1]) and (toy or last < 0.8 * first)):
-        raise SystemExit(f"{name}: the loss went from {first} to {last} in {len(losses)} steps")
+    """Runs, kills, resumes and reports one case.
+
+    Raises:
+        SystemExit: when packages are missing, the script fails, the resumed run does not continue where the killed one
+            had saved, or the loss does not fall.
+    """
+    if missing := [module for module in _NEEDED if importlib.util.find_spec(module) is None]:
+        raise SystemExit(f"{name}: {', '.join(missing)} not installed; fill carried/ by benchmarks/gpu/carry.sh")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = script_arguments(CASES[name], Path(folder), toy=toy)
+        killed, first_seconds = _run_until_checkpoint(arguments, Path(folder))
+        report("pretrain", f"{name}_until_killed", killed_at=killed, **_last_values(_rows(Path(folder))))
+        before, script = time.perf_counter(), _Script(arguments, Path(folder))
+        script.end()
+        seconds, resumed, rows = time.perf_counter() - before, script.resumed_from(), _rows(Path(folder))
+        sample = (Path(folder) / "run" / "sample.txt").read_text(encoding="utf-8")
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    first, last = losses[min(losses)], losses[max(losses)]
+    if not 0 < resumed <= killed:
+        raise SystemExit(f"{name}: killed at step {killed}, and resumed from {resumed}")
+    if not (np.isfinite(last) and (toy or last < 0.8 * first)):
+        raise SystemExit(f"{name}: the loss went from {first} to {last} in {max(losses)} steps")
     report(
         "pretrain",
         name,
-        steps=len(losses) + 1,
-        seconds={"median": elapsed},
-        compile_seconds=compile_seconds,
         first_loss=first,
         last_loss=last,
-        skipped_steps=float(previous.skipped) if previous is not None else 0.0,
-        loss_scale=float(previous.loss_scale) if previous is not None else 1.0,
-        **speed(config, elapsed),
+        killed_at=killed,
+        resumed_from=resumed,
+        seconds_to_kill=first_seconds,
+        seconds_resumed=seconds,
+        sample=sample[-600:],
+        **_last_values(rows),
     )
 
 
-def library_bytes() -> np.ndarray:
-    """The sources of the standard library as one array of bytes, each file ended by an end token."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    parts = [np.append(np.frombuffer(path.read_bytes(), np.uint8).astype(np.int32), _EOS) for path in files]
-    return np.concatenate([parts[i] for i in np.random.default_rng(0).permutation(len(parts))])
-
-
-def llama_batches(config: RunConfig) -> Iterator[dict[str, np.ndarray]]:
-    """Rows from random places of the text."""
-    text, rng = library_bytes(), np.random.default_rng(1)
-    rows, length = config.training.batch_size, config.data.sequence_length
-    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    weights = np.ones((rows, length), np.float32)
-    while True:
-        starts = rng.integers(0, len(text) - length - 1, (rows, 1))
-        cut = text[starts + np.arange(length + 1)]
-        yield {"tokens": cut[:, :-1], "targets": cut[:, 1:], "positions": positions, "weights": weights}
-
-
-def t5_batches(config: RunConfig) -> Iterator[dict[str, np.ndarray]]:
-    """Span corruption of stretches from random places of the text."""
-    text, rng = library_bytes(), np.random.default_rng(1)
-    rows, length = config.training.batch_size, config.data.sequence_length
-    raw = solve_lengths(_DENOISER, inputs=length, targets=config.data.target_length).raw
-    while True:
-        start = rng.integers(0, len(text) - raw * rows)
-        stretch = text[start : start + raw * rows]
-        none = [np.zeros(0, np.int32)]
-        pairs = denoise(rng, stretch, [_DENOISER], raw=[raw], modes=none, sentinels=_SENTINELS, eos_id=_EOS)
-        width = config.data.target_length or length
-        batch = pack_pairs(pairs, inputs_length=length, targets_length=width, start_id=0, alone=True)
-        yield {name: value[:rows] for name, value in batch.items()}
-
-
-def run_script(name: str, seconds: float, *, toy: bool) -> None:
-    """scripts/pretrain.py until a signal, as a user would stop it."""
-    needed = ("grain", "tensorflow_datasets", "array_record", "pydantic")
-    missing = [module for module in needed if importlib.util.find_spec(module) is None]
-    if missing:
-        raise SystemExit(f"{name}: {', '.join(missing)} not installed; fill wheels/ by benchmarks/gpu/carry.sh")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *script_arguments(name, folder, toy=toy)]
-        process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": _paths()}, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            output, _ = process.communicate(timeout=120 if toy else seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            output, _ = process.communicate(timeout=120)
-        if process.returncode != 0:
-            raise SystemExit(f"{output[-1000:]}\n{name}: scripts/pretrain.py ended with {process.returncode}")
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
-    first, last = rows[0]["loss"], rows[-1]["loss"]
-    if not (np.isfinite(last) and (toy or last < 0.8 * first)):
-        raise SystemExit(f"{name}: the loss went from {first} to {last} in {rows[-1]['step']} steps")
+def _last_values(rows: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("step", "bits_per_byte", "bits_per_target_byte", "tokens_per_second", "mfu", "data_wait")
-    kept: dict[str, Any] = {key: rows[-1][key] for key in keys if key in rows[-1]}
-    report("pretrain", name, first_loss=first, last_loss=last, **kept)
+    keys += ("loss_scale", "skipped", "validation/loss", "validation/bits_per_byte")
+    return {key: value for row in rows for key, value in row.items() if key in keys}
 
 
-def script_arguments(name: str, folder: str, *, toy: bool) -> list[str]:
-    """What stands behind scripts/pretrain.py: a shipped config in bfloat16, of a toy its smallest form."""
-    arguments = [str(ROOT / "configs" / f"{SCRIPTS[name]}.yaml"), f"training.run_dir={folder}/run"]
-    arguments += [f"training.compilation_cache={folder}/cache", "training.log_every=5", "training.sample_tokens=0"]
-    arguments += ["precision.compute=bfloat16"]
+class _Script:
+    """scripts/pretrain.py in a process; what it prints is printed here as it comes, and kept."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *arguments]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with self.process.stdout or contextlib.nullcontext(()) as output:
+            for line in output:
+                self.lines.append(line)
+                print(line, end="", flush=True)
+
+    def end(self, *, kill: bool = False) -> None:
+        """Waits for the end, or brings it about.
+
+        Raises:
+            SystemExit: when it ends by itself, and badly.
+        """
+        if kill:
+            self.process.kill()
+        status = self.process.wait()
+        self._reader.join()
+        if status != 0 and not kill:
+            raise SystemExit(f"scripts/pretrain.py ended with {status}")
+
+    def resumed_from(self) -> int:
+        """The step that it says it continues from; 0 when it starts from nothing."""
+        found = re.search(r"resuming .* from step (\d+)", " ".join("".join(self.lines).split()))
+        return int(found[1]) if found else 0
+
+
+def _run_until_checkpoint(arguments: list[str], folder: Path) -> tuple[int, float]:
+    """Kills the script some steps after its first checkpoint; the last step it recorded, and the seconds it ran."""
+    before, script = time.perf_counter(), _Script(arguments, folder)
+    while script.process.poll() is None:
+        saved = [int(path.name) for path in (folder / "run" / "checkpoints").glob("*") if path.name.isdigit()]
+        last = max((row["step"] for row in _rows(folder)), default=0)
+        if saved and last > min(saved):
+            script.end(kill=True)
+            return last, time.perf_counter() - before
+        time.sleep(0.02)
+    script.end()
+    raise SystemExit("scripts/pretrain.py ended before it could be killed; it needs more steps")
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines of the run's record."""
+    path = folder / "run" / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+
+
+def script_arguments(case: Case, folder: Path, *, toy: bool) -> list[str]:
+    """What stands behind scripts/pretrain.py."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")
+    arguments = [str(ROOT / "configs" / f"{case.config}.yaml"), f"training.run_dir={folder}/run", *case.settings]
+    arguments += [f"training.compilation_cache={cache}", f"data.cache_dir={folder}/data", "training.log_every=5"]
+    arguments += [f"optimizer.learning_rate={_RATES[case.config]}", *_corpus(folder, toy=toy)]
     if not toy:
-        endless = "1000000"  # the clock ends it
-        arguments += [f"training.{name}={endless}" for name in ("steps", "save_every", "eval_every")]
-        return [*arguments, "data.source=stdlib"]
-    corpus = Path(folder) / "corpus"
-    corpus.mkdir()
+        steps = {"steps": 240, "save_every": 60, "eval_every": 240, "eval_batches": 8, "sample_tokens": 64}
+        schedule = ["optimizer.warmup_steps=40", *(["optimizer.decay_steps=40"] if "t5" in case.config else [])]
+        return [*arguments, *schedule, *(f"training.{key}={value}" for key, value in steps.items())]
+    return [*arguments, *_toy_settings(case)]
+
+
+def _corpus(folder: Path, *, toy: bool) -> list[str]:
+    """Settings of the data: the carried corpus, or the standard library of this interpreter, or a little of it."""
+    if not toy and not (CARRIED / "tokenizer.json").exists():
+        return ["data.source=stdlib"]
+    if not toy:
+        return ["data.source=files", f"data.path={CARRIED}/corpus.jsonl.gz", f"data.tokenizer={CARRIED}/tokenizer.json"]
+    corpus = folder / "corpus"
+    corpus.mkdir(exist_ok=True)
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py")):
         (corpus / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    arguments += ["data.source=files", f"data.path={corpus}", "data.validation_fraction=0.3", "data.workers=0"]
-    arguments += ["training.steps=6", "optimizer.warmup_steps=1", "optimizer.decay_steps=1"]
-    arguments += ["training.batch_size=8", "training.eval_batches=1"]
-    arguments += ["data.sequence_length=32", "model.vocab_size=512", "model.num_layers=1", "model.d_model=32"]
-    return [*arguments, "model.num_heads=2", *(["model.num_kv_heads=2"] if "llama" in name else ["model.head_dim=8"])]
+    return ["data.source=files", f"data.path={corpus}", "data.validation_fraction=0.3", "data.workers=0"]
 
 
-def _paths() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], toy=jax.default_backend() != "gpu")
+def _toy_settings(case: Case) -> list[str]:
+    model = {"vocab_size": 512, "num_layers": 1, "d_model": 32, "d_ff": 48, "num_heads": 2}
+    model |= {"num_kv_heads": 2} if "llama" in case.config else {"head_dim": 8}
+    training = {"steps": 40, "batch_size": 8, "save_every": 10, "eval_every": 40, "eval_batches": 1}
+    settings = [f"model.{key}={value}" for key, value in model.items()]
+    settings += [f"training.{key}={value}" for key, value in {**training, "log_every": 1, "sample_tokens": 8}.items()]
+    return [*settings, "data.sequence_length=32", "optimizer.warmup_steps=1", "optimizer.decay_steps=1"]

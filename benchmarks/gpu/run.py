@@ -1,144 +1,274 @@
-"""Runs parts by name, each case in its own process, and keeps what is measured even when a part fails.
+"""Runs cases by name, each in its own process, and keeps what is measured even when a case fails.
 
-    python -m benchmarks.gpu.run [NAME ...] [--dry-run] [--list] [--budget SECONDS] [--out FOLDER]
+    python -m benchmarks.gpu.run first                # about 400 s on a GPU that nothing has run on yet
+    python -m benchmarks.gpu.run next 330             # what is still unmeasured, in order of worth, within 330 s
+    python -m benchmarks.gpu.run train/llama_1b decode/1b_b1@graphs
+    python -m benchmarks.gpu.run decode/8b            # cases whose names begin so
+    python -m benchmarks.gpu.run --dry-run            # every case at toy sizes, on any machine
 
-A NAME is a group, or the beginning of part/case; without one it is the group `first`, or in a dry run every case. All
-cases together take about an hour, so they are in groups that each fit into ten minutes. Results go to
-FOLDER/gpu_DEVICE.json after every case, newest values winning.
+Results, the output of every case and the compilation cache go to a folder: --out, else $OUT, else benchmarks/results.
+The results file is rewritten after every case, newest values winning.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+from benchmarks.gpu import cache
 from benchmarks.gpu.common import RESULT
+from benchmarks.gpu.plan import EVERY, FIRST, FIRST_SECONDS, Planned, cases_of
+from benchmarks.gpu.record import RESULTS, ROOT, TOY, Machine, NoGpuError, Record, find_gpu, first_line
 from benchmarks.gpu.table import table
+from benchmarks.gpu.variants import split
 
-ROOT = Path(__file__).parent.parent.parent
-# What to run first, second and so on; cases in order of worth, because a budget cuts off the end.
-GROUPS = {
-    "first": (
-        *("tests/gpu", "ceilings/matmul", "ceilings/copy", "train/llama_1b", "train/t5_large"),
-        *("decode/1b_b1", "decode/8b_b1", "decode/t5_large_b1", "baseline/llama_1b_decode"),
-    ),
-    "minutes_bf16": ("pretrain/llama_bf16", "pretrain/t5_bf16"),
-    "minutes_fp16": ("pretrain/llama_fp16", "pretrain/t5_fp16"),
-    "more_train": (
-        *("train/llama_8b_8layers", "train/t5_base", "train/llama_1b_fp16", "train/t5_large_fp16"),
-        *("train/llama_1b_packed", "train/llama_8b_8layers_packed", "train/llama_1b_accumulated"),
-        "train/llama_1b_no_remat",
-    ),
-    "more_baseline": ("baseline/llama_1b_train", "baseline/t5_large_train", "baseline/llama_8b_decode"),
-    "more_decode": (
-        *("decode/1b_b8", "decode/1b_b64", "decode/8b_b8", "decode/8b_b64", "decode/t5_large_b8"),
-        *("decode/t5_large_b64", "decode/8b_int8_b1", "decode/1b_b1_8k", "decode/8b_b1_8k"),
-        "baseline/t5_large_decode",
-    ),
-    "minutes_script": ("pretrain/script_llama", "pretrain/script_t5"),
-}
-# Seconds that a case of a part should take, its start and compilation included: no GPU has measured them yet.
-PLAN = {"tests": 100, "ceilings": 20, "train": 70, "decode": 45, "baseline": 150, "pretrain": 240}
-# What a case may take at most.
-_LIMITS = {"tests": 240, "ceilings": 60, "train": 180, "decode": 180, "baseline": 420, "pretrain": 420}
-# Ten minutes, less what a machine needs to begin and to hand over results.
-BUDGET = 570
+NO_GPU = 3
+_TOY_LIMIT = 600
 _TESTS = ["-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the command line and runs what it names; 1 when a case failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes, on any machine, nothing written")
-    parser.add_argument("--list", action="store_true", help="groups and cases with the minutes they should take")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all; what does not fit is left out")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--one", help="run this case in this process and print its result")
-    options = parser.parse_args(arguments)
+    """Parses the command line and runs what it names; 1 when a case failed, 3 without a GPU."""
+    options = _parser().parse_args(arguments)
     if options.one:
-        part, case = options.one.split("/")
-        importlib.import_module(f"benchmarks.gpu.{part}").main(case, toy=options.dry_run)
+        _run_here(options.one, toy=options.dry_run, profile=options.profile)
         return 0
-    unknown = [name for name in options.names if not cases_of(name)]
-    if unknown:
-        parser.error(f"no group or case begins with {', '.join(unknown)}; --list names them all")
     if options.list:
-        for group in GROUPS:
-            minutes = sum(map(planned, GROUPS[group])) / 60
-            print("\n  ".join([f"{group}: {minutes:.1f} minutes", *GROUPS[group]]))
-        return 0
-    wanted = options.names or (GROUPS if options.dry_run else ["first"])
-    names = list(dict.fromkeys(case for name in wanted for case in cases_of(name)))
-    return run_all(names, toy=options.dry_run, budget=options.budget, out=options.out)
+        return _show_plan()
+    cases, seconds, unmeasured = _wanted(options)
+    if options.dry_run:
+        machine, out = TOY, options.out
+    else:
+        try:
+            machine = find_gpu()
+        except NoGpuError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NO_GPU
+        out = options.out or Path(os.environ.get("OUT", RESULTS))
+    return run_all(cases, machine=machine, seconds=seconds, out=out, unmeasured=unmeasured)
 
 
-def cases_of(name: str) -> list[str]:
-    """The cases of a group, or those that begin so; in order of worth."""
-    every = [case for group in GROUPS.values() for case in group]
-    return [case for case in every if case in GROUPS.get(name, ()) or case.startswith(name)]
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="first, or next SECONDS, or cases, or beginnings of their names")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes, on any machine")
+    parser.add_argument("--list", action="store_true", help="all cases with the seconds they should take")
+    parser.add_argument("--seconds", type=float, help="for all cases together; what does not fit is left out")
+    parser.add_argument("--out", type=Path, help="folder of results, log and compilation cache")
+    parser.add_argument("--profile", action="store_true", help="also the times of the kernels, for train and decode")
+    parser.add_argument("--one", help="run this case in this process and print its result")
+    return parser
 
 
-def planned(name: str) -> int:
-    """Seconds that a case should take."""
-    return PLAN[name.split("/")[0]]
+def _run_here(name: str, *, toy: bool, profile: bool) -> None:
+    part, case = name.split("/")
+    options = {"profile": True} if profile and part in ("train", "decode") else {}
+    importlib.import_module(f"benchmarks.gpu.{part}").main(case, toy=toy, **options)
 
 
-def run_all(names: list[str], *, toy: bool, budget: float, out: Path) -> int:
-    """Runs cases one after the other."""
-    start, failed, record = time.monotonic(), [], Record(out, toy=toy)
+def _show_plan() -> int:
+    print(f"first: {sum(case.seconds for case in FIRST)} s planned, ended after {FIRST_SECONDS} s")
+    for case in EVERY:
+        label = "first" if case in FIRST else "next"
+        print(f"  {label:5} {case.name:36} {case.seconds:4d} s, at most {case.limit} s")
+    return 0
+
+
+def _wanted(options: argparse.Namespace) -> tuple[list[Planned], float, bool]:
+    """Cases, the seconds for all of them, and whether those already measured are left out."""
+    names, seconds = list(options.names), options.seconds
+    if names[:1] == ["next"]:
+        if len(names) != 2 or not names[1].isdigit():
+            _refuse("next takes the seconds it may use, e.g. next 330")
+        return list(EVERY), float(names[1]), True
+    if not names:
+        names = [case.name for case in EVERY] if options.dry_run else ["first"]
     for name in names:
-        part, case = name.split("/")
-        left = budget - (time.monotonic() - start)
-        if left < (0 if toy else planned(name)):
-            record.add({"part": part, "case": case, "skipped": "no time left"})
-            print(f"{name:32} left out: {max(left, 0):.0f} s remain of {budget:.0f}", flush=True)
-            continue
-        before = time.monotonic()
-        limit = _LIMITS[part] if toy else min(_LIMITS[part], left)
-        result = run_case(name, toy=toy, limit=limit, environment=record.environment)
-        result["wall_seconds"] = round(time.monotonic() - before, 1)
-        record.add(result)
-        if "error" in result:
-            failed.append(name)
-        print(f"{name:32} {result['wall_seconds']:6.1f} s  {summary(result)}", flush=True)
-    print(table(record.document()))
+        try:
+            split(name)
+        except ValueError as error:
+            _refuse(str(error))
+        if not cases_of(name):
+            _refuse(f"no case is, or begins with, {name}; --list names them all")
+    cases = {case.name: case for name in names for case in cases_of(name)}
+    if options.profile:
+        cases = {name: case._replace(profile=True) for name, case in cases.items()}
+    if seconds is None:
+        seconds = FIRST_SECONDS if names == ["first"] else float("inf")
+    return list(cases.values()), seconds, False
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class _Lane(NamedTuple):
+    """Where cases run, with what, and where their output goes."""
+
+    toy: bool
+    environment: dict[str, str]
+    log: Path
+    record: Record
+
+
+def run_all(
+    cases: list[Planned], *, machine: Machine, seconds: float, out: Path | None, unmeasured: bool = False
+) -> int:
+    """Runs cases one after the other; whatever ends this process, what was measured is in the folder."""
+    start, failed = time.monotonic(), []
+    with _open_lane(machine, out) as lane:
+        for case in cases:
+            if unmeasured and lane.record.measured(case.name):
+                continue
+            left = seconds - (time.monotonic() - start)
+            if not lane.toy and left < case.seconds:
+                print(f"{case.name:36} left out: {max(left, 0):.0f} s remain, it takes {case.seconds}", flush=True)
+                continue
+            if not run_case(case, lane, limit=_TOY_LIMIT if lane.toy else min(case.limit, left)):
+                failed.append(case.name)
+        print(table(lane.record.document()))
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def run_case(name: str, *, toy: bool, limit: float, environment: dict[str, str]) -> dict[str, Any]:
-    """The result of one case, or its error; never raises for what the case does."""
-    part, case = name.split("/")
-    command = [sys.executable, "-m", "benchmarks.gpu.run", "--one", name, *(["--dry-run"] if toy else [])]
-    if part == "tests":
-        command = [sys.executable, *_TESTS, *(["--collect-only"] if toy else []), *gpu_test_files()]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A session of its own, so that a case that takes too long goes with all processes that it started.
-    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
+@contextlib.contextmanager
+def _open_lane(machine: Machine, out: Path | None) -> Iterator[_Lane]:
+    """The log, the results and one compilation cache for all cases, which is packed into `out` at the end."""
+    toy = machine is TOY
+    with tempfile.TemporaryDirectory() as folder, _terminated_as_interrupt():
+        (out or Path(folder)).mkdir(parents=True, exist_ok=True)
+        log = (out or Path(folder)) / "log.txt"
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        }
+        if not toy:
+            environment["XLA_FLAGS"] = machine.flags
+            environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+            cache.unpack(ROOT / "carried", Path(folder) / "jax")
+            _describe(log, machine)
         try:
-            stdout, stderr = process.communicate(timeout=limit)
+            yield _Lane(toy, environment, log, Record(machine, out))
+        finally:
+            if not toy and out is not None:
+                cache.pack(Path(folder) / "jax", out)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """Lets a SIGTERM unwind as Ctrl-C does, so that the case is ended and the cache is packed."""
+
+    def interrupt(number: int, _: Any) -> NoReturn:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _describe(log: Path, machine: Machine) -> None:
+    """What the machine is, at the head of the log and on the console."""
+    facts = "name,driver_version,memory.total,clocks.sm,power.limit,temperature.gpu"
+    _, smi = first_line(["nvidia-smi", f"--query-gpu={facts}", "--format=csv,noheader"])
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    text = f"{machine.device} ({smi})\n{versions}\ncommit {machine.commit}, XLA_FLAGS {machine.flags}\n"
+    print(text, end="", flush=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def run_case(case: Planned, lane: _Lane, *, limit: float) -> bool:
+    """Runs one case, records what it printed and prints a line of it; whether it ended well."""
+    before = time.monotonic()
+    status, output = _output_of(case, lane, limit=limit)
+    wall = round(time.monotonic() - before, 1)
+    error = _error_of(case, status, output, limit)
+    part, name = case.name.split("/")
+    results = [json.loads(line.removeprefix(RESULT)) for line in output.splitlines() if line.startswith(RESULT)]
+    own = [each for each in results if (each["part"], each["case"]) == (part, name)]
+    for each in results:
+        if each not in own:
+            lane.record.add(each)
+    last = (output.strip().splitlines() or [""])[-1]
+    whole = own[-1] if own else {"part": part, "case": name, "summary": f"{len(results)} facts" if results else last}
+    if error is not None:  # after its result it may still have failed to end; before it, there is only the error
+        whole |= {"ended": error} if own else {"error": error}
+    lane.record.add({**whole, "wall_seconds": wall})
+    print(f"{case.name:36} {wall:6.1f} s  {summary(whole if error is None else {'error': error})}", flush=True)
+    return error is None
+
+
+def _output_of(case: Planned, lane: _Lane, *, limit: float) -> tuple[int | None, str]:
+    """Status, None when the time ran out, and everything that a case printed, which is in the log as it comes."""
+    _, variants = split(case.name)
+    flags = " ".join(f"--{flag}" for variant in variants for flag in variant.flags)
+    environment = dict(lane.environment)
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
+    for variant in variants:
+        environment |= variant.environment
+    if case.name == "tests/gpu":
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = ".2"  # four processes share the GPU
+    with lane.log.open("a+", encoding="utf-8", errors="replace") as log:
+        log.write(f"\n=== {case.name} {time.strftime('%H:%M:%S')}\n")
+        log.flush()
+        begin = log.tell()
+        status = _run(_command(case, lane.toy), environment, log, limit=limit)
+        log.seek(begin)
+        return status, log.read()
+
+
+def _run(command: list[str], environment: dict[str, str], log: Any, *, limit: float) -> int | None:
+    # A session of its own, so that a case that takes too long goes with all processes that it started.
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            return process.wait(timeout=limit)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return {"part": part, "case": case, "error": f"took more than {limit:.0f} s"}
-    lines = stdout.strip().splitlines() or [""]
-    if process.returncode != 0:
-        tail = "\n".join([*lines[-5:], *stderr.strip().splitlines()[-5:]])
-        return {"part": part, "case": case, "error": tail[-1500:]}
-    found = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
-    return json.loads(found[-1]) if found else {"part": part, "case": case, "summary": lines[-1]}
+            return None
+
+
+def _command(case: Planned, toy: bool) -> list[str]:
+    if case.name != "tests/gpu":
+        flags = [*(["--dry-run"] if toy else []), *(["--profile"] if case.profile else [])]
+        return [sys.executable, "-m", "benchmarks.gpu.run", "--one", case.name, *flags]
+    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") and not toy else []
+    return [sys.executable, *_TESTS, *parallel, *(["--collect-only"] if toy else []), *gpu_test_files()]
+
+
+def _error_of(case: Planned, status: int | None, output: str, limit: float) -> str | None:
+    tail = "\n".join(output.strip().splitlines()[-12:])[-1500:]
+    if status is None:
+        return f"{tail}\ntook more than {limit:.0f} s"
+    if status != 0:
+        return f"{tail}\nended with {status}"
+    if case.name == "tests/gpu" and not re.search(r"[1-9]\d* (passed|tests? collected)|[1-9]\d*/\d+ tests", output):
+        return f"{tail}\nno test ran"
+    return None
 
 
 def gpu_test_files() -> list[str]:
@@ -150,62 +280,11 @@ def gpu_test_files() -> list[str]:
 def summary(result: dict[str, Any]) -> str:
     """The figures of a result that a person looks for first."""
     if "error" in result:
-        return "FAILED: " + result["error"].splitlines()[-1][:150]
+        return "FAILED: " + " | ".join(result["error"].splitlines()[-2:])[-200:]
     keys = ("tokens_per_second", "sequences_per_second", "mfu", "part_of_measured_bandwidth", "ratio", "last_loss")
     keys += ("tflops", "terabytes_per_second", "peak_gb", "compile_seconds", "loss", "summary")
     shown = [(key, result[key]) for key in keys if key in result]
     return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown)
-
-
-class Record:
-    """The results file of a device, rewritten after every case; in a dry run nothing is written."""
-
-    def __init__(self, folder: Path, *, toy: bool) -> None:
-        """Finds out what this machine is, in another process: this one must not hold the GPU."""
-        self.environment = dict(os.environ)
-        self._facts: dict[str, Any] = {"device": "toy sizes", "versions": {}, "commit": "none"}
-        self._path, self._results = None, {}
-        if toy:
-            return
-        self.environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-        from jaxllm.training.device import TRAIN_FLAGS, accepted_flags
-
-        flags = " ".join([*accepted_flags(TRAIN_FLAGS), os.environ.get("XLA_FLAGS", "")]).strip()
-        self.environment["XLA_FLAGS"] = flags
-        device = _first_line([sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"])
-        packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
-        installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-        self._facts = {
-            "device": device,
-            "versions": {name: installed[name] for name in packages if name in installed},
-            "commit": _first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
-            "flags": flags,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"gpu_{device.replace(' ', '_')}.json"
-        if self._path.exists():
-            old = json.loads(self._path.read_text(encoding="utf-8"))
-            self._results = {f"{row['part']}/{row['case']}": row for row in old["results"]}
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Keeps a result; one that failed or was skipped doesn't replace one that was measured."""
-        name = f"{result['part']}/{result['case']}"
-        poor = "error" in result or "skipped" in result
-        if poor and not {"error", "skipped"} & set(self._results.get(name, {"error": ""})):
-            return
-        facts = {key: self._facts[key] for key in ("commit", "flags") if key in self._facts}
-        self._results[name] = {**result, **facts, "date": time.strftime("%Y-%m-%d")}
-        if self._path is not None:
-            self._path.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
-
-    def document(self) -> dict[str, Any]:
-        """The machine and all results, old ones included."""
-        return {**self._facts, "results": list(self._results.values())}
-
-
-def _first_line(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (done.stdout.strip().splitlines() or ["unknown"])[-1]
 
 
 if __name__ == "__main__":
