@@ -15,6 +15,7 @@ from jaxllm.model_config import (
     STRICT,
     LlamaConfig,
     ModelConfig,
+    Objective,
     RopeConfig,
     T5Config,
     fraction,
@@ -26,7 +27,6 @@ from jaxllm.model_config import (
 Float = Literal["float32", "bfloat16", "float16"]
 # What may be computed in another dtype than `precision.compute`; `jaxllm.models.layers.Islands` says what each is.
 Island = Literal["norms", "softmax", "rope", "relative_bias", "mlp_output", "residual", "logits"]
-Objective = Literal["causal", "prefix_lm", "span_corruption", "ul2", "seq2seq"]
 
 __all__ = [
     "DataConfig",
@@ -289,7 +289,7 @@ class RunConfig:
 
     __pydantic_config__ = STRICT
 
-    model: LlamaConfig | T5Config
+    model: ModelConfig
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -299,18 +299,16 @@ class RunConfig:
         typed(self)
         model, data, islands = self.model, self.data, self.precision.islands
         optimizer, steps = self.optimizer, self.training.steps
-        encoder_decoder = model.family == "t5"
         require(
-            (data.objective != "causal") == encoder_decoder,
+            data.objective in model.objectives,
             f"data.objective {data.objective!r} does not fit model.family {model.family!r}; "
-            f"use {'span_corruption, ul2, prefix_lm or seq2seq' if encoder_decoder else 'causal'}"
+            f"use {' or '.join(filter(None, [', '.join(model.objectives[:-1]), model.objectives[-1]]))}"
             + ("; a decoder's attention has no prefix that sees both ways" if data.objective == "prefix_lm" else ""),
         )
-        strangers = {"rope"} if encoder_decoder else {"relative_bias", "mlp_output"}
+        absent = sorted(model.absent_islands & islands.keys())
         require(
-            not strangers & islands.keys(),
-            f"model.family {model.family!r} has no such island: {', '.join(sorted(strangers & islands.keys()))}; "
-            f"remove it from precision.islands",
+            not absent,
+            f"model.family {model.family!r} has no such island: {', '.join(absent)}; remove it from precision.islands",
         )
         require(
             islands.get("softmax", "float32") == "float32" or model.attention in ("auto", "reference"),
@@ -318,7 +316,7 @@ class RunConfig:
             f"precision.islands softmax: {islands.get('softmax')}",
         )
         require(
-            not encoder_decoder or data.objective == "span_corruption" or data.target_length is not None,
+            not model.encoder_decoder or data.objective == "span_corruption" or data.target_length is not None,
             f"objective {data.objective} on an encoder-decoder needs data.target_length, e.g. 114",
         )
         tokens = self.training.batch_size // self.training.accumulation * data.sequence_length
@@ -327,12 +325,11 @@ class RunConfig:
             f"training.batch_size {self.training.batch_size} makes microbatches of {tokens} tokens, more than an int32 "
             f"can count; lower it or raise training.accumulation",
         )
-        if model.family == "llama":
-            require(
-                data.sequence_length <= model.max_length,
-                f"data.sequence_length {data.sequence_length} exceeds model.max_length {model.max_length}; "
-                f"shorten the rows or raise max_length",
-            )
+        require(
+            model.context is None or data.sequence_length <= model.context,
+            f"data.sequence_length {data.sequence_length} exceeds model.max_length {model.context}; "
+            f"shorten the rows or raise max_length",
+        )
         require(
             self.training.init_from is None or data.tokenizer != "train",
             "training.init_from brings parameters that know one tokenizer; set data.tokenizer to its file, "

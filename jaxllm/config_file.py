@@ -13,12 +13,11 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from jaxllm import config as schema
 from jaxllm.config import RunConfig
-
-_MODELS = {"llama": schema.LlamaConfig, "t5": schema.T5Config}
+from jaxllm.model_config import MODEL_CONFIGS
 
 
 class ConfigError(ValueError):
@@ -60,7 +59,9 @@ def parse_config(raw: dict[str, Any], *, where: str = "config") -> RunConfig:
         if name not in _section_types():
             raise ConfigError(f"{where}: unknown section {name!r}{_nearest(str(name), list(_section_types()))}")
     if "model" not in raw:
-        raise ConfigError(f"{where}: no model section; start it with `family: llama` or `family: t5`")
+        raise ConfigError(
+            f"{where}: no model section; start it with {' or '.join(f'`family: {name}`' for name in MODEL_CONFIGS)}"
+        )
     for name, value in raw.items():
         sections[name] = _parse_section(name, value, where)
     try:
@@ -155,18 +156,26 @@ def _family(cls: type) -> str:
 
 def _section_types() -> dict[str, tuple[type, ...]]:
     hints = typing.get_type_hints(RunConfig)
-    return {
-        item.name: typing.get_args(hints[item.name]) or (hints[item.name],) for item in dataclasses.fields(RunConfig)
-    }
+    types = {item.name: (hints[item.name],) for item in dataclasses.fields(RunConfig)}
+    return {**types, "model": tuple(MODEL_CONFIGS.values())}
 
 
 @functools.cache
-def _adapter(section: str) -> Any:
-    from pydantic import Discriminator, TypeAdapter
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter
 
-    if section == "model":
-        return TypeAdapter(Annotated[schema.ModelConfig, Discriminator("family")])
-    return TypeAdapter(typing.get_type_hints(RunConfig)[section])
+    return TypeAdapter(kind)
+
+
+def _kind_of(section: str, value: Any, where: str) -> type:
+    """The class that a section becomes; a model's is named by its family."""
+    if section != "model" or not isinstance(value, dict):
+        return _section_types()[section][0]
+    family = value.get("family")
+    if str(family) not in MODEL_CONFIGS:
+        known = ", ".join(map(repr, MODEL_CONFIGS))
+        raise ConfigError(f"{where}: model.family must be one of {known}, got {family!r}")
+    return MODEL_CONFIGS[str(family)]
 
 
 def _parse_section(section: str, value: Any, where: str) -> Any:
@@ -175,14 +184,14 @@ def _parse_section(section: str, value: Any, where: str) -> Any:
     if value is None:
         value = {}
     try:
-        return _adapter(section).validate_python(value)
+        return _adapter(_kind_of(section, value, where)).validate_python(value)
     except ValidationError as error:
         lines = [_explain(section, item) for item in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
 def _explain(section: str, item: Any) -> str:
-    loc = [str(part) for part in item["loc"] if part not in _MODELS]
+    loc = [str(part) for part in item["loc"] if part not in MODEL_CONFIGS]
     key = ".".join([section, *loc])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [row[0].split(".", 1)[1] for row in describe_keys() if re.match(rf"{section}(\(\w+\))?\.", row[0])]

@@ -6,15 +6,16 @@ Not here: the settings of a run (`jaxllm.config`, where these can be imported fr
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 Layers = Literal["scan", "unroll"]
 Remat = Literal["none", "elementwise", "dots", "full"]
 Attention = Literal["auto", "reference", "chunked", "cudnn"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "ul2", "seq2seq"]
 
 # pydantic reads this from a standard dataclass: an unknown key is an error, an infinite number too.
 STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
@@ -49,8 +50,9 @@ _ACCEPTED: dict[Any, tuple[type, ...]] = {int: (Integral,), float: (Real,), str:
 
 def typed(owner: Any) -> None:
     """Requires of each field the type it is declared with, as pydantic does for a config that comes from a file."""
-    for name, hint in _hints(type(owner)).items():
-        value = getattr(owner, name)
+    hints = _hints(type(owner))
+    for name in (item.name for item in fields(owner)):
+        hint, value = hints[name], getattr(owner, name)
         if get_origin(hint) is Literal:
             known = get_args(hint)
             require(value in known, f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
@@ -124,8 +126,51 @@ class RopeConfig:
             )
 
 
+class ModelConfig:
+    """What the rest of the library reads of every family's settings; a family's config class is a frozen dataclass.
+
+    Attributes:
+        encoder_decoder: whether an encoder reads the inputs; a decoder alone otherwise.
+        objectives: what `data.objective` may be.
+        absent_islands: names of `precision.islands` that the family does not have.
+        metric: name of the bits per byte of text: of all of it, or of the part that the decoder predicts.
+        vocab_size: rows of the embedding.
+        d_model: width of the residual stream.
+        num_layers: layers of the decoder, or of the encoder.
+        layers: scan or unroll.
+        remat: what the backward pass recomputes.
+        attention: implementation of the attention.
+        decoder_start_id: first decoder input of an encoder-decoder.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # a family's class is a dataclass; this one has no fields
+    encoder_decoder: ClassVar[bool]
+    objectives: ClassVar[tuple[Objective, ...]]
+    absent_islands: ClassVar[frozenset[str]]
+    metric: ClassVar[str]
+
+    family: str
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    layers: Layers
+    remat: Remat
+    attention: Attention
+    decoder_start_id: int
+
+    @property
+    def context(self) -> int | None:
+        """The longest row that the model is made for, None without a limit."""
+        return None
+
+    @property
+    def resizable(self) -> tuple[str, ...]:
+        """Settings in which a run may differ from the checkpoint that it starts from, besides those of every family."""
+        return ()
+
+
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
     """A Llama-shaped decoder (arXiv 2302.13971; GQA 2305.13245); flags cover Mistral, Qwen2 and Qwen3.
 
     Attributes:
@@ -154,6 +199,10 @@ class LlamaConfig:
     """
 
     __pydantic_config__ = STRICT
+    encoder_decoder: ClassVar[bool] = False
+    objectives: ClassVar[tuple[Objective, ...]] = ("causal",)
+    absent_islands: ClassVar[frozenset[str]] = frozenset({"relative_bias", "mlp_output"})
+    metric: ClassVar[str] = "bits_per_byte"
 
     family: Literal["llama"] = "llama"
     vocab_size: int
@@ -209,9 +258,19 @@ class LlamaConfig:
         if self.rope.type == "dynamic":
             require(self.head_dim > 2, "dynamic RoPE divides by head_dim - 2; use a head_dim above 2")
 
+    @property
+    def context(self) -> int:
+        """See `ModelConfig`."""
+        return self.max_length
+
+    @property
+    def resizable(self) -> tuple[str, ...]:
+        """See `ModelConfig`; the other types of RoPE stretch relative to the context."""
+        return ("max_length",) if self.rope.type in ("default", "linear") else ()
+
 
 @dataclass(frozen=True, kw_only=True)
-class T5Config:
+class T5Config(ModelConfig):
     """A T5 encoder-decoder (arXiv 1910.10683; gated MLP 2002.05202); flags cover v1.0, v1.1, mT5, UMT5, ByT5.
 
     Attributes:
@@ -240,6 +299,10 @@ class T5Config:
     """
 
     __pydantic_config__ = STRICT
+    encoder_decoder: ClassVar[bool] = True
+    objectives: ClassVar[tuple[Objective, ...]] = ("span_corruption", "ul2", "prefix_lm", "seq2seq")
+    absent_islands: ClassVar[frozenset[str]] = frozenset({"rope"})
+    metric: ClassVar[str] = "bits_per_target_byte"
 
     family: Literal["t5"] = "t5"
     vocab_size: int
@@ -286,7 +349,8 @@ class T5Config:
         )
 
 
-ModelConfig = LlamaConfig | T5Config
+# The config class of each family, by the `family` that a file names; `jaxllm.models.family` has the rest of a family.
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "t5": T5Config}
 
 
 def _largest_divisor(number: int, limit: int) -> int:

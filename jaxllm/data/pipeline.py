@@ -80,7 +80,7 @@ class Pipeline:
         """Opens the training iterator; see `build_pipeline`."""
         self.tokenizer, self.source_name = tokenizer, source.name
         self._config, self._source, self._batch_size = config, source, batch_size
-        self.recipe = RECIPES[config.objective](config, tokenizer, decoder_start_id)
+        self.recipe = RECIPES[config.objective].recipe(config, tokenizer, decoder_start_id)
         self._identity = {
             "source": source.name,
             "tokenizer": tokenizer.fingerprint,
@@ -191,7 +191,7 @@ def open_run_pipeline(config: RunConfig, run_dir: Path) -> Pipeline:
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         run_dir=run_dir,
-        decoder_start_id=config.model.decoder_start_id if config.model.family == "t5" else 0,
+        decoder_start_id=config.model.decoder_start_id if config.model.encoder_decoder else 0,
     )
 
 

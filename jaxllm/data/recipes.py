@@ -54,6 +54,26 @@ class Recipe(NamedTuple):
     lengths: tuple[int, int]
 
 
+Fields = dict[str, tuple[tuple[int, ...], type]]
+
+
+def decoder_fields(config: DataConfig) -> Fields:
+    """What a row of a decoder-only objective holds."""
+    row = (config.sequence_length,)
+    names = ("tokens", "targets", "positions", *(["segment_ids"] if config.document_mask else []))
+    return {**{name: (row, np.int32) for name in names}, "weights": (row, np.float32)}
+
+
+def pair_fields(config: DataConfig) -> Fields:
+    """What a row of an encoder-decoder objective holds, see `pack_pairs`."""
+    length, targets = ((size,) for size in row_lengths(config))
+    fields: Fields = {"encoder_tokens": (length, np.int32), "decoder_tokens": (targets, np.int32)}
+    fields |= {"targets": (targets, np.int32), "weights": (targets, np.float32)}
+    if fills_rows(config):
+        return {**fields, "encoder_lengths": ((), np.int32)}
+    return {**fields, "encoder_segment_ids": (length, np.int32), "decoder_segment_ids": (targets, np.int32)}
+
+
 def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
     """Next-token prediction: each document is (end, t1..tn) -> (t1..tn, end), so nothing crosses documents."""
     del start_id
@@ -220,10 +240,22 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
     return Recipe(encode, None, expand, restore, rows)
 
 
-RECIPES: dict[str, Callable[[DataConfig, Tokenizer, int], Recipe]] = {
-    "causal": causal_recipe,
-    "span_corruption": span_corruption_recipe,
-    "ul2": ul2_recipe,
-    "prefix_lm": prefix_lm_recipe,
-    "seq2seq": seq2seq_recipe,
+class Objective(NamedTuple):
+    """One row of `RECIPES`.
+
+    Attributes:
+        recipe: (config, tokenizer, first decoder token) -> `Recipe`.
+        fields: arrays of a batch by name, each as the shape of a row's part and its dtype.
+    """
+
+    recipe: Callable[[DataConfig, Tokenizer, int], Recipe]
+    fields: Callable[[DataConfig], Fields]
+
+
+RECIPES = {
+    "causal": Objective(causal_recipe, decoder_fields),
+    "span_corruption": Objective(span_corruption_recipe, pair_fields),
+    "ul2": Objective(ul2_recipe, pair_fields),
+    "prefix_lm": Objective(prefix_lm_recipe, pair_fields),
+    "seq2seq": Objective(seq2seq_recipe, pair_fields),
 }

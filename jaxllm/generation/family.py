@@ -261,4 +261,5 @@ def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
 def decoder_of(model: Model) -> Decoder:
     """The adapter of a model's family."""
     check_model(model)
-    return T5Decoder(model) if isinstance(model, T5) else LlamaDecoder(model)
+    kind: Any = T5Decoder if model.config.encoder_decoder else LlamaDecoder
+    return kind(model)

@@ -5,6 +5,7 @@ For training and scoring, whole sequences and no cache at all; decoding is `jaxl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
+from jaxllm.models.flops import Flops
 from jaxllm.models.layers import (
     ACTIVATIONS,
     DEFAULT_ISLANDS,
@@ -216,3 +218,20 @@ class Llama(nn.Module):
         x = jnp.zeros((1, 1, c.d_model))
         variables: Any = LlamaLayer(c, self.dtype, parent=None).init(key, x, (pair, pair), Pattern(causal=True))
         return variables["params"]
+
+
+def hidden(model: Llama, params: Any, batch: Mapping[str, Any], key: Array | None = None) -> Float[Array, "B T D"]:
+    """Hidden states of a training batch, `tokens` [B, T] with `positions` and `segment_ids` where wanted."""
+    del key  # there is no dropout
+    inputs = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
+    return apply(model, params, batch["tokens"], **inputs, method="hidden")
+
+
+def train_flops(c: LlamaConfig, batch: int, length: int, target_length: int) -> Flops:
+    """Work of a train step on rows of `length` tokens; a decoder has no `target_length`."""
+    del target_length
+    tokens, queries, keys = batch * length, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    per_layer = 2 * c.d_model * queries + 2 * c.d_model * keys + 3 * c.d_model * c.d_ff
+    weights = 6.0 * (c.num_layers * per_layer + c.vocab_size * c.d_model) * tokens
+    attention = 6.0 * c.num_layers * queries * length * tokens
+    return Flops(weights + attention, weights + 2 * attention, weights)

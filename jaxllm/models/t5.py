@@ -7,7 +7,7 @@ halves. None takes a cache; decoding is `jaxllm.models.t5_decode`. Not here: obj
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import T5Config
+from jaxllm.models.flops import Flops
 from jaxllm.models.layers import (
     DEFAULT_ISLANDS,
     MASTER,
@@ -292,3 +293,29 @@ class T5(nn.Module):
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or stream_dtype(self.dtype))
+
+
+def hidden(model: T5, params: Any, batch: Mapping[str, Any], key: Array | None = None) -> Float[Array, "B T D"]:
+    """The decoder's hidden states of a training batch, whichever way its rows name their documents.
+
+    `encoder_tokens` [B, S] and `decoder_tokens` [B, T], with `encoder_segment_ids` and `decoder_segment_ids`, or
+    `encoder_lengths` [B], where wanted.
+    """
+    names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_lengths")
+    documents = {name: batch[name] for name in names if name in batch}
+    tokens = batch["encoder_tokens"], batch["decoder_tokens"]
+    return apply(model, params, *tokens, **documents, key=key, method="hidden")
+
+
+def train_flops(c: T5Config, batch: int, length: int, target_length: int) -> Flops:
+    """Work of a train step on rows of `length` encoder tokens and `target_length` decoder tokens."""
+    inner = c.num_heads * c.head_dim
+    mlp = (3 if c.gated else 2) * c.d_model * c.d_ff
+    block = 4 * c.d_model * inner + mlp
+    encoder = c.num_layers * block * length
+    decoder = c.num_decoder_layers * ((block + 2 * c.d_model * inner) * target_length + 2 * c.d_model * inner * length)
+    weights = 6.0 * (encoder + decoder + c.vocab_size * c.d_model * target_length) * batch
+    cross = c.num_layers * length**2 + c.num_decoder_layers * length * target_length
+    self_attention = c.num_decoder_layers * target_length**2
+    scale = 12.0 * inner * batch
+    return Flops(weights + scale * (cross + self_attention / 2), weights + scale * (cross + self_attention), weights)

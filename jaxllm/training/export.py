@@ -36,13 +36,13 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
     ids = None
     if files:
         tokenizer = load_tokenizer(files[0])
-        begins = tokenizer.eos_id if config.model.family == "llama" else None  # a document follows an end token
+        begins = None if config.model.encoder_decoder else tokenizer.eos_id  # a document follows an end token
         ids = SpecialIds(bos=begins, eos=(tokenizer.eos_id,), pad=tokenizer.pad_id)
     with _beside(target) as folder:
         save_hf(folder, build(config.model), params, dtype=dtype, special_ids=ids)
         for file in files:
             shutil.copy(file, folder)
-            if config.model.family == "t5" and file.suffix == ".model":
+            if config.model.encoder_decoder and file.suffix == ".model":
                 # transformers 4.x looks for T5's by this name alone, 5.x for UMT5's by the general one.
                 shutil.copy(file, folder / "spiece.model")
 
@@ -108,8 +108,6 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 def _run_config(model: ModelConfig, folder: Path, *, tokenizer: str) -> RunConfig:
-    if model.family == "llama":
-        data = DataConfig(tokenizer=tokenizer, sequence_length=min(256, model.max_length))
-    else:
-        data = DataConfig(tokenizer=tokenizer, objective="span_corruption")
+    longest = min(256, model.context or 256)
+    data = DataConfig(tokenizer=tokenizer, objective=model.objectives[0], sequence_length=longest)
     return RunConfig(model=model, data=data, training=TrainingConfig(run_dir=str(folder)))

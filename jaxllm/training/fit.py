@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
-from jaxllm.config import LlamaConfig, RunConfig
-from jaxllm.data.objectives import fills_rows, row_lengths
+from jaxllm.config import RunConfig
+from jaxllm.data.recipes import RECIPES
 from jaxllm.models import abstract_params
 from jaxllm.sharding import device_bytes
 from jaxllm.training.device import Device
@@ -69,7 +69,7 @@ def estimate_fit(config: RunConfig, optimizer: optax.GradientTransformation, *, 
         moments=device_bytes(jax.eval_shape(optimizer.init, params), devices),
         gradients=copy + (masters if training.accumulation > 1 or devices > 1 else 0),
         activations=_activations(config, rows),
-        logits=min(training.loss_chunk, rows * _target_length(config)) * config.model.vocab_size * (8 + size),
+        logits=min(training.loss_chunk, rows * _targets(config)) * config.model.vocab_size * (8 + size),
     )
 
 
@@ -124,25 +124,13 @@ def tree_bytes(tree: Any) -> int:
 
 def abstract_batch(config: RunConfig, *, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of `rows` rows."""
-
-    def field(length: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, length), dtype)
-
-    length, targets = config.data.sequence_length, _target_length(config)
-    batch = {"targets": field(targets), "weights": field(targets, jnp.float32)}
-    if isinstance(config.model, LlamaConfig):
-        names = ("tokens", "positions", *(["segment_ids"] if config.data.document_mask else []))
-        return {**batch, **{name: field(length) for name in names}}
-    batch |= {"encoder_tokens": field(length), "decoder_tokens": field(targets)}
-    if fills_rows(config.data):
-        return {**batch, "encoder_lengths": jax.ShapeDtypeStruct((rows,), jnp.int32)}
-    return {**batch, "encoder_segment_ids": field(length), "decoder_segment_ids": field(targets)}
+    fields = RECIPES[config.data.objective].fields(config.data)
+    return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
 
 
-def _target_length(config: RunConfig) -> int:
-    if isinstance(config.model, LlamaConfig):
-        return config.data.sequence_length
-    return row_lengths(config.data)[1]
+def _targets(config: RunConfig) -> int:
+    """Tokens of a row that the loss looks at."""
+    return RECIPES[config.data.objective].fields(config.data)["targets"][0][0]
 
 
 def _activations(config: RunConfig, rows: int) -> int:

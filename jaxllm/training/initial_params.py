@@ -101,9 +101,7 @@ def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
 
 def _check_same(folder: Path, there: ModelConfig, here: ModelConfig) -> None:
     old, new = dataclasses.asdict(there), dataclasses.asdict(here)
-    ignored: set[str] = set(_FREE)
-    if there.family == "llama" and there.rope.type in ("default", "linear"):
-        ignored.add("max_length")  # other types stretch relative to it
+    ignored = {*_FREE, *there.resizable}
     differing = [
         f"model.{key}: {old.get(key)} -> {new.get(key)}"
         for key in dict.fromkeys([*old, *new])

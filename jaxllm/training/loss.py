@@ -11,9 +11,8 @@ from typing import Any
 import jax
 
 from jaxllm.config import TrainingConfig
-from jaxllm.models import Model
+from jaxllm.models import Model, family_of
 from jaxllm.models.layers import apply
-from jaxllm.models.t5 import T5
 from jaxllm.ops.losses import LossSums, chunked_cross_entropy
 
 Batch = Mapping[str, Any]  # arrays, of NumPy or of jax
@@ -28,7 +27,7 @@ def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
     `decoder_segment_ids`, or `encoder_lengths` [B], where wanted (an encoder-decoder). Divide the sums once:
     `sums.loss / sums.weight`.
     """
-    hidden = t5_hidden if isinstance(model, T5) else _llama_hidden
+    hidden = family_of(model).hidden
 
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
         return chunked_cross_entropy(
@@ -42,16 +41,3 @@ def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
         )
 
     return loss
-
-
-def _llama_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    inputs = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
-    return apply(model, params, batch["tokens"], **inputs, method="hidden")
-
-
-def t5_hidden(model: Model, params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """The decoder's hidden states [B, T, D] of a batch, whichever way its rows say what is one document."""
-    names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_lengths")
-    documents = {name: batch[name] for name in names if name in batch}
-    tokens = batch["encoder_tokens"], batch["decoder_tokens"]
-    return apply(model, params, *tokens, **documents, key=key, method="hidden")

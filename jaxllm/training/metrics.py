@@ -1,7 +1,6 @@
 """Floating-point work of a model, and the record of a run (JSONL, TensorBoard, a PNG).
 
-The formulas count what the algorithm needs: recomputation and the embedding lookup are not work. JSONL is the record;
-everything else can be made from it.
+JSONL is the record; everything else can be made from it.
 """
 
 from __future__ import annotations
@@ -9,52 +8,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.config import ModelConfig
+from jaxllm.models.family import FAMILIES
+from jaxllm.models.flops import Flops
 from jaxllm.training.event_file import EventFile
 
 
-class Flops(NamedTuple):
-    """Floating-point operations of one training step.
-
-    Attributes:
-        causal: attention counts only the pairs that are seen; publish this one.
-        full: attention counts all pairs, as PaLM and most tables do.
-        weights: without attention, 6 N per token.
-    """
-
-    causal: float
-    full: float
-    weights: float
-
-
-def train_flops(config: LlamaConfig | T5Config, *, batch: int, length: int, target_length: int = 0) -> Flops:
+def train_flops(config: ModelConfig, *, batch: int, length: int, target_length: int = 0) -> Flops:
     """Work of forward and backward on `batch` rows of `length` (and `target_length`) tokens."""
-    if isinstance(config, LlamaConfig):
-        return _llama_flops(config, batch * length, length)
-    return _t5_flops(config, batch, length, target_length)
-
-
-def _llama_flops(c: LlamaConfig, tokens: int, length: int) -> Flops:
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    per_layer = 2 * c.d_model * queries + 2 * c.d_model * keys + 3 * c.d_model * c.d_ff
-    weights = 6.0 * (c.num_layers * per_layer + c.vocab_size * c.d_model) * tokens
-    attention = 6.0 * c.num_layers * queries * length * tokens
-    return Flops(weights + attention, weights + 2 * attention, weights)
-
-
-def _t5_flops(c: T5Config, batch: int, source: int, target: int) -> Flops:
-    inner = c.num_heads * c.head_dim
-    mlp = (3 if c.gated else 2) * c.d_model * c.d_ff
-    block = 4 * c.d_model * inner + mlp
-    encoder = c.num_layers * block * source
-    decoder = c.num_decoder_layers * ((block + 2 * c.d_model * inner) * target + 2 * c.d_model * inner * source)
-    weights = 6.0 * (encoder + decoder + c.vocab_size * c.d_model * target) * batch
-    cross = c.num_layers * source**2 + c.num_decoder_layers * source * target
-    self_attention = c.num_decoder_layers * target**2
-    scale = 12.0 * inner * batch
-    return Flops(weights + scale * (cross + self_attention / 2), weights + scale * (cross + self_attention), weights)
+    return FAMILIES[config.family].flops(config, batch, length, target_length)
 
 
 class MetricsWriter:

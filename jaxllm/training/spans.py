@@ -17,13 +17,12 @@ from jaxtyping import Array, Int
 
 from jaxllm.data.packing import segments_of
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.models import Model
+from jaxllm.models import Model, family_of
 from jaxllm.models.layers import apply
-from jaxllm.models.t5 import T5
 from jaxllm.ops.sampling import most_probable
 from jaxllm.sharding import map_rows
 from jaxllm.training.compiled import CompiledOnce
-from jaxllm.training.loss import Batch, t5_hidden
+from jaxllm.training.loss import Batch
 from jaxllm.training.precision import cast_floating
 
 
@@ -39,12 +38,14 @@ class SpanCounts(NamedTuple):
     total: int
 
 
-def make_predict_step(model: T5, *, dtype: Any, mesh: Mesh | None = None) -> Callable[[Any, Batch], Int[Array, "B T"]]:
+def make_predict_step(
+    model: Model, *, dtype: Any, mesh: Mesh | None = None
+) -> Callable[[Any, Batch], Int[Array, "B T"]]:
     """The most likely token at every decoder position, given the true ones before; logits exist row by row."""
 
     def on_rows(cast: Any, batch: Batch) -> Int[Array, "B T"]:
         head = apply(model, cast, method="head")
-        hidden = t5_hidden(model, cast, batch)
+        hidden = family_of(model).hidden(model, cast, batch)
         return jax.lax.map(lambda row: most_probable(jnp.einsum("td,vd->tv", row, head)), hidden)
 
     spread = map_rows(on_rows, mesh, summed=False)
@@ -79,7 +80,7 @@ class SpanEvaluation:
     def __init__(self, model: Model, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None = None) -> None:
         """`dtype` is that of the computation, `mesh` the devices that parameters and batches lie on."""
         self._predict = None
-        if isinstance(model, T5):
+        if model.config.encoder_decoder:
             self._predict = CompiledOnce(make_predict_step(model, dtype=dtype, mesh=mesh), name="span evaluation")
         self._sentinels = tokenizer.sentinel_ids
         self.reset()

@@ -129,9 +129,8 @@ class _Run:
         )
         self._eval_step = CompiledOnce(make_eval_step(loss, dtype=self.dtype, mesh=mesh), name="evaluation step")
         self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype, mesh=mesh)
-        # A decoder-only model predicts every byte of the text; T5 those that are hidden from it.
-        self._bits = "bits_per_byte" if config.model.family == "llama" else "bits_per_target_byte"
-        if config.model.family == "t5" and training.sample_tokens:
+        self._bits = config.model.metric
+        if config.model.encoder_decoder and training.sample_tokens:
             # A blank that the tokenizer lacks is better found now than at the end.
             encode_blanks(training.sample_prompt, pipeline.tokenizer)
         self._check_fit = announce_fit(config, optimizer, detect_device())
