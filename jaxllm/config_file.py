@@ -6,9 +6,11 @@ imported when a file is read, so that models can be used where neither is instal
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
+import inspect
 import re
 import typing
 from collections.abc import Sequence
@@ -18,6 +20,10 @@ from typing import Any
 from jaxllm import config as schema
 from jaxllm.config import RunConfig
 from jaxllm.model_config import MODEL_CONFIGS
+
+# Settings that no longer exist, as section.key, with the default they had. The config.yaml of an older run holds all
+# settings of its time: one of these at its default is dropped, another value is an error.
+RETIRED: dict[str, Any] = {}
 
 
 class ConfigError(ValueError):
@@ -54,6 +60,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(raw: dict[str, Any], *, where: str = "config") -> RunConfig:
     """Builds a `RunConfig` from nested dicts; see `load_config` for the errors."""
+    raw = _without_retired(raw, where)
     sections: dict[str, Any] = {}
     for name in raw:
         if name not in _section_types():
@@ -99,13 +106,38 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def describe_keys() -> list[tuple[str, str, str, str]]:
-    """All settings as (key, type, default, meaning), for `--help` and the documentation."""
+    """All settings as (key, type, default, meaning)."""
     rows = []
     for section, types in _section_types().items():
         for cls in types:
             prefix = section if len(types) == 1 else f"{section}({_family(cls)})"
             rows.extend(_describe(cls, prefix))
     return rows
+
+
+def key_table() -> str:
+    """All settings as text, for `--help`."""
+    rows = (f"  {key} ({kind}, {default})\n      {meaning}" for key, kind, default, meaning in describe_keys())
+    return "settings (type, default):\n" + "\n".join(rows)
+
+
+def _without_retired(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same settings without those in `RETIRED`; raises ConfigError for one that is not at its old default."""
+    kept = copy.deepcopy(raw)
+    for name, default in RETIRED.items():
+        *path, key = name.split(".")
+        node: Any = kept
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or key not in node:
+            continue
+        value = node.pop(key)
+        if value != default:
+            raise ConfigError(
+                f"{where}: {name} no longer exists; {_yaml_word(default)} is the only value that is still accepted, "
+                f"got {value!r}; remove the key, or read this config with an earlier jaxllm"
+            )
+    return kept
 
 
 def _check_keys(node: Any, path: Path) -> None:
@@ -124,7 +156,9 @@ def _check_keys(node: Any, path: Path) -> None:
 
 
 def _describe(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
-    meanings = dict(re.findall(r"^        (\w+): (.+)$", cls.__doc__ or "", flags=re.M))
+    # An attribute's meaning goes on in the lines that are indented deeper than its name.
+    found = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.cleandoc(cls.__doc__ or ""), flags=re.M)
+    meanings = {name: " ".join(text.split()) for name, text in found}
     rows = []
     for item in dataclasses.fields(cls):
         if item.name == "rope":

@@ -282,7 +282,7 @@ class T5Config(ModelConfig):
         num_decoder_layers: decoder layers; 0 means num_layers.
         num_heads: attention heads.
         head_dim: width of a head (d_kv); num_heads * head_dim need not equal d_model.
-        relative_buckets: rows of the relative position bias table.
+        relative_buckets: rows of the relative position bias table; of an odd number the encoder leaves the last unused.
         relative_max_distance: distance from which all positions share the last bucket.
         relative_per_layer: a bias table in every layer (UMT5) instead of one per stack.
         norm_eps: epsilon inside RMSNorm's square root.
@@ -335,8 +335,8 @@ class T5Config(ModelConfig):
         positive(self, "num_decoder_layers")
         fraction(self, "dropout_rate")
         require(
-            self.relative_buckets >= 4 and self.relative_buckets % 2 == 0,
-            f"relative_buckets must be even and at least 4, got {self.relative_buckets}; T5 uses 32",
+            self.relative_buckets >= 4,
+            f"relative_buckets must be at least 4, two in each direction, got {self.relative_buckets}; T5 uses 32",
         )
         require(
             self.relative_max_distance > self.relative_buckets // 2,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from huge_pages import restart_with_huge_pages
 
@@ -17,23 +16,20 @@ def main() -> int:
     """Reads one prompt, or a file of them, and writes what the model says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="run folder (config.yaml) or Hugging Face directory (config.json)")
-    parser.add_argument("prompt", nargs="?", help="text; - reads standard input, without its last line break")
-    parser.add_argument("--prompt-file", type=Path, help="file that holds the prompt, its last line break left out")
-    parser.add_argument("--batch", type=Path, help="file with a prompt per line; results as JSON lines on stdout")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("prompt", nargs="?", help="text; - reads standard input, without its last line break")
+    source.add_argument("--prompt-file", type=Path, help="file that holds the prompt, its last line break left out")
+    source.add_argument("--batch", type=Path, help="file with a prompt per line; results as JSON lines on stdout")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts of --batch at a time; changes no result")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    numbers = {"max-new-tokens": 128, "top-p": 1.0, "min-p": 0.0, "repetition-penalty": 1.0, "seed": 0}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--stop", action="append", default=[], help="text to end after; may be repeated")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--int8", action="store_true", help="store the weights as int8")
     arguments = parser.parse_args()
-    if sum(x is not None for x in (arguments.prompt, arguments.prompt_file, arguments.batch)) != 1:
-        parser.error("give exactly one of: a prompt (- for standard input), --prompt-file, --batch")
     if arguments.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {arguments.batch_size}")
     try:
@@ -55,14 +51,8 @@ def _speak(arguments: argparse.Namespace) -> None:
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
     prompts = terminal.read_prompts(arguments.prompt, prompt_file=arguments.prompt_file, batch=arguments.batch)
     speaker = load_speaker(arguments.folder, dtype=arguments.dtype, int8=arguments.int8)
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("max_new_tokens", "stop", "seed")} | {
-        "sampling": sampling
-    }
-    if arguments.batch:
-        rate = terminal.write_batches(speaker, prompts, batch_size=arguments.batch_size, **options)
-    else:
-        rate = terminal.write_stream(speaker, prompts[0], **options)
-    print(rate, file=sys.stderr)
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "stop", "seed", "batch_size")}
+    terminal.write(speaker, prompts, stream=not arguments.batch, sampling=sampling, **options)
 
 
 if __name__ == "__main__":

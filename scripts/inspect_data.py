@@ -37,9 +37,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         check_in_place(config, arguments.config, arguments.overrides)
-        folder = Path(config.training.run_dir).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(open_run_pipeline(config, folder)) as pipeline:
+        with contextlib.closing(open_run_pipeline(config, Path(config.training.run_dir))) as pipeline:
             if arguments.audit:
                 console.print(report(audit(pipeline, documents=arguments.documents)))
                 return 0

@@ -11,14 +11,14 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
-from jaxllm.config_file import ConfigError, describe_keys, dump_config, load_config
+from jaxllm.config_file import ConfigError, dump_config, key_table, load_config
 
 
 def main() -> int:
     """Parses the command line, loads the config, trains."""
     parser = argparse.ArgumentParser(
         description="Pretrain Llama or T5. The same command on an existing run folder resumes it.",
-        epilog=_key_table(),
+        epilog=key_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
@@ -51,11 +51,6 @@ def main() -> int:
             logging.getLogger("jaxllm").error("%s", error)
             return 1
     return 0
-
-
-def _key_table() -> str:
-    rows = (f"  {key} ({kind}, {default})\n      {meaning}" for key, kind, default, meaning in describe_keys())
-    return "settings (type, default):\n" + "\n".join(rows)
 
 
 if __name__ == "__main__":

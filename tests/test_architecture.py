@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import pkgutil
+import re
 import resource
 import subprocess
 import sys
@@ -10,20 +14,22 @@ from pathlib import Path
 
 import pytest
 
+import jaxllm
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxllm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A package may import those named, itself and config.
-ALLOWED = {
+# A package imports exactly those named, itself and config.
+IMPORTED = {
     "ops": set(),
     "study": set(),
     "models": {"ops"},
     "generation": {"ops", "models", "study"},
-    "interop": {"ops", "models", "generation"},
+    "interop": {"ops", "models"},
     "data": set(),
     "training": {"ops", "models", "generation", "interop", "data", "sharding", "study"},
-    "sharding": {"models"},
+    "sharding": set(),
 }
 
 
@@ -37,14 +43,42 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def own_imports(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("jaxllm.")}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    own = {name.split(".")[1] for name in imports(path) if name.startswith("jaxllm.")}
-    if parts[0] in ("config", "model_config"):
-        assert own == ({"model_config"} if parts[0] == "config" else set())
-    elif parts[0] in ALLOWED:
-        assert own <= ALLOWED[parts[0]] | {parts[0], "config", "config_file"}
+    room = room_of(path)
+    if room in ("config", "model_config"):
+        assert own_imports(path) == ({"model_config"} if room == "config" else set())
+    elif room in IMPORTED:
+        assert own_imports(path) <= IMPORTED[room] | {room, "config", "config_file"}
+
+
+@pytest.mark.parametrize("room", IMPORTED)
+def test_the_table_of_imports_allows_nothing_that_is_not_used(room: str) -> None:
+    used = set().union(*(own_imports(path) for path in FILES if room_of(path) == room))
+    assert used - {room, "config", "config_file"} == IMPORTED[room]
+
+
+def test_the_page_on_decisions_names_every_module_that_uses_orbax() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(training/\w+\.py)`", page.partition("**Checkpoints** are")[2].partition("\n\n")[0]))
+    used = {path.relative_to(PACKAGE).as_posix() for path in FILES if any("orbax" in name for name in imports(path))}
+    assert named == used
+
+
+def test_no_function_hides_a_module_of_its_package() -> None:
+    """After `from package.name import name` in a package, `package.name.other` would not be found."""
+    for path in (path for path in FILES if path.name == "__init__.py"):
+        package = importlib.import_module(".".join(("jaxllm", *path.parent.relative_to(PACKAGE).parts)))
+        modules = {info.name for info in pkgutil.iter_modules(package.__path__)}
+        assert not {name for name in modules & vars(package).keys() if not inspect.ismodule(vars(package)[name])}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -56,13 +90,21 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
             assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno} {node.name}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
+def test_scripts_stay_thin(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, jaxllm; heavy = {'tensorflow', 'tensorflow_datasets', 'grain', 'orbax', 'torch', 'matplotlib', "
-        "'pydantic', 'transformers'}; print(sorted(heavy & set(sys.modules)))"
+        "'pydantic', 'transformers'}; print(sorted(heavy & set(sys.modules)), 'optax' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
+    assert output.strip() == "[] True"
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert "`import jaxllm` loads jax, flax and optax, but" in page
+    assert "loads jax, flax and optax, but" in (jaxllm.__doc__ or "")
 
 
 def test_import_takes_the_seconds_that_are_promised() -> None:
@@ -73,6 +115,20 @@ def test_import_takes_the_seconds_that_are_promised() -> None:
     subprocess.run(command, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.5
+
+
+def axes(path: Path) -> set[str]:
+    """Letters of the shapes in annotations such as Float[Array, "B T #S"]."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Subscript)]
+    typed = [node for node in nodes if isinstance(node.value, ast.Name) and node.value.id in ("Float", "Int", "Bool")]
+    shapes = [node.slice.elts[1].value for node in typed if isinstance(node.slice, ast.Tuple)]
+    return {letter for shape in shapes if isinstance(shape, str) for letter in re.findall(r"[A-Za-z]", shape)}
+
+
+def test_every_axis_of_a_signature_is_in_the_legend_and_no_other() -> None:
+    legend = re.findall(r"^ {4}([A-Za-z])  \S", jaxllm.ops.__doc__ or "", flags=re.M)
+    assert len(legend) == len(set(legend))
+    assert set(legend) == set().union(*(axes(path) for path in FILES))
 
 
 def test_no_suppressions() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from jaxllm import config as config_module
+from jaxllm import config_file
 from jaxllm.config import LlamaConfig, RopeConfig, RunConfig, T5Config
 from jaxllm.config_file import (
     ConfigError,
@@ -158,6 +162,14 @@ def test_every_key_is_described_and_there_are_few() -> None:
     assert len(rows) < 120
 
 
+@pytest.mark.parametrize("name", ["PrecisionConfig", "OptimizerConfig", "DataConfig", "TrainingConfig", "T5Config"])
+def test_a_setting_is_described_to_the_end_of_its_docstring(name: str) -> None:
+    section = {"T5Config": "model(t5)"}.get(name, name.removesuffix("Config").lower())
+    rows = [(key.rpartition(".")[2], meaning) for key, *_, meaning in describe_keys() if key.startswith(f"{section}.")]
+    written = (getattr(config_module, name).__doc__ or "").partition("Attributes:")[2]
+    assert written.split() == " ".join(f"{key}: {meaning}" for key, meaning in rows).split()
+
+
 def test_direct_construction_is_checked_too() -> None:
     with pytest.raises(ValueError, match="relative_max_distance"):
         T5Config(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=1, relative_max_distance=16)
@@ -199,3 +211,30 @@ def test_a_config_made_in_python_is_checked_as_one_from_a_file(
 def test_numbers_of_numpy_are_numbers(tiny: LlamaConfig) -> None:
     changed: dict[str, Any] = {"d_model": np.int64(tiny.d_model), "norm_eps": np.float32(1e-5)}
     assert dataclasses.replace(tiny, **changed).head_dim == tiny.head_dim
+
+
+OLD = [({"precision": {"retries_before": 0}}, True), ({"precision": {"retries_before": 2}}, False),
+       ({"model": {"rope": {"base": None}}}, True), ({"model": {"rope": {"base": 1.5}}}, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "accepted"), OLD)
+def test_a_retired_setting_is_dropped_at_its_old_default_and_refused_by_name_otherwise(
+    sections: dict[str, Any], accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = {name: {**SMALL.get(name, {}), **values} for name, values in {**SMALL, **sections}.items()}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_config(path)
+    monkeypatch.setattr(config_file, "RETIRED", {"precision.retries_before": 0, "model.rope.base": None})
+    if accepted:
+        assert load_config(path) == parse()
+        assert parse_config(raw) == parse() and raw == yaml.safe_load(path.read_text())
+        return
+    with pytest.raises(ConfigError, match=r"(precision\.retries_before|model\.rope\.base) no longer exists; (0|null) "):
+        load_config(path)
+
+
+def test_no_retired_setting_exists() -> None:
+    existing = {re.sub(r"\(\w+\)", "", row[0]) for row in describe_keys()}
+    assert not existing & config_file.RETIRED.keys()

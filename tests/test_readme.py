@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from jaxllm.config_file import load_config
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -41,6 +43,14 @@ def test_the_map_names_every_file_and_no_other() -> None:
 def test_every_config_and_script_is_named() -> None:
     for path in [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "scripts").glob("*.py")]:
         assert f"`{path.stem}`" in README or f"scripts/{path.name}" in README, path
+
+
+def test_every_shipped_config_is_trained_by_a_command_that_its_settings_allow() -> None:
+    pages = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+    commands = re.findall(r"scripts/pretrain\.py (configs/\S+)((?:\s+(?:\\\n\s+)?[\w.]+=\S+)*)", pages)
+    assert len(commands) >= 3
+    for path, overrides in commands:
+        load_config(ROOT / path, overrides.replace("\\", "").split())
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from jaxllm.data import DataError
 NUM_SENTINELS = 100
 _PAD, _EOS, _UNK = "<pad>", "</s>", "<unk>"
 _SMALLEST = 256 + 3 + NUM_SENTINELS
+_SENTINEL = re.compile(r"<extra_id_(\d+)>", re.ASCII)
+_NOTHING = np.zeros(0, np.int32)
 
 
 class Tokenizer:
@@ -56,12 +60,10 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, int32 [vocab_size]; 0 for special tokens."""
         special = {int(i) for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
-        # A byte-level token is written with one character per byte; others are their text.
-        byte_level = isinstance(self._fast.decoder, decoders.ByteLevel)
-        sizes = np.zeros(self.vocab_size, np.int32)
+        sizes, count = np.zeros(self.vocab_size, np.int32), _byte_counter(self._fast)
         for token, i in self._fast.get_vocab(with_added_tokens=True).items():
             if i not in special:
-                sizes[i] = len(token) if byte_level else len(token.encode())
+                sizes[i] = count(token)
         return sizes
 
     @functools.cached_property
@@ -95,6 +97,31 @@ class Tokenizer:
         if default is None:
             raise DataError(f"the tokenizer has no end-of-text token; one of {', '.join(names)} is needed")
         return default
+
+
+def _byte_counter(fast: _Fast) -> Callable[[str], int]:
+    """Counts the UTF-8 bytes that a token of the vocabulary stands for, by what the tokenizer's decoder makes of it."""
+    decoder = json.loads(fast.decoder.__getstate__()) if fast.decoder else {}
+    parts = decoder.get("decoders", [decoder])
+    kinds = {part.get("type") for part in parts}
+    if "ByteLevel" in kinds:  # one character per byte, of these 256; an added token is its text
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        return lambda token: len(token) if alphabet.issuperset(token) else len(token.encode())
+    marks = [part["replacement"] for part in parts if part.get("type") == "Metaspace"]
+    replaced = [part for part in parts if part.get("type") == "Replace" and part["content"] == " "]
+    marks += [part["pattern"]["String"] for part in replaced if "String" in part["pattern"]]
+    single = {f"<0x{byte:02X}>" for byte in range(256)}  # bytes of what no other token holds, where all are there
+    if any(fast.token_to_id(token) is None for token in single):
+        single = set()
+
+    def count(token: str) -> int:
+        if token in single:
+            return 1
+        for mark in marks:  # U+2581 for a space, as SentencePiece has it
+            token = token.replace(mark, " ")
+        return len(token.encode())
+
+    return count
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -182,6 +209,26 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     fast.train_from_iterator(texts, trainer)
     fast.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(NUM_SENTINELS))])
     return Tokenizer(fast)
+
+
+def encode_blanks(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of an encoder input, int32, in which each <extra_id_i> of the text is sentinel i, with the end token last.
+
+    Spaces alone before, between or after sentinels add no token, since span corruption leaves none there.
+
+    Raises:
+        ValueError: for a sentinel that the tokenizer doesn't have.
+    """
+    parts = _SENTINEL.split(text)  # text, number, text, ..., number, text
+    ids = [tokenizer.encode(parts[0]) if len(parts) == 1 or parts[0].strip(" ") else _NOTHING]
+    for number, words in zip(parts[1::2], parts[2::2], strict=True):
+        if int(number) >= len(tokenizer.sentinel_ids):
+            raise ValueError(
+                f"the prompt has <extra_id_{number}>, the tokenizer has {len(tokenizer.sentinel_ids)} sentinels, "
+                f"numbered from 0"
+            )
+        ids += [tokenizer.sentinel_ids[[int(number)]], tokenizer.encode(words) if words.strip(" ") else _NOTHING]
+    return np.concatenate([*ids, [tokenizer.eos_id]]).astype(np.int32)
 
 
 def tokenizers_in(folder: Path) -> list[Path]:

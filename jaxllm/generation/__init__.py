@@ -5,9 +5,9 @@ they compile is public as well: `jaxllm.models.llama_decode` and `jaxllm.models.
 """
 
 from jaxllm.generation.beam import Beam, BeamSettings, beam_search
-from jaxllm.generation.edited import edited
-from jaxllm.generation.generate import generate, generate_stream
-from jaxllm.generation.score import score
+from jaxllm.generation.decoding import generate, generate_stream
+from jaxllm.generation.edits import edited
+from jaxllm.generation.scoring import score
 from jaxllm.generation.speculative import Speculated, generate_speculative
 from jaxllm.ops.sampling import Sampling
 

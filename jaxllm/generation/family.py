@@ -7,6 +7,7 @@ by the loops, never carried, so that it is neither copied nor mistaken for anoth
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -51,7 +52,12 @@ class Decoder(Protocol):
         ...
 
     def prepare(self, params: Any, *, int8: bool = False) -> Any:
-        """The decoding layout of training parameters, which must be the model's; returns what is already prepared."""
+        """The decoding layout of training parameters, which must be the model's; returns what is already prepared.
+
+        Raises:
+            TypeError: for a subclass of the family's model that overrides a method.
+            ValueError: for parameters of another model.
+        """
         ...
 
     def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
@@ -101,6 +107,7 @@ class LlamaDecoder:
 
     def prepare(self, params: Any, *, int8: bool = False) -> llama_decode.LlamaParams:
         """See `Decoder`."""
+        _check_methods(type(self.model), Llama)
         if isinstance(params, llama_decode.LlamaParams):
             _check_prepared(self.model, params.embed, decoder=len(params.layers))
             return params
@@ -180,6 +187,7 @@ class T5Decoder:
 
     def prepare(self, params: Any, *, int8: bool = False) -> t5_decode.T5Params:
         """See `Decoder`."""
+        _check_methods(type(self.model), T5)
         if isinstance(params, t5_decode.T5Params):
             encoder, decoder = len(params.encoder.layers), len(params.decoder.layers)
             _check_prepared(self.model, params.embed, encoder=encoder, decoder=decoder)
@@ -236,6 +244,31 @@ class T5Decoder:
         begun = jnp.full((tokens.shape[0], 1), self.model.config.decoder_start_id, new.dtype)
         shifted = jnp.concatenate([begun, new[:, :-1]], axis=1)
         return apply(self.model, params, tokens, shifted, encoder_lengths=lengths)
+
+
+# Methods that an override may change without changing what is generated.
+_NOT_DECODED = {"lens"}
+
+
+def _check_methods(model: type, family: type) -> None:
+    """Refuses a subclass with a method of its own in place of the family's: decoding does not call those.
+
+    Raises:
+        TypeError: naming the methods.
+    """
+    subclasses = model.__mro__[: model.__mro__.index(family)]
+    changed = {
+        name
+        for cls in subclasses
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and hasattr(family, name) and (name == "__call__" or not name.startswith("__"))
+    }
+    if changed - _NOT_DECODED:
+        names = ", ".join(f"{model.__name__}.{name}" for name in sorted(changed - _NOT_DECODED))
+        raise TypeError(
+            f"cannot decode with {names}: decoding has functions of its own for {family.__name__} and would ignore it; "
+            f"use score or model.apply, which call it, or generate with a plain {family.__name__}"
+        )
 
 
 def _check_prepared(model: Model, embed: Array, **layers: int) -> None:

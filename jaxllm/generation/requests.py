@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxllm.generation.edited import adapter
+from jaxllm.generation.edits import adapter
 from jaxllm.generation.family import Decoder, Plan, decoder_of
 from jaxllm.models import Model
 from jaxllm.ops.sampling import GREEDY, Sampling

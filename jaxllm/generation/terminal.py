@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.generation.generate import generate, generate_stream
+from jaxllm.generation.decoding import generate, generate_stream
 from jaxllm.generation.requests import check_prompts
 
 
@@ -37,6 +37,15 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def write(speaker: Any, prompts: list[str], *, stream: bool, batch_size: int, **options: Any) -> None:
+    """`write_stream` of the first prompt, or `write_batches` of all of them; the speed goes to standard error."""
+    if stream:
+        rate = write_stream(speaker, prompts[0], **options)
+    else:
+        rate = write_batches(speaker, prompts, batch_size=batch_size, **options)
+    print(rate, file=sys.stderr)
 
 
 def write_stream(speaker: Any, prompt: str, *, seed: int, **options: Any) -> str:

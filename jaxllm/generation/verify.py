@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.generation.edited import without_edits
+from jaxllm.generation.edits import without_edits
 from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import Request
 

@@ -70,6 +70,7 @@ class _Stack(nn.Module):
     def _bias_of(self, length: int, *, bidirectional: bool) -> BiasOf:
         c = self.config
 
+        @jax.named_scope("relative_bias")  # the precision ledger reads it
         def build(table: Array) -> Array:
             bias = relative_bias(
                 table,

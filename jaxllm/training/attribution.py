@@ -15,13 +15,14 @@ from jaxtyping import Array, Int
 
 from jaxllm.training.loss_scale import all_finite, finite_rows
 
-# Parts of both families in forward order; what is not named comes last.
-_FORWARD = (
-    *("embed", "encoder", "decoder", "relative_bias", "layers", "attn_norm", "attention", "cross_norm", "cross"),
-    *("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp", "gate_proj", "up_proj"),
-    *("down_proj", "final_norm", "lm_head"),
+# Names of modules and parameters of both families in forward order; names that are not in it come last.
+FORWARD_ORDER = (
+    *("embed", "encoder", "decoder", "relative_bias", "layers"),
+    *("attn_norm", "attention", "cross_norm", "cross_attention"),
+    *("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj"),
+    *("mlp_norm", "mlp", "gate_proj", "up_proj", "down_proj", "final_norm", "lm_head"),
 )
-_RANK = {name: rank for rank, name in enumerate(_FORWARD)}
+_RANK = {name: rank for rank, name in enumerate(FORWARD_ORDER)}
 
 
 def gradient_groups(params: Any) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,28 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-# Datasheet figures by a part of jax's device_kind: dense bfloat16 FLOP/s and memory bytes/s.
+# NVIDIA's datasheets: FLOP/s of dense 16-bit matmuls (bfloat16; float16 on V100 and T4, which have no bfloat16 units),
+# and memory bytes/s. A row is a device whose device_kind has all of the row's words; of several, the one of most words.
 _PEAKS = {
+    "B200": (2250e12, 8.0e12),
+    "GH200 480GB": (989e12, 4.0e12),
     "H200": (989e12, 4.8e12),
+    "H200 NVL": (835e12, 4.8e12),
     "H100": (989e12, 3.35e12),
-    "A100": (312e12, 2.04e12),
-    "L40S": (362e12, 0.86e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "A100": (312e12, 1.555e12),
+    "A100 80GB": (312e12, 2.039e12),
+    "A100 80GB PCIe": (312e12, 1.935e12),
     "A10": (125e12, 0.6e12),
+    "A10G": (70e12, 0.6e12),
+    "L40S": (362e12, 0.864e12),
+    "L40": (181e12, 0.864e12),
     "L4": (121e12, 0.3e12),
+    "V100": (125e12, 0.9e12),
+    "V100 PCIE": (112e12, 0.9e12),
+    "V100S": (130e12, 1.134e12),
+    "T4": (65e12, 0.32e12),
 }
 
 # What JAX's guide to GPU performance recommends for one device; benchmarks/gpu measures with and without.
@@ -43,8 +58,8 @@ class Device(NamedTuple):
         kind: jax's name of it.
         count: how many of them there are.
         memory: bytes that this process may use on each; None where the platform does not say (CPU).
-        flops: peak bfloat16 FLOP/s by datasheet, None where none applies.
-        bandwidth: peak memory bytes/s by datasheet.
+        flops: peak FLOP/s of dense 16-bit matmuls by datasheet, None where the device is not known.
+        bandwidth: peak memory bytes/s by datasheet, None likewise.
     """
 
     kind: str
@@ -58,9 +73,18 @@ def detect_device() -> Device:
     """The default devices of this process."""
     devices = jax.devices()
     kind = devices[0].device_kind
-    flops, bandwidth = next((peaks for name, peaks in _PEAKS.items() if name in kind), (None, None))
+    flops, bandwidth = datasheet_peaks(kind) or (None, None)
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     return Device(kind, len(devices), memory, flops, bandwidth)
+
+
+def datasheet_peaks(kind: str) -> tuple[float, float] | None:
+    """FLOP/s and memory bytes/s of a device_kind such as "NVIDIA H100 PCIe"; None for one not known, or a MIG slice."""
+    words = set(re.split(r"[ -]", kind))
+    known = [name for name in _PEAKS if words.issuperset(name.split())]
+    if not known or "MIG" in words:
+        return None
+    return _PEAKS[max(known, key=lambda name: len(name.split()))]
 
 
 def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:

@@ -53,18 +53,20 @@ class Entry(NamedTuple):
         return guarded and self.accumulation in ("bfloat16", "float16")
 
 
+_BACKWARD = " (backward)"
 _ISLAND_FUNCTIONS = ("exp", "exp2", "log", "log1p", "rsqrt", "sqrt", "sin", "cos")
-# What an island below float32 may do there, as (part of `where`, operation): its function, and sums of its gradient.
+# What an island below float32 may do, as (scope, operation): its function, and sums of its gradient. The scopes are
+# modules that end in _norm, and `jax.named_scope`s where the models and the loss compute the other three.
 _MOVED = {
     "norms": (("norm", "rsqrt"), ("norm", "reduce_sum")),
     "softmax": (("softmax", "exp"), ("softmax", "reduce_sum")),
-    "relative_bias": (("coder", "reduce_sum"),),
-    "logits": (("step", "exp"),),
+    "relative_bias": (("relative_bias", "reduce_sum"),),
+    "logits": (("logits", "exp"),),
 }
 
 
 def allowed(config: PrecisionConfig) -> set[tuple[str, str]]:
-    """(part of `where`, operation) that may be below float32 because the config says so."""
+    """(scope, operation) pairs that may be below float32 because the config moves their island."""
     low = [island for island, dtype in config.islands.items() if dtype != "float32"]
     return {pair for island in low for pair in _MOVED.get(island, ())}
 
@@ -99,10 +101,17 @@ def ledger(jaxpr: Any) -> Counter[Entry]:
 
 
 def violations(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> list[Entry]:
-    """What is below float32, should not be, and is not `excused`, see `allowed`."""
+    """Entries below float32 that are not `excused` by a (scope, operation) pair, see `allowed`.
+
+    A scope is a whole name in the path `where`, or a name that ends in _scope: `norm` covers encoder/attn_norm.
+    """
 
     def ok(entry: Entry) -> bool:
-        return any(part in entry.where and operation == entry.operation for part, operation in excused)
+        names = entry.where.removesuffix(_BACKWARD).split("/")
+        return any(
+            operation == entry.operation and any(name == scope or name.endswith(f"_{scope}") for name in names)
+            for scope, operation in excused
+        )
 
     return [entry for entry in entries if entry.low and not ok(entry)]
 
@@ -155,7 +164,7 @@ def _entry(eqn: Any, stacks: Sequence[str]) -> Entry | None:
     if large <= 1 and kind != "kernel":
         return None  # single numbers, such as the learning rate's schedule
     module = label(stacks)[1] or "step"
-    where = f"{module} (backward)" if is_backward(stacks) else module
+    where = f"{module}{_BACKWARD}" if is_backward(stacks) else module
     accumulation = eqn.params.get("preferred_element_type") or outputs[0]
     return Entry(kind, name, where, " ".join(dict.fromkeys(inputs)), str(jnp.dtype(accumulation)), outputs[0])
 

@@ -30,14 +30,16 @@ def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
     hidden = family_of(model).hidden
 
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
-        return chunked_cross_entropy(
-            hidden(model, params, batch, key),
-            apply(model, params, method="head"),
-            batch["targets"],
-            batch["weights"],
-            z_loss=config.z_loss,
-            chunk=config.loss_chunk,
-            logits_dtype=model.islands.logits,
-        )
+        states, head = hidden(model, params, batch, key), apply(model, params, method="head")
+        with jax.named_scope("logits"):  # the precision ledger reads it
+            return chunked_cross_entropy(
+                states,
+                head,
+                batch["targets"],
+                batch["weights"],
+                z_loss=config.z_loss,
+                chunk=config.loss_chunk,
+                logits_dtype=model.islands.logits,
+            )
 
     return loss

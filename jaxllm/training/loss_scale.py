@@ -1,6 +1,7 @@
 """Loss scaling as an optax transformation: gradients come in scaled, the wrapped rule sees them unscaled or not at all.
 
-float16 has no numbers below 2^-24, and most gradients are smaller: so the loss is multiplied by a scale, gradients are
+float16 loses digits below 2^-14 and has no numbers below 2^-24. Without a scale, 0.15% to 0.84% of the non-zero
+gradients of two small models became 0 (docs/mixed_precision.md). So the loss is multiplied by a scale, gradients are
 divided by it in float32, and a step whose gradients overflow is skipped with a smaller scale for the next one
 (arXiv 1710.03740). The scale moves exactly as torch.amp.GradScaler moves it, and besides has a floor, a ceiling and
 hysteresis. Skipping is a select, not a branch: XLA fuses it into the update, no host waits for the answer, and one

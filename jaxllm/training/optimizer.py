@@ -6,6 +6,7 @@ whole chain, so that clipping sees unscaled gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,20 +19,13 @@ from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
 
 
 def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then the configured shape, down to its floor at `steps`."""
-    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
-    warmup = config.warmup_steps
-    rest = max(steps - warmup, 1)
-    if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_ratio)
-    elif config.schedule == "wsd":
-        stable = rest - config.decay_steps
-        decay = optax.linear_schedule(peak, floor, config.decay_steps)
-        after = optax.join_schedules([optax.constant_schedule(peak), decay], [stable])
-    elif config.schedule == "inverse_sqrt":
-        after = _inverse_sqrt(peak, offset=max(warmup, 1))
-    else:
-        after = optax.constant_schedule(peak)
+    """Learning rate by step: linear warm-up from 0, then the configured shape, down to its floor at `steps`.
+
+    Raises:
+        ValueError: for a name that is not in `SCHEDULES`.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    after = _named(SCHEDULES, config.schedule, "schedule")(config, max(steps - warmup, 1))
     if warmup == 0:
         return after
     # The first step already moves: step 0 uses peak / warmup, as count + 1 over warmup.
@@ -39,8 +33,34 @@ def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def _inverse_sqrt(peak: float, *, offset: int) -> optax.Schedule:
+def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(config.learning_rate, steps, alpha=config.min_lr_ratio)
+
+
+def _stable_then_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    peak = config.learning_rate
+    decay = optax.linear_schedule(peak, peak * config.min_lr_ratio, config.decay_steps)
+    return optax.join_schedules([optax.constant_schedule(peak), decay], [steps - config.decay_steps])
+
+
+def _inverse_sqrt(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    del steps
+    peak, offset = config.learning_rate, max(config.warmup_steps, 1)
     return lambda count: peak * jnp.sqrt(offset / (jnp.maximum(count, 0) + offset))
+
+
+def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    del steps
+    return optax.constant_schedule(config.learning_rate)
+
+
+# `OptimizerConfig.schedule` -> the learning rate after the warm-up, from the config and the steps that are left.
+SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
+    "cosine": _cosine,
+    "wsd": _stable_then_decay,
+    "inverse_sqrt": _inverse_sqrt,
+    "constant": _constant,
+}
 
 
 def decay_mask(params: Any) -> Any:
@@ -54,16 +74,14 @@ def decay_mask(params: Any) -> Any:
 
 
 def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, steps: int) -> optax.GradientTransformation:
-    """The update rule of a run, with its loss scale around it."""
+    """The update rule of a run, with its loss scale around it.
+
+    Raises:
+        ValueError: for a name that is not in `OPTIMIZERS` or `SCHEDULES`.
+    """
     schedule = build_schedule(config, steps=steps)
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    if config.name == "adafactor":
-        # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
-        parts += [optax.scale_by_factored_rms(), _clip_by_rms(1.0)]
-    else:
-        parts.append(_stored_first_moment(optax.scale_by_adam(config.b1, config.b2, config.eps), config.moment_dtype))
-    if config.name != "adamw":
-        parts.append(scale_by_parameter_rms())
+    parts += _named(OPTIMIZERS, config.name, "name")(config)
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
     inner = optax.chain(*parts)
@@ -79,6 +97,34 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     if precision.loss_scale == "static":
         return static_loss_scale(inner, precision.initial_scale)
     return inner
+
+
+def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    return [_stored_first_moment(optax.scale_by_adam(config.b1, config.b2, config.eps), config.moment_dtype)]
+
+
+def _adamw_rms(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    return [*_adamw(config), scale_by_parameter_rms()]
+
+
+def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    del config
+    # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
+    return [optax.scale_by_factored_rms(), _clip_by_rms(1.0), scale_by_parameter_rms()]
+
+
+# `OptimizerConfig.name` -> what turns clipped gradients into an update, before weight decay and learning rate.
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], list[optax.GradientTransformation]]] = {
+    "adamw": _adamw,
+    "adamw_rms": _adamw_rms,
+    "adafactor": _adafactor,
+}
+
+
+def _named(table: Mapping[str, Any], name: str, setting: str) -> Any:
+    if name not in table:
+        raise ValueError(f"optimizer.{setting} {name!r} is not implemented; known: {', '.join(table)}")
+    return table[name]
 
 
 def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxllm.config import TrainingConfig
 from jaxllm.data.objectives import before_end
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizer import Tokenizer, encode_blanks
 from jaxllm.generation import generate
 from jaxllm.models import Model
 from jaxllm.models.t5 import T5
@@ -21,7 +20,6 @@ from jaxllm.ops.sampling import GREEDY, Sampling
 
 # Greedy text of a small model runs in circles; this is mild enough to show what it learned.
 SAMPLING = Sampling(temperature=0.7, top_k=50)
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _HELD_OUT = 2
 
 
@@ -79,23 +77,6 @@ def _fill_in(model: Model, params: Any, pipeline: Pipeline, config: TrainingConf
             parts += ["--- filled in", filled_in(inputs, np.array(answer, np.int32), tokenizer)]
         parts.append("")
     return "\n".join(parts)
-
-
-def encode_blanks(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of an encoder input in which <extra_id_i> stands for blank i, ended by the end token.
-
-    Raises:
-        ValueError: for a blank beyond the tokenizer's sentinels.
-    """
-    ids = []
-    for i, part in enumerate(_SENTINEL.split(text)):
-        if i % 2 == 0:
-            ids.append(tokenizer.encode(part))
-            continue
-        if int(part) >= len(tokenizer.sentinel_ids):
-            raise ValueError(f"<extra_id_{part}> is a blank beyond the {len(tokenizer.sentinel_ids)} of the tokenizer")
-        ids.append(tokenizer.sentinel_ids[[int(part)]])
-    return np.concatenate([*ids, [tokenizer.eos_id]]).astype(np.int32)
 
 
 def filled_in(inputs: np.ndarray, answer: np.ndarray, tokenizer: Tokenizer) -> str:

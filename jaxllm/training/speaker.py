@@ -7,7 +7,6 @@ and so become the sentinels that the tokenizer never reads from text.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +14,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxllm.config_file import ConfigError
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
+from jaxllm.data.tokenizer import Tokenizer, encode_blanks, load_tokenizer, tokenizers_in
 from jaxllm.generation.family import decoder_of
 from jaxllm.interop.hf import load_hf, special_ids
 from jaxllm.models import Model, build
 from jaxllm.training.initial_params import load_run
-
-_SENTINEL = re.compile(r"<extra_id_(\d+)>", re.ASCII)
 
 
 class Speaker(NamedTuple):
@@ -56,13 +53,7 @@ class Speaker(NamedTuple):
             raise ValueError(f"the prompt is not UTF-8 text (byte 0x{byte:x} at character {error.start})") from None
         if self.model.config.family == "llama":
             return [*self.begin, *map(int, self.tokenizer.encode(text))]
-        ids, parts = [], _SENTINEL.split(text)
-        for words, number in zip(parts[::2], [*parts[1::2], None], strict=True):
-            # A space alone, between two sentinels or after the last, says nothing.
-            ids.extend(map(int, self.tokenizer.encode(words)) if words.strip() or number is None else ())
-            if number is not None:
-                ids.append(self._sentinel(int(number)))
-        return [*ids, self.tokenizer.eos_id]
+        return encode_blanks(text, self.tokenizer).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of new tokens, without end tokens and padding; sentinels are spelled out."""
@@ -81,13 +72,6 @@ class Speaker(NamedTuple):
                 yield whole[len(sent) :]
                 sent = whole
         yield self.decode(ids)[len(sent) :]
-
-    def _sentinel(self, number: int) -> int:
-        if number >= len(self.tokenizer.sentinel_ids):
-            raise ValueError(
-                f"the prompt has <extra_id_{number}>, the tokenizer has {len(self.tokenizer.sentinel_ids)} sentinels"
-            )
-        return int(self.tokenizer.sentinel_ids[number])
 
 
 def load_speaker(path: str | Path, *, dtype: str = "float32", int8: bool = False) -> Speaker:

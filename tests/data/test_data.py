@@ -9,12 +9,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
@@ -330,6 +333,44 @@ def test_sentencepiece_models_are_read_bare(tmp_path: Path) -> None:
     ids = loaded.encode("the quick fox 7")
     assert loaded.decode(ids) == again.decode(ids) == "the quick fox 7"
     assert len(loaded.sentinel_ids) == 2 and (loaded.pad_id, loaded.eos_id) == (0, 1)
+
+
+BYTES = {f"<0x{i:02X}>": 2 + i for i in range(256)}
+
+
+def llama_like() -> FastTokenizer:
+    """As Llama 2's tokenizer.json: BPE over text with U+2581 for spaces, unknown characters as bytes."""
+    pieces = ("\u2581", "a", "b", "\u2581a", "\u2581ab", "\u00e9")
+    vocabulary = {"<unk>": 0, "</s>": 1, **BYTES, **{piece: 258 + i for i, piece in enumerate(pieces)}}
+    merges = [("\u2581", "a"), ("\u2581a", "b")]
+    fast = FastTokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(parts)
+    return fast
+
+
+def t5_like() -> FastTokenizer:
+    """As T5's tokenizer.json: Unigram behind a Metaspace."""
+    pieces = [("<unk>", -9.0), ("</s>", 0.0), *((token, -9.0) for token in BYTES)]
+    pieces += [(piece, -2.0) for piece in ("\u2581", "a", "b", "\u2581a", "\u00e9")]
+    fast = FastTokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return fast
+
+
+@pytest.mark.parametrize("make", [llama_like, t5_like])
+@pytest.mark.parametrize("text", ["ab ab", "a\n\u20ac \u00e9", "b  a"])
+def test_bytes_of_a_tokenizer_json_that_spells_as_sentencepiece(make: Callable[[], FastTokenizer], text: str) -> None:
+    """A space mark is one byte and so is <0x0A>; the first piece stands for a space that the text does not have."""
+    fast = make()
+    fast.add_special_tokens(["</s>"])
+    fast.add_tokens(["\u2581added\u20ac"])
+    tokenizer = Tokenizer(fast)
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(f" {text}".encode())
+    assert tokenizer.token_bytes[[BYTES["<0x0A>"], tokenizer.eos_id]].tolist() == [1, 0]
+    assert tokenizer.token_bytes[fast.token_to_id("\u2581added\u20ac")] == len(" added\u20ac".encode())
 
 
 def test_embedded_corpus_is_this_interpreter(tmp_path: Path) -> None:

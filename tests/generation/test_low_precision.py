@@ -15,7 +15,7 @@ from jaxllm.generation import loop, verify
 from jaxllm.generation.requests import make_request
 from jaxllm.models import build, init_params, llama_decode
 from jaxllm.models.layers import Linear, apply
-from tests.generation import test_generate as llama
+from tests.generation import test_decoding as llama
 from tests.generation import test_t5_generate as t5
 
 CONFIGS = {

@@ -32,9 +32,9 @@ def by_definition(distance: int, *, buckets: int, max_distance: int, bidirection
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 32), st.integers(1, 400), st.booleans(), st.integers(-2000, 2000))
-def test_buckets_by_definition(half: int, beyond: int, bidirectional: bool, start: int) -> None:
-    rule = {"buckets": 2 * half, "max_distance": half + beyond, "bidirectional": bidirectional}
+@given(st.integers(4, 65), st.integers(1, 400), st.booleans(), st.integers(-2000, 2000))
+def test_buckets_by_definition(buckets: int, beyond: int, bidirectional: bool, start: int) -> None:
+    rule = {"buckets": buckets, "max_distance": buckets // 2 + beyond, "bidirectional": bidirectional}
     distance = np.concatenate([np.arange(-40, 41), np.arange(start, start + 20)])
     found = relative_bucket(distance, **rule)
     assert found.tolist() == [by_definition(int(d), **rule) for d in distance]

@@ -13,6 +13,7 @@ import pytest
 import jaxllm
 from jaxllm.interop.hf import SpecialIds, load_hf_config
 from jaxllm.models import t5, t5_layers
+from jaxllm.ops.relative_bias import relative_bucket
 from jaxllm.study import capture
 from tests.parity import t5_cases as cases
 
@@ -35,6 +36,27 @@ def test_logits_loss_and_every_gradient(name: str, t5_numbers: Callable[[str], c
         assert np.abs(grad).max() > 0, key
         assert np.abs(ours.grads[key] - grad).max() < cases.GRADS * np.abs(grad).max(), key
     assert theirs.greedy(model) == cases.load_golden(name)["greedy"].tolist()
+
+
+@pytest.mark.parametrize("buckets", [5, 7, 33])
+def test_odd_numbers_of_buckets_are_read_and_computed_as_there(
+    buckets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": 20}
+    monkeypatch.setitem(cases.CASES, "odd", ("t5", settings))
+    model = theirs.build("odd")
+    model.save_pretrained(tmp_path)
+    ours, want = cases.our_numbers(tmp_path), theirs.numbers(model)
+    assert cases.logit_error(ours.logits, want.logits) < cases.LOGITS
+    for key, grad in want.grads.items():
+        assert np.abs(ours.grads[key] - grad).max() < cases.GRADS * np.abs(grad).max(), key
+    assert cases.our_greedy(tmp_path) == theirs.greedy(model)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    distance = np.arange(-60, 61)
+    for both in (True, False):
+        bucket = attention._relative_position_bucket(torch.tensor(distance), both, buckets, 20)
+        found = relative_bucket(distance, buckets=buckets, max_distance=20, bidirectional=both)
+        assert found.tolist() == bucket.tolist()
 
 
 @pytest.mark.parametrize("name", ("v1_0_eps_start", "deep_decoder", "umt5"))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.config import RunConfig
+from jaxllm.config import PrecisionConfig, RunConfig
 from jaxllm.config_file import parse_config
 from jaxllm.models import abstract_params
 from jaxllm.ops import norms
@@ -75,6 +75,29 @@ def test_a_planted_low_sum_is_found_and_may_be_excused(monkeypatch: pytest.Monke
     assert not violations(train_step_ledger(run("llama", "bfloat16")), [("norm", "reduce_sum")])
 
 
+def test_a_moved_bias_excuses_no_sum_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run("t5", "bfloat16", islands={"relative_bias": "bfloat16"})
+    monkeypatch.setattr(norms, "rows_of", lambda vector, like: vector)
+    bad = violations(train_step_ledger(config), allowed(config.precision))
+    assert {entry.where.split("/")[0] for entry in bad} == {"encoder", "decoder"}
+    assert all(entry.where.endswith("_norm (backward)") for entry in bad)
+
+
+@pytest.mark.parametrize(
+    ("island", "operation", "where"),
+    [
+        ("logits", "exp", "step"),
+        ("relative_bias", "reduce_sum", "encoder (backward)"),
+        ("relative_bias", "reduce_sum", "decoder/DecoderLayer/attention/relative_bias_free (backward)"),
+        ("softmax", "exp", "LlamaLayer/softmaxed"),
+        ("norms", "reduce_sum", "step/normal"),
+    ],
+)
+def test_an_island_excuses_its_own_scope_alone(island: str, operation: str, where: str) -> None:
+    entry = Entry("reduction", operation, where, *["bfloat16"] * 3)
+    assert violations(Counter([entry]), allowed(PrecisionConfig(islands={island: "bfloat16"}))) == [entry]
+
+
 def inputs(operation: str, where: str = ""):
     """The dtypes in which an operation runs at places named so."""
     return lambda entries: {e.inputs for e in entries if e.operation == operation and where in e.where}
@@ -86,8 +109,8 @@ MOVES = [
     ("t5", "norms", inputs("rsqrt", "norm"), "float32", "float16"),
     ("llama", "softmax", inputs("exp", "softmax"), "float32", "bfloat16"),
     ("t5", "softmax", inputs("exp", "softmax"), "float32", "bfloat16"),
-    ("llama", "logits", inputs("exp", "step"), "float32", "bfloat16"),
-    ("t5", "relative_bias", inputs("reduce_sum", "coder (backward)"), "float32", "bfloat16"),
+    ("llama", "logits", inputs("exp", "logits"), "float32", "bfloat16"),
+    ("t5", "relative_bias", inputs("reduce_sum", "coder/relative_bias (backward)"), "float32", "bfloat16"),
 ]
 
 

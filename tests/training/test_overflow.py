@@ -100,6 +100,20 @@ def test_first_group_is_the_first_of_the_backward_pass() -> None:
     assert len(names) == 3 + 3 * len(jax.tree.leaves(layers))
 
 
+def test_the_backward_pass_reaches_t5s_mlp_before_cross_attention_and_that_before_attention() -> None:
+    params = jax.eval_shape(lambda: init_params(build(T5_MODEL), jax.random.key(0)))
+    layer = "decoder/layers/1/"
+    modules = [name.split("/")[3] for name in gradient_groups(params) if name.startswith(layer)]
+    order = ["mlp", "mlp_norm", "cross_attention", "cross_norm", "attention", "attn_norm"]
+    assert list(dict.fromkeys(modules)) == order
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    for module in ("cross_attention", "mlp"):
+        part = zeros["decoder"]["layers"][module]
+        leaf = "o_proj" if module == "cross_attention" else "up_proj"
+        part[leaf]["kernel"] = part[leaf]["kernel"].at[1].set(jnp.inf)
+    assert gradient_groups(params)[int(first_group(zeros))] == f"{layer}mlp/up_proj/kernel"
+
+
 @pytest.fixture(scope="module")
 def observers():
     """Forward and gradient observers of a float16 Llama, over (params, scale)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxllm.data.tokenizer import Tokenizer, train_tokenizer
-from jaxllm.training.samples import encode_blanks, filled_in
+from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
+from jaxllm.training.samples import filled_in
 from jaxllm.training.spans import SpanCounts, count_spans
 
 SENTINELS = np.array([99, 98, 97])
@@ -49,5 +49,5 @@ def test_blanks_are_sentinels_and_filled_where_they_stand(tokenizer: Tokenizer) 
     answer = [second, *tokenizer.encode("self.x"), first, *tokenizer.encode("name"), second, 5, tokenizer.eos_id]
     assert filled_in(ids, np.array(answer), tokenizer) == "def «name»(self): return «self.x»"
     assert filled_in(ids, np.array([], np.int32), tokenizer) == "def «»(self): return «»"
-    with pytest.raises(ValueError, match="<extra_id_100> is a blank beyond the 100 of the tokenizer"):
+    with pytest.raises(ValueError, match="the prompt has <extra_id_100>, the tokenizer has 100 sentinels"):
         encode_blanks("<extra_id_100>", tokenizer)

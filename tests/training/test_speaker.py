@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
 from jaxllm.config_file import ConfigError
-from jaxllm.data.tokenizer import train_tokenizer
+from jaxllm.data.tokenizer import encode_blanks, train_tokenizer
 from jaxllm.interop.hf import save_hf
 from jaxllm.models import build, init_params
+from jaxllm.training import samples
 from jaxllm.training.speaker import load_speaker
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "generate.py"
@@ -50,6 +52,28 @@ def test_sentinels_written_in_a_prompt_become_sentinels(t5: Path) -> None:
     assert speaker.decode([first, *tokenizer.encode(" cat").tolist(), tokenizer.eos_id, 0]) == "<extra_id_0> cat"
     with pytest.raises(ValueError, match="<extra_id_100>, the tokenizer has 100 sentinels"):
         speaker.encode("<extra_id_100>")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a <extra_id_0> <extra_id_1> b", ["a ", 0, 1, " b"]),  # a space alone between sentinels adds nothing
+        ("a<extra_id_1> ", ["a", 1]),
+        ("  <extra_id_0>a ", [0, "a "]),
+        ("<extra_id_0>\n<extra_id_1>", [0, "\n", 1]),
+        ("a <extra_id_\u0663> b", ["a <extra_id_\u0663> b"]),  # an Arabic digit is text
+        (" ", [" "]),
+    ],
+)
+def test_a_prompt_has_one_encoding_in_generation_and_in_the_sample_of_training(
+    t5: Path, text: str, parts: list[str | int]
+) -> None:
+    speaker = load_speaker(t5)
+    tokenizer = speaker.tokenizer
+    ids = [tokenizer.encode(part) if isinstance(part, str) else tokenizer.sentinel_ids[[part]] for part in parts]
+    assert speaker.encode(text) == [*np.concatenate(ids).tolist(), tokenizer.eos_id]
+    assert encode_blanks(text, tokenizer).tolist() == speaker.encode(text)
+    assert samples.encode_blanks is encode_blanks
 
 
 def test_a_stream_never_shows_half_a_character(llama: Path) -> None:

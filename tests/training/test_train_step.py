@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import pytest
 
 from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
 from jaxllm.models import build, init_params
+from jaxllm.training import optimizer as rules
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer, build_schedule, decay_mask
 from jaxllm.training.train_step import TrainState, init_train_state, make_eval_step, make_train_step
@@ -172,6 +173,21 @@ def test_schedules(name: str) -> None:
     schedule = build_schedule(config, steps=100)
     for step, want in points.items():
         np.testing.assert_allclose(schedule(step), want, rtol=1e-5, err_msg=f"step {step}")
+
+
+def test_every_name_in_the_config_has_its_own_entry_and_no_other_has_one() -> None:
+    hints = get_type_hints(OptimizerConfig)
+    assert set(get_args(hints["name"])) == rules.OPTIMIZERS.keys()
+    assert set(get_args(hints["schedule"])) == rules.SCHEDULES.keys()
+
+
+@pytest.mark.parametrize(("setting", "name"), [("name", "lion"), ("schedule", "linear")])
+def test_a_name_that_only_the_config_knows_is_refused_by_name(setting: str, name: str) -> None:
+    """As while someone adds one: before, an optimizer became AdamW with RMS scaling, a schedule constant."""
+    config = OptimizerConfig()
+    object.__setattr__(config, setting, name)
+    with pytest.raises(ValueError, match=f"optimizer.{setting} '{name}' is not implemented; known: "):
+        build_optimizer(config, PrecisionConfig(), steps=10)
 
 
 def test_rms_scaling_is_per_layer_of_a_stack(tiny: LlamaConfig) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.generation.edited import adapter, without_edits
+from jaxllm.generation.edits import adapter, without_edits
 from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
 from jaxllm.models import Model, check_params
