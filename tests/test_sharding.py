@@ -23,7 +23,7 @@ from jaxllm.sharding import check_rows, make_mesh
 from jaxllm.training.fit import estimate_fit
 from jaxllm.training.initial_params import load_run
 from jaxllm.training.loss import build_loss
-from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.program import program_of
 from jaxllm.training.train_step import init_train_state, make_train_step
 from jaxllm.training.trainer import pretrain
 
@@ -146,7 +146,7 @@ def test_sharded_equals_single_also_after_moving(runs: tuple[RunConfig, RunConfi
 
 def test_a_device_holds_and_sends_its_share(runs: tuple[RunConfig, RunConfig, RunConfig, dict]) -> None:
     four, report = runs[1], runs[3]
-    fit = estimate_fit(four, build_optimizer(four.optimizer, four.precision, steps=6), devices=4)
+    fit = estimate_fit(program_of(four), devices=4)
     # Beside its share of the masters, a device has a whole copy in the compute dtype during the step.
     assert report["held"] == fit.parameters - 4 * count_params(build(four.model)) + fit.moments
     assert set(report["rows_of_a_device"]) == {2}

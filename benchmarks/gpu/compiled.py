@@ -43,8 +43,9 @@ from jaxllm.generation import loop
 from jaxllm.generation.requests import make_request
 from jaxllm.models import build
 from jaxllm.sharding import check_rows, device_bytes, make_mesh, row_sharding, state_shardings
-from jaxllm.training.fit import abstract_batch, estimate_fit, tree_bytes
+from jaxllm.training.fit import estimate_fit, tree_bytes
 from jaxllm.training.metrics import train_flops
+from jaxllm.training.program import program_of
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = ROOT / "gpu_compiler"
@@ -130,8 +131,8 @@ def train_case(config: RunConfig, layers: int | None, devices: int, *, lengths: 
     config = dataclasses.replace(config, model=_cut(config.model, layers))
     check_rows(batch_size=config.training.batch_size, accumulation=config.training.accumulation, devices=devices)
     mesh = make_mesh(h200s(devices))
-    step, fresh = train.build_step(config, mesh)
-    state, batch = jax.eval_shape(fresh), abstract_batch(config, rows=config.training.batch_size)
+    program = program_of(config, mesh)
+    state, batch = program.abstract_state(), program.abstract_batch()
     if not lengths:
         del batch["encoder_lengths"]
     layout, rows = None, None
@@ -145,11 +146,11 @@ def train_case(config: RunConfig, layers: int | None, devices: int, *, lengths: 
     )
     facts = {
         "state_gb": device_bytes(state, devices) / 1e9,
-        "estimated_gb": sum(estimate_fit(config, train.optimizer_of(config), devices=devices)) / 1e9,
+        "estimated_gb": sum(estimate_fit(program, devices=devices)) / 1e9,
         "needed_gflops": flops.weights / devices / 1e9,
     }
-    program = jax.jit(step, donate_argnums=0, **options)
-    return Traced(program.trace(place(state, layout), place(batch, rows)), 1, facts)
+    step = jax.jit(program.train_step, donate_argnums=0, **options)
+    return Traced(step.trace(place(state, layout), place(batch, rows)), 1, facts)
 
 
 def decode_case(name: str, layers: int | None) -> Traced:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
 from benchmarks.gpu.variants import split
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config_file import with_overrides
-from jaxllm.models import init_params
 from jaxllm.training.device import detect_device
 from jaxllm.training.fit import estimate_fit
-from jaxllm.training.loss import build_loss
 from jaxllm.training.metrics import train_flops
-from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import build_model, compute_dtype
-from jaxllm.training.train_step import init_train_state, make_train_step
+from jaxllm.training.program import program_of
 
 
 class Case(NamedTuple):
@@ -119,26 +112,11 @@ def synthetic_batch(config: RunConfig, *, documents: int, lengths: bool = True) 
     return {**names, "targets": tokens(width), "weights": np.ones((rows, width), np.float32)}
 
 
-def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
-    """The optimizer of a run that is long enough."""
-    return build_optimizer(config.optimizer, config.precision, steps=100_000)
-
-
-def build_step(config: RunConfig, mesh: Mesh | None = None) -> tuple[Any, Callable[[], Any]]:
-    """The train step of a run on the devices of a mesh, without retries, and what makes its initial state."""
-    dtype, model = compute_dtype(config.precision), build_model(config)
-    rule = optimizer_of(config)
-    loss = build_loss(model, config.training)
-    step = make_train_step(loss, rule, accumulation=config.training.accumulation, dtype=dtype, mesh=mesh)
-    return step, lambda: init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
-
-
 def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
     """Compiled step, initial state and compile seconds."""
-    step, fresh = build_step(config)
-    before = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(fresh), batch).compile()
-    return compiled, jax.jit(fresh)(), time.perf_counter() - before
+    program, before = program_of(config), time.perf_counter()
+    compiled = jax.jit(program.train_step, donate_argnums=0).lower(program.abstract_state(), batch).compile()
+    return compiled, jax.jit(program.fresh_state)(), time.perf_counter() - before
 
 
 def main(name: str, *, toy: bool) -> None:
@@ -168,7 +146,7 @@ def main(name: str, *, toy: bool) -> None:
         compile_seconds=compile_seconds,
         first_loss=losses[0],
         last_loss=losses[-1],
-        estimated_gb=sum(estimate_fit(config, optimizer_of(config))) / 1e9,
+        estimated_gb=sum(estimate_fit(program_of(config))) / 1e9,
         **speed(config, times["median"]),
         **memory(step),
     )

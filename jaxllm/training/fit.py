@@ -15,16 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend.core import Var
 
 from jaxllm.config import RunConfig
-from jaxllm.data.recipes import RECIPES
 from jaxllm.models import abstract_params
 from jaxllm.sharding import device_bytes
 from jaxllm.training.device import Device
-from jaxllm.training.loss import build_loss
-from jaxllm.training.precision import build_model, cast_floating, compute_dtype
+from jaxllm.training.precision import cast_floating
+from jaxllm.training.program import Program, program_of
 
 _log = logging.getLogger(__name__)
 
@@ -56,26 +54,25 @@ class Fit(NamedTuple):
         return f"{parts}; {sum(self) / 1e9:.1f} GB in all"
 
 
-def estimate_fit(config: RunConfig, optimizer: optax.GradientTransformation, *, devices: int = 1) -> Fit:
+def estimate_fit(program: Program, *, devices: int = 1) -> Fit:
     """Memory of a run on each of `devices`, laid out by `jaxllm.sharding`."""
-    training, dtype = config.training, compute_dtype(config.precision)
-    params = abstract_params(build_model(config))
-    compute = jax.eval_shape(lambda tree: cast_floating(tree, dtype), params)
+    training = program.config.training
+    params = abstract_params(program.model)
+    compute = jax.eval_shape(lambda tree: cast_floating(tree, program.dtype), params)
     rows = -(-training.batch_size // (training.accumulation * devices))
     masters, copy = device_bytes(params, devices), tree_bytes(compute)
-    size = jnp.dtype(dtype).itemsize
+    size = jnp.dtype(program.dtype).itemsize
+    loss_rows = program.abstract_batch(rows)["targets"].size
     return Fit(
         parameters=masters + (copy if copy != masters else 0),
-        moments=device_bytes(jax.eval_shape(optimizer.init, params), devices),
+        moments=device_bytes(jax.eval_shape(program.optimizer.init, params), devices),
         gradients=copy + (masters if training.accumulation > 1 or devices > 1 else 0),
-        activations=_activations(config, rows),
-        logits=min(training.loss_chunk, rows * _targets(config)) * config.model.vocab_size * (8 + size),
+        activations=_activations(program.config, rows),
+        logits=min(training.loss_chunk, loss_rows) * program.config.model.vocab_size * (8 + size),
     )
 
 
-def announce_fit(
-    config: RunConfig, optimizer: optax.GradientTransformation, device: Device
-) -> Callable[[int], None] | None:
+def announce_fit(program: Program, device: Device) -> Callable[[int], None] | None:
     """Logs the estimate, and returns what checks the compiler's figure: None where memory is not known, as on CPUs.
 
     An estimate above the device's memory is a warning, since it errs on the safe side.
@@ -85,9 +82,9 @@ def announce_fit(
     """
     if device.memory is None:
         return None
-    fit = estimate_fit(config, optimizer, devices=device.count)
+    fit = estimate_fit(program, devices=device.count)
     _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
-    masters = device_bytes(abstract_params(build_model(config)), device.count)
+    masters = device_bytes(abstract_params(program.model), device.count)
     state = fit._replace(parameters=masters, gradients=0, activations=0, logits=0)
     check_fit(state, sum(state), limit=device.memory)
     if sum(fit) > device.memory:
@@ -122,17 +119,6 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def abstract_batch(config: RunConfig, *, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of `rows` rows."""
-    fields = RECIPES[config.data.objective].fields(config.data)
-    return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
-
-
-def _targets(config: RunConfig) -> int:
-    """Tokens of a row that the loss looks at."""
-    return RECIPES[config.data.objective].fields(config.data)["targets"][0][0]
-
-
 def _activations(config: RunConfig, rows: int) -> int:
     layer = _kept(_with(config, remat="none", layers="scan", num_layers=2), rows) - _kept(
         _with(config, remat="none", layers="scan", num_layers=1), rows
@@ -146,12 +132,10 @@ def _with(config: RunConfig, **changes: Any) -> RunConfig:
 
 def _kept(config: RunConfig, rows: int) -> int:
     """Bytes that the backward pass of a microbatch needs beyond its arguments."""
-    dtype = compute_dtype(config.precision)
-    model = build_model(config)
-    loss = build_loss(model, config.training)
-    params = jax.eval_shape(lambda tree: cast_floating(tree, dtype), abstract_params(model))
+    program = program_of(config)
+    params = jax.eval_shape(lambda tree: cast_floating(tree, program.dtype), abstract_params(program.model))
     return residual_bytes(
-        lambda tree, batch: loss(tree, batch, jax.random.key(0)).loss, params, abstract_batch(config, rows=rows)
+        lambda tree, batch: program.loss(tree, batch, jax.random.key(0)).loss, params, program.abstract_batch(rows)
     )
 
 

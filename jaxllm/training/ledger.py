@@ -17,14 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import PrecisionConfig, RunConfig
-from jaxllm.models import abstract_params
 from jaxllm.study.programs import LOOP, is_backward, label, programs
-from jaxllm.training.fit import abstract_batch
-from jaxllm.training.loss import build_loss
-from jaxllm.training.loss_scale import Retries
-from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import build_model, compute_dtype
-from jaxllm.training.train_step import init_train_state, make_train_step
+from jaxllm.training.program import program_of
 
 
 class Entry(NamedTuple):
@@ -83,16 +77,9 @@ _KINDS = {
 
 def train_step_ledger(config: RunConfig) -> Counter[Entry]:
     """How often each entry runs in one train step of `config`, over layers, chunks and microbatches."""
-    dtype = compute_dtype(config.precision)
-    model = build_model(config)
-    rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
-    loss = build_loss(model, config.training)
-    retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)
-    accumulation = config.training.accumulation
-    step = make_train_step(loss, rule, accumulation=accumulation, dtype=dtype, retries=retries)
-    params = abstract_params(model)
-    state = jax.eval_shape(lambda p: init_train_state(p, rule, jax.random.key(0)), params)
-    return ledger(jax.make_jaxpr(step)(state, abstract_batch(config, rows=config.training.batch_size)).jaxpr)
+    program = program_of(config)
+    step = jax.make_jaxpr(program.train_step)(program.abstract_state(), program.abstract_batch())
+    return ledger(step.jaxpr)
 
 
 def ledger(jaxpr: Any) -> Counter[Entry]:

@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from jaxllm.config import RunConfig
 from jaxllm.sharding import place_rows
 from jaxllm.training.attribution import gradient_groups
-from jaxllm.training.loss import Batch, build_loss
+from jaxllm.training.loss import Batch
 from jaxllm.training.observe import Observer, first_nonfinite, headroom
-from jaxllm.training.precision import build_model, cast_floating, compute_dtype
+from jaxllm.training.precision import cast_floating
+from jaxllm.training.program import program_of
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
 _log = logging.getLogger(__name__)
@@ -36,22 +37,21 @@ class OverflowWatch:
         self._mesh = mesh
         self._limit = config.precision.max_overflows
         self._groups = gradient_groups(params)
-        self._dtype = dtype = compute_dtype(config.precision)
         self._observes = config.precision.compute == "float16"
         self._accumulation = accumulation = config.training.accumulation
         # A scan over layers gives readings by layer; the parameters are the same either way.
-        model = build_model(dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan")))
-        loss = build_loss(model, config.training)
+        program = program_of(dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan")))
+        self._dtype, loss = program.dtype, program.loss
 
         def forward(params: Any, batch: Batch, key: jax.Array) -> Any:
-            return loss(cast_floating(params, dtype), batch, key)
+            return loss(cast_floating(params, program.dtype), batch, key)
 
         def gradients(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
             factor = scale / jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
-            compute = cast_floating(params, dtype)
+            compute = cast_floating(params, program.dtype)
             return accumulate_gradients(loss, compute, batch, key, factor=factor, accumulation=accumulation)
 
-        self._forward, self._gradients = Observer(forward, dtype), Observer(gradients, dtype)
+        self._forward, self._gradients = Observer(forward, program.dtype), Observer(gradients, program.dtype)
 
     def check(self, step: int, values: StepMetrics, state: TrainState, batch: Batch) -> str | None:
         """Reports an overflow of step `step` in the log; returns why the run must stop, if it must."""

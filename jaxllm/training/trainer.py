@@ -22,20 +22,18 @@ from jax.sharding import Mesh
 from jaxllm.config import RunConfig
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline, open_run_pipeline
-from jaxllm.models import count_params, init_params
+from jaxllm.models import count_params
 from jaxllm.sharding import check_rows, make_mesh, place_rows, state_shardings, with_shardings
 from jaxllm.training.checkpoint import Checkpoints, Restored
 from jaxllm.training.compiled import CompiledOnce, explained
 from jaxllm.training.device import compilation_cache, detect_device
 from jaxllm.training.fit import announce_fit
 from jaxllm.training.initial_params import load_initial_params
-from jaxllm.training.loss import build_loss
-from jaxllm.training.loss_scale import Retries
 from jaxllm.training.metrics import MetricsWriter, plot_curve
-from jaxllm.training.optimizer import build_optimizer, build_schedule
+from jaxllm.training.optimizer import build_schedule
 from jaxllm.training.overflow import OverflowWatch
-from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.prefetch import Prefetch
+from jaxllm.training.program import program_of
 from jaxllm.training.run_folder import open_run_folder, write_config
 from jaxllm.training.samples import encode_blanks, write_sample
 from jaxllm.training.spans import SpanEvaluation
@@ -43,9 +41,6 @@ from jaxllm.training.throughput import Throughput
 from jaxllm.training.train_step import (
     StepMetrics,
     TrainState,
-    init_train_state,
-    make_eval_step,
-    make_train_step,
 )
 
 _log = logging.getLogger(__name__)
@@ -118,30 +113,25 @@ class _Run:
         self.config, self.folder, self.pipeline = config, folder, pipeline
         training = config.training
         self._mesh = mesh = make_mesh()
-        self.dtype = compute_dtype(config.precision)
-        self.model = build_model(config)
+        self._program = program_of(config, mesh)
+        self.model = self._program.model
         self.schedule = build_schedule(config.optimizer, steps=training.steps)
-        optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
-        loss = build_loss(self.model, training)
-        retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)
-        step = make_train_step(
-            loss, optimizer, accumulation=training.accumulation, dtype=self.dtype, retries=retries, mesh=mesh
-        )
-        self._eval_step = CompiledOnce(make_eval_step(loss, dtype=self.dtype, mesh=mesh), name="evaluation step")
-        self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self.dtype, mesh=mesh)
+        self._eval_step = CompiledOnce(self._program.eval_step, name="evaluation step")
+        self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self._program.dtype, mesh=mesh)
         self._bits = config.model.metric
         if config.model.encoder_decoder and training.sample_tokens:
             # A blank that the tokenizer lacks is better found now than at the end.
             encode_blanks(training.sample_prompt, pipeline.tokenizer)
-        self._check_fit = announce_fit(config, optimizer, detect_device())
+        self._check_fit = announce_fit(self._program, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
         self.resumed_from = 0
-        self._optimizer = optimizer
         self.state = self._initial_state()
         self.step = self.resumed_from
         layout = _keep_layout(self.state, mesh)
-        self._train_step = CompiledOnce(step, name="train step", check=self._begin, donate_argnums=0, **layout)
+        self._train_step = CompiledOnce(
+            self._program.train_step, name="train step", check=self._begin, donate_argnums=0, **layout
+        )
         self._batches, self._position = Prefetch(pipeline, mesh), pipeline.get_state()
         self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
         self.writer = MetricsWriter(folder, resume_step=self.step)
@@ -175,24 +165,17 @@ class _Run:
 
     def _newest_state(self) -> tuple[TrainState, Restored | None]:
         """The state of the newest checkpoint, or the one that the run starts from."""
-        optimizer = self._optimizer
-        key = jax.random.key(self.config.training.seed)
-        init_key, run_key = jax.random.split(key)
-
-        def fresh() -> TrainState:
-            return init_train_state(init_params(self.model, init_key), optimizer, run_key)
-
-        abstract, mesh = jax.eval_shape(fresh), self._mesh
+        program, mesh = self._program, self._mesh
+        abstract = program.abstract_state()
         restored = self.checkpoints.restore(with_shardings(abstract, mesh))
         layout = None if mesh is None else state_shardings(abstract, mesh)
         if restored is None and self.config.training.init_from:
             params = load_initial_params(self.config.training.init_from, self.model, tokenizer=self.pipeline.tokenizer)
             if mesh is not None:
                 params = jax.device_put(params, state_shardings(params, mesh))
-            start = jax.jit(lambda loaded: init_train_state(loaded, optimizer, run_key), out_shardings=layout)
-            return start(params), None
+            return jax.jit(program.state_of, out_shardings=layout)(params), None
         if restored is None:
-            return jax.jit(fresh, out_shardings=layout)(), None
+            return jax.jit(program.fresh_state, out_shardings=layout)(), None
         return restored.state, restored
 
     def train(self, *, until: int, stopped: Callable[[], bool]) -> None:

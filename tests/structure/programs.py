@@ -11,9 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks.gpu.compiled import PRETENCE
-from benchmarks.gpu.train import build_step
 from jaxllm.config import RunConfig
-from jaxllm.training.fit import abstract_batch
+from jaxllm.training.program import program_of
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,9 +23,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def traced_train_step(config: RunConfig) -> Any:
     """The train step of a run on abstract arguments; nothing is allocated."""
-    step, fresh = build_step(config)
-    batch = abstract_batch(config, rows=config.training.batch_size)
-    return jax.jit(step, donate_argnums=0).trace(jax.eval_shape(fresh), batch)
+    program = program_of(config)
+    return jax.jit(program.train_step, donate_argnums=0).trace(program.abstract_state(), program.abstract_batch())
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:

@@ -15,7 +15,7 @@ from jaxllm.config_file import load_config
 from jaxllm.models import build, count_params
 from jaxllm.ops.losses import chunked_cross_entropy
 from jaxllm.training.fit import FitError, check_fit, estimate_fit
-from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.program import program_of
 from tests.structure.programs import pretend_gpu, traced_train_step
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -32,7 +32,7 @@ def run(model: LlamaConfig, *, rows: int = 8, length: int = 64, **training: obje
 
 
 def estimate(config: RunConfig):
-    return estimate_fit(config, build_optimizer(config.optimizer, config.precision, steps=config.training.steps))
+    return estimate_fit(program_of(config))
 
 
 def test_a_step_aliases_its_state_and_fits_its_estimate(tiny: LlamaConfig) -> None:

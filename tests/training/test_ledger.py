@@ -16,10 +16,10 @@ from jaxllm.config import PrecisionConfig, RunConfig
 from jaxllm.config_file import parse_config
 from jaxllm.models import abstract_params
 from jaxllm.ops import norms
-from jaxllm.training.fit import abstract_batch
 from jaxllm.training.ledger import Entry, allowed, ledger, train_step_ledger, violations
 from jaxllm.training.loss import build_loss
 from jaxllm.training.precision import build_model
+from jaxllm.training.program import program_of
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2}
@@ -164,7 +164,7 @@ def test_a_product_that_returns_low_precision_counts_as_a_low_sum() -> None:
 def test_the_residual_stream_has_a_switch(family: str, compute: str, residual: str | None, want: str) -> None:
     config = run(family, compute, islands={"residual": residual} if residual else {})
     loss = build_loss(build_model(config), config.training)
-    params, batch = abstract_params(build_model(config)), abstract_batch(config, rows=2)
+    params, batch = abstract_params(build_model(config)), program_of(config).abstract_batch(2)
     traced = jax.make_jaxpr(lambda p, b: loss(p, b, None).loss)(params, batch)
     stacks = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 2]
     assert stacks and {str(eqn.outvars[0].aval.dtype) for eqn in stacks} == {want}

@@ -1,0 +1,91 @@
+"""A run's pure functions, assembled once from its config: model, loss, optimizer, train step, first state.
+
+Everything that trains, measures or inspects a run takes them from here, so that all of them see the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxllm.config import RunConfig
+from jaxllm.data.recipes import RECIPES
+from jaxllm.models import Model, abstract_params, init_params
+from jaxllm.ops.losses import LossSums
+from jaxllm.training.loss import Batch, LossFunction, build_loss
+from jaxllm.training.loss_scale import Retries
+from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.precision import build_model, compute_dtype
+from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+EvalStep = Callable[[Any, Batch], LossSums]
+
+
+class Program(NamedTuple):
+    """The pure functions of a run.
+
+    Attributes:
+        config: what they were made from.
+        model: in its dtypes.
+        dtype: of activations and matmul inputs.
+        loss: (parameters in `dtype`, batch, key) -> sums.
+        optimizer: clipping, moments, decay and learning rate, inside the loss scale.
+        train_step: (state, batch) -> (state, metrics).
+        eval_step: (parameters, batch) -> sums.
+    """
+
+    config: RunConfig
+    model: Model
+    dtype: Any
+    loss: LossFunction
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    eval_step: EvalStep
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step, from `training.seed`."""
+        init_key, _ = self._keys()
+        return self.state_of(init_params(self.model, init_key))
+
+    def state_of(self, params: Any) -> TrainState:
+        """The state before the first step, with parameters that exist."""
+        _, run_key = self._keys()
+        return init_train_state(params, self.optimizer, run_key)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self.state_of, abstract_params(self.model))
+
+    def abstract_batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch of so many rows, of `training.batch_size` by default."""
+        rows = self.config.training.batch_size if rows is None else rows
+        fields = RECIPES[self.config.data.objective].fields(self.config.data)
+        return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
+
+    def _keys(self) -> tuple[jax.Array, jax.Array]:
+        init_key, run_key = jax.random.split(jax.random.key(self.config.training.seed))
+        return init_key, run_key
+
+
+def program_of(config: RunConfig, mesh: Mesh | None = None) -> Program:
+    """The program of a run on the devices of a mesh, None for one; nothing is allocated or compiled.
+
+    >>> from jaxllm.config import LlamaConfig, RunConfig
+    >>> model = LlamaConfig(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
+    >>> program = program_of(RunConfig(model=model))
+    >>> program.abstract_batch()["tokens"].shape
+    (8, 256)
+    """
+    training, precision = config.training, config.precision
+    dtype, model = compute_dtype(precision), build_model(config)
+    loss = build_loss(model, training)
+    optimizer = build_optimizer(config.optimizer, precision, steps=training.steps)
+    retries = Retries(precision.retries, min_scale=precision.min_scale)
+    step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, retries=retries, mesh=mesh)
+    evaluate = make_eval_step(loss, dtype=dtype, mesh=mesh)
+    return Program(config, model, dtype, loss, optimizer, step, evaluate)
