@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import json
 import re
-import sys
 import time
 import tomllib
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -51,27 +47,6 @@ def test_real_pretraining_reads_the_standard_library(capsys: pytest.CaptureFixtu
     batch = next(pretrain.t5_batches(config))
     assert batch["encoder_tokens"].shape == (128, 512) and batch["decoder_tokens"].shape == (128, 114)
     assert (batch["encoder_lengths"] == 512).all()
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("case", ["t5_large_decode", "llama_1b_train"])
-def test_a_baseline(case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that its processes do, in this one; ours is measured once."""
-    torch_side = pytest.importorskip("benchmarks.gpu.torch_side")
-
-    @functools.cache
-    def here(module: str, *arguments: str) -> dict:
-        if module.endswith("baseline"):
-            return {"difference": baseline.agree(Path(arguments[0]))}
-        monkeypatch.setattr(sys, "argv", [module, *arguments])
-        with redirect_stdout(io.StringIO()) as printed:
-            torch_side.main() if module.endswith("torch_side") else run.main([*arguments])
-        return json.loads(printed.getvalue().strip().splitlines()[-1].removeprefix(RESULT))
-
-    monkeypatch.setattr(baseline, "_process", here)
-    baseline.main(case, toy=True)
-    measured = result(capsys)
-    assert measured["ratio"] > 0 and len(measured["ours"]) == 2 and measured["logits_difference"] < 1e-4
 
 
 def test_the_script_is_run_with_settings_that_it_knows_and_needs_only_what_is_carried(
