@@ -1,8 +1,9 @@
 """One measurement of transformers on torch, in a process of its own: python -m benchmarks.gpu.torch_side WHAT JSON.
 
 `export` leaves a shallow model of a shape's width, tokens and its logits, for the other side to agree with; `train`
-and `decode` time one form of the baseline. The JSON object holds the arguments of the function. The last line is a
-result, or an error: no exception leaves this process, so that the caller can record what went wrong.
+and `decode` time one form of the baseline. The JSON object holds the arguments of the function. Each function yields
+what it has measured so far, and the last line printed is the most complete: a profiler that fails or hangs costs no
+rate. Exceptions become results as well, so that the caller records what went wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _CHUNK = 4096  # positions of a chunked loss, as on our side
 _VOCABULARY = 8192  # agreement depends on the width of a model, not on how many tokens it knows
 
 
-def export(*, shape_name: str, toy: bool, folder: str) -> dict[str, Any]:
+def export(*, shape_name: str, toy: bool, folder: str) -> Iterator[dict[str, Any]]:
     """Saves a shallow float32 model, tokens and logits."""
     config = shape(shape_name, toy=toy)
     config = dataclasses.replace(config, num_layers=2, vocab_size=min(config.vocab_size, _VOCABULARY))
@@ -41,7 +42,7 @@ def export(*, shape_name: str, toy: bool, folder: str) -> dict[str, Any]:
     model.save_pretrained(folder)
     for name, array in {"logits": logits, **inputs}.items():
         np.save(Path(folder) / f"{name}.npy", array.cpu().numpy())
-    return {}
+    yield {}
 
 
 def _tokens(config: Any, encoder: tuple[int, int], decoder: tuple[int, int]) -> list[np.ndarray]:
@@ -52,7 +53,7 @@ def _tokens(config: Any, encoder: tuple[int, int], decoder: tuple[int, int]) -> 
 
 def train(
     *, shape_name: str, toy: bool, length: int, targets: int, rows: int, loss: str, attention: str, mode: str
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Tokens (of T5: rows) per second of a train step in bfloat16."""
     config = shape(shape_name, toy=toy)
     model = torch_models.model_of(config, attention=attention).train()
@@ -66,30 +67,38 @@ def train(
         losses.append(step(inputs, wanted))
 
     times = spread(torch_models.timed(run, warm=1 if toy else 3, count=1 if toy else 4, size=1 if toy else 3))
-    kernels = torch_models.attention_kernels(run)
-    if not float(losses[-1]) < float(losses[0]):  # one batch, again and again
-        raise ArithmeticError(f"the loss went from {float(losses[0])} to {float(losses[-1])}")
+    first, last = float(losses[0]), float(losses[-1])
+    if not np.isfinite(last):
+        raise ArithmeticError(f"the loss went from {first} to {last}")
     rate = (rows if targets else rows * length) / times["median"]
-    return {"seconds": times, "rate": rate, "attention_kernels": kernels, **_facts()}
+    yield {"seconds": times, "rate": rate, "first_loss": first, "last_loss": last, **_facts()}
+    yield {"attention_kernels": torch_models.attention_kernels(run)}
 
 
-def decode(*, shape_name: str, toy: bool, prompt: int, new: int, mode: str) -> dict[str, Any]:
-    """Greedy tokens per second at batch 1: the difference of two lengths leaves the prompt out."""
+def decode(*, shape_name: str, toy: bool, prompt: int, new: int, mode: str) -> Iterator[dict[str, Any]]:
+    """Greedy tokens per second at batch 1."""
     config = shape(shape_name, toy=toy)
     model = torch_models.model_of(config, dtype=torch.float32 if toy else torch.bfloat16).eval()
     tokens = torch_models.inputs_of(_tokens(config, (1, prompt), (1, 1)))["input_ids"]
-    ran = {"ran": "static cache, compiled"}
+    inductor.coordinate_descent_tuning = mode == "loop_tuned"
+    run = torch_models.generator(model, tokens, static=True)
     if mode != "generate":
-        inductor.coordinate_descent_tuning = mode == "loop_tuned"
-        return _per_token(torch_models.greedy_loop(model, tokens, longest=new), new, toy=toy) | ran
+        run = torch_models.greedy_loop(model, tokens, longest=new)
+    yield {"ran": "static cache, compiled"}
     try:
-        return _per_token(torch_models.generator(model, tokens, static=True), new, toy=toy) | ran
+        times = _per_token(run, new, toy=toy)
     except Exception as error:
-        ran = {"ran": f"growing cache, eager; compiled it failed: {_text(error)}"}
-    return _per_token(torch_models.generator(model, tokens, static=False), new, toy=toy) | ran
+        if mode != "generate":
+            raise
+        yield {"ran": f"growing cache, eager; compiled it failed: {_text(error)}"}
+        run = torch_models.generator(model, tokens, static=False)
+        times = _per_token(run, new, toy=toy)
+    yield {"seconds": times, "rate": 1 / times["median"], **_facts()}
+    yield {"attention_kernels": torch_models.attention_kernels(functools.partial(run, min(new, 4)))}
 
 
-def _per_token(run: Callable[[int], torch.Tensor], new: int, *, toy: bool) -> dict[str, Any]:
+def _per_token(run: Callable[[int], torch.Tensor], new: int, *, toy: bool) -> dict[str, float]:
+    """Seconds of a token: the difference of two lengths leaves the prompt out."""
     short = max(new // 8, 1)
     if (made := run(new).shape[1]) != new:  # the longest first: its cache serves the shorter too
         raise ArithmeticError(f"{made} tokens instead of {new}")
@@ -100,8 +109,7 @@ def _per_token(run: Callable[[int], torch.Tensor], new: int, *, toy: bool) -> di
     seconds = spread([(a - b) / (new - short) for a, b in zip(sorted(long), sorted(brief), strict=True)])
     if seconds["median"] <= 0:
         raise ArithmeticError(f"{new} tokens took no longer than {short}: too noisy to say anything")
-    kernels = torch_models.attention_kernels(functools.partial(run, min(new, 4)))
-    return {"seconds": seconds, "rate": 1 / seconds["median"], "attention_kernels": kernels, **_facts()}
+    return seconds
 
 
 def _facts() -> dict[str, Any]:
@@ -121,14 +129,16 @@ def _text(error: Exception) -> str:
 
 
 def main(what: str, arguments: dict[str, Any]) -> None:
-    """Does one thing and prints its result."""
+    """Does one thing and prints its results."""
     torch.manual_seed(0)
+    result: dict[str, Any] = {"versions": torch_models.VERSIONS}
     try:
-        result = {"export": export, "train": train, "decode": decode}[what](**arguments)
+        for more in {"export": export, "train": train, "decode": decode}[what](**arguments):
+            result |= more
+            report("torch", what, **result)
     except Exception as error:
-        result = {"error": _text(error)}
         traceback.print_exc()
-    report("torch", what, **result, versions=torch_models.VERSIONS)
+        report("torch", what, **result, error=_text(error))
 
 
 if __name__ == "__main__":

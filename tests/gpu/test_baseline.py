@@ -178,6 +178,7 @@ def test_a_dry_run(case: str, capsys: pytest.CaptureFixture[str], monkeypatch: p
     theirs = [turn for turn in final["turns"] if turn["side"] == "theirs"]
     assert len(theirs) == baseline.TOY_FORMS[baseline.CASES[case].what]
     assert all(turn["graphs"] >= 1 and "error" not in turn for turn in theirs)
+    assert all(turn.get("last_loss", 0) < turn.get("first_loss", 1) for turn in theirs)  # one batch, again and again
     assert all("_scaled_dot_product_flash_attention_for_cpu" in turn["attention_kernels"] for turn in theirs)
     assert all(turn.get("ran", "static cache, compiled") == "static cache, compiled" for turn in theirs)
 
