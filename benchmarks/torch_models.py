@@ -1,7 +1,7 @@
 """transformers on torch as an expert runs it: the models, train steps and decoders that the benchmarks compare with.
 
 A train step compiles forward and loss as one function of static shapes, updates with fused AdamW, clips the gradient,
-makes no cache and never waits for the loss. A decoder is `generate` over a static cache, which transformers compiles,
+makes no cache and does not wait for the loss. A decoder is `generate` over a static cache, which transformers compiles,
 or a loop of our own around one compiled forward pass, with the greedy choice on the device.
 """
 
@@ -116,10 +116,10 @@ def _chunked_loss(model: Any, chunk: int) -> Callable[[Inputs, torch.Tensor], to
 
 
 def generator(model: Any, tokens: torch.Tensor, *, static: bool) -> Callable[[int], torch.Tensor]:
-    """Greedy `generate` of transformers, from prompts to as many new tokens as are asked for.
+    """Greedy `generate` of transformers, as a function of the number of new tokens.
 
-    `static` takes a static cache, and with it transformers compiles the forward pass of a token; without it the cache
-    grows and nothing is compiled. Ask for the longest first: a cache that grows later is compiled again.
+    With a static cache transformers compiles the forward pass of a token; otherwise the cache grows and nothing is
+    compiled. Call it for the longest continuation first: a larger cache is compiled again.
     """
     settings = model.generation_config
     settings.eos_token_id, settings.bos_token_id, settings.pad_token_id = None, None, 0
@@ -141,7 +141,7 @@ def generator(model: Any, tokens: torch.Tensor, *, static: bool) -> Callable[[in
 def greedy_loop(model: Any, tokens: torch.Tensor, *, longest: int) -> Callable[[int], torch.Tensor]:
     """Greedy decoding without `generate`: a compiled token step over one static cache, replayed as a CUDA graph.
 
-    Nothing waits for the device between two tokens. `longest` is the most new tokens that will be asked for.
+    Nothing waits for the device between two tokens. `longest` is the most new tokens of any call.
     """
     config, family = model.config.get_text_config(decoder=True), model.config.is_encoder_decoder
     prompt = tokens.shape[1]

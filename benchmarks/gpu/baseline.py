@@ -2,11 +2,12 @@
 
 Theirs is the fastest of its forms: rows of a batch, loss over all logits or in chunks, attention kernel, mode of the
 compiler; for decoding, transformers' `generate` and a loop written by hand. Every form that was tried is in the result,
-with its rate or its error. The result so far is printed after every process, so that what was measured outlives
-whatever happens next; the last line is the most complete one.
+with its rate or its error. The result so far is printed after every process, so that an interrupted case keeps what was
+measured; the last line is the most complete one.
 
-Environment: BASELINE_SECONDS is the time for a case (390); the second turns come before more forms. BASELINE_OURS names
-a file with RESULT lines of the same call, from which our first turn is taken; the result then says so.
+Environment: BASELINE_SECONDS is the time for a case (390); the second turns of both sides take precedence over further
+forms. BASELINE_OURS names a file with RESULT lines of the same call: our first turn is taken from it and marked
+`recorded`.
 """
 
 from __future__ import annotations
