@@ -1,10 +1,9 @@
-"""Greedy decoding beside transformers.generate: same shapes, same random weights, outputs compared first.
+"""Greedy decoding beside transformers: same shapes, same random weights, outputs compared first.
 
     python benchmarks/decode.py --shape A --batch 1          needs the extras `parity`
 
-Shapes A, B and TA suit a CPU; 1b, 8b and t5_large a GPU.
-
-Each side (ours, transformers with its dynamic and with its static cache) runs in its own process, in turns, because a
+Sides are ours, `generate` of transformers with its growing cache (eager) and with its static cache (compiled), and a
+loop around a compiled token step (`torch_models.greedy_loop`). Each runs in its own process, in turns, because a
 machine's speed drifts; ratios are taken within a turn. A time is that of a whole generation, prompt included, after one
 that warms up. The roofline is what a step must read (weights, and the cache up to the present length) over the read
 bandwidth measured in the same process. Results go to benchmarks/results/decode_*.json.
@@ -21,31 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import environment, run_side, save, spread
+from sides import SHAPES, environment, ratios, run_side, save, shown
 
-from jaxllm.config import LlamaConfig, ModelConfig, T5Config
-
-SIDES = ("jaxllm", "torch_dynamic", "torch_static")
-_A: dict[str, Any] = {"vocab_size": 8192, "d_model": 256, "d_ff": 688, "num_heads": 8}
-SHAPES: dict[str, ModelConfig] = {
-    "A": LlamaConfig(**_A, num_layers=4, num_kv_heads=4),
-    "B": LlamaConfig(vocab_size=32000, d_model=512, d_ff=1376, num_layers=8, num_heads=8, num_kv_heads=4),
-    "TA": T5Config(**_A, num_layers=4, head_dim=32),
-    "1b": LlamaConfig(
-        vocab_size=128256,
-        d_model=2048,
-        d_ff=8192,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        tie_embeddings=True,
-        max_length=8192,
-    ),
-    "8b": LlamaConfig(
-        vocab_size=128256, d_model=4096, d_ff=14336, num_layers=32, num_heads=32, num_kv_heads=8, max_length=8192
-    ),
-    "t5_large": T5Config(vocab_size=32128, d_model=1024, d_ff=2816, num_layers=24, num_heads=16, head_dim=64),
-}
+SIDES = ("jaxllm", "torch_dynamic", "torch_static", "torch_loop")
 
 
 def main() -> None:
@@ -69,12 +46,10 @@ def main() -> None:
         run_side("weights", work)
         turns = [{side: run_side(side, work) for side in SIDES} for _ in range(arguments.turns)]
         agreement = _agreement(Path(work), exact=arguments.dtype == "float32" and not arguments.int8)
-    speed = "tokens_per_second"
-    ratios = {side: [turn["jaxllm"][speed] / turn[side][speed] for turn in turns] for side in SIDES[1:]}
     result = {
         "benchmark": "decode",
         **{name: getattr(arguments, name) for name in ("shape", "batch", "prompt", "new", "dtype", "int8")},
-        "ratio": {side: spread(x) for side, x in ratios.items()},
+        "ratio": ratios(turns, SIDES[1:]),
         "equal_tokens": agreement,
         "turns": turns,
         **environment(),
@@ -83,9 +58,9 @@ def main() -> None:
     path = save(f"decode_{kind}", result)
     ours = [turn["jaxllm"] for turn in turns]
     print(
-        f"{path.name}: {statistics.median(x[speed] for x in ours):.0f} tokens/s, "
-        f"{statistics.median(x['roofline_fraction'] for x in ours):.0%} of the measured bandwidth; ratio "
-        + ", ".join(f"{statistics.median(x):.2f} ({side})" for side, x in ratios.items())
+        f"{path.name}: {shown(result['ratio'])}; "
+        f"{statistics.median(x['roofline_fraction'] for x in ours):.0%} of the measured read bandwidth, "
+        f"{statistics.median(x['tokens_per_second'] for x in ours):.0f} tokens/s"
     )
 
 
@@ -174,8 +149,7 @@ def _bandwidth() -> float:
     import jax
     import jax.numpy as jnp
 
-    rows = 2**18 if jax.default_backend() == "gpu" else 2**16
-    matrix = jnp.ones((rows, 1024), jnp.float32)
+    matrix = jnp.ones((2**16, 1024), jnp.float32)
     readers = (jax.jit(lambda x: jnp.sum(x, axis=1)), jax.jit(lambda x: jnp.ones((1, x.shape[0])) @ x))
     times = []
     for reader in readers:
@@ -207,30 +181,19 @@ def _memory(model: Any, params: Any, prompts: list[list[int]], arguments: argpar
 
 
 def run_torch(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times transformers' generate on the same weights."""
+    """Times transformers on the same weights."""
     import torch
-    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+    import torch_models
 
-    family = SHAPES[arguments.shape].family
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loader: Any = T5ForConditionalGeneration if family == "t5" else LlamaForCausalLM
-    model: Any = (
-        loader.from_pretrained(arguments.work / "model", dtype=getattr(torch, arguments.dtype)).to(device).eval()
-    )
-    config = model.generation_config
-    config.eos_token_id, config.bos_token_id, config.pad_token_id = None, None, 0
-    config.decoder_start_token_id = 0
-    tokens = torch.tensor(_prompts(arguments), dtype=torch.long, device=device)
-    options: dict[str, Any] = {"max_new_tokens": arguments.new, "do_sample": False}
-    if arguments.side == "torch_static":
-        options["cache_implementation"] = "static"
-    skipped = 1 if family == "t5" else arguments.prompt
-    out, times = tokens, []
-    for _ in range(arguments.repeats + 1):
-        before = time.perf_counter()
-        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options).cpu()
-        times.append(time.perf_counter() - before)
-    np.save(arguments.work / f"{arguments.side}.npy", out[:, skipped:].numpy())
+    model = torch_models.model_of(arguments.work / "model", dtype=getattr(torch, arguments.dtype)).eval()
+    tokens, new = torch_models.inputs_of([_prompts(arguments)])["input_ids"], arguments.new
+    if arguments.side == "torch_loop":
+        run = torch_models.greedy_loop(model, tokens, longest=new)
+    else:
+        run = torch_models.generator(model, tokens, static=arguments.side == "torch_static")
+    rows: list[torch.Tensor] = []
+    times = torch_models.timed(lambda: rows.append(run(new).cpu()), warm=0, count=arguments.repeats + 1)
+    np.save(arguments.work / f"{arguments.side}.npy", rows[-1].numpy())
     return _result(times, arguments)
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks beside a reference share: each side in a process of its own, and what a result says of its making.
+"""What benchmarks beside a reference share: shapes, each side in a process of its own, how a result was made.
 
 All sides start with glibc told to ask for huge pages, as `scripts/pretrain.py` does for itself, unless GLIBC_TUNABLES
 says otherwise.
@@ -14,12 +14,25 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxllm.config import LlamaConfig, T5Config
 
 RESULTS = Path(__file__).parent / "results"
 _TUNABLES = "GLIBC_TUNABLES"
 _PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
+
+_A: dict[str, Any] = {"vocab_size": 8192, "d_model": 256, "d_ff": 688, "num_layers": 4, "num_heads": 8}
+_TOY: dict[str, Any] = {"vocab_size": 512, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+SHAPES: dict[str, LlamaConfig | T5Config] = {
+    "A": LlamaConfig(**_A, num_kv_heads=4),
+    "B": LlamaConfig(vocab_size=32000, d_model=512, d_ff=1376, num_layers=8, num_heads=8, num_kv_heads=4),
+    "TA": T5Config(**_A, head_dim=32),
+    "toy": LlamaConfig(**_TOY, num_kv_heads=2),
+    "toy_t5": T5Config(**_TOY, head_dim=16),
+}
 
 
 def run_side(side: str, work: str | Path) -> dict[str, Any]:
@@ -33,6 +46,17 @@ def run_side(side: str, work: str | Path) -> dict[str, Any]:
 def spread(values: list[float]) -> dict[str, float]:
     """Smallest, median and largest."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def ratios(turns: list[dict[str, Any]], others: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Our speed over that of each other side, within each turn: smallest, median and largest."""
+    speed = "tokens_per_second"
+    return {side: spread([turn["jaxllm"][speed] / turn[side][speed] for turn in turns]) for side in others}
+
+
+def shown(ratios: dict[str, dict[str, float]]) -> str:
+    """Ratios as a row of README's table has them."""
+    return ", ".join("{median:.2f}x ({min:.2f} to {max:.2f}) ".format(**x) + side for side, x in ratios.items())
 
 
 def environment() -> dict[str, Any]:

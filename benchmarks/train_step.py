@@ -2,17 +2,19 @@
 
     python benchmarks/train_step.py --shape A --dtype float32        needs the extras `parity`
 
-Each side runs in its own process, alternating (ours, torch, ours, torch), because a machine's speed drifts; the ratio
-is taken within each pair. torch is eager: LlamaForCausalLM or T5ForConditionalGeneration with SDPA, AdamW (fused
-where it exists), autocast for bfloat16, no masks. Both sides clip the global norm and decay weights. Tokens are those
-of sources and targets; no dropout. `product_gflops` is the speed of each side's library at one matrix product of the
-model, most of whose step such products are: their ratio depends on the CPU. Results go to
-benchmarks/results/train_step_*.json.
+Each side (ours, torch eager, torch compiled) runs in its own process, in turns, because a machine's speed drifts; the
+ratio is taken within each turn. torch runs as `torch_models.train_step` does: SDPA, no cache, fused AdamW, autocast for
+bfloat16; compiled, the forward pass and the loss are one function of static shapes. All sides clip the global norm and
+decay weights. Tokens are those of sources and targets; no dropout, no masks. `product_gflops` is the speed of each
+side's library at one matrix product of the model, most of whose step such products are: their ratio depends on the CPU.
+Results go to benchmarks/results/train_step_*.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import statistics
 import tempfile
@@ -22,108 +24,73 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import environment, run_side, save, spread
+from sides import SHAPES, environment, ratios, run_side, save, shown, spread
 
-from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, T5Config, TrainingConfig
+from jaxllm.config import LlamaConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "A": {
-        "vocab_size": 8192,
-        "d_model": 256,
-        "d_ff": 688,
-        "num_layers": 4,
-        "num_heads": 8,
-        "num_kv_heads": 4,
-    },
-    "B": {
-        "vocab_size": 32000,
-        "d_model": 512,
-        "d_ff": 1376,
-        "num_layers": 8,
-        "num_heads": 8,
-        "num_kv_heads": 4,
-    },
-    "toy": {
-        "vocab_size": 512,
-        "d_model": 64,
-        "d_ff": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-    },
-    "TA": {  # v1.1
-        "vocab_size": 8192,
-        "d_model": 256,
-        "d_ff": 688,
-        "num_layers": 4,
-        "num_heads": 8,
-        "head_dim": 32,
-    },
-    "toy_t5": {
-        "vocab_size": 512,
-        "d_model": 64,
-        "d_ff": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "head_dim": 16,
-    },
+SIDES = ("jaxllm", "torch_eager", "torch_compile")
+BATCHES = {  # rows, length of the source, of T5's target
+    "A": (8, 256, 0),
+    "B": (4, 512, 0),
+    "toy": (2, 32, 0),
+    "TA": (8, 256, 64),
+    "toy_t5": (2, 32, 16),
 }
-BATCHES = {"A": (8, 256), "B": (4, 512), "toy": (2, 32)}  # rows, length
 _PRODUCT = "product_gflops"
-T5_BATCHES = {"TA": (8, 256, 64), "toy_t5": (2, 32, 16)}  # rows, length of the source, of the target
 
 
 def main() -> None:
-    """Alternates the two sides and writes the ratio."""
+    """Alternates the sides and writes the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="A")
+    parser.add_argument("--shape", choices=list(BATCHES), default="A")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a side in a turn")
-    parser.add_argument("--turns", type=int, default=2, help="pairs of turns")
-    parser.add_argument("--side", choices=["jaxllm", "torch"], help="run one side in this process")
-    parser.add_argument("--work", type=Path, help="folder the two sides share")
+    parser.add_argument("--turns", type=int, default=2, help="turns of all sides")
+    parser.add_argument("--side", choices=SIDES, help="run one side in this process")
+    parser.add_argument("--work", type=Path, help="folder the sides share")
     arguments = parser.parse_args()
     if arguments.side:
-        side = run_jaxllm if arguments.side == "jaxllm" else run_torch
+        side = run_jaxllm if arguments.side == "jaxllm" else functools.partial(run_torch, arguments.side)
         print(json.dumps(side(arguments.shape, arguments.dtype, arguments.steps, arguments.work)))
         return
     with tempfile.TemporaryDirectory() as work:
-        turns = [{side: run_side(side, work) for side in ("jaxllm", "torch")} for _ in range(arguments.turns)]
-        difference = _compare_logits(Path(work), arguments.dtype)
-    ratios = [turn["jaxllm"]["tokens_per_second"] / turn["torch"]["tokens_per_second"] for turn in turns]
+        turns = [{side: run_side(side, work) for side in SIDES} for _ in range(arguments.turns)]
+        difference = compare(Path(work), turns[0], arguments.dtype)
     result = {
         "benchmark": "train_step",
         "shape": arguments.shape,
         "dtype": arguments.dtype,
-        "ratio": spread(ratios),
-        "ratio_of_products": spread([turn["jaxllm"][_PRODUCT] / turn["torch"][_PRODUCT] for turn in turns]),
+        "ratio": ratios(turns, SIDES[1:]),
+        "ratio_of_products": spread([turn["jaxllm"][_PRODUCT] / turn["torch_eager"][_PRODUCT] for turn in turns]),
         "logits_relative_difference": difference,
         "turns": turns,
         **environment(),
     }
     path = save(f"train_step_{arguments.shape}_{arguments.dtype}", result)
-    print(f"{path.name}: ratio {result['ratio']}, of products alone {result['ratio_of_products']['median']:.2f}")
+    print(f"{path.name}: {shown(result['ratio'])}; products alone {result['ratio_of_products']['median']:.2f}x")
 
 
-def _compare_logits(work: Path, dtype: str) -> float:
-    ours, theirs = np.load(work / "jaxllm.npy"), np.load(work / "torch.npy")
-    difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-    if difference > (2e-4 if dtype == "float32" else 5e-2):
-        raise SystemExit(f"the two models differ by {difference}: a speed of a wrong model says nothing")
+def compare(work: Path, turn: dict[str, Any], dtype: str) -> float:
+    """Largest difference of the logits; stops unless they and the losses of the first step agree."""
+    ours, *others = (np.load(work / f"{side}.npy") for side in SIDES)
+    difference = max(float(np.abs(ours - theirs).max() / np.abs(theirs).max()) for theirs in others)
+    losses = [turn[side]["first_loss"] for side in SIDES]
+    apart = (max(losses) - min(losses)) / max(losses)
+    if max(difference, apart) > (2e-4 if dtype == "float32" else 5e-2):
+        raise SystemExit(f"logits differ by {difference}, losses by {apart}: a speed of a wrong model says nothing")
     return difference
 
 
-def _config(shape: str) -> LlamaConfig | T5Config:
-    if shape in T5_BATCHES:
-        return T5Config(**SHAPES[shape], layers="unroll")
-    return LlamaConfig(**SHAPES[shape], layers="unroll", max_length=BATCHES[shape][1])
+def _config(shape: str) -> ModelConfig:
+    config = dataclasses.replace(SHAPES[shape], layers="unroll")
+    return dataclasses.replace(config, max_length=BATCHES[shape][1]) if isinstance(config, LlamaConfig) else config
 
 
 def _batch(shape: str) -> dict[str, np.ndarray]:
     """Random documents without padding, as the data pipeline makes them; for T5 a source and a target each."""
-    rng, vocab = np.random.default_rng(0), SHAPES[shape]["vocab_size"]
-    if shape in T5_BATCHES:
-        rows, source, target = T5_BATCHES[shape]
+    rng, vocab = np.random.default_rng(0), SHAPES[shape].vocab_size
+    rows, source, target = BATCHES[shape]
+    if target:
         tokens = rng.integers(1, vocab, (rows, source + target)).astype(np.int32)
         targets = tokens[:, source:]
         return {
@@ -133,14 +100,13 @@ def _batch(shape: str) -> dict[str, np.ndarray]:
             "targets": targets,
             "weights": np.ones((rows, target), np.float32),
         }
-    rows, length = BATCHES[shape]
-    tokens = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    tokens = rng.integers(0, vocab, (rows, source + 1)).astype(np.int32)
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "weights": np.ones((rows, length), np.float32),
+        "positions": np.tile(np.arange(source, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, source), np.int32),
+        "weights": np.ones((rows, source), np.float32),
     }
 
 
@@ -149,7 +115,7 @@ def _inputs(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]:
-    """Times our step; saves weights for the other side and logits for the comparison."""
+    """Times our step; saves weights for the other sides and logits for the comparison."""
     import jax
 
     from jaxllm.interop.hf import save_hf
@@ -173,8 +139,7 @@ def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]
     state = init_train_state(params, optimizer, jax.random.key(1))
     before = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch))
-    first = time.perf_counter() - before
-    times = []
+    first, first_loss, times = time.perf_counter() - before, float(metrics.loss), []
     for _ in range(steps):
         before = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, batch))
@@ -182,48 +147,32 @@ def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]
     x, kernel = (jax.numpy.asarray(a, compute) for a in _factors(shape))
     product = jax.jit(lambda a, b: jax.numpy.dot(a, b, preferred_element_type=jax.numpy.float32))
     speed = _gflops(lambda: jax.block_until_ready(product(x, kernel)), shape)
-    return _result(times, sum(x.size for x in _inputs(batch)), first, float(metrics.loss), speed)
+    return _result(times, sum(x.size for x in _inputs(batch)), first, [first_loss, float(metrics.loss)], speed)
 
 
-def run_torch(shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
+def run_torch(side: str, shape: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
     """Times transformers' model with the weights that our side saved."""
     import torch
-    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+    import torch_models
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cls: Any = T5ForConditionalGeneration if shape in T5_BATCHES else LlamaForCausalLM
-    model: Any = cls.from_pretrained(work / "model", dtype=torch.float32).to(device).train()
-    batch = _batch(shape)
-    names = ("input_ids", "decoder_input_ids")
-    inputs = {k: torch.tensor(x, dtype=torch.long, device=device) for k, x in zip(names, _inputs(batch), strict=False)}
-    targets = torch.tensor(batch["targets"], dtype=torch.long, device=device)
-    cast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-    with torch.no_grad(), cast:
-        first_row = {name: x[:1] for name, x in inputs.items()}
-        np.save(work / "torch.npy", model(**first_row, use_cache=False).logits.float().cpu().numpy())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    times, loss = [], torch.zeros(())
-    for _ in range(steps + 1):
-        before = time.perf_counter()
-        with cast:
-            logits = model(**inputs, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - before)
-    x, kernel = (torch.tensor(a, dtype=getattr(torch, dtype), device=device) for a in _factors(shape))
+    model, autocast, batch = torch_models.model_of(work / "model").train(), dtype == "bfloat16", _batch(shape)
+    inputs, targets = torch_models.inputs_of(_inputs(batch)), torch.tensor(batch["targets"], dtype=torch.long)
+    targets = targets.to(torch_models.DEVICE)
+    with torch.no_grad(), torch.autocast(torch_models.DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        logits = model(**{name: x[:1] for name, x in inputs.items()}, use_cache=False).logits
+    np.save(work / f"{side}.npy", logits.float().cpu().numpy())
+    step = torch_models.train_step(model, autocast=autocast, mode="default" if side == "torch_compile" else None)
+    losses: list[torch.Tensor] = []
+    first, *times = torch_models.timed(lambda: losses.append(step(inputs, targets)), warm=0, count=steps + 1)
+    x, kernel = (torch.tensor(a, dtype=getattr(torch, dtype), device=torch_models.DEVICE) for a in _factors(shape))
     speed = _gflops(lambda: float((x @ kernel)[0, 0]), shape)
-    return _result(times[1:], sum(x.size for x in _inputs(batch)), times[0], float(loss.detach()), speed)
+    return _result(times, sum(x.size for x in _inputs(batch)), first, [float(losses[0]), float(losses[-1])], speed)
 
 
 def _factors(shape: str) -> tuple[np.ndarray, np.ndarray]:
     """The factors of the product into an MLP's hidden layer, over all tokens of a batch (a source's, of T5)."""
     rng, rows = np.random.default_rng(0), _inputs(_batch(shape))[0].size
-    width, outputs = SHAPES[shape]["d_model"], SHAPES[shape]["d_ff"]
+    width, outputs = SHAPES[shape].d_model, SHAPES[shape].d_ff
     return rng.standard_normal((rows, width), np.float32), rng.standard_normal((width, outputs), np.float32)
 
 
@@ -237,14 +186,15 @@ def _gflops(multiply: Callable[[], Any], shape: str) -> float:
     return 2e-9 * x.size * kernel.shape[1] / statistics.median(times)
 
 
-def _result(times: list[float], tokens: int, first: float, loss: float, product_gflops: float) -> dict[str, Any]:
+def _result(times: list[float], tokens: int, first: float, losses: list[float], speed: float) -> dict[str, Any]:
     ordered = sorted(times)
     return {
         "tokens_per_second": tokens / statistics.median(times),
         "p10_p90_seconds": [ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]],
         "first_step_seconds": first,
-        "loss": loss,
-        _PRODUCT: product_gflops,
+        "first_loss": losses[0],
+        "loss": losses[1],
+        _PRODUCT: speed,
     }
 
 

@@ -1,68 +1,315 @@
-"""Ours beside transformers on torch: outputs agree first, then ours, theirs, ours, each in its own process."""
+"""Ours beside transformers on torch: outputs agree first, then ours, theirs, ours, theirs, each in its own process.
+
+Theirs is the fastest of its forms: rows of a batch, loss over all logits or in chunks, attention kernel, mode of the
+compiler; for decoding, transformers' `generate` and a loop written by hand. Every form that was tried is in the result,
+with its rate or its error. The result so far is printed after every process, so that an interrupted case keeps what was
+measured; the last line is the most complete one.
+
+Environment: BASELINE_SECONDS is the time for a case (390); the second turns of both sides take precedence over further
+forms. BASELINE_OURS names a file with RESULT lines of the same call: our first turn is taken from it and marked
+`recorded`.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.gpu import decode, train
 from benchmarks.gpu.common import RESULT, report
 
-# What theirs does, on which shape, and our case.
+
+class Form(NamedTuple):
+    """How theirs runs.
+
+    Attributes:
+        mode: of torch.compile for training; `generate`, `loop` or `loop_tuned` for decoding.
+        rows: of a batch; 0 for decoding, whose batch is one prompt.
+        loss: `whole`, or `chunked` over the vocabulary's logits.
+        attention: as `torch_models.model_of` takes it.
+    """
+
+    mode: str = "default"
+    rows: int = 0
+    loss: str = "whole"
+    attention: str = "auto"
+
+    def label(self) -> str:
+        """The form in words."""
+        training = f"{self.rows} rows, {self.loss} loss, {self.attention} attention, "
+        return (training if self.rows else "") + self.mode
+
+
+class Case(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        what: train or decode.
+        ours: our case of that part.
+        start: the form of theirs that is tried first.
+    """
+
+    what: str
+    ours: str
+    start: Form
+
+
 CASES = {
-    "llama_1b_decode": ("decode", "1b", "decode/1b_b1"),
-    "llama_1b_train": ("train", "1b", "train/llama_1b"),
-    "t5_large_train": ("train", "t5_large", "train/t5_large"),
-    "llama_8b_decode": ("decode", "8b", "decode/8b_b1"),
-    "t5_large_decode": ("decode", "t5_large", "decode/t5_large_b1"),
+    "llama_1b_decode": Case("decode", "1b_b1", Form("loop")),
+    "llama_1b_train": Case("train", "llama_1b", Form(rows=4)),
+    "t5_large_train": Case("train", "t5_large", Form(rows=64)),
+    "llama_8b_decode": Case("decode", "8b_b1", Form("loop")),
+    "t5_large_decode": Case("decode", "t5_large_b1", Form("loop")),
 }
 # Float32 logits of both sides, relative to the largest; a GPU's own products are less exact than a CPU's.
 _AGREE = 2e-3
+TOY_FORMS = {"train": 1, "decode": 2}  # forms in a dry run, each of which a CPU compiles for a minute
+_SECONDS = 390.0
+_ONE = 180.0  # seconds that one process of theirs may take: a slow compilation must not eat the call
+_LEAST = 40.0  # seconds below which no process is started
+_SENSORS = ["clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"]
 
 
-def main(case: str, *, toy: bool) -> None:
-    """Measures and reports one case."""
-    what, shape, ours = CASES[case]
-    flags = ["--toy"] if toy else []
-    with tempfile.TemporaryDirectory() as folder:
-        _process("benchmarks.gpu.torch_side", "export", shape, folder, *flags)
-        difference = _process("benchmarks.gpu.baseline", folder)["difference"]
+class Turns:
+    """The processes of one case in order, each reported at once."""
+
+    def __init__(self, name: str, *, toy: bool) -> None:
+        """Starts the clock."""
+        self.name, self.case, self.toy = name, CASES[name], toy
+        self.turns: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+        self._end = time.monotonic() + float(os.environ.get("BASELINE_SECONDS", _SECONDS))
+
+    def left(self) -> float:
+        """Seconds that remain."""
+        return self._end - time.monotonic()
+
+    def ours(self, *, recorded: dict[str, Any] | None = None) -> None:
+        """One turn of ours, or what was recorded of it."""
+        part = self.case.what
+        arguments = ["--one", f"{part}/{self.case.ours}", *(["--dry-run"] if self.toy else [])]
+        measure = functools.partial(_process, "benchmarks.gpu.run", *arguments, limit=self.left())
+        turn = {**recorded, "recorded": True} if recorded else measure()
+        rate = "sequences_per_second" if "sequences_per_second" in turn else "tokens_per_second"
+        kept = {key: turn[key] for key in ("seconds", "peak_gb", "error", "recorded", "wall", "gpu") if key in turn}
+        self._add({"side": "ours", **kept, **({"rate": turn[rate]} if rate in turn else {})})
+
+    def theirs(self, form: Form) -> None:
+        """One turn of theirs in a form."""
+        arguments = self.case.what, _arguments(self.case, form, toy=self.toy)
+        limit = self.left() if self.toy else min(_ONE, self.left())
+        turn = _process("benchmarks.gpu.torch_side", *arguments, limit=limit)
+        self.facts["versions"] = turn.pop("versions", self.facts.get("versions"))
+        kept = {key: value for key, value in turn.items() if key not in ("part", "case")}
+        self._add({"side": "theirs", "form": form._asdict(), **kept})
+
+    def _add(self, turn: dict[str, Any]) -> None:
+        self.turns.append(turn)
+        report("baseline", self.name, **self.result(complete=False))
+
+    def seconds_of(self, side: str) -> float:
+        """What the longest turn of a side took; zero before the first."""
+        return max((turn.get("wall", 0.0) for turn in self.turns if turn["side"] == side), default=0.0)
+
+    def rates(self) -> dict[Form, list[float]]:
+        """Rates of theirs by form; an empty list for a form that failed."""
+        rates: dict[Form, list[float]] = {}
+        for turn in self.turns:
+            if turn["side"] == "theirs":
+                rates.setdefault(Form(**turn["form"]), []).extend([turn["rate"]] if "rate" in turn else [])
+        return rates
+
+    def best(self) -> Form | None:
+        """The fastest form that was measured."""
+        measured = {form: np.mean(rates) for form, rates in self.rates().items() if rates}
+        return max(measured, key=lambda form: measured[form], default=None)
+
+    def result(self, *, complete: bool) -> dict[str, Any]:
+        """All turns, and of both sides' rates the ratio to the fastest form, its range, and that to every form."""
+        ours = [turn["rate"] for turn in self.turns if turn["side"] == "ours" and "rate" in turn]
+        best, every = self.best(), self.rates()
+        values: dict[str, Any] = {"complete": complete, **self.facts, "ours": ours}
+        if best is not None:
+            values |= {"theirs": every[best], "best": best._asdict()}
+        if best is not None and ours:
+            ratios = {form.label(): np.mean(ours) / np.mean(rates) for form, rates in every.items() if rates}
+            values |= {
+                "ratio": np.mean(ours) / np.mean(every[best]),
+                "ratio_range": [min(ours) / max(every[best]), max(ours) / min(every[best])],
+                "ratios": ratios,
+            }
+        return {**values, "turns": self.turns}
+
+
+def main(name: str, *, toy: bool) -> None:
+    """Measures and reports one case.
+
+    Raises:
+        SystemExit: when torch is not installed, the logits differ, or a side was never measured.
+    """
+    missing = [each for each in ("torch", "transformers") if importlib.util.find_spec(each) is None]
+    if missing:
+        raise SystemExit(f"baseline/{name} compares with {' and '.join(missing)}, not installed here: pip install them")
+    turns = Turns(name, toy=toy)
+    turns.facts["logits_difference"] = difference = agreement(turns.case, toy=toy)
     if not difference < _AGREE:
-        raise SystemExit(f"{case}: the logits differ by {difference:.1e}; the speed of a wrong model says nothing")
-    one = ["--one", ours, *(["--dry-run"] if toy else [])]
-    first, theirs, again = (
-        _process("benchmarks.gpu.run", *one),
-        _process("benchmarks.gpu.torch_side", what, shape, "-", *flags),
-        _process("benchmarks.gpu.run", *one),
+        raise SystemExit(f"{name}: the logits differ by {difference:.1e}; the speed of a wrong model says nothing")
+    turns.ours(recorded=recorded(turns.case))
+    search(turns, most=TOY_FORMS[turns.case.what] if toy else 99)
+    if not toy:
+        second_turns(turns)
+    result = turns.result(complete=True)
+    report("baseline", name, **result)
+    if "ratio" not in result:
+        raise SystemExit(f"{name}: no form of {'theirs' if result['ours'] else 'ours'} was measured")
+
+
+def search(turns: Turns, *, most: int) -> None:
+    """Tries forms of theirs, from the first to what could be faster than the fastest so far.
+
+    Stops when nothing is left to try, or when the time would no longer suffice for a second turn of both sides.
+    """
+    form: Form | None = turns.case.start
+    while form is not None and len(turns.rates()) < most:
+        longest = turns.seconds_of("theirs")
+        reserved = turns.seconds_of("ours") + longest if longest else 0.0
+        if turns.left() - reserved < max(_LEAST, longest):
+            turns.facts["untried"] = form.label()  # and what might have come after it
+            return
+        turns.theirs(form)
+        tried, best = turns.rates(), turns.best()
+        candidates = neighbours(best, turns.case) if best is not None else fallbacks(form)
+        form = next((each for each in candidates if each not in tried), None)
+
+
+def neighbours(best: Form, case: Case) -> Iterator[Form]:
+    """Forms that may be faster than this one, most promising first."""
+    if case.what == "decode":
+        yield from (Form(mode) for mode in ("loop", "generate", "loop_tuned"))
+        return
+    yield best._replace(rows=2 * best.rows)
+    yield best._replace(loss="chunked")
+    yield best._replace(rows=2 * best.rows, loss="chunked")
+    yield from (best._replace(rows=best.rows // 2) for _ in range(best.rows > 1))
+    kernels = ("flex_attention",) if case.ours.startswith("t5") else ("cudnn", "flash")
+    yield from (best._replace(attention=each) for each in kernels)
+    yield best._replace(mode="max-autotune-no-cudagraphs")
+
+
+def fallbacks(failed: Form) -> Iterator[Form]:
+    """What to try while nothing has been measured: less memory, or the other ways of decoding."""
+    if failed.mode in ("loop", "generate"):
+        yield Form("generate")
+    elif failed.rows > 1:
+        yield failed._replace(rows=failed.rows // 2)
+
+
+def second_turns(turns: Turns) -> None:
+    """Ours and the fastest form again, as far as there is time; of decoding also `generate`, which is published too."""
+    if turns.best() is not None and turns.left() > turns.seconds_of("ours"):
+        turns.ours()
+    measured = [form for form, rates in turns.rates().items() if rates]
+    for form in sorted(measured, key=lambda form: form != turns.best()):
+        if turns.left() > _LEAST and (form == turns.best() or form.mode == "generate"):
+            turns.theirs(form)
+
+
+def _arguments(case: Case, form: Form, *, toy: bool) -> str:
+    if case.what == "decode":
+        ours = decode.case_of(case.ours)
+        sizes = {"prompt": 16, "new": 8} if toy else {"prompt": ours.prompt, "new": ours.new}
+        return json.dumps({"shape_name": ours.shape, "toy": toy, **sizes, "mode": form.mode})
+    ours = train.case_of(case.ours)
+    sizes = (
+        {"length": 16, "targets": 8 if ours.targets else 0} if toy else {"length": ours.length, "targets": ours.targets}
     )
-    rates = [_rate(first), _rate(again)]
-    report(
-        "baseline",
-        case,
-        ours=rates,
-        theirs=theirs["rate"],
-        ratio=sum(rates) / 2 / theirs["rate"],
-        logits_difference=difference,
-        their_rows=theirs.get("rows", 1),
-        versions={name: theirs[name] for name in ("torch", "transformers")},
-    )
+    return json.dumps({"shape_name": ours.shape, "toy": toy, **sizes, **form._asdict()})
 
 
-def _rate(result: dict[str, Any]) -> float:
-    return result["sequences_per_second" if "sequences_per_second" in result else "tokens_per_second"]
+def recorded(case: Case) -> dict[str, Any] | None:
+    """Our result in the file that BASELINE_OURS names; the newest one, or None."""
+    path = os.environ.get("BASELINE_OURS")
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    results = [json.loads(line.removeprefix(RESULT)) for line in lines if line.startswith(RESULT)]
+    fitting = [each for each in results if (each["part"], each["case"]) == (case.what, case.ours)]
+    return next((each for each in reversed(fitting) if "error" not in each), None)
 
 
-def _process(module: str, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command[2:])} ended with {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1].removeprefix(RESULT))
+def agreement(case: Case, *, toy: bool) -> float:
+    """Largest difference of the two sides' logits, relative to the largest logit.
+
+    Raises:
+        SystemExit: when a side has none.
+    """
+    ours: Any = (decode if case.what == "decode" else train).case_of(case.ours)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = json.dumps({"shape_name": ours.shape, "toy": toy, "folder": folder})
+        sides = [
+            _process("benchmarks.gpu.torch_side", "export", arguments),
+            _process("benchmarks.gpu.baseline", folder),
+        ]
+    if error := next((side["error"] for side in sides if "error" in side), None):
+        raise SystemExit(f"the two models could not be compared: {error}")
+    return sides[1]["difference"]
+
+
+def _process(module: str, *arguments: str, limit: float = _ONE) -> dict[str, Any]:
+    """The last result that a module's process printed, seconds and sensors; or its error. Never raises for it."""
+    command, before = [sys.executable, "-m", module, *arguments], time.monotonic()
+    # A file, because a pipe stays open while any worker of a killed process lives.
+    with tempfile.TemporaryFile("w+") as output, Sensors() as sensors:
+        try:
+            code = subprocess.run(command, stdout=output, check=False, timeout=max(limit, 1.0)).returncode
+            failed = {"error": f"{module} ended with {code}"} if code else {}
+        except subprocess.TimeoutExpired:
+            failed = {"error": f"took more than {limit:.0f} s"}
+        output.seek(0)
+        found = [line.removeprefix(RESULT) for line in output.read().splitlines() if line.startswith(RESULT)]
+    result = json.loads(found[-1]) if found else {"error": f"{module} printed no result"}
+    return {**result, **failed, "wall": round(time.monotonic() - before, 1), "gpu": sensors.readings()}
+
+
+class Sensors:
+    """Clocks, power and temperature of the GPU before, during and after a side, where there is an nvidia-smi."""
+
+    def __enter__(self) -> Sensors:
+        """Starts reading twice a second."""
+        command = ["nvidia-smi", f"--query-gpu={','.join(_SENSORS)}", "--format=csv,noheader,nounits", "-lms", "500"]
+        self._output = tempfile.TemporaryFile("w+")
+        try:
+            self._process = subprocess.Popen(command, stdout=self._output, stderr=subprocess.DEVNULL)
+        except FileNotFoundError:
+            self._process = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops reading."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def readings(self) -> dict[str, list[float]]:
+        """MHz of cores and memory, W, degrees: first, at the highest power, and last."""
+        self._output.seek(0)
+        lines = self._output.read().splitlines()
+        self._output.close()
+        numbers = re.compile(rf"[\d.]+(, [\d.]+){{{len(_SENSORS) - 1}}}")  # a sensor that is missing reads [N/A]
+        rows = [[float(value) for value in line.split(",")] for line in lines if numbers.fullmatch(line.strip())]
+        if not rows:
+            return {}
+        return {"before": rows[0], "at_most_power": max(rows, key=lambda row: row[2]), "after": rows[-1]}
 
 
 def agree(folder: Path) -> float:
@@ -80,4 +327,4 @@ def agree(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"difference": agree(Path(sys.argv[1]))}))
+    report("baseline", "agreement", difference=agree(Path(sys.argv[1])))

@@ -19,13 +19,11 @@ RESULT = "RESULT "
 _LLAMA = {"rope": RopeConfig(theta=500_000.0), "max_length": 8192, "layers": "unroll", "vocab_size": 128_256}
 _T5 = {"vocab_size": 32_128, "layers": "unroll"}
 SHAPES: dict[str, LlamaConfig | T5Config] = {
-    "125m": LlamaConfig(d_model=768, d_ff=2048, num_layers=12, num_heads=12, **{**_LLAMA, "vocab_size": 384}),
     "1b": LlamaConfig(
         d_model=2048, d_ff=8192, num_layers=16, num_heads=32, num_kv_heads=8, tie_embeddings=True, **_LLAMA
     ),
     "8b": LlamaConfig(d_model=4096, d_ff=14_336, num_layers=32, num_heads=32, num_kv_heads=8, **_LLAMA),
     "8b_8layers": LlamaConfig(d_model=4096, d_ff=14_336, num_layers=8, num_heads=32, num_kv_heads=8, **_LLAMA),
-    "t5_small": T5Config(d_model=512, d_ff=1024, num_layers=8, num_heads=6, **{**_T5, "vocab_size": 384}),
     "t5_base": T5Config(d_model=768, d_ff=2048, num_layers=12, num_heads=12, **_T5),
     "t5_large": T5Config(d_model=1024, d_ff=2816, num_layers=24, num_heads=16, **_T5),
 }

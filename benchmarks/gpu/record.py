@@ -120,8 +120,9 @@ class Record:
             new.replace(self._path)
 
     def measured(self, name: str) -> bool:
-        """Whether there is a result of this case that is no error."""
-        return "error" not in self._results.get(name, {"error": ""})
+        """Whether there is a whole result of this case."""
+        result = self._results.get(name, {"error": ""})
+        return "error" not in result and result.get("complete", True)
 
     def document(self) -> dict[str, Any]:
         """The machine and all results, old ones included."""

@@ -229,6 +229,8 @@ def _output_of(case: Planned, lane: _Lane, *, limit: float) -> tuple[int | None,
         environment |= variant.environment
     if case.name == "tests/gpu":
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = ".2"  # four processes share the GPU
+    environment["BASELINE_SECONDS"] = f"{max(limit - 15, 1):.0f}"
+    environment["BASELINE_OURS"] = str(lane.log)
     with lane.log.open("a+", encoding="utf-8", errors="replace") as log:
         log.write(f"\n=== {case.name} {time.strftime('%H:%M:%S')}\n")
         log.flush()

@@ -1,178 +1,145 @@
-"""The baseline: transformers on torch with compile and SDPA, in a process of its own.
+"""One measurement of transformers on torch, in a process of its own: python -m benchmarks.gpu.torch_side WHAT JSON.
 
-    python -m benchmarks.gpu.torch_side export|train|decode SHAPE FOLDER [--toy]
-
-`export` leaves a shallow model of the shape's width, tokens and its logits, for the other side to agree with.
+`export` leaves a shallow model of a shape's width, tokens and its logits, for the other side to agree with; `train`
+and `decode` time one form of the baseline. The JSON object holds the arguments of the function. Each function yields
+what it has measured so far, and the last line printed is the most complete: a profiler that fails or hangs costs no
+rate. Exceptions become results as well, so that the caller records what went wrong.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 import json
-import time
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+import torch._inductor.config as inductor
 
-from benchmarks.gpu.common import shape, spread
-from jaxllm.config import LlamaConfig, T5Config
+from benchmarks import torch_models
+from benchmarks.gpu.common import report, shape, spread
+from jaxllm.config import T5Config
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def model_of(config: LlamaConfig | T5Config, *, layers: int | None = None) -> Any:
-    """The model of a shape in transformers, randomly initialised on the device."""
-    common: dict[str, Any] = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
-    if isinstance(config, LlamaConfig):
-        theirs = transformers.LlamaConfig(
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=layers or config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_length,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
-            **common,
-        )
-        kind: Any = transformers.LlamaForCausalLM
-    else:
-        common["decoder_start_token_id"] = config.decoder_start_id
-        theirs = transformers.T5Config(
-            d_model=config.d_model,
-            d_kv=config.head_dim,
-            d_ff=config.d_ff,
-            num_layers=layers or config.num_layers,
-            num_heads=config.num_heads,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            **common,
-        )
-        kind = transformers.T5ForConditionalGeneration
-    with torch.device(DEVICE):
-        return kind(theirs)
+_CHUNK = 4096  # positions of a chunked loss, as on our side
+_VOCABULARY = 8192  # enough for the agreement: 128,256 tokens would only make the files larger
 
 
-def inputs_of(config: LlamaConfig | T5Config, rows: int, length: int, targets: int) -> dict[str, torch.Tensor]:
-    """Random tokens, by transformers' argument names."""
-    rng = np.random.default_rng(0)
-    tokens = torch.tensor(rng.integers(1, config.vocab_size, (rows, length)), device=DEVICE)
-    if isinstance(config, LlamaConfig):
-        return {"input_ids": tokens}
-    decoder = torch.tensor(rng.integers(1, config.vocab_size, (rows, targets)), device=DEVICE)
-    return {"input_ids": tokens, "decoder_input_ids": decoder}
-
-
-def export(config: LlamaConfig | T5Config, folder: Path) -> dict[str, Any]:
+def export(*, shape_name: str, toy: bool, folder: str) -> Iterator[dict[str, Any]]:
     """Saves a shallow float32 model, tokens and logits."""
-    model = model_of(config, layers=2).float().eval()
-    inputs = inputs_of(config, 2, 64, 32)
+    config = shape(shape_name, toy=toy)
+    config = dataclasses.replace(config, num_layers=2, vocab_size=min(config.vocab_size, _VOCABULARY))
+    if isinstance(config, T5Config):
+        config = dataclasses.replace(config, num_decoder_layers=2)
+    model = torch_models.model_of(config).eval()
+    inputs = torch_models.inputs_of(_tokens(config, (2, 64), (2, 32)))
     with torch.no_grad():
-        logits = model(**inputs).logits
+        logits = model(**inputs, use_cache=False).logits
     model.save_pretrained(folder)
     for name, array in {"logits": logits, **inputs}.items():
-        np.save(folder / f"{name}.npy", array.cpu().numpy())
-    return {}
+        np.save(Path(folder) / f"{name}.npy", array.cpu().numpy())
+    yield {}
 
 
-def train(config: LlamaConfig | T5Config, *, toy: bool) -> dict[str, Any]:
-    """Rows (or tokens) per second of a step: autocast, compiled forward, fused AdamW, clipping."""
-    t5 = isinstance(config, T5Config)
-    length, targets = (16, 8) if toy else (512, 114) if t5 else (4096, 0)
-    model = model_of(config).train()
-    compiled = model if toy else torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-
-    def step(inputs: dict[str, torch.Tensor]) -> float:
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            logits = compiled(**inputs).logits
-        wanted = inputs["decoder_input_ids" if t5 else "input_ids"]
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    for rows in (2,) if toy else (64, 32, 16) if t5 else (4, 2, 1):
-        inputs = inputs_of(config, rows, length, targets)
-        try:
-            times = spread(_timed(functools.partial(step, inputs), warm=1 if toy else 4, count=1 if toy else 12))
-        except torch.OutOfMemoryError:
-            optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            continue
-        rate = rows / times["median"] if t5 else rows * length / times["median"]
-        return {"seconds": times, "rows": rows, "rate": rate}
-    raise SystemExit("no batch fits")
+def _tokens(config: Any, encoder: tuple[int, int], decoder: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = [encoder, decoder] if isinstance(config, T5Config) else [encoder]
+    return [rng.integers(1, config.vocab_size, each) for each in shapes]
 
 
-def decode(config: LlamaConfig | T5Config, *, toy: bool) -> dict[str, Any]:
-    """Greedy tokens per second at batch 1: static cache and compiled steps for Llama, eager for T5."""
-    dtype = torch.float32 if toy else torch.bfloat16
-    model = model_of(config).to(dtype).eval()
-    prompt, short, long = (16, 2, 6) if toy else (512, 32, 256)
-    tokens = inputs_of(config, 1, prompt, 1)["input_ids"]
-    static = {"cache_implementation": "static"} if isinstance(config, LlamaConfig) and not toy else {}
+def train(
+    *, shape_name: str, toy: bool, length: int, targets: int, rows: int, loss: str, attention: str, mode: str
+) -> Iterator[dict[str, Any]]:
+    """Tokens (of T5: rows) per second of a train step in bfloat16."""
+    config = shape(shape_name, toy=toy)
+    model = torch_models.model_of(config, attention=attention).train()
+    inputs = torch_models.inputs_of(_tokens(config, (rows, length), (rows, targets)))
+    wanted = torch.randint(1, config.vocab_size, (rows, targets or length), device=torch_models.DEVICE)
+    chunk = {"whole": None, "chunked": 8 if toy else _CHUNK}[loss]
+    step = torch_models.train_step(model, autocast=True, mode=mode, chunk=chunk)
+    losses: list[torch.Tensor] = []
 
-    def run(new: int) -> None:
-        with torch.no_grad():
-            out = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-                **static,
-            )
-        if out.shape[1] < new:
-            raise SystemExit(f"{out.shape[1]} tokens instead of {new}")
+    def run() -> None:
+        losses.append(step(inputs, wanted))
 
-    count = 1 if toy else 3
-    # The difference of two lengths leaves the prompt out.
-    both = [spread(_timed(functools.partial(run, new), warm=1 if toy else 2, count=count)) for new in (short, long)]
-    seconds = (both[1]["median"] - both[0]["median"]) / (long - short)
+    times = spread(torch_models.timed(run, warm=1 if toy else 3, count=1 if toy else 4, size=1 if toy else 3))
+    first, last = float(losses[0]), float(losses[-1])
+    if not np.isfinite(last):
+        raise ArithmeticError(f"the loss went from {first} to {last}")
+    rate = (rows if targets else rows * length) / times["median"]
+    yield {"seconds": times, "rate": rate, "first_loss": first, "last_loss": last, **_facts()}
+    yield {"attention_kernels": torch_models.attention_kernels(run)}
+
+
+def decode(*, shape_name: str, toy: bool, prompt: int, new: int, mode: str) -> Iterator[dict[str, Any]]:
+    """Greedy tokens per second at batch 1."""
+    config = shape(shape_name, toy=toy)
+    model = torch_models.model_of(config, dtype=torch.float32 if toy else torch.bfloat16).eval()
+    tokens = torch_models.inputs_of(_tokens(config, (1, prompt), (1, 1)))["input_ids"]
+    inductor.coordinate_descent_tuning = mode == "loop_tuned"
+    run = torch_models.generator(model, tokens, static=True)
+    if mode != "generate":
+        run = torch_models.greedy_loop(model, tokens, longest=new)
+    yield {"ran": "static cache, compiled"}
+    try:
+        times = _per_token(run, new, toy=toy)
+    except Exception as error:
+        if mode != "generate":
+            raise
+        yield {"ran": f"growing cache, eager; compiled it failed: {_text(error)}"}
+        run = torch_models.generator(model, tokens, static=False)
+        times = _per_token(run, new, toy=toy)
+    yield {"seconds": times, "rate": 1 / times["median"], **_facts()}
+    yield {"attention_kernels": torch_models.attention_kernels(functools.partial(run, min(new, 4)))}
+
+
+def _per_token(run: Callable[[int], torch.Tensor], new: int, *, toy: bool) -> dict[str, float]:
+    """Seconds of a token: the difference of two lengths leaves the prompt out."""
+    short = max(new // 8, 1)
+    if (made := run(new).shape[1]) != new:  # the longest first: its cache serves the shorter too
+        raise ArithmeticError(f"{made} tokens instead of {new}")
+    counts = {"warm": 0 if toy else 1, "count": 1 if toy else 3}
+    long, brief = (torch_models.timed(functools.partial(run, each), **counts) for each in (new, short))
     if toy:  # a few tokens of a toy differ by less than the noise
-        seconds = both[1]["median"] / long
-    if seconds <= 0:
-        raise SystemExit(f"{long} tokens took no longer than {short}: too noisy to say anything")
-    return {"seconds": {"median": seconds}, "rate": 1 / seconds}
+        brief = [0.0] * len(long)
+    seconds = spread([(a - b) / (new - short) for a, b in zip(sorted(long), sorted(brief), strict=True)])
+    if seconds["median"] <= 0:
+        raise ArithmeticError(f"{new} tokens took no longer than {short}: too noisy to say anything")
+    return seconds
 
 
-def _timed(step: Callable[[], Any], *, warm: int, count: int) -> list[float]:
-    times = []
-    for _ in range(warm + count):
-        before = time.perf_counter()
-        step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - before)
-    return times[warm:]
+def _facts() -> dict[str, Any]:
+    """What a compiled run needed: graphs (one is all of it), and the most memory."""
+    from torch._dynamo.utils import counters
+
+    facts: dict[str, Any] = {"graphs": counters["stats"]["unique_graphs"]}
+    if torch_models.DEVICE == "cuda":
+        facts["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return facts
 
 
-def main() -> None:
-    """Does one thing and prints its result as JSON on the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["export", "train", "decode"])
-    parser.add_argument("shape")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    arguments = parser.parse_args()
+def _text(error: Exception) -> str:
+    """The exception in one line; out of memory in these words, whatever it is wrapped in."""
+    text = f"{type(error).__name__}: {error}"
+    return "out of memory" if "out of memory" in text.lower() else " ".join(text.split())[:400]
+
+
+def main(what: str, arguments: dict[str, Any]) -> None:
+    """Does one thing and prints its results."""
     torch.manual_seed(0)
-    config = shape(arguments.shape, toy=arguments.toy)
-    if arguments.what == "export":
-        result = export(config, arguments.folder)
-    else:
-        result = {"train": train, "decode": decode}[arguments.what](config, toy=arguments.toy)
-    print(json.dumps({**result, "torch": torch.__version__, "transformers": transformers.__version__}))
+    result: dict[str, Any] = {"versions": torch_models.VERSIONS}
+    try:
+        for more in {"export": export, "train": train, "decode": decode}[what](**arguments):
+            result |= more
+            report("torch", what, **result)
+    except Exception as error:
+        traceback.print_exc()
+        report("torch", what, **result, error=_text(error))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], json.loads(sys.argv[2]))
