@@ -214,7 +214,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 def encode_blanks(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """Ids of an encoder input, int32, in which each <extra_id_i> of the text is sentinel i, with the end token last.
 
-    Spaces alone before, between or after sentinels add no token, since span corruption leaves none there.
+    Spaces alone before, between or after sentinels add no token: people write them to keep the sentinels apart.
 
     Raises:
         ValueError: for a sentinel that the tokenizer doesn't have.

@@ -261,7 +261,8 @@ def _check_methods(model: type, family: type) -> None:
         name
         for cls in subclasses
         for name, value in vars(cls).items()
-        if inspect.isfunction(value) and hasattr(family, name) and (name == "__call__" or not name.startswith("__"))
+        if inspect.isfunction(inspect.unwrap(value)) and hasattr(family, name)
+        if name == "__call__" or not name.startswith("__")
     }
     if changed - _NOT_DECODED:
         names = ", ".join(f"{model.__name__}.{name}" for name in sorted(changed - _NOT_DECODED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,12 @@ class Backwards(T5):
         return -super().logits(x)
 
 
+class Compiled(Llama):
+    """An override that is no plain function."""
+
+    head = nn.jit(Llama.head)
+
+
 class Deeper(Backwards):
     """Overrides nothing itself."""
 
@@ -55,6 +62,7 @@ class Named(Llama):
         (Unrotated(LLAMA), "Unrotated._rope"),
         (Backwards(SMALL_T5), "Backwards.logits"),
         (Deeper(SMALL_T5), "Deeper.logits"),
+        (Compiled(LLAMA), "Compiled.head"),
     ],
 )
 def test_an_overridden_method_is_refused_by_name(model: Any, name: str) -> None:
