@@ -35,6 +35,19 @@ _ADVICE = {
 }
 
 
+def refused_by_cudnn(error: BaseException) -> bool:
+    """Whether cuDNN has no plan for an attention, by the compiler's message: memory and other XLA errors are not."""
+    text = str(error).lower()
+    if not isinstance(error, jax.errors.JaxRuntimeError) or any(sign in text for sign in _NOT_REFUSED):
+        return False
+    return any(sign in text for sign in _REFUSED)
+
+
+# What cuDNN's frontend and XLA's callers of it write, and what such a text holds where cuDNN itself is not there.
+_REFUSED = ("cudnn", "fmha", "no valid engine", "execution plan")
+_NOT_REFUSED = ("resource_exhausted", "out of memory", "alloc_failed", "not_initialized", "initialization failed")
+
+
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
     """Adds what to do about it to what a device cannot do; `name` says what it was asked for."""
