@@ -18,10 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.ops.attention import masked_attention
-from jaxllm.ops.cudnn_calls import CallClass, narrowest
+from jaxllm.ops.cudnn_calls import CallClass, narrowest, refused
 from jaxllm.ops.fused_attention import call_of, fused_attention
 from jaxllm.ops.masks import Pattern
-from jaxllm.training.compiled import refused_by_cudnn
 
 # Largest relative error of a result, as norms: jax's own formula has 2e-3 to 3e-3 in bfloat16, on a CPU.
 LARGEST_ERROR = {"bfloat16": 1e-2, "float16": 2e-3}
@@ -315,5 +314,5 @@ def timed(program: Callable[..., Any], *args: Any) -> float:
 
 def failed(error: Exception) -> dict[str, Any]:
     """What is reported of a call, or any other fact, that did not run."""
-    verdict = "refused" if refused_by_cudnn(error) else "failed"
+    verdict = "refused" if refused(error) else "failed"
     return {"verdict": verdict, "error": f"{type(error).__name__}: {error}"[:600]}

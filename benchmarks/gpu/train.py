@@ -16,6 +16,8 @@ from benchmarks.gpu.variants import split
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config_file import with_overrides
 from jaxllm.models import init_params
+from jaxllm.ops.cudnn_calls import refused
+from jaxllm.training.compiled import by_blocks
 from jaxllm.training.device import detect_device
 from jaxllm.training.fit import estimate_fit
 from jaxllm.training.loss import build_loss
@@ -133,12 +135,40 @@ def build_step(config: RunConfig, mesh: Mesh | None = None) -> tuple[Any, Callab
     return step, lambda: init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
 
 
+class Prepared(NamedTuple):
+    """A compiled train step.
+
+    Attributes:
+        config: the run, with the attention that it takes.
+        step: compiled, its state donated.
+        fresh: makes the initial state.
+        seconds: for compiling.
+    """
+
+    config: RunConfig
+    step: Any
+    fresh: Callable[[], Any]
+    seconds: float
+
+
+def compile_step(config: RunConfig, batch: Any) -> Prepared:
+    """The train step of a run; where cuDNN refuses an attention that `auto` chose, by blocks, as the trainer does."""
+    try:
+        step, fresh = build_step(config)
+        before = time.perf_counter()
+        compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(fresh), batch).compile()
+        return Prepared(config, compiled, fresh, time.perf_counter() - before)
+    except jax.errors.JaxRuntimeError as error:
+        if config.model.attention != "auto" or not refused(error):
+            raise
+        print(f"attention: chunked, because cuDNN refused: {error}"[:2000], flush=True)
+    return compile_step(by_blocks(config), batch)
+
+
 def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
     """Compiled step, initial state and compile seconds."""
-    step, fresh = build_step(config)
-    before = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(fresh), batch).compile()
-    return compiled, jax.jit(fresh)(), time.perf_counter() - before
+    made = compile_step(config, batch)
+    return made.step, jax.jit(made.fresh)(), made.seconds
 
 
 def main(name: str, *, toy: bool) -> None:

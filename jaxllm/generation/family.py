@@ -8,7 +8,7 @@ by the loops, never carried, so that it is neither copied nor mistaken for anoth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -48,6 +48,10 @@ class Decoder(Protocol):
     @property
     def model(self) -> Model:
         """The model itself."""
+        ...
+
+    def without_cudnn(self) -> Decoder:
+        """The same, with attention over prompts by blocks in plain JAX."""
         ...
 
     def prepare(self, params: Any, *, int8: bool = False) -> Any:
@@ -98,6 +102,10 @@ class LlamaDecoder:
     """A decoder continues its prompt."""
 
     model: Llama
+
+    def without_cudnn(self) -> LlamaDecoder:
+        """See `Decoder`."""
+        return LlamaDecoder(_by_blocks(self.model))
 
     def prepare(self, params: Any, *, int8: bool = False) -> llama_decode.LlamaParams:
         """See `Decoder`."""
@@ -178,6 +186,10 @@ class T5Decoder:
 
     model: T5
 
+    def without_cudnn(self) -> T5Decoder:
+        """See `Decoder`."""
+        return T5Decoder(_by_blocks(self.model))
+
     def prepare(self, params: Any, *, int8: bool = False) -> t5_decode.T5Params:
         """See `Decoder`."""
         if isinstance(params, t5_decode.T5Params):
@@ -236,6 +248,10 @@ class T5Decoder:
         begun = jnp.full((tokens.shape[0], 1), self.model.config.decoder_start_id, new.dtype)
         shifted = jnp.concatenate([begun, new[:, :-1]], axis=1)
         return apply(self.model, params, tokens, shifted, encoder_lengths=lengths)
+
+
+def _by_blocks(model: Any) -> Any:
+    return model.clone(config=replace(model.config, attention="chunked"))
 
 
 def _check_prepared(model: Model, embed: Array, **layers: int) -> None:

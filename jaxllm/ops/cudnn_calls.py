@@ -1,13 +1,17 @@
 """The calls of cuDNN's attention by class, and which classes are avoided: one table, so that a finding changes one row.
 
 `benchmarks/gpu/probe.py` compares a call of every class with float32 on a GPU and names the row that a bad answer
-changes. cuDNN's own limits are in `jaxllm.ops.fused_attention.obstacle`.
+changes. cuDNN's own limits are in `jaxllm.ops.fused_attention.obstacle`. What cuDNN refuses in spite of both is known
+when a program is compiled, by the compiler's message (`refused`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
+
+import jax
 
 
 class Call(NamedTuple):
@@ -128,3 +132,23 @@ def narrowest(call: Call) -> CallClass:
 def avoided(call: Call) -> CallClass | None:
     """The row because of which cuDNN is not asked for a call."""
     return next((row for row in CALL_CLASSES if row.avoided and row.holds(call)), None)
+
+
+# What cuDNN's frontend and XLA's callers of it write, and what is wrong with the machine rather than with the call.
+_REFUSED = ("cudnn", "fmha", "no valid engine", "execution plan")
+_OTHERS = ("resource_exhausted", "out of memory", "alloc_failed", "not_initialized", "initialization failed")
+_HEAD = 600  # characters of a message that state its cause; programs and tables of buffers follow
+
+
+def refused(error: BaseException) -> bool:
+    """Whether the compiler reports that cuDNN has no plan for an attention; no other XLA error counts."""
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    text = str(error).lower()
+    return any(sign in text[:_HEAD] for sign in _REFUSED) and not any(sign in text for sign in _OTHERS)
+
+
+def calls_in(program: str) -> list[str]:
+    """The distinct cuDNN attentions of a lowered program (StableHLO), each with the shapes of query and key."""
+    found = re.findall(r"@__cudnn\$(fmha\w+)\(.*: \(tensor<(\w+)>, tensor<(\w+)>", program)
+    return [f"{name} [{query}] [{key}]" for name, query, key in dict.fromkeys(found)]
