@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.gpu.attention_calls import ATTENTION, attend, failed, prepare, row_of, small, timed
+from benchmarks.gpu.clocks import CLOCKS, gpu_clocks, smi
 from benchmarks.gpu.common import report
 
 # Seconds after which no further fact is begun.
@@ -146,14 +146,6 @@ def copy(*, toy: bool) -> dict[str, Any]:
     return {"terabytes_per_second": 2 * a.nbytes / seconds / 1e12}
 
 
-_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
-
-
-def gpu_clocks() -> dict[str, str]:
-    """What nvidia-smi shows of the clocks; nothing where there is none. Changes nothing."""
-    return _smi(*_CLOCKS)
-
-
 def machine() -> dict[str, Any]:
     """Versions and the device, as far as they can be found out."""
     from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
@@ -163,16 +155,7 @@ def machine() -> dict[str, Any]:
         facts["cudnn"] = check_cudnn_version()
     except RuntimeError as error:
         facts["cudnn"] = str(error)
-    return facts | _smi("name", "driver_version", "memory.total", *_CLOCKS)
-
-
-def _smi(*names: str) -> dict[str, str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(names, done.stdout.splitlines()[0].split(", "), strict=False))
+    return facts | smi("name", "driver_version", "memory.total", *CLOCKS)
 
 
 if __name__ == "__main__":

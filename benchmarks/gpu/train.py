@@ -11,7 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from benchmarks.gpu.clocks import gpu_clocks
 from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
+from benchmarks.gpu.profile import traced
 from benchmarks.gpu.variants import split
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config_file import with_overrides
@@ -171,13 +173,17 @@ def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
     return made.step, jax.jit(made.fresh)(), made.seconds
 
 
-def main(name: str, *, toy: bool) -> None:
-    """Measures and reports one case."""
+# Steps that are timed: groups of so many, after two to warm up.
+_GROUPS, _SIZE = 4, 3
+
+
+def main(name: str, *, toy: bool, profile: bool = False) -> None:
+    """Measures and reports one case; `profile` also prints its largest kernels."""
     case = case_of(name)
     config = run_config(case, toy=toy)
     batch = jax.device_put(synthetic_batch(config, documents=case.documents, lengths=case.lengths))
-    step, state, compile_seconds = prepare(config, batch)
-    metrics: list[Any] = []
+    config, step, fresh, compile_seconds = compile_step(config, batch)
+    state, metrics = jax.jit(fresh)(), []
 
     def run(count: int) -> None:
         nonlocal state
@@ -186,22 +192,27 @@ def main(name: str, *, toy: bool) -> None:
             metrics.append(last)
         jax.block_until_ready(metrics[-1])
 
-    run(1 if toy else 4)
-    times = spread(time_groups(run, groups=1 if toy else 8, size=1 if toy else 4))
+    run(1 if toy else 2)
+    before = gpu_clocks()
+    times = spread(time_groups(run, groups=1 if toy else _GROUPS, size=1 if toy else _SIZE))
+    after = gpu_clocks()
     losses = [float(each.loss) for each in metrics]
     if not all(np.isfinite(losses)):
         raise SystemExit(f"{name}: the loss is not finite: {losses}")
-    report(
-        "train",
-        name,
-        seconds=times,
-        compile_seconds=compile_seconds,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        estimated_gb=sum(estimate_fit(config, optimizer_of(config))) / 1e9,
+    values = {
+        "seconds": times,
+        "compile_seconds": compile_seconds,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "attention": config.model.attention,
+        "clocks": [before, after],
+        "estimated_gb": sum(estimate_fit(config, optimizer_of(config))) / 1e9,
         **speed(config, times["median"]),
         **memory(step),
-    )
+    }
+    report("train", name, **values)
+    if profile:  # after the result, which it might cost; the last one printed counts
+        report("train", name, **values, **traced("train", name, run, steps=2, program=step.as_text()))
 
 
 def speed(config: RunConfig, seconds: float) -> dict[str, float]:
