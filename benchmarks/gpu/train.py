@@ -8,14 +8,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks.gpu.clocks import gpu_clocks
 from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
+from benchmarks.gpu.profile import traced
 from benchmarks.gpu.variants import split
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config_file import with_overrides
+from jaxllm.ops.cudnn_calls import refused
+from jaxllm.training.compiled import by_blocks
 from jaxllm.training.device import detect_device
 from jaxllm.training.fit import estimate_fit
 from jaxllm.training.metrics import train_flops
-from jaxllm.training.program import program_of
+from jaxllm.training.program import Program, program_of
 
 
 class Case(NamedTuple):
@@ -112,20 +116,44 @@ def synthetic_batch(config: RunConfig, *, documents: int, lengths: bool = True) 
     return {**names, "targets": tokens(width), "weights": np.ones((rows, width), np.float32)}
 
 
-def prepare(config: RunConfig, batch: Any) -> tuple[Any, Any, float]:
-    """Compiled step, initial state and compile seconds."""
-    program, before = program_of(config), time.perf_counter()
-    compiled = jax.jit(program.train_step, donate_argnums=0).lower(program.abstract_state(), batch).compile()
-    return compiled, jax.jit(program.fresh_state)(), time.perf_counter() - before
+class Prepared(NamedTuple):
+    """A compiled train step.
+
+    Attributes:
+        program: of the run, with the attention that it takes.
+        step: compiled, its state donated.
+        seconds: for compiling.
+    """
+
+    program: Program
+    step: Any
+    seconds: float
 
 
-def main(name: str, *, toy: bool) -> None:
-    """Measures and reports one case."""
+def compile_step(config: RunConfig, batch: Any) -> Prepared:
+    """The train step of a run; where cuDNN refuses an attention that `auto` chose, by blocks, as the trainer does."""
+    try:
+        program, before = program_of(config), time.perf_counter()
+        compiled = jax.jit(program.train_step, donate_argnums=0).lower(program.abstract_state(), batch).compile()
+        return Prepared(program, compiled, time.perf_counter() - before)
+    except jax.errors.JaxRuntimeError as error:
+        if config.model.attention != "auto" or not refused(error):
+            raise
+        print(f"attention: chunked, because cuDNN refused: {error}"[:2000], flush=True)
+    return compile_step(by_blocks(config), batch)
+
+
+# Steps that are timed: groups of so many, after two to warm up.
+_GROUPS, _SIZE = 4, 3
+
+
+def main(name: str, *, toy: bool, profile: bool = False) -> None:
+    """Measures and reports one case; `profile` also prints its largest kernels."""
     case = case_of(name)
     config = run_config(case, toy=toy)
     batch = jax.device_put(synthetic_batch(config, documents=case.documents, lengths=case.lengths))
-    step, state, compile_seconds = prepare(config, batch)
-    metrics: list[Any] = []
+    program, step, compile_seconds = compile_step(config, batch)
+    state, metrics = jax.jit(program.fresh_state)(), []
 
     def run(count: int) -> None:
         nonlocal state
@@ -134,22 +162,27 @@ def main(name: str, *, toy: bool) -> None:
             metrics.append(last)
         jax.block_until_ready(metrics[-1])
 
-    run(1 if toy else 4)
-    times = spread(time_groups(run, groups=1 if toy else 8, size=1 if toy else 4))
+    run(1 if toy else 2)
+    before = gpu_clocks()
+    times = spread(time_groups(run, groups=1 if toy else _GROUPS, size=1 if toy else _SIZE))
+    after = gpu_clocks()
     losses = [float(each.loss) for each in metrics]
     if not all(np.isfinite(losses)):
         raise SystemExit(f"{name}: the loss is not finite: {losses}")
-    report(
-        "train",
-        name,
-        seconds=times,
-        compile_seconds=compile_seconds,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        estimated_gb=sum(estimate_fit(program_of(config))) / 1e9,
+    values = {
+        "seconds": times,
+        "compile_seconds": compile_seconds,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "attention": program.config.model.attention,
+        "clocks": [before, after],
+        "estimated_gb": sum(estimate_fit(program)) / 1e9,
         **speed(config, times["median"]),
         **memory(step),
-    )
+    }
+    report("train", name, **values)
+    if profile:  # after the result, which it might cost; the last one printed counts
+        report("train", name, **values, **traced("train", name, run, steps=2, program=step.as_text()))
 
 
 def speed(config: RunConfig, seconds: float) -> dict[str, float]:

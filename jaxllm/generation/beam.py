@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.family import Decoder
 from jaxllm.generation.loop import GenerateState, ban_end, ended, segments, start
 from jaxllm.generation.requests import Settings, make_request
@@ -128,7 +129,8 @@ def beam_search(
         wraps=False,
     )
     r, settings = request, request.settings._replace(samples=search.beams)
-    out = _search(r.decoder, settings, search, r.params, r.tokens, r.lengths, r.keys, r.limit)
+    arguments = settings, search, r.params, r.tokens, r.lengths, r.keys, r.limit
+    out = fall_back(lambda decoder: _search(decoder, *arguments), r.decoder)
     tokens, lengths, scores = (np.asarray(x)[:, : search.returned].tolist() for x in out)
     return [
         [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]

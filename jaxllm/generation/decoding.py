@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.generation import loop
+from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.requests import Request, make_request
 from jaxllm.generation.verify import check_checkable, check_recorded
 from jaxllm.models import Model
@@ -111,8 +112,8 @@ def generate_stream(
 
 
 def _at_once(request: Request) -> np.ndarray:
-    r = request
-    return np.asarray(loop.run(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys, r.limit))
+    _, *arguments = request
+    return np.asarray(fall_back(lambda decoder: loop.run(decoder, *arguments), request.decoder))
 
 
 def _in_pieces(request: Request, params: Any, stop: Sequence[str], decode: Decode | None, check: bool) -> np.ndarray:
@@ -140,7 +141,8 @@ def _chunks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Tokens [B, T] and recorded logits [T, B, V] of each chunk until all rows have finished."""
     r = request
-    context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
+    _, *arguments, _ = request
+    context, state = fall_back(lambda decoder: loop.begin(decoder, *arguments), r.decoder)
     stopped = np.zeros(r.keys.shape[0], bool)
     rows: list[list[int]] = [[] for _ in stopped]
     count = 0

@@ -79,6 +79,10 @@ class EditedDecoder:
         """See `Decoder`."""
         return self.decoder.model
 
+    def without_cudnn(self) -> EditedDecoder:
+        """See `Decoder`."""
+        return EditedDecoder(self.decoder.without_cudnn())
+
     def prepare(self, params: Edited, *, int8: bool = False) -> Edited:
         """See `Decoder`."""
         return params._replace(params=self.decoder.prepare(params.params, int8=int8))

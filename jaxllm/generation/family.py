@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -49,6 +49,10 @@ class Decoder(Protocol):
     @property
     def model(self) -> Model:
         """The model itself."""
+        ...
+
+    def without_cudnn(self) -> Decoder:
+        """The same, with attention over prompts by blocks in plain JAX."""
         ...
 
     def prepare(self, params: Any, *, int8: bool = False) -> Any:
@@ -104,6 +108,10 @@ class LlamaDecoder:
     """A decoder continues its prompt."""
 
     model: Llama
+
+    def without_cudnn(self) -> LlamaDecoder:
+        """See `Decoder`."""
+        return LlamaDecoder(_by_blocks(self.model))
 
     def prepare(self, params: Any, *, int8: bool = False) -> llama_decode.LlamaParams:
         """See `Decoder`."""
@@ -184,6 +192,10 @@ class T5Decoder:
     """An encoder-decoder answers its prompt, beginning with the decoder's start token."""
 
     model: T5
+
+    def without_cudnn(self) -> T5Decoder:
+        """See `Decoder`."""
+        return T5Decoder(_by_blocks(self.model))
 
     def prepare(self, params: Any, *, int8: bool = False) -> t5_decode.T5Params:
         """See `Decoder`."""
@@ -270,6 +282,10 @@ def _check_methods(model: type, family: type) -> None:
             f"cannot decode with {names}: decoding has functions of its own for {family.__name__} and would ignore it; "
             f"use score or model.apply, which call it, or generate with a plain {family.__name__}"
         )
+
+
+def _by_blocks(model: Any) -> Any:
+    return model.clone(config=replace(model.config, attention="chunked"))
 
 
 def _check_prepared(model: Model, embed: Array, **layers: int) -> None:

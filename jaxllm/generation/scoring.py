@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.generation.edits import adapter, without_edits
+from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
 from jaxllm.models import Model, check_params
@@ -55,7 +56,8 @@ def score(
         cache_dtype=None,
         wraps=False,
     )
-    out = np.asarray(_log_probabilities(decoder, plan.length, params, tokens, lengths, new))
+    arguments = plan.length, params, tokens, lengths, new
+    out = np.asarray(fall_back(lambda each: _log_probabilities(each, *arguments), decoder))
     return [row[:count].tolist() for row, count in zip(out, counts, strict=True)]
 
 

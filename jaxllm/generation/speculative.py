@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.family import Decoder
 from jaxllm.generation.loop import ban_end, ended, start
 from jaxllm.generation.requests import Settings, make_request
@@ -116,10 +117,11 @@ def generate_speculative(
     options |= {"pad_id": pad_id, "seed": seed, "extra": drafts, "wraps": False}
     large = make_request(model, params, prompts, **options)
     small = None if draft_model is None else make_request(draft_model, draft_params, prompts, **options)
-    decoders = large.decoder, None if small is None else small.decoder
     plans = large.settings, None if small is None else small.settings
     weights = large.params, None if small is None else small.params
-    out, counts, steps = _run(decoders, plans, drafts, weights, large.tokens, large.lengths, large.keys, large.limit)
+    arguments = plans, drafts, weights, large.tokens, large.lengths, large.keys, large.limit
+    drafter = None if small is None else small.decoder
+    out, counts, steps = fall_back(lambda *decoders: _run(decoders, *arguments), large.decoder, drafter)
     counts, steps = np.asarray(counts), np.asarray(steps)
     rows = [row[:count] for row, count in zip(np.asarray(out).tolist(), counts, strict=True)]
     # The first token of a row comes from reading its prompt.

@@ -42,6 +42,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T + bias) v over the keys that `pattern` shows; a query that sees none gives zeros.
 
+    cuDNN has one exception, see `fused_attention`.
+
     `drop` (dropout, as a function) is applied to the softmax's weights, which only the reference path holds; only
     there can its dtype be chosen, too (`softmax_dtype`; None is float32).
 
@@ -57,7 +59,7 @@ def attention(
         implementation = "reference"
     chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
     if chosen == "cudnn":
-        return fused.fused_attention(query, key, value, scale=scale, bias=bias, **pattern._asdict())
+        return fused.fused_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
     if chosen == "chunked":
         return chunked_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
     mask = pattern.mask(range(query.shape[1]), range(key.shape[1]))
@@ -70,7 +72,7 @@ def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, b
     if query.shape[1] == 1:
         return "reference"
     packed = pattern.query_segments is not None
-    obstacle = fused.obstacle(query, key, bias=bias, causal=pattern.causal, window=pattern.window, packed=packed)
+    obstacle = fused.obstacle(query, key, pattern=pattern, bias=bias)
     if implementation == "cudnn" and obstacle:
         raise ValueError(f"attention: cudnn cannot run this: {obstacle}; use attention: auto or chunked")
     if implementation != "auto":

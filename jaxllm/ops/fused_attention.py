@@ -17,37 +17,80 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.ops.cudnn_calls import Call, avoided
+from jaxllm.ops.masks import Pattern
+
 # What a key of another document loses for each sign that differs, in units of a scaled score; exp(-104) is 0 in
 # float32, the rest is how far a foreign score may lie above all of its own, and growing heads reach hundreds. More
 # would cost digits: every sign of an equal code adds half a margin to a score.
 _MARGIN = 256.0
 
 
-def _largest_head() -> int:
-    """By the GPU's generation: 0 before Ampere and for other makes; a machine without one lowers for the newest."""
+def _generation() -> int:
+    """Major compute capability: 0 for other makes than NVIDIA's; a machine without a GPU lowers for Hopper."""
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    generation = int(capability.split(".")[0]) if capability[0].isdigit() else 0
-    return 256 if generation >= 9 else 128 if generation == 8 else 0
+    return int(capability.split(".")[0]) if capability[0].isdigit() else 0
 
 
-def obstacle(
-    query: Array, key: Array, *, bias: Array | None, causal: bool, window: int | None, packed: bool
-) -> str | None:
+def obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> str | None:
     """Why `fused_attention` can't run this on an NVIDIA GPU, or None."""
+    call = call_of(query, key, pattern=pattern, bias=bias)
+    limit, row = _limit(query, key, call, bias), avoided(call)
+    if limit is not None or row is None:
+        return limit
+    return f"cuDNN is not trusted with {row.name}: {row.reason} ({row.evidence})"
+
+
+def call_of(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> Call:
+    """What cuDNN is asked for, as the table of `jaxllm.ops.cudnn_calls` describes it."""
+    (_, length, _, width), keys = query.shape, key.shape[1]
+    packed, coded = pattern.query_segments is not None, width + code_width(length, keys)
+    call = Call(
+        generation=_generation(),
+        dtype=str(query.dtype),
+        queries=length,
+        keys=keys,
+        width=coded if packed else width,
+        causal=pattern.causal,
+        window=pattern.window is not None,
+        bias=bias is not None,
+        lengths=_lengths_for_cudnn(pattern) is not None,
+        packed=packed,
+    )
+    row = avoided(call)
+    if row is None or row.instead != "codes":
+        return call
+    return call._replace(lengths=False, packed=True, width=coded)
+
+
+def _lengths_for_cudnn(pattern: Pattern) -> Array | None:
+    """Real keys of each row, at least one: cuDNN 9.22 gives NaN for a row without keys (cudnn-frontend#943).
+
+    None for a causal row, where padding comes after all that its real queries see.
+    """
+    if pattern.key_lengths is None or (pattern.causal and pattern.query_lengths is not None):
+        return None
+    return jnp.maximum(pattern.key_lengths, 1)
+
+
+def _limit(query: Array, key: Array, call: Call, bias: Array | None) -> str | None:
+    """What jax's checks and cuDNN's would refuse."""
     batch, length, heads, width = query.shape
     keys = key.shape[1]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN needs float16 or bfloat16, got {query.dtype}"
-    largest, total = _largest_head(), width + (code_width(length, keys) if packed else 0)
-    if largest == 0:
+    largest = 256 if call.generation >= 9 else 128
+    if call.generation < 8:
         return "cuDNN's fused attention needs an NVIDIA GPU of the Ampere generation or newer"
-    if width % 8 or total > largest:
-        codes = f" with document codes to {total}" if packed else ""
+    if width % 8 or call.width > largest:
+        codes = f" with document codes to {call.width}" if call.packed else ""
         return f"cuDNN needs head_dim a multiple of 8 up to {largest}, got {width}{codes}"
-    if causal and length != keys:
+    if call.causal and length != keys:
         return f"cuDNN aligns a causal mask at the top left, which differs for {length} queries and {keys} keys"
-    if window is not None and not causal:
+    if call.window and not call.causal:
         return "cuDNN has a window for causal attention only"
+    if call.window and call.lengths:
+        return "cuDNN leaves the output undefined where a window holds padding only"
     if bias is not None and (length % 2 or keys % 2):
         return f"cuDNN differentiates a bias at even lengths only, got {length} and {keys}"
     if bias is not None and bias.shape not in ((1, heads, length, keys), (batch, heads, length, keys)):
@@ -60,25 +103,27 @@ def fused_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
+    pattern: Pattern,
     scale: float,
-    causal: bool,
-    window: int | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
-    query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B S"] | None = None,
-    query_lengths: Int[Array, " B"] | None = None,
-    key_lengths: Int[Array, " B"] | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Attention as `jaxllm.ops.attention` defines it; arguments are those of its `Pattern`.
+    """Attention as `jaxllm.ops.attention` defines it.
+
+    cuDNN computes a row of padding like any other, over at least one key, and it is hidden after that: what cuDNN
+    leaves in a row without keys may be NaN, is saved for its backward pass, and times a gradient of 0 would reach the
+    keys of other rows. So a row with `key_lengths` 0 and no `query_lengths` gives its first value instead of zeros.
 
     `implementation` xla gives the same operands to jax's own definition, so that the coding is tested without a GPU.
     """
-    width = query.shape[-1]
-    real = _real_queries(query.shape[1], query_segments, query_lengths)
-    if key_lengths is not None and query_lengths is None:
-        # jax would make them of a constant, which its rule for vmap takes for one of the rows.
-        query_lengths = query.shape[1] + 0 * key_lengths
+    width, length = query.shape[-1], query.shape[1]
+    call = call_of(query, key, pattern=pattern, bias=bias)
+    real = _real_queries(length, pattern.query_segments, pattern.query_lengths)
+    lengths = _lengths_for_cudnn(pattern)
+    query_segments, key_segments = pattern.query_segments, pattern.key_segments
+    if lengths is not None and not call.lengths:
+        query_segments, key_segments = _lengths_as_segments(query, key, lengths, query_segments, key_segments)
+        lengths = None
     if query_segments is not None and key_segments is not None:
         query, key, value = append_codes(query, key, value, query_segments, key_segments, scale=scale)
     mixed = jax.nn.dot_product_attention(
@@ -88,10 +133,11 @@ def fused_attention(
         # A float32 bias with low-precision queries gave NaN gradients in jax.
         bias=None if bias is None else bias.astype(query.dtype),
         scale=scale,
-        is_causal=causal,
-        query_seq_lengths=query_lengths,
-        key_value_seq_lengths=key_lengths,
-        local_window_size=None if window is None else (window - 1, 0),
+        is_causal=pattern.causal,
+        # All queries. Left out, jax would make a constant of it, which its rule for vmap takes for one of the rows.
+        query_seq_lengths=None if lengths is None else length + 0 * lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if pattern.window is None else (pattern.window - 1, 0),
         implementation=implementation,
     )[..., :width]
     return mixed if real is None else jnp.where(real[..., None, None], mixed, 0)
@@ -102,6 +148,16 @@ def _real_queries(length: int, segments: Array | None, lengths: Array | None) ->
     if segments is None:
         return inside
     return segments > 0 if inside is None else inside & (segments > 0)
+
+
+def _lengths_as_segments(
+    query: Array, key: Array, lengths: Array, query_segments: Array | None, key_segments: Array | None
+) -> tuple[Array, Array]:
+    """Documents of queries and keys that hide the keys from `lengths` on, within the documents that are given."""
+    inside = jnp.arange(key.shape[1]) < lengths[:, None]
+    if query_segments is None or key_segments is None:
+        return jnp.ones(query.shape[:2], jnp.int32), inside.astype(jnp.int32)
+    return query_segments, jnp.where(inside, key_segments, 0)
 
 
 def code_width(length: int, keys: int) -> int:

@@ -47,7 +47,7 @@ class Pattern(NamedTuple):
         query_segments: document of each query [B, T]; None is one document.
         key_segments: document of each key [B, S], 0 = padding.
         query_lengths: real queries of each row [B], the rest is padding on the right; None is all.
-        key_lengths: real keys of each row [B].
+        key_lengths: real keys of each row [B]; of a causal pattern with query_lengths, these.
     """
 
     causal: bool = False

@@ -7,12 +7,16 @@ an argument that differs later is refused by its name.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
+
+from jaxllm.config import RunConfig
+from jaxllm.ops.cudnn_calls import calls_in, refused
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +32,14 @@ class DeviceError(RuntimeError):
     """The device, or its libraries, cannot run a step; the message says what to change."""
 
 
+class AttentionRefused(DeviceError):
+    """cuDNN has no plan for an attention of a step."""
+
+
 # What to do about it, by a word of XLA's message.
 _ADVICE = {
-    "cudnn": "set model.attention=chunked, which does without cuDNN, or update nvidia-cudnn",
     "resource_exhausted": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
+    "cudnn": "set model.attention=chunked, which does without cuDNN, or update nvidia-cudnn",
 }
 
 
@@ -41,11 +49,18 @@ def explained(name: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        message = str(error)
+        cause = f"the {name} cannot run here: {str(error).splitlines()[0]}"
+        if refused(error):
+            raise AttentionRefused(f"{cause}; {_ADVICE['cudnn']}") from error
         for sign, advice in _ADVICE.items():
-            if sign in message.lower():
-                raise DeviceError(f"the {name} cannot run here: {message.splitlines()[0]}; {advice}") from error
+            if sign in str(error).lower():
+                raise DeviceError(f"{cause}; {advice}") from error
         raise
+
+
+def by_blocks(config: RunConfig) -> RunConfig:
+    """The run with attention that no library can refuse."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunked"))
 
 
 class CompiledOnce(Generic[P, R]):
@@ -73,20 +88,36 @@ class CompiledOnce(Generic[P, R]):
             RecompilationError: naming the argument that changed.
             DeviceError: when cuDNN has no kernel for it, or memory ends.
         """
-        if self._executable is None:
-            self._executable = self._compile(*args, **kwargs)
+        executable = self.prepare(*args, **kwargs)
         try:
             with explained(self._name):
-                return self._executable(*args, **kwargs)
+                return executable(*args, **kwargs)
         except TypeError as error:
             raise RecompilationError(
                 f"the {self._name} was compiled for other arguments; batches must keep their shapes and dtypes. {error}"
             ) from error
 
+    def prepare(self, *args: Any, **kwargs: Any) -> Callable[..., R]:
+        """Compiles it for these arguments, or arguments like them, unless it is compiled.
+
+        Raises:
+            AttentionRefused: when cuDNN has no plan for an attention in it.
+            DeviceError: when the device cannot run it for another reason that is known.
+        """
+        if self._executable is None:
+            self._executable = self._compile(*args, **kwargs)
+        return self._executable
+
     def _compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         start = time.perf_counter()
         with explained(self._name):
-            executable = self._jitted.lower(*args, **kwargs).compile()
+            lowered = self._jitted.lower(*args, **kwargs)
+            try:
+                executable = lowered.compile()
+            except jax.errors.JaxRuntimeError as error:
+                if refused(error):
+                    _log.warning("the %s asks cuDNN for %s", self._name, ", ".join(calls_in(lowered.as_text())))
+                raise
         seconds = time.perf_counter() - start
         memory = executable.memory_analysis()
         needed = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -55,9 +55,10 @@ class Prefetch:
         taken, self._waiting = self._waiting or self._read(), None
         return taken
 
-    def read_ahead(self) -> None:
-        """Reads the next batch and starts its copy; call it when a step has been dispatched."""
+    def read_ahead(self) -> Fetched:
+        """Reads the next batch and starts its copy, and leaves it there; call it when a step has been dispatched."""
         self._waiting = self._waiting or self._read()
+        return self._waiting
 
     def _read(self) -> Fetched:
         batch = next(self._pipeline)

@@ -85,6 +85,11 @@ class SpanEvaluation:
         self._sentinels = tokenizer.sentinel_ids
         self.reset()
 
+    def prepare(self, params: Any, placed: Batch) -> None:
+        """Compiles what `add` will run on batches like this one."""
+        if self._predict is not None:
+            self._predict.prepare(params, placed)
+
     def reset(self) -> None:
         """Forgets earlier batches."""
         self._counts = SpanCounts(0, 0)

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline, open_run_pipeline
+from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
 from jaxllm.sharding import check_rows, make_mesh, place_rows, state_shardings, with_shardings
 from jaxllm.training.checkpoint import Checkpoints, Restored
-from jaxllm.training.compiled import CompiledOnce, explained
+from jaxllm.training.compiled import explained
 from jaxllm.training.device import compilation_cache, detect_device
 from jaxllm.training.fit import announce_fit
 from jaxllm.training.initial_params import load_initial_params
@@ -33,10 +33,9 @@ from jaxllm.training.metrics import MetricsWriter, plot_curve
 from jaxllm.training.optimizer import build_schedule
 from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.prefetch import Prefetch
-from jaxllm.training.program import program_of
 from jaxllm.training.run_folder import open_run_folder, write_config
-from jaxllm.training.samples import encode_blanks, write_sample
-from jaxllm.training.spans import SpanEvaluation
+from jaxllm.training.samples import write_sample
+from jaxllm.training.steps import Steps
 from jaxllm.training.throughput import Throughput
 from jaxllm.training.train_step import (
     StepMetrics,
@@ -92,6 +91,8 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
         contextlib.closing(_Run(config, folder, pipeline)) as run,
     ):
         with _stop_signals() as stopped:
+            if run.step < until:
+                run.compile()
             run.train(until=until, stopped=stopped)
         if run.step == training.steps:
             run.finish()
@@ -113,25 +114,18 @@ class _Run:
         self.config, self.folder, self.pipeline = config, folder, pipeline
         training = config.training
         self._mesh = mesh = make_mesh()
-        self._program = program_of(config, mesh)
-        self.model = self._program.model
         self.schedule = build_schedule(config.optimizer, steps=training.steps)
-        self._eval_step = CompiledOnce(self._program.eval_step, name="evaluation step")
-        self._spans = SpanEvaluation(self.model, pipeline.tokenizer, dtype=self._program.dtype, mesh=mesh)
+        self.steps = Steps(config, pipeline.tokenizer, mesh=mesh, check=self._begin)
         self._bits = config.model.metric
         if config.model.encoder_decoder and training.sample_tokens:
             # A blank that the tokenizer lacks is better found now than at the end.
             encode_blanks(training.sample_prompt, pipeline.tokenizer)
-        self._check_fit = announce_fit(self._program, detect_device())
+        self._check_fit = announce_fit(self.steps.program, detect_device())
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
         self.validation: dict[str, float] = {}
         self.resumed_from = 0
         self.state = self._initial_state()
         self.step = self.resumed_from
-        layout = _keep_layout(self.state, mesh)
-        self._train_step = CompiledOnce(
-            self._program.train_step, name="train step", check=self._begin, donate_argnums=0, **layout
-        )
         self._batches, self._position = Prefetch(pipeline, mesh), pipeline.get_state()
         self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
         self.writer = MetricsWriter(folder, resume_step=self.step)
@@ -140,7 +134,7 @@ class _Run:
         _log.info(
             "%s, %.2fM parameters, %s in %s, tokenizer of %d",
             config.model.family,
-            count_params(self.model) / 1e6,
+            count_params(self.steps.program.model) / 1e6,
             pipeline.source_name,
             config.precision.compute,
             pipeline.tokenizer.vocab_size,
@@ -151,7 +145,14 @@ class _Run:
         """The step is compiled: the last that can refuse the run, and then the folder is its."""
         if self._check_fit is not None:
             self._check_fit(needed)
-        write_config(self.config, self.folder)
+        write_config(self.steps.program.config, self.folder)
+
+    def compile(self) -> None:
+        """Settles the path of attention, where a library could refuse it, before the first step."""
+        self.steps.compile(self.state, lambda: self._batches.read_ahead().placed)
+        if self.steps.program.config != self.config:
+            self.config = self.steps.program.config
+            self.overflow = OverflowWatch(self.config, self.state.params, mesh=self._mesh)
 
     def _initial_state(self) -> TrainState:
         with explained("initial state"):
@@ -165,12 +166,14 @@ class _Run:
 
     def _newest_state(self) -> tuple[TrainState, Restored | None]:
         """The state of the newest checkpoint, or the one that the run starts from."""
-        program, mesh = self._program, self._mesh
+        program, mesh = self.steps.program, self._mesh
         abstract = program.abstract_state()
         restored = self.checkpoints.restore(with_shardings(abstract, mesh))
         layout = None if mesh is None else state_shardings(abstract, mesh)
         if restored is None and self.config.training.init_from:
-            params = load_initial_params(self.config.training.init_from, self.model, tokenizer=self.pipeline.tokenizer)
+            params = load_initial_params(
+                self.config.training.init_from, program.model, tokenizer=self.pipeline.tokenizer
+            )
             if mesh is not None:
                 params = jax.device_put(params, state_shardings(params, mesh))
             return jax.jit(program.state_of, out_shardings=layout)(params), None
@@ -186,7 +189,7 @@ class _Run:
         while self.step < until and not stopped():
             with self._meter.waiting():
                 batch, placed, self._position = self._batches.take()
-            self.state, metrics = self._train_step(self.state, placed)
+            self.state, metrics = self.steps.train_step(self.state, placed)
             self.step += 1
             if self.step < until:
                 with self._meter.waiting():
@@ -289,24 +292,24 @@ class _Run:
 
     def evaluate(self) -> dict[str, float]:
         """Loss per token, bits per byte, accuracy and T5's spans on the first validation batches, always the same."""
-        self._spans.reset()
+        self.steps.spans.reset()
         nll = weight = correct = size = 0.0
         for batch in self.pipeline.validation(self.config.training.eval_batches):
             placed = place_rows(batch, self._mesh)
-            sums = jax.device_get(self._eval_step(self.state.params, placed))
+            sums = jax.device_get(self.steps.eval_step(self.state.params, placed))
             nll, weight, correct = (
                 nll + float(sums.nll),
                 weight + float(sums.weight),
                 correct + float(sums.correct),
             )
             size += self._bytes(batch)
-            self._spans.add(self.state.params, batch, placed)
+            self.steps.spans.add(self.state.params, batch, placed)
         weight = max(weight, 1.0)
         return {
             "loss": nll / weight,
             self._bits: nll / math.log(2) / max(size, 1.0),
             "accuracy": correct / weight,
-            **self._spans.result(),
+            **self.steps.spans.result(),
         }
 
     def finish(self) -> None:
@@ -316,7 +319,7 @@ class _Run:
             _log.info("validation %s %.3f (%s)", self._bits.replace("_", " "), self.validation[self._bits], compared)
         # Decoding is for one device: a few tokens are not worth a layout of their own.
         params = self.state.params if self._mesh is None else jax.device_put(self.state.params, jax.devices()[0])
-        text = write_sample(self.folder, self.model, params, self.pipeline, self.config.training)
+        text = write_sample(self.folder, self.steps.program.model, params, self.pipeline, self.config.training)
         if text:
             _log.info("sample:\n%s", text)
         try:
@@ -336,11 +339,6 @@ def _tokens(batch: dict[str, np.ndarray]) -> float:
     """Tokens that are not padding, on both sides of an encoder-decoder."""
     source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
     return float(np.count_nonzero(batch["weights"]) + source)
-
-
-def _keep_layout(state: TrainState, mesh: Mesh | None) -> dict[str, Any]:
-    """Options of jit that leave a step's new state where the old one lies, whatever XLA would prefer."""
-    return {} if mesh is None else {"out_shardings": (state_shardings(state, mesh), None)}
 
 
 @contextlib.contextmanager

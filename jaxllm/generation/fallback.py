@@ -1,0 +1,45 @@
+"""What happens when cuDNN refuses the attention of a prompt: `attention: auto` takes blocks in plain JAX instead.
+
+jax compiles when a function is first called, so the refusal comes out of that call; nothing is donated there. Steps
+after the prompt attend to a cache and never ask cuDNN.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from jaxllm.generation.family import Decoder
+from jaxllm.ops.cudnn_calls import refused
+
+_log = logging.getLogger(__name__)
+# Decoders of which a program was refused: what failed is not compiled again for the next prompt.
+_refused: set[Any] = set()
+
+R = TypeVar("R")
+
+
+def fall_back(function: Callable[..., R], *decoders: Decoder | None) -> R:
+    """`function(*decoders)`; where cuDNN refuses an attention, once more with decoders that do not ask it.
+
+    Raises:
+        JaxRuntimeError: for `attention: cudnn`, and for all other errors.
+    """
+    chosen = [_without_cudnn(decoder) if decoder in _refused else decoder for decoder in decoders]
+    try:
+        return function(*chosen)
+    except jax.errors.JaxRuntimeError as error:
+        willing = {decoder for decoder in chosen if decoder is not None and decoder.model.config.attention == "auto"}
+        if not willing or not refused(error):
+            raise
+        cause = str(error).splitlines()[0]
+        _log.warning("attention: chunked instead of auto for prompts, because cuDNN refused one: %s", cause)
+        _refused.update(willing)
+    return function(*(_without_cudnn(decoder) if decoder in willing else decoder for decoder in chosen))
+
+
+def _without_cudnn(decoder: Decoder | None) -> Decoder | None:
+    return None if decoder is None else decoder.without_cudnn()

@@ -1,0 +1,154 @@
+"""The calls of cuDNN's attention by class, and which classes are avoided: one table, so that a finding changes one row.
+
+`benchmarks/gpu/probe.py` compares a call of every class with float32 on a GPU and names the row that a bad answer
+changes. cuDNN's own limits are in `jaxllm.ops.fused_attention.obstacle`. What cuDNN refuses in spite of both is known
+when a program is compiled, by the compiler's message (`refused`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+
+
+class Call(NamedTuple):
+    """What a class may depend on.
+
+    Attributes:
+        generation: major compute capability of the GPU; 9 is Hopper.
+        dtype: of queries, keys and values.
+        queries: length of a row.
+        keys: length of a row.
+        width: of a head, document codes included.
+        causal: whether keys after the query are hidden.
+        window: whether keys long before the query are hidden too.
+        bias: whether the scores have one; the gradient of a bias is assumed to be wanted.
+        lengths: whether cuDNN gets the number of real keys of each row (its padding mask).
+        packed: whether heads end with document codes.
+    """
+
+    generation: int
+    dtype: str
+    queries: int
+    keys: int
+    width: int
+    causal: bool = False
+    window: bool = False
+    bias: bool = False
+    lengths: bool = False
+    packed: bool = False
+
+
+class CallClass(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: what the calls have in common.
+        holds: whether a call is one of them.
+        avoided: whether cuDNN is not asked for them; set it after a wrong or refused answer of the probe.
+        reason: what is wrong, or what may be.
+        evidence: who has seen it, and where.
+        instead: what an avoided call becomes: blocks in plain JAX, or the same kernel with lengths as document codes.
+    """
+
+    name: str
+    holds: Callable[[Call], bool]
+    avoided: bool
+    reason: str
+    evidence: str
+    instead: Literal["chunked", "codes"] = "chunked"
+
+
+# From the narrowest class to all calls. No row but the first has been seen to be wrong, and none has run on a card yet.
+CALL_CLASSES = (
+    CallClass(
+        "bias, 64 keys beyond a multiple of 128",
+        lambda call: call.generation == 9 and call.bias and call.keys % 128 == 64,
+        avoided=True,
+        reason="the gradient of a query is NaN on Hopper where all of its scores are below about -89",
+        evidence="pytorch#196678 and cudnn-frontend#628: cuDNN 9.20 to 9.30 on H100 and H200",
+    ),
+    CallClass(
+        "bias and lengths",
+        lambda call: call.bias and call.lengths,
+        avoided=False,
+        reason="cuDNN's frontend allows a bias gradient with a padding mask from 9.5 on; Transformer Engine refuses it",
+        evidence="sources of both; no report of a wrong answer",
+        instead="codes",
+    ),
+    CallClass(
+        "window and bias",
+        lambda call: call.window and call.bias,
+        avoided=False,
+        reason="cuDNN's frontend allows it from 9.10.2 on; Transformer Engine refuses it",
+        evidence="sources of both",
+    ),
+    CallClass(
+        "bias rows that are no multiple of 16 bytes",
+        lambda call: call.bias and call.keys % 8 != 0,
+        avoided=False,
+        reason="a row of T5's decoder of 114 has 228 bytes, which no vector load fits",
+        evidence="derived; no report",
+    ),
+    CallClass(
+        "document codes beyond a head of 128",
+        lambda call: call.packed and call.width > 128,
+        avoided=False,
+        reason="kernels for heads wider than 128 are others, and slow in the backward pass",
+        evidence="derived; no report",
+    ),
+    CallClass(
+        "document codes",
+        lambda call: call.packed,
+        avoided=False,
+        reason="a head of 72 or 80 is padded to 128",
+        evidence="derived; no report",
+    ),
+    CallClass(
+        "queries that fill no tile, without any mask",
+        lambda call: not (call.causal or call.lengths or call.bias) and call.queries % 64 != 0,
+        avoided=False,
+        reason="gradients of keys are NaN on Hopper for one query whose scores are strongly negative; with lengths not",
+        evidence="cudnn-frontend#1072 (cuDNN 9.25 and 9.26); one query takes the reference path here",
+    ),
+    CallClass(
+        "bias", lambda call: call.bias, avoided=False, reason="its gradient takes a workspace", evidence="source"
+    ),
+    CallClass("window", lambda call: call.window, avoided=False, reason="none", evidence="none"),
+    CallClass("lengths", lambda call: call.lengths, avoided=False, reason="none", evidence="none"),
+    CallClass("float16", lambda call: call.dtype == "float16", avoided=False, reason="none", evidence="none"),
+    CallClass("all calls", lambda call: True, avoided=False, reason="none", evidence="none"),
+)
+
+
+def narrowest(call: Call) -> CallClass:
+    """The first row that a call belongs to: the one that a finding about it changes."""
+    return next(row for row in CALL_CLASSES if row.holds(call))
+
+
+def avoided(call: Call) -> CallClass | None:
+    """The row because of which cuDNN is not asked for a call."""
+    return next((row for row in CALL_CLASSES if row.avoided and row.holds(call)), None)
+
+
+# What cuDNN's frontend and XLA's callers of it write, and what is wrong with the machine rather than with the call.
+_REFUSED = ("cudnn", "fmha", "no valid engine", "execution plan")
+_OTHERS = ("resource_exhausted", "out of memory", "alloc_failed", "not_initialized", "initialization failed")
+_HEAD = 600  # characters of a message that state its cause; programs and tables of buffers follow
+
+
+def refused(error: BaseException) -> bool:
+    """Whether the compiler reports that cuDNN has no plan for an attention; no other XLA error counts."""
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    text = str(error).lower()
+    return any(sign in text[:_HEAD] for sign in _REFUSED) and not any(sign in text for sign in _OTHERS)
+
+
+def calls_in(program: str) -> list[str]:
+    """The distinct cuDNN attentions of a lowered program (StableHLO), each with the shapes of query and key."""
+    found = re.findall(r"@__cudnn\$(fmha\w+)\(.*: \(tensor<(\w+)>, tensor<(\w+)>", program)
+    return [f"{name} [{query}] [{key}]" for name, query, key in dict.fromkeys(found)]
