@@ -22,7 +22,7 @@ def restart_with_huge_pages() -> None:
     kernel that gives them always or never), or beside an NVIDIA GPU, whose arrays lie elsewhere. A glibc before 2.35
     and other C libraries ignore the variable.
     """
-    if "GLIBC_TUNABLES" in os.environ or not _on_request() or Path("/dev/nvidia0").exists():
+    if "GLIBC_TUNABLES" in os.environ or not _on_request() or any(Path("/dev").glob("nvidia[0-9]*")):
         return
     os.environ["GLIBC_TUNABLES"] = TUNABLES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

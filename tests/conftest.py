@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# All of this must be set before jax starts, and reach the processes that tests start.
-if not Path("/dev/nvidia0").exists():
+# All of this must be set before jax starts (so `device.nvidia_devices`, which imports it, is of no use here), and reach
+# the processes that tests start.
+if any(Path("/dev").glob("nvidia[0-9]*")):
+    # With -n 4 each process has a fifth of a GPU's memory, whatever one process would have.
+    share = 0.8 / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    given = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "1"))
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{min(given, share):.2f}"
+else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # processes that are started from here find it set
         # LLVM's effort and the newer of XLA's two ways to emit a fusion (XLA's passes all run): compiling is most of

@@ -11,6 +11,8 @@ from pathlib import Path
 import huge_pages
 import pytest
 
+from jaxllm.training.device import nvidia_devices
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 # What a restarted process says: its number, its arguments, the variable, and whether a large allocation asks.
 PROGRAM = """
@@ -30,7 +32,7 @@ for line in open("/proc/self/smaps"):
 print(os.getpid(), *sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), asked)
 """
 on_request = pytest.mark.skipif(
-    not huge_pages._on_request() or Path("/dev/nvidia0").exists(), reason="huge pages are not given on request here"
+    not huge_pages._on_request() or bool(nvidia_devices()), reason="huge pages are not given on request here"
 )
 
 

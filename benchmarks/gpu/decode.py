@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.common import achievable, report, shape, spread
+from benchmarks.gpu.decode_check import first_chunk
+from benchmarks.gpu.profile import traced
 from benchmarks.gpu.variants import split
 from jaxllm.config import LlamaConfig
 from jaxllm.generation import loop
-from jaxllm.generation.family import decoder_of
-from jaxllm.generation.requests import make_request
+from jaxllm.generation.fallback import fall_back
+from jaxllm.generation.family import Decoder, decoder_of
+from jaxllm.generation.requests import Request, make_request
 from jaxllm.models import abstract_params, build
 from jaxllm.training.fit import tree_bytes
 
@@ -62,59 +65,122 @@ def abstract_weights(model: Any, *, int8: bool) -> Any:
 
 def fill(weights: Any) -> Any:
     """Random weights of these shapes, leaf by leaf: the float32 masters of 8B would not leave much room."""
-    leaves, structure = jax.tree.flatten(weights)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(weights)
 
     def draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.dtype == jnp.int8:
             return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
-        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        # Products keep the size of what they are given, so that attention has its say.
+        std = min(leaf.shape) ** -0.5 if len(leaf.shape) > 1 else 0.02
+        return (std * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
-    filled = [jax.jit(draw, static_argnums=1)(jax.random.key(i), leaf) for i, leaf in enumerate(leaves)]
+    filled = []
+    for i, (path, leaf) in enumerate(leaves):
+        norm = jax.tree_util.keystr(path).endswith("norm")
+        drawn = None if norm else jax.jit(draw, static_argnums=1)(jax.random.key(i), leaf)
+        filled.append(jnp.ones(leaf.shape, leaf.dtype) if drawn is None else drawn)
     return jax.tree.unflatten(structure, filled)
 
 
-def main(name: str, *, toy: bool) -> None:
-    """Measures and reports one case."""
-    shape_name, batch, prompt, new, int8 = case_of(name)
-    batch, prompt, new = (min(batch, 2), 16, 8) if toy else (batch, prompt, new)
-    model = build(shape(shape_name, toy=toy), dtype=jnp.float32 if toy else jnp.bfloat16)
-    params = fill(abstract_weights(model, int8=int8))
-    prompts = np.random.default_rng(0).integers(1, model.config.vocab_size, (batch, prompt)).tolist()
-    request = make_request(model, params, prompts, max_new_tokens=new)
-    settings, start = request.settings, time.perf_counter()
-    inputs = (request.decoder, settings, params)
-    context, state = jax.block_until_ready(loop.begin(*inputs, request.tokens, request.lengths, request.keys))
-    first, times, tokens = time.perf_counter() - start, [], []
+def main(name: str, *, toy: bool, profile: bool = False) -> None:
+    """Measures and reports one case; `profile` also prints its largest kernels."""
+    case = case_of(name)
+    if toy:
+        case = case._replace(batch=min(case.batch, 2), prompt=16, new=8)
+    model = build(shape(case.shape, toy=toy), dtype=jnp.float32 if toy else jnp.bfloat16)
+    params = fill(abstract_weights(model, int8=case.int8))
+    prompts = np.random.default_rng(0).integers(1, model.config.vocab_size, (case.batch, case.prompt)).tolist()
+    request = make_request(model, params, prompts, max_new_tokens=case.new)
+    start = time.perf_counter()
+    request, context, state = begin(request)
+    first = time.perf_counter() - start
+    agreed = agreement(name, request) if toy or _checked(case) else {}
     before = time.perf_counter()
-    jax.block_until_ready(loop.begin(*inputs, request.tokens, request.lengths, request.keys))
-    prefill, stopped = time.perf_counter() - before, jnp.zeros((batch,), bool)
-    done = 0
+    begin(request)
+    prefill = time.perf_counter() - before
+    state, step = decode(name, request, context, state, warm=not toy)
+    held = (case.prompt + case.new / 2) / request.settings.plan.slots  # mean part of the cache with something in it
+    moved = read_bytes(model.config, params) + tree_bytes(context)
+    moved += tree_bytes((state.cache.keys, state.cache.values)) * held
+    values = {
+        "seconds": step,
+        "tokens_per_second": case.batch / step["median"],
+        "prefill_seconds": prefill,
+        "compile_and_prefill_seconds": first,
+        "read_gb_per_step": moved / 1e9,
+        "attention": request.decoder.model.config.attention,
+        **agreed,
+        **_roof(moved, step["median"]),
+    }
+    report("decode", name, **values)
+    if profile:  # after the result, which it might cost; the last one printed counts
+        report("decode", name, **values, **traced_chunk(name, request))
+
+
+def begin(request: Request) -> tuple[Request, Any, loop.GenerateState]:
+    """Reads the prompts; the request comes back with the attention that ran, as in `generate`."""
+    _, *arguments, _ = request
+    tried = []
+
+    def run(decoder: Decoder) -> tuple[Any, loop.GenerateState]:
+        tried.append(decoder)
+        return jax.block_until_ready(loop.begin(decoder, *arguments))
+
+    context, state = fall_back(run, request.decoder)
+    return request._replace(decoder=tried[-1]), context, state
+
+
+def _checked(case: Case) -> bool:
+    """Whether a check takes no more than a second or two."""
+    return case.shape == "1b" and case.batch <= 8 and case.prompt <= 512
+
+
+def agreement(name: str, request: Request) -> dict[str, float]:
+    """How well decoded tokens agree with a forward pass.
+
+    Raises:
+        SystemExit: when they do not.
+    """
+    found = first_chunk(request)
+    if not found.good:
+        raise SystemExit(f"{name}: decoded tokens are not those of a forward pass: {found}")
+    return {"token_gap": found.gap, "logits_error": found.error}
+
+
+def decode(
+    name: str, request: Request, context: Any, state: Any, *, warm: bool
+) -> tuple[loop.GenerateState, dict[str, float]]:
+    """The last state, and seconds per step by chunks; with `warm` the first chunk of each segment only compiles."""
+    settings, done, times = request.settings, 0, []
+    inputs, stopped = (request.decoder, settings, request.params), jnp.zeros(request.keys.shape[:1], bool)
     for attended, until in loop.segments(settings.plan, settings.chunk):
-        warm = True  # the first chunk of each segment compiles
+        untimed = warm
         while done < until:
             before = time.perf_counter()
             state, (chosen, _) = loop.next_chunk(*inputs, context, state, stopped, attended)
-            tokens.append(np.asarray(chosen))
-            done += settings.chunk
-            if not warm or toy:
+            tokens = np.asarray(chosen)
+            if not untimed:
                 times.append((time.perf_counter() - before) / settings.chunk)
-            warm = False
-    if not all(((0 <= part) & (part < model.config.vocab_size)).all() for part in tokens):
-        raise SystemExit(f"{name}: tokens outside the vocabulary")
-    step = spread(times)
-    context_length = (prompt + new / 2) / settings.plan.slots  # mean part of the cache that holds something
-    cached = tree_bytes((state.cache.keys, state.cache.values)) * context_length
-    moved = read_bytes(model.config, params) + tree_bytes(context) + cached
-    report(
-        "decode",
-        name,
-        seconds=step,
-        tokens_per_second=batch / step["median"],
-        prefill_seconds=prefill,
-        compile_and_prefill_seconds=first,
-        read_gb_per_step=moved / 1e9,
-        **_roof(moved, step["median"]),
-    )
+            if not ((0 <= tokens) & (tokens < request.decoder.model.config.vocab_size)).all():
+                raise SystemExit(f"{name}: tokens outside the vocabulary")
+            done, untimed = done + settings.chunk, False
+    return state, spread(times)
+
+
+def traced_chunk(name: str, request: Request) -> dict[str, Any]:
+    """The kernels of the first chunk after the prompt."""
+    _, context, state = begin(request)
+    settings = request.settings
+    attended, _ = loop.segments(settings.plan, settings.chunk)[0]
+    arguments = (request.decoder, settings, request.params, context, state, jnp.zeros(state.finished.shape, bool))
+
+    def program() -> str:
+        return loop.next_chunk.lower(*arguments, attended).compile().as_text() or ""
+
+    def run(_: int) -> None:
+        jax.block_until_ready(loop.next_chunk(*arguments, attended))
+
+    return traced("decode", name, run, steps=settings.chunk, program=program)
 
 
 def read_bytes(config: Any, params: Any) -> int:

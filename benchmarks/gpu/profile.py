@@ -145,10 +145,12 @@ def table(profile: Profile, *, most: int = SHOWN) -> str:
     return "\n".join([head, *rows])
 
 
-def traced(part: str, case: str, run: Callable[[int], Any], *, steps: int, program: str = "") -> dict[str, Any]:
+def traced(
+    part: str, case: str, run: Callable[[int], Any], *, steps: int, program: Callable[[], str] = str
+) -> dict[str, Any]:
     """Profiles a case and shows it; returns the main figures, or why there are none: a case is worth more."""
     try:
-        found = record(run, steps=steps, program=program)
+        found = record(run, steps=steps, program=program())
     except Exception as error:
         return {"profile_error": f"{type(error).__name__}: {error}"[:300]}
     show(part, case, found)

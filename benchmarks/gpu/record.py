@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.training.device import TRAIN_FLAGS
+from jaxllm.training.device import TRAIN_FLAGS, nvidia_devices
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,7 +49,7 @@ def find_gpu() -> Machine:
     Raises:
         NoGpuError: when jax has none, or cannot start.
     """
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    if not nvidia_devices():
         raise NoGpuError("no NVIDIA GPU here: /dev has no nvidia0 or other; --dry-run runs all at toy sizes anywhere")
     given = os.environ.get("XLA_FLAGS", "")
     flags = " ".join([*TRAIN_FLAGS, given]).strip()

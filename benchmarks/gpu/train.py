@@ -182,7 +182,7 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
     }
     report("train", name, **values)
     if profile:  # after the result, which it might cost; the last one printed counts
-        report("train", name, **values, **traced("train", name, run, steps=2, program=step.as_text()))
+        report("train", name, **values, **traced("train", name, run, steps=2, program=step.as_text))
 
 
 def speed(config: RunConfig, seconds: float) -> dict[str, float]:

@@ -42,13 +42,8 @@ _PEAKS = {
     "T4": (65e12, 0.32e12),
 }
 
-# What JAX's guide to GPU performance recommends for one device; benchmarks/gpu measures with and without.
+# What JAX's guide to GPU performance recommends for one device; benchmarks/gpu/variants.py has others to compare with.
 TRAIN_FLAGS = ("--xla_gpu_triton_gemm_any=true",)
-# Whole decode loops as CUDA graphs; not set by any script, measured by benchmarks/gpu.
-DECODE_FLAGS = (
-    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
-    "--xla_gpu_graph_min_graph_size=1",
-)
 
 
 class Device(NamedTuple):
@@ -87,12 +82,24 @@ def datasheet_peaks(kind: str) -> tuple[float, float] | None:
     return _PEAKS[max(known, key=lambda name: len(name.split()))]
 
 
+def nvidia_devices(folder: Path = Path("/dev")) -> list[Path]:
+    """The NVIDIA GPUs that this process may open, found without opening one; a container may have nvidia3 alone."""
+    return sorted(folder.glob("nvidia[0-9]*"))
+
+
+def has_bfloat16() -> bool:
+    """Whether the default device is a GPU with bfloat16 units: NVIDIA's from the Ampere generation on."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    major = capability.split(".")[0]
+    return jax.default_backend() == "gpu" and major.isdigit() and int(major) >= 8
+
+
 def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
     """Lets jax take most of a GPU's memory and sets the flags that its XLA accepts; a no-op without an NVIDIA GPU.
 
     What the environment already says stays. Call it before jax opens its devices.
     """
-    if not Path("/dev/nvidia0").exists():
+    if not nvidia_devices():
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     accepted = accepted_flags(flags)

@@ -127,10 +127,10 @@ def test_without_a_gpu_the_lane_stops_at_once(
 ) -> None:
     answers = iter([(0, "cpu|cpu"), (1, "cuInit failed"), (1, "cuInit failed")])
     monkeypatch.setattr(record, "first_line", lambda *_: next(answers))
-    monkeypatch.setattr(record.Path, "glob", lambda *_: iter(()))
+    monkeypatch.setattr(record, "nvidia_devices", list)
     assert run.main(["first"]) == run.NO_GPU
     assert capsys.readouterr().err.startswith("error: no NVIDIA GPU here")
-    monkeypatch.setattr(record.Path, "glob", lambda *_: iter([Path("/dev/nvidia3")]))
+    monkeypatch.setattr(record, "nvidia_devices", lambda: [Path("/dev/nvidia3")])
     for reason in ("jax uses no GPU here: cpu|cpu", "jax uses no GPU here: cuInit failed"):
         assert run.main(["first"]) == run.NO_GPU
         assert reason in capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_an_xla_that_does_not_know_a_flag_runs_without(monkeypatch: pytest.Monke
         return (1, "Unknown flag in XLA_FLAGS") if "triton" in str(asked[-1]) else (0, "gpu|NVIDIA H100 80GB HBM3")
 
     monkeypatch.setattr(record, "first_line", first_line)
-    monkeypatch.setattr(record.Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
+    monkeypatch.setattr(record, "nvidia_devices", lambda: [Path("/dev/nvidia0")])
     monkeypatch.setenv("BENCH_COMMIT", "abc1234")
     monkeypatch.setenv("XLA_FLAGS", "")
     assert record.find_gpu()[:2] == ("NVIDIA H100 80GB HBM3", "") and len(asked) == 2
