@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.ops import backend
 from jaxllm.ops.attention import masked_attention
 from jaxllm.ops.quantize import Quantized, quantize
 
@@ -109,7 +110,7 @@ def attend(
     kv_heads = keys.shape[0] // batch
     by_row = (batch, kv_heads, heads // kv_heads, -1)
     grouped = query.reshape(keys.shape[0], -1, width).astype(jnp.float32)  # [R, G, H]
-    dots = keys.dtype == values.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    dots = keys.dtype == values.dtype == jnp.float32 and backend.on_cpu()
     if dots and grouped.shape[1] <= 2:
         # A product for each of so few query heads is up to 1.8 times as fast as one for both.
         scores = jnp.stack([jnp.einsum("rsh,rh->rs", keys, one) for one in jnp.unstack(grouped, axis=1)], axis=1)

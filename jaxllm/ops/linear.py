@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops import backend
+
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """X @ kernel over the last axis, accumulated in float32, in the dtype of x."""
@@ -35,7 +37,7 @@ def einsum(equation: str, left: Array, right: Array) -> Array:
 
 
 def _contract(equation: str, left: Array, right: Array) -> Array:
-    if jax.default_backend() == "gpu":
+    if backend.on_gpu():
         return jnp.einsum(equation, left, right)
     wide = jnp.promote_types(left.dtype, jnp.float32)
     return jnp.einsum(equation, left, right, preferred_element_type=wide).astype(left.dtype)
@@ -60,7 +62,7 @@ _HIDING = 8
 
 def _hides(left: Array) -> bool:
     low = jnp.promote_types(left.dtype, jnp.float32) != left.dtype
-    return low and left.shape[-2] % _HIDING == 0 and jax.default_backend() != "gpu"
+    return low and left.shape[-2] % _HIDING == 0 and not backend.on_gpu()
 
 
 @jax.custom_vjp

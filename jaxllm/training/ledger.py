@@ -59,7 +59,6 @@ _MOVED = {
     "norms": (("norm", "rsqrt"), ("norm", "reduce_sum")),
     "softmax": (("softmax", "exp"), ("softmax", "reduce_sum")),
     "relative_bias": (("coder", "reduce_sum"),),
-    "logits": (("step", "exp"),),
 }
 
 
