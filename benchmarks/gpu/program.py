@@ -144,10 +144,20 @@ def _untouched(body: list[_Operation]) -> int:
     for operation in body:
         if operation.operation == "dynamic-update-slice":
             spared += 2 * nbytes(operation.shape) - nbytes(shapes[operation.operands[1]])
-        users = [other for other in body if operation.name in other.operands]
+        users = _users(body, operation.name)
         if operation.operation == "parameter" and users and all(other.operation in _SLICES for other in users):
-            spared += max(0, nbytes(operation.shape) - sum(nbytes(other.shape) for other in users))
+            whole = math.prod(dimensions(operation.shape))
+            read = sum(math.prod(dimensions(other.shape)) for other in users)
+            spared += nbytes(operation.shape) * max(0, whole - read) // max(1, whole)
     return spared
+
+
+def _users(body: list[_Operation], name: str) -> list[_Operation]:
+    """Operations that read a value, which may have got another shape or dtype on the way."""
+    users = []
+    for other in (each for each in body if name in each.operands):
+        users += _users(body, other.name) if other.operation in ("bitcast", "convert") else [other]
+    return users
 
 
 def _workspace(calls: list[_Operation]) -> int:

@@ -64,8 +64,10 @@ CUBLAS = """HloModule step, entry_computation_layout={(bf16[8,16]{1,0})->f32[8,4
   %p1 = bf16[16,4]{1,0} parameter(1)
   %p2 = s32[] parameter(2)
   %zero = s32[] constant(0)
-  %slice = bf16[1,16,8]{2,1,0} dynamic-slice(%p0, %p2, %zero, %zero), dynamic_slice_sizes={1,16,8}
-  %left = bf16[16,8]{1,0} bitcast(%slice)
+  %same = bf16[5,128]{1,0} bitcast(%p0)
+  %wide = f32[5,128]{1,0} convert(%same)
+  %slice = f32[1,128]{1,0} dynamic-slice(%wide, %p2, %zero), dynamic_slice_sizes={1,128}
+  %left = f32[16,8]{1,0} bitcast(%slice)
   ROOT %call = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%left, %p1), custom_call_target="__cublas$lt$matmul", CONFIG0
 }
 
