@@ -35,7 +35,8 @@ def _of_one_row(
     """The norm of one row, computed as the first of two.
 
     XLA's GPU compiler makes one kernel of a norm over several rows, and two of a norm over one (jaxlib 0.10.2 and
-    0.11.2): a sum down to a scalar and what follows. The second row is another multiple, else it would be dropped.
+    0.11.2): a sum down to a scalar and what follows. The second row is half the first: of equal rows XLA would compute
+    one, and a half cannot overflow.
     """
-    rows = x.reshape(1, -1) * jnp.array([[1], [2]], x.dtype)
+    rows = x.reshape(1, -1) * jnp.array([[1], [0.5]], x.dtype)
     return rms_norm(rows, weight, eps=eps, inside=inside)[0].reshape(x.shape)
