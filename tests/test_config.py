@@ -52,7 +52,12 @@ def test_shipped_configs_load_reload_and_say_what_they_are(path: Path, tmp_path:
 
 
 # Published sizes of the real shapes.
-SIZES = {"llama_125m": 134_105_856, "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248}
+SIZES = {
+    "llama_125m": 134_105_856,
+    "llama3_1b": 1_235_814_400,
+    "llama3_8b": 8_030_261_248,
+    "llama3_8b_80gb": 8_030_261_248,
+}
 
 
 @pytest.mark.parametrize("name", SIZES)

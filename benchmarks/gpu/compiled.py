@@ -5,6 +5,7 @@
     python -m benchmarks.gpu.compiled train/llama_1b@cublas --layers 4       # a variant of it, in 4 layers
     python -m benchmarks.gpu.compiled configs/t5_large.yaml model.layers=scan
     python -m benchmarks.gpu.compiled configs/llama3_8b.yaml --devices 8     # figures of each
+    python -m benchmarks.gpu.compiled configs/llama3_8b_80gb.yaml --card H100
 
 Memory, kernels and what they move are the compiler's own answer. Two things need a GPU and are missing: XLA does not
 time its candidates for each product, and cuDNN's attention is called by name but not built. So no speed is claimed.
@@ -52,22 +53,47 @@ COMPILER = ROOT / "gpu_compiler"
 RESULTS = ROOT / "benchmarks" / "results" / "compiled_H200.json"
 GUIDE = ROOT / "docs" / "gpu.md"
 MARKERS = "<!-- compiled for a GPU: benchmarks/gpu/compiled.py -->", "<!-- end of compiled for a GPU -->"
-# An H200 as XLA's `GpuTargetConfigProto` describes it; the numbers are those of openxla/xla's own description. Except
-# its memory: without a device XLA plans for 80% of what it is told, and `prepare_process` takes 92% of 151 GB.
+
+
+class Card(NamedTuple):
+    """What tells two Hopper cards apart.
+
+    Attributes:
+        name: as the driver gives it.
+        memory: its bytes.
+        bandwidth: bytes per second of its memory.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a run may use, by `prepare_process`."""
+        return 0.92 * self.memory
+
+
+CARDS = {
+    "H200": Card("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4.8e12),
+    "H100": Card("NVIDIA H100 80GB HBM3", 81_559 * 2**20, 3.35e12),
+}
+# A card as XLA's `GpuTargetConfigProto` describes it; the numbers are those of openxla/xla's own description. Except
+# its memory: without a device XLA plans for 80% of what it is told.
 TARGET = """
 gpu_device_info {
-  name: "NVIDIA H200 141GB HBM3e" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
+  name: "NAME" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  memory_bandwidth: 4800000000000 device_memory_size: 174107236762 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  memory_bandwidth: BANDWIDTH device_memory_size: MEMORY l2_cache_size: 52428800 clock_rate_ghz: 1.98
   device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.2"
 }
-platform_name: "CUDA" device_description_str: "NVIDIA H200 141GB HBM3e"
+platform_name: "CUDA" device_description_str: "NAME"
 dnn_version_info { major: 9 minor: 10 patch: 2 } runtime_version { major: 13 }
 """
 # What makes a process choose and lower what a Hopper GPU with cuDNN would get.
@@ -105,37 +131,42 @@ def pretend_gpu() -> Iterator[None]:
 
 
 @functools.cache
-def h200s(count: int) -> list[Any]:
-    """So many H200s that aren't there.
+def devices_of(card: str, count: int) -> list[Any]:
+    """So many cards that aren't there.
 
     Raises:
         SystemExit: when jax's CUDA compiler is not installed, with the command that does it.
     """
+    name, _, bandwidth = CARDS[card]
+    values = {"NAME": name, "BANDWIDTH": f"{bandwidth:.0f}", "MEMORY": f"{CARDS[card].usable / 0.8:.0f}"}
+    target = functools.reduce(lambda text, key: text.replace(key, values[key]), values, TARGET)
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{count}")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
     except (NotImplementedError, RuntimeError) as error:
         raise SystemExit(f"jax's CUDA compiler is not here ({error}): bash benchmarks/gpu/compiler.sh") from error
     return topology.devices
 
 
-def place(tree: Any, layout: Any = None) -> Any:
-    """The shapes of a tree on devices that aren't there, one without a layout."""
-    layout = layout or jax.sharding.SingleDeviceSharding(h200s(1)[0])
+def place(tree: Any, layout: Any) -> Any:
+    """The shapes of a tree on devices that aren't there: one device, or as a layout says."""
+    if isinstance(layout, jax.Device):
+        layout = jax.sharding.SingleDeviceSharding(layout)
     if isinstance(layout, jax.sharding.Sharding):
         layout = jax.tree.map(lambda _: layout, tree)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, layout)
 
 
-def train_case(config: RunConfig, layers: int | None, devices: int, *, lengths: bool = True) -> Traced:
-    """The train step of a run."""
+def train_case(config: RunConfig, layers: int | None, cards: Sequence[Any], *, lengths: bool = True) -> Traced:
+    """The train step of a run on so many cards."""
+    devices = len(cards)
     config = dataclasses.replace(config, model=_cut(config.model, layers))
     check_rows(batch_size=config.training.batch_size, accumulation=config.training.accumulation, devices=devices)
-    mesh = make_mesh(h200s(devices))
+    mesh = make_mesh(cards)
     program = program_of(config, mesh)
     state, batch = program.abstract_state(), program.abstract_batch()
     if not lengths:
         del batch["encoder_lengths"]
-    layout, rows = None, None
+    layout, rows = cards[0], cards[0]
     options: dict[str, Any] = {}
     if mesh is not None:
         layout, rows = state_shardings(state, mesh), row_sharding(mesh)
@@ -153,7 +184,7 @@ def train_case(config: RunConfig, layers: int | None, devices: int, *, lengths: 
     return Traced(step.trace(place(state, layout), place(batch, rows)), 1, facts)
 
 
-def decode_case(name: str, layers: int | None) -> Traced:
+def decode_case(name: str, layers: int | None, card: Any) -> Traced:
     """The last chunk of steps of a case of `benchmarks.gpu.decode`, when the cache is nearly full."""
     shape_name, batch, prompt, new, int8 = decode.case_of(name)
     model = build(_cut(shape(shape_name, toy=False), layers), dtype=jnp.bfloat16)
@@ -165,7 +196,7 @@ def decode_case(name: str, layers: int | None) -> Traced:
     )
     attended, _ = loop.segments(request.settings.plan, request.settings.chunk)[-1]
     stopped = jax.ShapeDtypeStruct((batch,), bool)
-    arguments = place(params), place(context), place(state), place(stopped)
+    arguments = [place(tree, card) for tree in (params, context, state, stopped)]
     cached = tree_bytes((state.cache.keys, state.cache.values)) / request.settings.plan.slots * attended
     needed = decode.read_bytes(model.config, params) + tree_bytes(context) + cached
     facts = {"state_gb": tree_bytes(state) / 1e9, "needed_gb": needed / 1e9}
@@ -185,9 +216,9 @@ def cases() -> list[str]:
 
 
 def compile_case(
-    name: str, overrides: Sequence[str] = (), *, layers: int | None = None, devices: int = 1
+    name: str, overrides: Sequence[str] = (), *, layers: int | None = None, devices: int = 1, card: str = "H200"
 ) -> dict[str, Any]:
-    """Figures of one case or config file, its layers cut to `layers` of each stack, for each of `devices`.
+    """Figures of one case or config file, its layers cut to `layers` of each stack, for each of `devices` cards.
 
     Per step where one run takes several; decoding is for one device.
     """
@@ -198,14 +229,15 @@ def compile_case(
         key, _, value = flag.partition("=")
         options[key] = _option(value)
     environment = {key: value for variant in variants for key, value in variant.environment.items()}
+    cards = devices_of(card, devices)
     with pretend_gpu(), mock.patch.dict(os.environ, environment):
         if part == "run":
-            program = train_case(load_config(ROOT / name, overrides), layers, devices)
+            program = train_case(load_config(ROOT / name, overrides), layers, cards)
         elif part == "train":
             of = train.case_of(case)
-            program = train_case(train.run_config(of, toy=False), layers, devices, lengths=of.lengths)
+            program = train_case(train.run_config(of, toy=False), layers, cards, lengths=of.lengths)
         else:
-            program = decode_case(case, layers)
+            program = decode_case(case, layers, cards[0])
         before = time.perf_counter()
         compiled = program.traced.lower().compile(compiler_options=options)
     seconds = time.perf_counter() - before
@@ -220,6 +252,7 @@ def compile_case(
         "argument_gb": memory.argument_size_in_bytes / 1e9,
         "aliased_gb": memory.alias_size_in_bytes / 1e9,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "usable_gb": CARDS[card].usable / 1e9,
         "kernels": sum(kernel.times for kernel in every) / steps,
         "products": sum(kernel.times for kernel in every if kernel.product) / steps,
         "gflops": sum(kernel.times * kernel.flops for kernel in every) / steps / 1e9,
@@ -278,6 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("cases", nargs="*", help="of run_gpu.sh, or a run's YAML file; all without any")
     parser.add_argument("--layers", type=int, help="cut every stack to so many layers")
     parser.add_argument("--devices", type=int, default=1, help="train on so many, as jaxllm.sharding lays a run out")
+    parser.add_argument("--card", choices=CARDS, default="H200", help="that the programs are compiled for")
     parser.add_argument("--write", action="store_true", help=f"to {GUIDE.name} and {RESULTS.name}")
     options = parser.parse_args(arguments)
     overrides = [word for word in options.cases if "=" in word]
@@ -289,11 +323,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{', '.join(overrides)}: settings are of a run's file, such as configs/t5_large.yaml")
     if options.devices > 1 and any(name.startswith("decode/") for name in named or cases()):
         parser.error("--devices: decoding is for one; name train cases or a run's file")
-    if options.write and (named or options.layers or options.devices > 1):
-        parser.error("--write keeps the figures of all programs, as they are")
+    if options.write and (named or options.layers or options.devices > 1 or options.card != "H200"):
+        parser.error("--write keeps the figures of all programs, as they are, for an H200")
     results = []
     for name, settings in [(name, overrides) for name in named] or _everything():
-        results.append(compile_case(name, settings, layers=options.layers, devices=options.devices))
+        results.append(compile_case(name, settings, layers=options.layers, devices=options.devices, card=options.card))
         print(json.dumps(results[-1]), flush=True)
     if options.write:
         versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")}

@@ -15,6 +15,8 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+# cuBLAS and cuBLASLt, in 16 and in 8 bits: `__cublas$gemm`, `__cublas$lt$matmul`, `__cublas$lt$matmul$f8`.
+_CUBLAS = 'custom_call_target="__cublas$'
 _ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 
 
@@ -130,8 +132,8 @@ def _run(computations: _Computations, name: str, times: int) -> Iterator[Kernel]
             operation=target[1] if target else kind,
             shape=operation.shape,
             times=times,
-            bytes=nbytes(operation.shape) + read - _untouched(body),
-            flops=_flops(computations, body),
+            bytes=nbytes(operation.shape) - _workspace([operation, *body]) + read - _untouched(body),
+            flops=_flops(computations, operation, shapes),
         )
 
 
@@ -142,20 +144,43 @@ def _untouched(body: list[_Operation]) -> int:
     for operation in body:
         if operation.operation == "dynamic-update-slice":
             spared += 2 * nbytes(operation.shape) - nbytes(shapes[operation.operands[1]])
-        users = [other for other in body if operation.name in other.operands]
+        users = _users(body, operation.name)
         if operation.operation == "parameter" and users and all(other.operation in _SLICES for other in users):
-            spared += max(0, nbytes(operation.shape) - sum(nbytes(other.shape) for other in users))
+            whole = math.prod(dimensions(operation.shape))
+            read = sum(math.prod(dimensions(other.shape)) for other in users)
+            spared += nbytes(operation.shape) * max(0, whole - read) // max(1, whole)
     return spared
 
 
-def _flops(computations: _Computations, body: list[_Operation]) -> int:
-    shapes = {operation.name: operation.shape for operation in body}
-    total = 0
-    for operation in body:
-        if operation.operation == "dot":
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", operation.line)
-            left = dimensions(shapes[operation.operands[0]])
-            depth = math.prod(left[i] for i in _sizes(contracted[1] if contracted else ""))
-            total += 2 * depth * math.prod(dimensions(operation.shape))
-        total += _flops(computations, computations.get(operation.called("calls"), []))
-    return total
+def _users(body: list[_Operation], name: str) -> list[_Operation]:
+    """Operations that read a value, which may have got another shape or dtype on the way."""
+    users = []
+    for other in (each for each in body if name in each.operands):
+        users += _users(body, other.name) if other.operation in ("bitcast", "convert") else [other]
+    return users
+
+
+def _workspace(calls: list[_Operation]) -> int:
+    """Bytes of cuBLAS's scratch space, which is the last array of such a call's result and holds no data."""
+    if not any(_CUBLAS in call.line for call in calls):
+        return 0
+    *outputs, last = _ARRAY.findall(calls[0].shape)
+    return nbytes(f"s8[{last[1]}]") if outputs and last[0] == "s8" else 0
+
+
+def _flops(computations: _Computations, operation: _Operation, shapes: dict[str, str]) -> int:
+    """Of the matrix products of an operation and of all that it calls; `shapes` are those of its operands."""
+    if operation.operation == "dot":
+        return _product_flops(operation, shapes, r"lhs_contracting_dims=\{([\d,]*)\}")
+    if _CUBLAS in operation.line:
+        return _product_flops(operation, shapes, r'"lhs_contracting_dimensions":\[([\d,"]*)\]')
+    body = computations.get(operation.called("calls"), [])
+    inner = {each.name: each.shape for each in body}
+    return sum(_flops(computations, each, inner) for each in body)
+
+
+def _product_flops(operation: _Operation, shapes: dict[str, str], contracting: str) -> int:
+    found = re.search(contracting, operation.line)
+    left = dimensions(shapes[operation.operands[0]])
+    depth = math.prod(left[i] for i in _sizes(found[1].replace('"', "") if found else ""))
+    return 2 * depth * math.prod(dimensions(operation.shape))

@@ -40,6 +40,8 @@ VARIANTS = {
     ),
     # T5's rows without lengths: cuDNN is asked for a bias gradient, but for no padding mask.
     "nolengths": Variant(case={"lengths": False}),
+    # Logits of the training loss wait in bfloat16 for their exponentials, which stay float32.
+    "bf16_logits": Variant(settings=("precision.islands.logits=bfloat16",)),
     # T5 in float16 keeps its residual stream in bfloat16 instead of float32.
     "bf16_residual": Variant(settings=("precision.islands.residual=bfloat16",)),
 }

@@ -2,33 +2,37 @@
 
 Arrays are per layer and head-major, [R, S, H], where R = B * K counts the heads of row 0, then those of row 1: a step
 then updates each in place under donation and reads a head's keys contiguously. (With axes B and K apart, XLA:CPU drops
-a batch of 1 for its products, and copies the whole cache for that.) `positions` says which token of its row a slot
-holds, so that ragged prompts leave holes instead of shifting, rejected drafts stay invisible until they are
-overwritten, and a sliding window can wrap around. The layout, int8 included, is known to `write`, `write_at`, `attend`,
-`attend_many`, `repeat_rows` and `reorder_rows` only.
+a batch of 1 for its products, and copies the whole cache for that.) On a GPU a layer of a single row has one store for
+both, [2K, S, H] with the keys before the values, so that a step updates it in one kernel instead of two. `positions`
+says which token of its row a slot holds, so that ragged prompts leave holes instead of shifting, rejected drafts stay
+invisible until they are overwritten, and a sliding window can wrap around. The layout, int8 included, is known to the
+functions of this module only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.ops import backend
 from jaxllm.ops.attention import masked_attention
 from jaxllm.ops.quantize import Quantized, quantize
 
 # Keys or values of one layer, quantised over H; [B, N, S, H] in a cross cache, which is only read.
 Store = Float[Array, "R S H"] | Float[Array, "B N S H"] | Quantized
+Read = tuple[Array, Array | None]  # [R, A, H], and its scales [R, A] where it is quantised
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far.
 
     Attributes:
-        keys: per layer [B * K, S, H], rotated.
-        values: per layer [B * K, S, H].
+        keys: per layer [B * K, S, H], rotated; or [B * 2K, S, H] with the values: of each row, its keys first.
+        values: per layer [B * K, S, H]; or None where `keys` holds them.
         positions: position of the token in each slot [B, S]; -1 is an empty slot or padding.
         slot: tokens written so far, the same for all rows; the next goes to slot % S.
     """
@@ -55,7 +59,9 @@ class CrossCache(NamedTuple):
 
 def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
     """An empty cache of `capacity` slots; dtype int8 stores it quantised."""
-    shape = (batch * num_kv_heads, capacity, head_dim)
+    # Not for several rows: their keys would no longer be one piece, which XLA's fused softmax needs.
+    joined = backend.on_gpu() and batch == 1
+    shape = (batch * num_kv_heads * (2 if joined else 1), capacity, head_dim)
 
     def store() -> Store:
         values = jnp.zeros(shape, dtype)
@@ -63,10 +69,23 @@ def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int,
 
     return KVCache(
         keys=tuple(store() for _ in range(num_layers)),
-        values=tuple(store() for _ in range(num_layers)),
+        values=tuple(None if joined else store() for _ in range(num_layers)),
         positions=jnp.full((batch, capacity), -1, jnp.int32),
         slot=jnp.zeros((), jnp.int32),
     )
+
+
+def put(
+    write_one: Callable[[Store, Array], Store],
+    keys: Store,
+    values: Store | None,
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+) -> tuple[Store, Store | None]:
+    """A layer's stores after `write_one(store, new)` on each, or on the one that holds both."""
+    if values is None:
+        return write_one(keys, jnp.concatenate([key, value], axis=2)), None
+    return write_one(keys, key), write_one(values, value)
 
 
 def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> Store:
@@ -92,7 +111,7 @@ def _entries(store: Store, new: Float[Array, "B T K H"]) -> Float[Array, "R T H"
 def attend(
     query: Float[Array, "B N H"],
     keys: Store,
-    values: Store,
+    values: Store | None,
     *,
     visible: Bool[Array, "B A"],
     scale: float,
@@ -104,12 +123,11 @@ def attend(
     cache, or for float32 on a CPU a dot, which is 2 to 5 times as fast there.
     """
     batch, heads, width = query.shape
-    keys, key_scale = _read(keys, visible.shape[1])
-    values, value_scale = _read(values, visible.shape[1])
+    (keys, key_scale), (values, value_scale) = _read_both(keys, values, batch, visible.shape[1])
     kv_heads = keys.shape[0] // batch
     by_row = (batch, kv_heads, heads // kv_heads, -1)
     grouped = query.reshape(keys.shape[0], -1, width).astype(jnp.float32)  # [R, G, H]
-    dots = keys.dtype == values.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    dots = keys.dtype == values.dtype == jnp.float32 and backend.on_cpu()
     if dots and grouped.shape[1] <= 2:
         # A product for each of so few query heads is up to 1.8 times as fast as one for both.
         scores = jnp.stack([jnp.einsum("rsh,rh->rs", keys, one) for one in jnp.unstack(grouped, axis=1)], axis=1)
@@ -139,7 +157,7 @@ def attend(
 def attend_many(
     query: Float[Array, "B T N H"],
     keys: Store,
-    values: Store,
+    values: Store | None,
     *,
     visible: Bool[Array, "B T A"],
     scale: float,
@@ -147,15 +165,25 @@ def attend_many(
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries per row over the first A slots, each where its `visible` is True."""
     plain = []
-    for store in (keys, values):
-        part, part_scale = _read(store, visible.shape[2])
+    for part, part_scale in _read_both(keys, values, query.shape[0], visible.shape[2]):
         if part_scale is not None:
             part = part.astype(jnp.float32) * part_scale[..., None]
         plain.append(jnp.swapaxes(part.reshape(query.shape[0], -1, *part.shape[1:]), 1, 2).astype(query.dtype))
     return masked_attention(query, *plain, mask=visible, scale=scale, bias=bias)
 
 
-def _read(store: Store, count: int) -> tuple[Array, Array | None]:
+def _read_both(keys: Store, values: Store | None, batch: int, count: int) -> tuple[Read, Read]:
+    if values is not None:
+        return _read(keys, count), _read(values, count)
+
+    def half(which: int) -> Read:
+        by_row = jax.tree.map(lambda x: x.reshape(batch, 2, -1, *x.shape[1:])[:, which], keys)
+        return _read(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_row), count)
+
+    return half(0), half(1)
+
+
+def _read(store: Store, count: int) -> Read:
     """[R, A, H] of the first A slots, and the scales [R, A] of what is quantised."""
     if isinstance(store, Quantized):
         return store.values[:, :count], store.scale[:, :count]

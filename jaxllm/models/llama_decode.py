@@ -145,13 +145,18 @@ def prefill(
     held = min(count, capacity)
     kept = jnp.arange(held, dtype=jnp.int32)[None] + jnp.where(wraps, lengths - held, 0)[:, None]
     columns = jnp.maximum(kept, 0)
+
+    def put(store: kv.Store, new: Array) -> kv.Store:
+        last = jnp.take_along_axis(new, columns[:, :, None, None], axis=1) if wraps else new
+        return kv.write(store, last, cache.slot)
+
     x, keys, values = params.embed[tokens], [], []
     for i, layer in enumerate(params.layers):
 
         def mix(query: Array, key: Array, value: Array, i: int = i) -> Array:
-            for store, part, stores in ((cache.keys[i], key, keys), (cache.values[i], value, values)):
-                last = jnp.take_along_axis(part, columns[:, :, None, None], axis=1) if wraps else part
-                stores.append(kv.write(store, last, cache.slot))
+            both = kv.put(put, cache.keys[i], cache.values[i], key, value)
+            keys.append(both[0])
+            values.append(both[1])
             return attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
 
         with jax.named_scope(f"layers/{i}"):
@@ -192,7 +197,7 @@ def decode_step(
     def put(store: kv.Store, new: Array) -> kv.Store:
         return kv.write(store, new, slot)
 
-    def look(query: Array, keys: kv.Store, values: kv.Store) -> Array:
+    def look(query: Array, keys: kv.Store, values: kv.Store | None) -> Array:
         return kv.attend(query[:, 0], keys, values, visible=visible, scale=config.head_dim**-0.5)[:, None]
 
     rope = _rope(config, positions[:, None], length or capacity)
@@ -221,7 +226,7 @@ def extend(
     def put(store: kv.Store, new: Array) -> kv.Store:
         return kv.write_at(store, new, positions)
 
-    def look(query: Array, keys: kv.Store, values: kv.Store) -> Array:
+    def look(query: Array, keys: kv.Store, values: kv.Store | None) -> Array:
         return kv.attend_many(query, keys, values, visible=visible, scale=config.head_dim**-0.5)
 
     rope = _rope(config, positions, length or cache.positions.shape[1])
@@ -236,8 +241,9 @@ def _through_cache(
     for i, layer in enumerate(params.layers):
 
         def mix(query: Array, key: Array, value: Array, i: int = i) -> Array:
-            keys.append(put(cache.keys[i], key))
-            values.append(put(cache.values[i], value))
+            both = kv.put(put, cache.keys[i], cache.values[i], key, value)
+            keys.append(both[0])
+            values.append(both[1])
             return look(query, keys[-1], values[-1])
 
         with jax.named_scope(f"layers/{i}"):

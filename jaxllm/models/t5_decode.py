@@ -279,8 +279,9 @@ def _through_cache(
         bias = shared if own is None else bias_of(own)
 
         def mix(query: Array, key: Array, value: Array, i: int = i, bias: Array | None = bias) -> Array:
-            keys.append(put(cache.keys[i], key))
-            values.append(put(cache.values[i], value))
+            both = kv.put(put, cache.keys[i], cache.values[i], key, value)
+            keys.append(both[0])
+            values.append(both[1])
             return look(query, keys[-1], values[-1], visible, bias)
 
         def mix_cross(query: Array, i: int = i) -> Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxllm.ops import backend
 from jaxllm.ops import fused_attention as fused
 from jaxllm.ops.chunked_attention import QUERY_BLOCK, chunked_attention
 from jaxllm.ops.linear import einsum
@@ -77,7 +78,7 @@ def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, b
         raise ValueError(f"attention: cudnn cannot run this: {obstacle}; use attention: auto or chunked")
     if implementation != "auto":
         return implementation
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = backend.on_gpu()
     if on_gpu and not obstacle:
         chosen = "cudnn"
     else:

@@ -9,10 +9,13 @@ would be written and read once more. float32 inputs take the plain path.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxllm.ops import backend
 
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
@@ -35,24 +38,28 @@ def einsum(equation: str, left: Array, right: Array) -> Array:
 
 
 def _contract(equation: str, left: Array, right: Array) -> Array:
-    if jax.default_backend() == "gpu":
+    if backend.on_gpu():
         return jnp.einsum(equation, left, right)
     wide = jnp.promote_types(left.dtype, jnp.float32)
     return jnp.einsum(equation, left, right, preferred_element_type=wide).astype(left.dtype)
 
 
-def sum_of_outer(left: Float[Array, "*B N D"], right: Float[Array, "*B N F"]) -> Float[Array, "*B D F"]:
-    """The sum over rows of outer products, left^T @ right, in float32: what the gradient of a matrix is.
+def sum_of_outer(
+    left: Float[Array, "*B N D"], right: Float[Array, "*B N F"], *, dtype: Any = None
+) -> Float[Array, "*B D F"]:
+    """The sum over rows of outer products, left^T @ right: what the gradient of a matrix is.
+
+    The result is asked for in `dtype`; None is float32, for sums that are added to others.
 
     XLA:CPU multiplies in bfloat16 only where no factor is transposed; else it converts both to float32. A transpose
     that the product cannot absorb, because it hides between reshapes, makes that product 1.5 to 3 times as fast.
     """
     *batch, rows, width = left.shape
-    wide = jnp.promote_types(left.dtype, jnp.float32)
+    dtype = dtype or jnp.promote_types(left.dtype, jnp.float32)
     if not _hides(left):
-        return jnp.einsum("...nd,...nf->...df", left, right, preferred_element_type=wide)
+        return jnp.einsum("...nd,...nf->...df", left, right, preferred_element_type=dtype)
     columns = jnp.moveaxis(left.reshape(*batch, rows // _HIDING, _HIDING, width), -1, -3).reshape(*batch, width, rows)
-    return jnp.einsum("...dn,...nf->...df", columns, right, preferred_element_type=wide)
+    return jnp.einsum("...dn,...nf->...df", columns, right, preferred_element_type=dtype)
 
 
 _HIDING = 8
@@ -60,7 +67,7 @@ _HIDING = 8
 
 def _hides(left: Array) -> bool:
     low = jnp.promote_types(left.dtype, jnp.float32) != left.dtype
-    return low and left.shape[-2] % _HIDING == 0 and jax.default_backend() != "gpu"
+    return low and left.shape[-2] % _HIDING == 0 and not backend.on_gpu()
 
 
 @jax.custom_vjp
@@ -75,11 +82,13 @@ def _linear_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = saved
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    # A GPU would write a float32 gradient and read it again to round it.
+    dtype = kernel.dtype if backend.on_gpu() else None
     # XLA:CPU transposes the first operand, fused with whatever made it: let that be the narrower one.
     if rows.shape[1] > grads.shape[1] and not _hides(rows):
-        kernel_grad = sum_of_outer(grads, rows).T
+        kernel_grad = sum_of_outer(grads, rows, dtype=dtype).T
     else:
-        kernel_grad = sum_of_outer(rows, grads)
+        kernel_grad = sum_of_outer(rows, grads, dtype=dtype)
     return _contract("...f,df->...d", grad, kernel), kernel_grad.astype(kernel.dtype)
 
 

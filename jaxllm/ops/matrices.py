@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops import backend
 from jaxllm.ops.quantize import Quantized, quantize
 
 
@@ -42,20 +43,20 @@ def project(x: Float[Array, "*B D"], matrix: Matrix, *, dtype: Any = None) -> Fl
     if isinstance(matrix, Quantized):
         return (product(matrix.values.astype(x.dtype), preferred_element_type=wide) * matrix.scale).astype(dtype)
     # A GPU's units accumulate in float32 whatever the output is; elsewhere the output must be asked for in float32.
-    return product(matrix, preferred_element_type=dtype if jax.default_backend() == "gpu" else wide).astype(dtype)
+    return product(matrix, preferred_element_type=dtype if backend.on_gpu() else wide).astype(dtype)
 
 
 def _times_columns(x: Array, kernel: Array, **options: Any) -> Array:
     # XLA:CPU reads a kernel of a few MB up to 1.5 times as fast for one row when it sees two products of half the sum;
     # a larger one, or for more rows, it reads faster whole.
-    if jax.default_backend() == "cpu" and x.size == len(kernel) and x.size % 2 == 0 and kernel.size <= 2**21:
+    if backend.on_cpu() and x.size == len(kernel) and x.size % 2 == 0 and kernel.size <= 2**21:
         halves = jnp.einsum("pd,pdf->pf", x.reshape(2, -1), kernel.reshape(2, -1, kernel.shape[1]), **options)
         return halves.sum(0).reshape(*x.shape[:-1], -1)
     return jnp.einsum("...d,df->...f", x, kernel, **options)
 
 
 def _times_rows(x: Array, table: Array, **options: Any) -> Array:
-    if jax.default_backend() != "cpu":
+    if not backend.on_cpu():
         return jnp.einsum("...d,fd->...f", x, table, **options)
     # Faster with the table first; the barrier keeps XLA from turning the product round.
     columns = jax.lax.optimization_barrier(jnp.matmul(table, x.reshape(-1, x.shape[-1]).T, **options))

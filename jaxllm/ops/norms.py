@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops import backend
 from jaxllm.ops.broadcast import rows_of
 
 
@@ -21,6 +22,21 @@ def rms_norm(
     Rounding before the weight is what Meta's and transformers' code do; the other order differs in bfloat16.
     Source: arXiv 1910.07467.
     """
+    if x.size == x.shape[-1] and backend.on_gpu():
+        return _of_one_row(x, weight, eps=eps, inside=inside)
     wide = x.astype(inside or jnp.promote_types(x.dtype, jnp.float32))
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return rows_of(weight, x) * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def _of_one_row(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float, inside: Any
+) -> Float[Array, "*B D"]:
+    """The norm of one row, computed as the first of two.
+
+    XLA's GPU compiler makes one kernel of a norm over several rows, and two of a norm over one (jaxlib 0.10.2 and
+    0.11.2): a sum down to a scalar and what follows. The second row is half the first: of equal rows XLA would compute
+    one, and a half cannot overflow.
+    """
+    rows = x.reshape(1, -1) * jnp.array([[1], [0.5]], x.dtype)
+    return rms_norm(rows, weight, eps=eps, inside=inside)[0].reshape(x.shape)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxllm.ops import backend
+
 _BLOCK = 64  # of the vocabulary, in `most_probable`
 _SMALLEST, _LARGEST = 1e-30, 1e30  # by which logits can be divided or multiplied without leaving float32
 
@@ -138,7 +140,7 @@ def _gumbel(bits: UInt[Array, "*B"]) -> Float[Array, "*B"]:
 def most_probable(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     """The id of the largest logit, the first of equal ones; some id of the vocabulary where logits are NaN."""
     *batch, vocab = logits.shape
-    if jax.default_backend() != "cpu" or vocab <= _BLOCK:
+    if not backend.on_cpu() or vocab <= _BLOCK:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # XLA:CPU's argmax is a scalar loop, 10 times slower than the vectorised maximum of each block and two short ones.
     padded = jnp.pad(logits, [(0, 0)] * len(batch) + [(0, -vocab % _BLOCK)], constant_values=-jnp.inf)

@@ -55,7 +55,6 @@ _MOVED = {
     "norms": (("norm", "rsqrt"), ("norm", "reduce_sum")),
     "softmax": (("softmax", "exp"), ("softmax", "reduce_sum")),
     "relative_bias": (("relative_bias", "reduce_sum"),),
-    "logits": (("logits", "exp"),),
 }
 
 

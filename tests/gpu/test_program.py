@@ -56,6 +56,42 @@ def test_kernels_are_counted_with_what_they_move() -> None:
     assert attention.attention and attention.product and not copied.product
 
 
+# A product by cuBLAS on its own, and one in a fusion that reads a slice of a stack; 64 bytes of each are scratch space.
+CUBLAS = """HloModule step, entry_computation_layout={(bf16[8,16]{1,0})->f32[8,4]{1,0}}
+
+%dynamic_slice (p0: bf16[5,16,8], p1: bf16[16,4], p2: s32[]) -> (f32[8,4], s8[64]) {
+  %p0 = bf16[5,16,8]{2,1,0} parameter(0)
+  %p1 = bf16[16,4]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %same = bf16[5,128]{1,0} bitcast(%p0)
+  %wide = f32[5,128]{1,0} convert(%same)
+  %slice = f32[1,128]{1,0} dynamic-slice(%wide, %p2, %zero), dynamic_slice_sizes={1,128}
+  %left = f32[16,8]{1,0} bitcast(%slice)
+  ROOT %call = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%left, %p1), custom_call_target="__cublas$lt$matmul", CONFIG0
+}
+
+ENTRY %main (x: bf16[8,16], w: bf16[16,4], stack: bf16[5,16,8], i: s32[]) -> f32[8,4] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[16,4]{1,0} parameter(1)
+  %stack = bf16[5,16,8]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %alone = (bf16[8,4]{1,0}, s8[64]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", CONFIG1
+  %sliced = (f32[8,4]{1,0}, s8[64]{0}) fusion(%stack, %w, %i), kind=kCustom, calls=%dynamic_slice
+  ROOT %out = f32[8,4]{1,0} get-tuple-element(%sliced), index=0
+}
+"""
+CONFIG = 'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["%d"]}}}'
+
+
+def test_products_by_cublas_count_as_products() -> None:
+    alone, sliced = kernels(CUBLAS.replace("CONFIG0", CONFIG % 0).replace("CONFIG1", CONFIG % 1))
+    assert alone.product and sliced.product
+    assert alone.flops == sliced.flops == 2 * 8 * 16 * 4
+    assert alone.bytes == 2 * (8 * 16 + 16 * 4 + 8 * 4)
+    assert sliced.bytes == 2 * (16 * 8 + 16 * 4) + 4 + 4 * 8 * 4  # one slice of the stack, w, the index, the result
+
+
 def test_a_loop_of_unknown_length_is_refused() -> None:
     with pytest.raises(ValueError, match="the loop loop has no known length"):
         kernels(TEXT)

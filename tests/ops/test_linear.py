@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxllm.ops.linear import biased_linear
+from jaxllm.ops import backend
+from jaxllm.ops.linear import biased_linear, linear
 from tests.conftest import TOLERANCE
 
 
@@ -29,3 +31,17 @@ def test_gradients_are_those_of_autodiff() -> None:
 
     for ours, want in zip(slopes(biased_linear), slopes(lambda x, k, b: x @ k + b), strict=True):
         np.testing.assert_allclose(ours, want, atol=TOLERANCE["float32"] * np.abs(np.asarray(want)).max())
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_matrix_s_gradient_is_summed_in_float32_and_rounded_once(
+    dtype: str, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "on_gpu", lambda: gpu)
+    x, grad = (jax.random.normal(jax.random.key(i), (4, 200, 24)).astype(dtype) for i in range(2))
+    (found,) = jax.vjp(lambda kernel: linear(x, kernel), jnp.zeros((24, 24), dtype))[1](grad)
+    exact = np.einsum("bnd,bnf->df", np.asarray(x, np.float64), np.asarray(grad, np.float64))
+    assert found.dtype == dtype
+    half_ulp = 2.0 ** (np.floor(np.log2(np.abs(exact))) - jnp.finfo(dtype).nmant - 1)
+    assert np.all(np.abs(np.asarray(found, np.float64) - exact) <= 1.02 * half_ulp + 1e-4)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.ops import losses
 from jaxllm.ops.losses import chunked_cross_entropy
+from jaxllm.study.derivatives import forward_mode
 from tests.conftest import TOLERANCE
 
 
@@ -122,3 +124,40 @@ def test_a_target_outside_the_vocabulary_is_nan_or_weighs_nothing(target: int) -
     want = chunked_cross_entropy(hidden, head, targets.at[0, 1].set(0), jnp.array([[1.0, 0.0, 1.0]]))
     assert masked == want
     assert jnp.isnan(chunked_cross_entropy(hidden, head, targets, jnp.ones((1, 3))).loss)
+
+
+def test_one_pass_over_the_logits_equals_two() -> None:
+    logits = 30 * jax.random.normal(jax.random.key(0), (6, 400))
+    logits = logits.at[1].set(-jnp.inf).at[1, 7].set(2.0).at[2].add(1e30).at[3, 5].set(jnp.nan).at[4, 9].set(jnp.inf)
+    one, two = losses._in_one_pass(logits), losses._largest_and_sum(logits)
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_allclose(one[1], two[1], rtol=1e-5)
+    assert float(one[1][1]) == 1 and np.isnan(one[1][3]) and np.isnan(one[1][4])
+    low = logits.astype(jnp.bfloat16)
+    assert losses._in_one_pass(low)[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(losses._in_one_pass(low)[1], losses._largest_and_sum(low)[1], rtol=1e-5)
+
+
+def test_a_gpu_s_loss_is_the_cpu_s_in_every_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, targets, weights = problem()
+
+    def loss(h):
+        return chunked_cross_entropy(h, head, targets, weights, z_loss=1e-2, chunk=7).loss
+
+    def derivatives():
+        curvature = jax.jvp(jax.grad(forward_mode(loss)), (hidden,), (jnp.sin(hidden),))[1]
+        return *jax.value_and_grad(loss)(hidden), curvature
+
+    want = derivatives()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for a, b in zip(derivatives(), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=TOLERANCE["float32_grad"], rtol=TOLERANCE["float32"])
+
+
+def test_bfloat16_logits_keep_their_exponentials_and_sums_in_float32() -> None:
+    hidden, head, targets, weights = problem()
+    low = chunked_cross_entropy(hidden, head, targets, weights, chunk=7, logits_dtype=jnp.bfloat16)
+    rounded = jnp.einsum("btd,vd->btv", hidden, head).astype(jnp.bfloat16).astype(jnp.float32)
+    chosen = jnp.take_along_axis(rounded, targets[..., None], axis=-1)[..., 0]
+    want = jnp.sum(weights * (jax.nn.logsumexp(rounded, axis=-1) - chosen))
+    np.testing.assert_allclose(low.loss, want, rtol=1e-5)

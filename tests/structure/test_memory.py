@@ -74,7 +74,9 @@ def test_no_parameter_counts_as_an_activation(tiny: LlamaConfig, layers: Literal
     assert fit.activations < fit.parameters / 3
 
 
-@pytest.mark.parametrize("name", ["llama_125m", "llama3_1b", "llama3_8b", "t5_small", "t5_base", "t5_large"])
+@pytest.mark.parametrize(
+    "name", ["llama_125m", "llama3_1b", "llama3_8b", "llama3_8b_80gb", "t5_small", "t5_base", "t5_large"]
+)
 def test_real_size_configs_fit_their_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch)
     config = load_config(CONFIGS / f"{name}.yaml")
