@@ -9,13 +9,13 @@ import io
 import tarfile
 from pathlib import Path
 
-# What comes back from a lent machine is at most 8 files of 16 MiB; results, log and probe take the others.
-_PART_BYTES, _PARTS = 15 * 2**20, 3
+# What comes back from a lent machine is at most 8 files of 16 MiB; results, log, probe and profiles take five.
+_PART_BYTES, _PARTS = 15 * 2**20, 2
 _PREFIX = "cache.tar."
 
 
 def pack(folder: Path, out: Path) -> None:
-    """Writes `out`/cache.tar.0of3 and so on: the smallest files first, as many as fit."""
+    """Writes `out`/cache.tar.0of2 and so on: the smallest files first, as many as fit."""
     for old in out.glob(f"{_PREFIX}*"):
         old.unlink()
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-atime")]

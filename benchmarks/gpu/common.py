@@ -63,6 +63,6 @@ def time_groups(run: Callable[[int], Any], *, groups: int, size: int) -> list[fl
 
 
 def achievable(kind: str) -> tuple[float, float] | None:
-    """Measured bfloat16 FLOP/s and copied bytes/s of a device, as the part `ceilings` finds them; None elsewhere."""
+    """Measured bfloat16 FLOP/s and copied bytes/s of a device, as benchmarks.gpu.probe finds them; None elsewhere."""
     table = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}
     return next((peaks for name, peaks in table.items() if name in kind), None)

@@ -55,8 +55,9 @@ PRODUCTS = (
 )
 
 
-def main(*, toy: bool = False) -> None:
-    """Prints all facts; at toy sizes jax's own attention stands for cuDNN's."""
+def main(name: str = "all", *, toy: bool = False) -> None:
+    """Prints all facts (the one case is `all`); at toy sizes jax's own attention stands for cuDNN's."""
+    del name
     start = time.monotonic()
     # Programs are compiled ahead, in order: none of them holds a product, whose kernels XLA would time meanwhile.
     pool = ThreadPoolExecutor(max_workers=1 if toy else 4)

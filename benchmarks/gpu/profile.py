@@ -20,6 +20,7 @@ from jax.profiler import ProfileData
 
 # Kernels that are printed; all are kept in the file.
 SHOWN = 40
+_KEPT = 20  # of them go into the results
 
 
 class Kernel(NamedTuple):
@@ -154,7 +155,8 @@ def traced(
     except Exception as error:
         return {"profile_error": f"{type(error).__name__}: {error}"[:300]}
     show(part, case, found)
-    return {"traced_step_ms": found.step_milliseconds, "device_busy": found.busy}
+    largest = [kernel._asdict() for kernel in found.kernels[:_KEPT]]
+    return {"traced_step_ms": found.step_milliseconds, "device_busy": found.busy, "kernels": largest}
 
 
 def show(part: str, case: str, profile: Profile) -> None:

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_here(name: str, *, toy: bool, profile: bool) -> None:
     part, case = name.split("/")
-    options = {"profile": True} if profile and part in ("train", "decode") else {}
+    options: dict[str, Any] = {"profile": True} if profile and part in ("train", "decode") else {}
     importlib.import_module(f"benchmarks.gpu.{part}").main(case, toy=toy, **options)
 
 
@@ -161,6 +161,7 @@ def _open_lane(machine: Machine, out: Path | None) -> Iterator[_Lane]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
         }
+        environment["OUT"] = str(log.parent)
         if not toy:
             environment["XLA_FLAGS"] = machine.flags
             environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")

@@ -80,7 +80,9 @@ def profiles(document: dict[str, Any], most: int = 15) -> str:
     for each in document["results"]:
         rows = each.get("kernels", [])[:most]
         if rows:
-            lines = [f"| {row['ms']:.3f} | {row['calls']:.0f} | `{row['name']}` |" for row in rows]
+            lines = [
+                f"| {row['milliseconds']:.3f} | {row['calls']:.0f} | `{row['name']}` {row['where']} |" for row in rows
+            ]
             head = f"Kernels of {each['part']} {each['case']}, milliseconds and calls of one step:"
             parts.append("\n".join([head, "", "| ms | calls | kernel |", "| --- | --- | --- |", *lines]))
     return "\n\n".join(parts)

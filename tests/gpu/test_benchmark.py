@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import cache, ceilings, decode, plan, pretrain, record, run, table, train
+from benchmarks.gpu import cache, decode, plan, pretrain, record, run, table, train
 from benchmarks.gpu.common import RESULT
 from benchmarks.gpu.plan import Planned
 from benchmarks.gpu.variants import VARIANTS, split
@@ -29,10 +29,7 @@ def result(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(lines[-1].removeprefix(RESULT))
 
 
-def test_ceilings_and_a_decode_case(capsys: pytest.CaptureFixture[str]) -> None:
-    for case in ("matmul", "copy"):
-        ceilings.main(case, toy=True)
-        assert result(capsys)["seconds"]["median"] > 0
+def test_decode_cases(capsys: pytest.CaptureFixture[str]) -> None:
     for case in ("1b_b8", "t5_large_b8"):
         decode.main(case, toy=True)
         measured = result(capsys)
@@ -278,15 +275,15 @@ def test_the_compilation_cache_travels_in_a_few_files(tmp_path: Path, capsys: py
     (made / "autotune").mkdir(parents=True)
     out.mkdir()
     (made / "autotune" / "one").write_bytes(b"small")
-    for name in ("program_a", "program_b", "program_c"):
+    for name in ("program_a", "program_b"):
         (made / name).write_bytes(os.urandom(17 * 2**20))
     cache.pack(made, out)
     parts = sorted(out.iterdir())
-    assert 1 < len(parts) <= 3 and all(part.stat().st_size < 16 * 2**20 for part in parts)
+    assert len(parts) == 2 and all(part.stat().st_size < 16 * 2**20 for part in parts)
     cache.unpack(out, again)
     assert (again / "autotune" / "one").read_bytes() == b"small"
     assert (again / "program_a").read_bytes() == (made / "program_a").read_bytes()
-    assert not (again / "program_c").exists()  # no room
+    assert not (again / "program_b").exists()  # no room
     parts[1].unlink()
     cache.unpack(out, tmp_path / "third")
     assert "the carried compilation cache is not used" in capsys.readouterr().out
@@ -313,7 +310,7 @@ def test_tables_are_made_of_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     table.main([], root=tmp_path)
     assert "No GPU figure exists yet" in (tmp_path / "README.md").read_text()
-    kernels = [{"name": "fusion_1", "ms": 1.25, "calls": 16.0}]
+    kernels = [{"name": "fusion", "where": "mlp", "milliseconds": 1.25, "calls": 16.0, "fraction": 0.1}]
     kept = record.Record(MACHINE, tmp_path / "benchmarks" / "results")
     kept.add({"part": "train", "case": "llama_1b", "tokens_per_second": 5.0, "mfu": 0.5, "kernels": kernels})
     kept.add({"part": "train", "case": "llama_1b_packed", "tokens_per_second": 4.0})
@@ -323,6 +320,6 @@ def test_tables_are_made_of_what_there_is(tmp_path: Path) -> None:
     assert readme.startswith("before") and readme.endswith("after") and "old" not in readme
     assert "| train llama_1b | 5 tokens/s | 50.0% MFU |" in readme and "packed" not in readme
     assert "Some GPU (jax 0.11.2), commit abc1234 on 20" in readme
-    assert "packed" in guide and "1b_b1: out of memory" in guide and "| 1.250 | 16 | `fusion_1` |" in guide
+    assert "packed" in guide and "1b_b1: out of memory" in guide and "| 1.250 | 16 | `fusion` mlp |" in guide
     with pytest.raises(ValueError, match="put these two lines into it"):
         table.insert("nothing", "text")
