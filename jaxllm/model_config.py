@@ -133,6 +133,7 @@ class ModelConfig:
         encoder_decoder: whether an encoder reads the inputs; a decoder alone otherwise.
         objectives: what `data.objective` may be.
         absent_islands: names of `precision.islands` that the family does not have.
+        outgrows_float16: whether a trained model's residual stream exceeds float16's range.
         metric: name of the bits per byte of text: of all of it, or of the part that the decoder predicts.
         vocab_size: rows of the embedding.
         d_model: width of the residual stream.
@@ -147,6 +148,7 @@ class ModelConfig:
     encoder_decoder: ClassVar[bool]
     objectives: ClassVar[tuple[Objective, ...]]
     absent_islands: ClassVar[frozenset[str]]
+    outgrows_float16: ClassVar[bool]
     metric: ClassVar[str]
 
     family: str
@@ -202,6 +204,7 @@ class LlamaConfig(ModelConfig):
     encoder_decoder: ClassVar[bool] = False
     objectives: ClassVar[tuple[Objective, ...]] = ("causal",)
     absent_islands: ClassVar[frozenset[str]] = frozenset({"relative_bias", "mlp_output"})
+    outgrows_float16: ClassVar[bool] = False
     metric: ClassVar[str] = "bits_per_byte"
 
     family: Literal["llama"] = "llama"
@@ -302,6 +305,7 @@ class T5Config(ModelConfig):
     encoder_decoder: ClassVar[bool] = True
     objectives: ClassVar[tuple[Objective, ...]] = ("span_corruption", "ul2", "prefix_lm", "seq2seq")
     absent_islands: ClassVar[frozenset[str]] = frozenset({"rope"})
+    outgrows_float16: ClassVar[bool] = True
     metric: ClassVar[str] = "bits_per_target_byte"
 
     family: Literal["t5"] = "t5"

@@ -150,21 +150,14 @@ def prefill(
         last = jnp.take_along_axis(new, columns[:, :, None, None], axis=1) if wraps else new
         return kv.write(store, last, cache.slot)
 
-    x, keys, values = params.embed[tokens], [], []
-    for i, layer in enumerate(params.layers):
+    def look(query: Array, key: Array, value: Array, *_: kv.Store | None) -> Array:
+        return attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
 
-        def mix(query: Array, key: Array, value: Array, i: int = i) -> Array:
-            both = kv.put(put, cache.keys[i], cache.values[i], key, value)
-            keys.append(both[0])
-            values.append(both[1])
-            return attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
-
-        with jax.named_scope(f"layers/{i}"):
-            x = _layer(c, layer, x, rope, mix)
+    x, keys, values = _through_cache(c, params, cache, tokens, rope, put, look)
     real = (kept >= 0) & (kept < lengths[:, None])
     seen = cache.positions.at[:, : kept.shape[1]].set(jnp.where(real, kept, -1))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    cache = KVCache(tuple(keys), tuple(values), seen, jnp.asarray(kept.shape[1], jnp.int32))
+    cache = KVCache(keys, values, seen, jnp.asarray(kept.shape[1], jnp.int32))
     return _logits(c, params, last)[:, 0], cache
 
 
@@ -197,12 +190,12 @@ def decode_step(
     def put(store: kv.Store, new: Array) -> kv.Store:
         return kv.write(store, new, slot)
 
-    def look(query: Array, keys: kv.Store, values: kv.Store | None) -> Array:
+    def look(query: Array, key: Array, value: Array, keys: kv.Store, values: kv.Store | None) -> Array:
         return kv.attend(query[:, 0], keys, values, visible=visible, scale=config.head_dim**-0.5)[:, None]
 
     rope = _rope(config, positions[:, None], length or capacity)
-    logits, keys, values = _through_cache(config, params, cache, tokens[:, None], rope, put, look)
-    return logits[:, 0], KVCache(keys, values, seen, cache.slot + 1)
+    x, keys, values = _through_cache(config, params, cache, tokens[:, None], rope, put, look)
+    return _logits(config, params, x)[:, 0], KVCache(keys, values, seen, cache.slot + 1)
 
 
 def extend(
@@ -226,17 +219,18 @@ def extend(
     def put(store: kv.Store, new: Array) -> kv.Store:
         return kv.write_at(store, new, positions)
 
-    def look(query: Array, keys: kv.Store, values: kv.Store | None) -> Array:
+    def look(query: Array, key: Array, value: Array, keys: kv.Store, values: kv.Store | None) -> Array:
         return kv.attend_many(query, keys, values, visible=visible, scale=config.head_dim**-0.5)
 
     rope = _rope(config, positions, length or cache.positions.shape[1])
-    logits, keys, values = _through_cache(config, params, cache, tokens, rope, put, look)
-    return logits, KVCache(keys, values, seen, cache.slot)
+    x, keys, values = _through_cache(config, params, cache, tokens, rope, put, look)
+    return _logits(config, params, x), KVCache(keys, values, seen, cache.slot)
 
 
 def _through_cache(
     config: LlamaConfig, params: LlamaParams, cache: KVCache, tokens: Array, rope: Rope, put: Callable, look: Callable
 ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
+    """Hidden states, keys and values; `look` gets a layer's new query, key and value and what the cache then holds."""
     x, keys, values = params.embed[tokens], [], []
     for i, layer in enumerate(params.layers):
 
@@ -244,11 +238,11 @@ def _through_cache(
             both = kv.put(put, cache.keys[i], cache.values[i], key, value)
             keys.append(both[0])
             values.append(both[1])
-            return look(query, keys[-1], values[-1])
+            return look(query, key, value, *both)
 
         with jax.named_scope(f"layers/{i}"):
             x = _layer(config, layer, x, rope, mix)
-    return _logits(config, params, x), tuple(keys), tuple(values)
+    return x, tuple(keys), tuple(values)
 
 
 def _layer(config: LlamaConfig, layer: LayerParams, x: Float[Array, "B T D"], rope: Rope, mix: Mix) -> Array:

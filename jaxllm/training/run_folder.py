@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxllm.config import RunConfig
 from jaxllm.config_file import ConfigError, config_differences, dump_config, load_config
 from jaxllm.data.pipeline import has_begun
+from jaxllm.training.device import has_bfloat16
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +71,29 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
                 f"with free space, e.g. training.run_dir=runs/again"
             ) from error
         yield folder
+
+
+def settle_residual(config: RunConfig) -> RunConfig:
+    """The run with the dtype of a float16 T5's residual stream: bfloat16 where the hardware has it.
+
+    A float32 stream moves a fifth more bytes, and T5's outgrows float16. What config.yaml of a begun run has is kept,
+    float32 where it has none; `precision.islands.residual` in the config of a new run decides by itself.
+    """
+    islands = config.precision.islands
+    if not config.model.outgrows_float16 or config.precision.compute != "float16" or "residual" in islands:
+        return config
+    folder = Path(config.training.run_dir).expanduser()
+    if (folder / "config.yaml").exists() and has_begun(folder):
+        with contextlib.suppress(ConfigError):  # `open_run_folder` reports it
+            islands = {**islands, **_residual_of(load_config(folder / "config.yaml"))}
+    elif has_bfloat16():
+        islands = {**islands, "residual": "bfloat16"}
+        _log.info("precision.islands.residual: bfloat16, this device's default for a float16 T5; float32 is more exact")
+    return dataclasses.replace(config, precision=dataclasses.replace(config.precision, islands=islands))
+
+
+def _residual_of(config: RunConfig) -> dict[Any, Any]:
+    return {key: dtype for key, dtype in config.precision.islands.items() if key == "residual"}
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

@@ -33,7 +33,7 @@ from jaxllm.training.metrics import MetricsWriter, plot_curve
 from jaxllm.training.optimizer import build_schedule
 from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.prefetch import Prefetch
-from jaxllm.training.run_folder import open_run_folder, write_config
+from jaxllm.training.run_folder import open_run_folder, settle_residual, write_config
 from jaxllm.training.samples import write_sample
 from jaxllm.training.steps import Steps
 from jaxllm.training.throughput import Throughput
@@ -84,6 +84,7 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
         raise ValueError(f"stop_at must be at least 1, got {stop_at}")
     check_rows(batch_size=training.batch_size, accumulation=training.accumulation, devices=jax.device_count())
     until = training.steps if stop_at is None else min(training.steps, stop_at)
+    config = settle_residual(config)
     with (
         compilation_cache(training.compilation_cache),
         open_run_folder(config) as folder,
