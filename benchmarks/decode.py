@@ -101,8 +101,8 @@ def run_jaxllm(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from jaxllm.generation import generate
-    from jaxllm.generation.family import decoder_of
     from jaxllm.interop.hf import load_hf
+    from jaxllm.models import decoder_of
 
     model, params = load_hf(arguments.work / "model", dtype=arguments.dtype)
     prepared = jax.block_until_ready(decoder_of(model).prepare(params, int8=arguments.int8))

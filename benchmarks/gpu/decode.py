@@ -16,9 +16,9 @@ from benchmarks.gpu.variants import split
 from jaxllm.config import LlamaConfig
 from jaxllm.generation import loop
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.family import Decoder, decoder_of
 from jaxllm.generation.requests import Request, make_request
-from jaxllm.models import abstract_params, build
+from jaxllm.models import abstract_params, build, decoder_of
+from jaxllm.models.decoder import Decoder
 from jaxllm.training.fit import tree_bytes
 
 

@@ -46,7 +46,7 @@ def first_chunk(request: Request) -> Agreement:
     """Decodes a chunk after a cut prompt and compares it with a forward pass; compiles nothing for a decoder."""
     lengths = np.minimum(request.lengths, _KEPT)
     chosen, last = _decode(request, lengths)
-    again = _read_again if request.decoder.model.config.family == "llama" else _feed_again
+    again = _feed_again if request.decoder.model.config.encoder_decoder else _read_again
     positions, logits = again(request, lengths, chosen)
     logits = np.asarray(logits, np.float32)  # [P, B, V]
     spread = logits.std(axis=-1)

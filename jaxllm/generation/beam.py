@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.family import Decoder
 from jaxllm.generation.loop import GenerateState, ban_end, ended, segments, start
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
+from jaxllm.models.decoder import Decoder
 from jaxllm.ops.sampling import Sampling, process, to_numbers
 
 # What transformers adds to a score to rule a beam out; finite, so that sums stay ordered.

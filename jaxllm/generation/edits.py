@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from jaxllm.generation.family import Decoder, Plan, decoder_of
-from jaxllm.models import Model
+from jaxllm.models import Model, decoder_of
 from jaxllm.models.cache import KVCache
+from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.study import Edit, edit
 
 

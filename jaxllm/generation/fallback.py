@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxllm.generation.family import Decoder
+from jaxllm.models.decoder import Decoder
 from jaxllm.ops.cudnn_calls import refused
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.generation.family import Decoder, Plan
 from jaxllm.generation.requests import Settings
 from jaxllm.models.cache import KVCache, repeat_rows, repeat_tree
+from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.sampling import choose, process
 
 # Fewer slots than this are read whole: a smaller program is worth more than shorter reads.

@@ -15,8 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxllm.generation.edits import adapter
-from jaxllm.generation.family import Decoder, Plan, decoder_of
-from jaxllm.models import Model
+from jaxllm.models import Model, decoder_of
+from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.sampling import GREEDY, Sampling
 
 # New tokens between two looks at who has finished; also the unit of the number of new tokens.

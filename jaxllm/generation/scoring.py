@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.generation.edits import adapter, without_edits
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
 from jaxllm.models import Model, check_params
+from jaxllm.models.decoder import Decoder
 
 
 def score(

@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.family import Decoder
 from jaxllm.generation.loop import ban_end, ended, start
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import KVCache
+from jaxllm.models.decoder import Decoder
 from jaxllm.ops.sampling import GREEDY, Sampling, choose, draw, most_probable, process
 
 # Longest run of latest tokens that is looked for; shorter ones are tried when it isn't found.

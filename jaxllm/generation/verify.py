@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxllm.generation.edits import without_edits
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.family import Decoder
 from jaxllm.generation.requests import Request
+from jaxllm.models.decoder import Decoder
 
 # Largest difference relative to the largest logit; above it something is wrong, not rounded.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

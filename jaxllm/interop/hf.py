@@ -90,7 +90,9 @@ def save_hf(
         InteropError: when no architecture of transformers has this combination of settings, naming it, or the
             parameters are not the model's.
     """
-    module = _FAMILIES[model.config.family]
+    module = _FAMILIES.get(model.config.family)
+    if module is None:
+        raise InteropError(f"family {model.config.family!r} has no Hugging Face form; {', '.join(_FAMILIES)} have one")
     raw = module.write_config(model.config)
     dtype = None if dtype is None else weight_dtype(dtype)
     try:

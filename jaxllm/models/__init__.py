@@ -1,17 +1,7 @@
 """The families as thin Flax modules, and how to build one from its config."""
 
-from jaxllm.models.family import (
-    FAMILIES,
-    Family,
-    Model,
-    abstract_params,
-    build,
-    check_model,
-    check_params,
-    count_params,
-    family_of,
-    init_params,
-)
+from jaxllm.models.family import FAMILIES, Family, build, decoder_of, family_of
+from jaxllm.models.params import Model, abstract_params, check_model, check_params, count_params, init_params
 
 __all__ = [
     "FAMILIES",
@@ -22,6 +12,7 @@ __all__ = [
     "check_model",
     "check_params",
     "count_params",
+    "decoder_of",
     "family_of",
     "init_params",
 ]

@@ -15,7 +15,6 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks
 from jaxllm.generation import generate
 from jaxllm.models import Model
-from jaxllm.models.t5 import T5
 from jaxllm.ops.sampling import GREEDY, Sampling
 
 # Greedy text of a small model runs in circles; this is mild enough to show what it learned.
@@ -30,7 +29,7 @@ def write_sample(folder: Path, model: Model, params: Any, pipeline: Pipeline, co
     """
     if not config.sample_tokens:
         return None
-    text = (_fill_in if isinstance(model, T5) else _continue)(model, params, pipeline, config)
+    text = (_fill_in if model.config.encoder_decoder else _continue)(model, params, pipeline, config)
     (folder / "sample.txt").write_text(text, encoding="utf-8")
     return text
 

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 
 from jaxllm.config_file import ConfigError
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, load_tokenizer, tokenizers_in
-from jaxllm.generation.family import decoder_of
 from jaxllm.interop.hf import load_hf, special_ids
-from jaxllm.models import Model, build
+from jaxllm.models import Model, build, decoder_of
 from jaxllm.training.initial_params import load_run
 
 
@@ -51,7 +50,7 @@ class Speaker(NamedTuple):
         except UnicodeEncodeError as error:  # Python reads such bytes, of an argument or standard input, as surrogates
             byte = ord(text[error.start]) & 0xFF
             raise ValueError(f"the prompt is not UTF-8 text (byte 0x{byte:x} at character {error.start})") from None
-        if self.model.config.family == "llama":
+        if not self.model.config.encoder_decoder:
             return [*self.begin, *map(int, self.tokenizer.encode(text))]
         return encode_blanks(text, self.tokenizer).tolist()
 

@@ -23,7 +23,7 @@ from jaxllm.generation import (
     loop,
     score,
 )
-from jaxllm.generation.family import decoder_of
+from jaxllm.models import decoder_of
 
 SIZES = {"vocab_size": 61, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 CONFIGS = {

@@ -13,8 +13,7 @@ import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
 from jaxllm.generation import generate, generate_speculative
-from jaxllm.generation.family import decoder_of
-from jaxllm.models import build, init_params
+from jaxllm.models import build, decoder_of, init_params
 from jaxllm.ops.sampling import Sampling, process
 
 CONFIG = LlamaConfig(vocab_size=11, d_model=16, d_ff=24, num_layers=2, num_heads=2, num_kv_heads=1, max_length=128)

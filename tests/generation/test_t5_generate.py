@@ -95,8 +95,8 @@ def test_beams_score_as_the_model_does_and_speculation_changes_nothing(model_and
 
 def test_drafts_come_from_the_encoders_input() -> None:
     """The lookup proposes what follows in the source, whatever the decoder has said before."""
-    from jaxllm.generation.family import decoder_of
     from jaxllm.generation.speculative import _look_up
+    from jaxllm.models import decoder_of
 
     decoder = decoder_of(build(CONFIG))
     source, said = jnp.array([[4, 7, 8, 9, 3, 7, 8, 2, 6, 0]]), jnp.array([[1, 9, 3, 7, 8, 0, 0]])

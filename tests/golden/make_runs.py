@@ -30,7 +30,7 @@ from safetensors.numpy import load_file
 
 from jaxllm.config_file import load_config, parse_config
 from jaxllm.generation import generate
-from jaxllm.generation.family import decoder_of
+from jaxllm.models import decoder_of
 from jaxllm.training.export import export_run
 from jaxllm.training.initial_params import load_run
 from jaxllm.training.speaker import load_speaker

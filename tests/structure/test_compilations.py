@@ -17,8 +17,7 @@ import pytest
 from jaxllm.config import LlamaConfig, T5Config
 from jaxllm.config_file import parse_config
 from jaxllm.generation import BeamSettings, beam_search, generate, generate_speculative, generate_stream
-from jaxllm.generation.family import decoder_of
-from jaxllm.models import build, init_params
+from jaxllm.models import build, decoder_of, init_params
 from jaxllm.ops.sampling import Sampling
 from jaxllm.training.compiled import CompiledOnce, DeviceError, RecompilationError
 from jaxllm.training.trainer import pretrain
@@ -68,8 +67,8 @@ def test_a_run_compiles_each_program_once(compilations: Compilations, tmp_path: 
     data = {"source": "files", "path": str(corpus), "sequence_length": 16}
     assert pretrain(parse_config({"model": model, "data": data, "training": training})).finished
     names = collections.Counter(name for name, _ in compilations.seen)
-    assert {name: names[name] for name in ("fresh", "train_step", "eval_step")} == {
-        "fresh": 1,
+    assert {name: names[name] for name in ("fresh_state", "train_step", "eval_step")} == {
+        "fresh_state": 1,
         "train_step": 1,
         "eval_step": 1,
     }

@@ -1,0 +1,170 @@
+"""A family that shares no class with Llama or T5: one layer that mixes tokens by weights that decay with distance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxllm.model_config import Attention, Layers, ModelConfig, Objective, Remat, positive, typed
+from jaxllm.models.cache import KVCache, init_cache, write, write_at
+from jaxllm.models.decoder import Plan, join
+from jaxllm.models.family import Family
+from jaxllm.models.flops import Flops
+from jaxllm.models.layers import DEFAULT_ISLANDS, Islands, apply
+from jaxllm.models.params import check_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(ModelConfig):
+    """Settings of the toy.
+
+    Attributes:
+        family: toy.
+        vocab_size: rows of the embedding.
+        d_model: width of the residual stream.
+        num_layers: 1.
+        layers: has no effect.
+        remat: has no effect.
+        attention: has no effect.
+    """
+
+    encoder_decoder: ClassVar[bool] = False
+    objectives: ClassVar[tuple[Objective, ...]] = ("causal",)
+    absent_islands: ClassVar[frozenset[str]] = frozenset({"rope", "softmax", "relative_bias", "mlp_output"})
+    outgrows_float16: ClassVar[bool] = False
+    metric: ClassVar[str] = "bits_per_byte"
+
+    family: Literal["toy"] = "toy"
+    vocab_size: int
+    d_model: int
+    num_layers: int = 1
+    layers: Layers = "unroll"
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        typed(self)
+        positive(self, "vocab_size", "d_model")
+
+
+class Toy(nn.Module):
+    config: ToyConfig
+    dtype: Any = jnp.float32
+    islands: Islands = DEFAULT_ISLANDS
+
+    def setup(self) -> None:
+        c, draw = self.config, nn.initializers.normal(0.1)
+        self.embed = self.param("embed", draw, (c.vocab_size, c.d_model), jnp.float32)
+        self.mixer = self.param("mixer", draw, (c.d_model, c.d_model), jnp.float32)
+        self.half_life = self.param("half_life", nn.initializers.ones, (), jnp.float32)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: jax.Array, *, length: Any = None) -> jax.Array:
+        distance = jnp.arange(tokens.shape[1])[:, None] - jnp.arange(tokens.shape[1])
+        return self.mix(tokens, self.values(tokens), distance[None])
+
+    def values(self, tokens: jax.Array) -> jax.Array:
+        with jax.named_scope("mixer"):
+            return self.embed.astype(self.dtype)[tokens] @ self.mixer.astype(self.dtype)
+
+    def mix(self, tokens: jax.Array, values: jax.Array, distance: jax.Array) -> jax.Array:
+        decay = -jnp.maximum(distance, 0) / (1 + jnp.abs(self.half_life.astype(jnp.float32)))
+        weights = jnp.where(distance >= 0, jnp.exp(decay), 0).astype(self.dtype)
+        return self.embed.astype(self.dtype)[tokens] + jnp.einsum("bts,bsd->btd", weights, values)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
+
+    def head(self) -> jax.Array:
+        return self.embed.astype(self.dtype)
+
+
+def hidden(model: Any, params: Any, batch: Mapping[str, Any], key: Any = None) -> jax.Array:
+    return apply(model, params, batch["tokens"], method="hidden")
+
+
+def flops(c: ToyConfig, batch: int, length: int, target_length: int) -> Flops:
+    weights = 6.0 * batch * length * c.d_model * (c.d_model + c.vocab_size)
+    pairs = 6.0 * batch * length**2 * c.d_model
+    return Flops(weights + pairs / 2, weights + pairs, weights)
+
+
+@dataclass(frozen=True)
+class ToyDecoder:
+    """Keeps the values of earlier tokens in the cache of the other families."""
+
+    model: Toy
+
+    def without_cudnn(self) -> ToyDecoder:
+        return self
+
+    def prepare(self, params: Any, *, int8: bool = False) -> Any:
+        check_params(self.model, params)
+        return params
+
+    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+        pass
+
+    def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
+        return Plan(prompt, new, prompt, prompt + new, None, cache_dtype)
+
+    def start(self, params: Any, tokens: Any, lengths: Any, plan: Plan) -> tuple[Any, jax.Array, KVCache, jax.Array]:
+        c, (batch, count) = self.model.config, tokens.shape
+        cache = init_cache(
+            batch=batch, capacity=plan.slots, num_layers=1, num_kv_heads=1, head_dim=c.d_model, dtype=self.model.dtype
+        )
+        states = apply(self.model, params, tokens, method="hidden")
+        last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)
+        values = apply(self.model, params, tokens, method="values")[:, :, None]
+        index = jnp.arange(count, dtype=jnp.int32)[None]
+        seen = cache.positions.at[:, :count].set(jnp.where(index < lengths[:, None], index, -1))
+        held = write(cache.values[0], values, cache.slot)
+        cache = KVCache(cache.keys, (held,), seen, jnp.asarray(count, jnp.int32))
+        return None, apply(self.model, params, last, method="logits")[:, 0], cache, lengths
+
+    def step(
+        self, params: Any, context: Any, cache: KVCache, tokens: Any, positions: Any, plan: Plan, attended: int
+    ) -> tuple[jax.Array, KVCache]:
+        seen = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], cache.slot, axis=1)
+        new = apply(self.model, params, tokens[:, None], method="values")[:, :, None]
+        held = write(cache.values[0], new, cache.slot)
+        distance = jnp.where(seen >= 0, positions[:, None] - seen, -1)[:, None]
+        states = apply(self.model, params, tokens[:, None], held, distance, method="mix")
+        return apply(self.model, params, states, method="logits")[:, 0], KVCache(
+            cache.keys, (held,), seen, cache.slot + 1
+        )
+
+    def extend(
+        self, params: Any, context: Any, cache: KVCache, tokens: Any, positions: Any, plan: Plan
+    ) -> tuple[jax.Array, KVCache]:
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        seen = cache.positions.at[rows, positions].set(positions, mode="drop")
+        new = apply(self.model, params, tokens, method="values")[:, :, None]
+        held = write_at(cache.values[0], new, positions)
+        distance = jnp.where(seen[:, None] >= 0, positions[:, :, None] - seen[:, None], -1)
+        states = apply(self.model, params, tokens, held, distance, method="mix")
+        logits = apply(self.model, params, states, method="logits")
+        return logits, KVCache(cache.keys, (held,), seen, cache.slot)
+
+    def lookup(self, tokens: Any, lengths: Any, new: Any, counts: Any) -> tuple[Any, Any, Any, Any]:
+        joined = join(tokens, lengths, new)
+        return joined, lengths + counts, joined, lengths + counts
+
+    def history(self, tokens: Any, lengths: Any) -> tuple[Any, jax.Array]:
+        return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+
+    def full_logits(self, params: Any, tokens: Any, lengths: Any, new: Any, *, length: Any = None) -> jax.Array:
+        columns = lengths[:, None] + jnp.arange(new.shape[1])
+        states = apply(self.model, params, join(tokens, lengths, new), method="hidden")
+        before = jnp.take_along_axis(states, columns[..., None] - 1, axis=1)
+        return apply(self.model, params, before, method="logits")
+
+
+TOY = Family(Toy, hidden, flops, ToyDecoder)
