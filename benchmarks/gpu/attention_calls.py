@@ -139,7 +139,7 @@ def operands(case: Attention, *, ragged: bool = False) -> Operands:
     block = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
 
     def draw(*shape: int, shift: int) -> np.ndarray:
-        return np.resize(np.roll(block, shift * 1013), shape).astype(dtype)
+        return np.resize(np.roll(block, shift * 1013).astype(dtype), shape)
 
     query = draw(c.batch, c.queries, c.heads, c.width, shift=0)
     key, value = (draw(c.batch, c.keys, c.kv_heads, c.width, shift=i) for i in (1, 2))
@@ -211,13 +211,15 @@ class Prepared(NamedTuple):
         compared: the compiled call at the comparison's size.
         ahead: the compiled forward pass at the real size.
         whole: both passes at the real size.
-        seconds: for compiling the three.
+        finite: whether all that these return is.
+        seconds: for compiling.
     """
 
     want: list[np.ndarray]
     compared: Callable[..., Any]
     ahead: Callable[..., Any]
     whole: Callable[..., Any]
+    finite: Callable[..., Any]
     seconds: float
 
 
@@ -228,8 +230,13 @@ def prepare(case: Attention, implementation: str) -> Prepared:
     compared = jax.jit(functools.partial(passes, fewer, implementation)).lower(operands(fewer, ragged=True)).compile()
     given = operands(case)
     ahead = jax.jit(functools.partial(call, case, implementation)).lower(given.inputs, given.hidden).compile()
-    whole = jax.jit(functools.partial(passes, case, implementation)).lower(given).compile()
-    return Prepared(exact(fewer), compared, ahead, whole, time.monotonic() - start)
+    whole = jax.jit(functools.partial(passes, case, implementation)).lower(given)
+    finite = jax.jit(_finite).lower(whole.out_info).compile()
+    return Prepared(exact(fewer), compared, ahead, whole.compile(), finite, time.monotonic() - start)
+
+
+def _finite(found: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in found]))
 
 
 def attend(case: Attention, ready: Future[Prepared], row: CallClass) -> dict[str, Any]:
@@ -241,8 +248,7 @@ def attend(case: Attention, ready: Future[Prepared], row: CallClass) -> dict[str
         return {**found, "change": change(case, found["verdict"], row), "class": row.name}
     errors = differences(program.compared(jax.device_put(operands(checked(case), ragged=True))), program.want)
     given = jax.device_put(operands(case))
-    ours = program.whole(given)
-    finite = bool(np.all([jnp.isfinite(x).all() for x in ours])) and all(np.isfinite(list(errors.values())))
+    finite = bool(program.finite(program.whole(given))) and bool(np.isfinite(list(errors.values())).all())
     speed = speeds(case, timed(program.ahead, given.inputs, given.hidden), timed(program.whole, given))
     result = verdict(case, errors, speed, finite=finite)
     facts = {"verdict": result, "change": change(case, result, row), "class": row.name, "errors": errors}

@@ -118,7 +118,7 @@ def multiply(product: Product, *, toy: bool) -> dict[str, Any]:
 
 def _random(*shape: int) -> jax.Array:
     block = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
-    return jnp.asarray(np.resize(block, shape).astype(ml_dtypes.bfloat16))
+    return jnp.asarray(np.resize(block.astype(ml_dtypes.bfloat16), shape))
 
 
 def sustained(*, toy: bool) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_every_call_lowers_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def given(want: list[np.ndarray], ours: Any) -> Future[Prepared]:
     ready: Future[Prepared] = Future()
-    ready.set_result(Prepared(want, lambda _: ours, lambda *_: ours[0], lambda _: ours, 0.0))
+    ready.set_result(Prepared(want, lambda _: ours, lambda *_: ours[0], lambda _: ours, attention_calls._finite, 0.0))
     return ready
 
 
