@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks and measures on one GPU, without a network:
-#   benchmarks/run_gpu.sh first                  about 400 s: the real script, the library calls, the headline programs
+#   benchmarks/run_gpu.sh first                  ends after 385 s (give it 430): the real script, the library calls, the
+#                                                headline programs
 #   benchmarks/run_gpu.sh next 330               what is still unmeasured, in order of worth, within 330 s
 #   benchmarks/run_gpu.sh train/llama_1b         one case; train/ runs all that begin so; --list names and times them
 #   benchmarks/run_gpu.sh --dry-run              the same programs at toy sizes, on any machine
@@ -9,7 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+BENCH_START=$(date +%s) # the seconds of a call count from here
+export BENCH_START PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if compgen -G "carried/*.whl" >/dev/null; then
   site="$(mktemp -d)"
   trap 'rm -rf "$site"' EXIT

@@ -79,6 +79,8 @@ def parse_config(raw: dict[str, Any], *, where: str = "config") -> RunConfig:
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """The run with settings such as `training.steps=100` changed; see `load_config` for the errors."""
+    if not overrides:
+        return config
     import yaml
 
     raw = yaml.safe_load(dump_config(config))
@@ -203,9 +205,11 @@ def _adapter(kind: type) -> Any:
 
 def _kind_of(section: str, value: Any, where: str) -> type:
     """The class that a section becomes; a model's is named by its family."""
-    if section != "model" or not isinstance(value, dict):
+    if section != "model":
         return _section_types()[section][0]
-    family = value.get("family")
+    if not isinstance(value, dict | None):
+        raise ConfigError(f"{where}: model must hold settings such as `family: llama`, got {value!r}")
+    family = (value or {}).get("family")
     if str(family) not in MODEL_CONFIGS:
         known = ", ".join(map(repr, MODEL_CONFIGS))
         raise ConfigError(f"{where}: model.family must be one of {known}, got {family!r}")

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.gpu import decode, train
-from benchmarks.gpu.common import RESULT, report
+from benchmarks.gpu.common import report, results_in
 
 
 class Form(NamedTuple):
@@ -163,7 +163,7 @@ def main(name: str, *, toy: bool) -> None:
     if missing:
         raise SystemExit(f"baseline/{name} compares with {' and '.join(missing)}, not installed here: pip install them")
     turns = Turns(name, toy=toy)
-    turns.facts["logits_difference"] = difference = agreement(turns.case, toy=toy)
+    turns.facts["logits_difference"] = difference = agreement(turns.case, toy=toy, limit=min(_ONE, turns.left()))
     if not difference < _AGREE:
         raise SystemExit(f"{name}: the logits differ by {difference:.1e}; the speed of a wrong model says nothing")
     turns.ours(recorded=recorded(turns.case))
@@ -241,13 +241,12 @@ def _arguments(case: Case, form: Form, *, toy: bool) -> str:
 def recorded(case: Case) -> dict[str, Any] | None:
     """Our result in the file that BASELINE_OURS names; the newest one, or None."""
     path = os.environ.get("BASELINE_OURS")
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-    results = [json.loads(line.removeprefix(RESULT)) for line in lines if line.startswith(RESULT)]
+    results = results_in(Path(path).read_text(encoding="utf-8")) if path and Path(path).exists() else []
     fitting = [each for each in results if (each["part"], each["case"]) == (case.what, case.ours)]
     return next((each for each in reversed(fitting) if "error" not in each), None)
 
 
-def agreement(case: Case, *, toy: bool) -> float:
+def agreement(case: Case, *, toy: bool, limit: float = _ONE) -> float:
     """Largest difference of the two sides' logits, relative to the largest logit.
 
     Raises:
@@ -257,8 +256,8 @@ def agreement(case: Case, *, toy: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         arguments = json.dumps({"shape_name": ours.shape, "toy": toy, "folder": folder})
         sides = [
-            _process("benchmarks.gpu.torch_side", "export", arguments),
-            _process("benchmarks.gpu.baseline", folder),
+            _process("benchmarks.gpu.torch_side", "export", arguments, limit=limit),
+            _process("benchmarks.gpu.baseline", folder, limit=limit),
         ]
     if error := next((side["error"] for side in sides if "error" in side), None):
         raise SystemExit(f"the two models could not be compared: {error}")
@@ -276,8 +275,8 @@ def _process(module: str, *arguments: str, limit: float = _ONE) -> dict[str, Any
         except subprocess.TimeoutExpired:
             failed = {"error": f"took more than {limit:.0f} s"}
         output.seek(0)
-        found = [line.removeprefix(RESULT) for line in output.read().splitlines() if line.startswith(RESULT)]
-    result = json.loads(found[-1]) if found else {"error": f"{module} printed no result"}
+        found = results_in(output.read())
+    result = found[-1] if found else {"error": f"{module} printed no result"}
     return {**result, **failed, "wall": round(time.monotonic() - before, 1), "gpu": sensors.readings()}
 
 

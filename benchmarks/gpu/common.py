@@ -5,6 +5,7 @@ A part prints one line per result, so that what it has measured survives whateve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -42,7 +43,17 @@ def shape(name: str, *, toy: bool, **changes: Any) -> LlamaConfig | T5Config:
 
 def report(part: str, case: str, **values: Any) -> None:
     """Prints one result."""
-    print(RESULT + json.dumps({"part": part, "case": case, **values}), flush=True)
+    # One write for the whole line: other threads of the process write to the same file.
+    print(RESULT + json.dumps({"part": part, "case": case, **values}) + "\n", end="", flush=True)
+
+
+def results_in(text: str) -> list[dict[str, Any]]:
+    """All results in the output of a process; one that was cut off is left out, and what follows it on its line."""
+    found = []
+    for rest in text.split(RESULT)[1:]:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.JSONDecoder().raw_decode(rest)[0])
+    return [each for each in found if isinstance(each, dict) and {"part", "case"} <= each.keys()]
 
 
 def spread(times: list[float]) -> dict[str, float]:

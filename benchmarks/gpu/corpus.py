@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 from jaxllm.config import DataConfig
-from jaxllm.data.sources import open_source, texts
+from jaxllm.data.records import texts
+from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import train_tokenizer
 
 CORPUS, TOKENIZER, VOCABULARY = "corpus.jsonl.gz", "tokenizer.json", 8192

@@ -33,10 +33,10 @@ FIRST = (
     Planned("train/llama_1b", 75, 140, profile=True),
     Planned("train/t5_large", 105, 200, profile=True),
     Planned("decode/8b_b1", 50, 110, profile=True),
-    Planned("decode/1b_b1", 38, 90, profile=True),
 )
 # What `next` runs after it, as far as it is unmeasured and fits.
 LATER = (
+    Planned("decode/1b_b1", 38, 90, profile=True),
     Planned("tests/gpu", 60, 150),
     Planned("pretrain/t5_fp16", 80, 130),
     Planned("train/llama_1b@cublas", 55, 120, profile=True),
@@ -51,6 +51,8 @@ LATER = (
     Planned("train/llama_1b_fp16", 55, 120),
     Planned("decode/t5_large_b1", 50, 110, profile=True),
     Planned("train/t5_large@nolengths", 75, 160),
+    Planned("train/llama_1b@bf16_logits", 55, 120),
+    Planned("train/t5_large_fp16@f32_residual", 75, 160),
     Planned("baseline/llama_1b_decode", 150, 300),
     Planned("decode/8b_b1_8k", 60, 120),
     Planned("train/t5_base", 75, 150),

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -105,7 +106,7 @@ class _Script:
         self.process = subprocess.Popen(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
@@ -121,9 +122,11 @@ class _Script:
             SystemExit: when it ends by itself, and badly.
         """
         if kill:
-            self.process.kill()
+            for pid in [self.process.pid, *_descendants(self.process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         status = self.process.wait()
-        self._reader.join()
+        self._reader.join(timeout=10)
         if status != 0 and not kill:
             raise SystemExit(f"scripts/pretrain.py ended with {status}")
 
@@ -131,6 +134,17 @@ class _Script:
         """The step that it says it continues from; 0 when it starts from nothing."""
         found = re.search(r"resuming .* from step (\d+)", " ".join("".join(self.lines).split()))
         return int(found[1]) if found else 0
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that they started: workers would outlive it."""
+    children: dict[int, list[int]] = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(file.read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(file.parent.name))
+    found = children.get(pid, [])
+    return [*found, *(each for child in found for each in _descendants(child))]
 
 
 def _run_until_checkpoint(arguments: list[str], folder: Path) -> tuple[int, float]:
@@ -177,7 +191,7 @@ def _corpus(folder: Path, *, toy: bool) -> list[str]:
     corpus.mkdir(exist_ok=True)
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py")):
         (corpus / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return ["data.source=files", f"data.path={corpus}", "data.validation_fraction=0.3", "data.workers=0"]
+    return ["data.source=files", f"data.path={corpus}", "data.validation_fraction=0.3", "data.workers=1"]
 
 
 def _toy_settings(case: Case) -> list[str]:

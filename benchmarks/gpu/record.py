@@ -122,7 +122,7 @@ class Record:
     def measured(self, name: str) -> bool:
         """Whether there is a whole result of this case."""
         result = self._results.get(name, {"error": ""})
-        return "error" not in result and result.get("complete", True)
+        return "error" not in result and result.get("complete", True) and result.get("tokens_agree", True)
 
     def document(self) -> dict[str, Any]:
         """The machine and all results, old ones included."""

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from benchmarks.gpu import cache
-from benchmarks.gpu.common import RESULT
+from benchmarks.gpu.common import RESULT, results_in
 from benchmarks.gpu.plan import EVERY, FIRST, FIRST_SECONDS, Planned, cases_of
 from benchmarks.gpu.record import RESULTS, ROOT, TOY, Machine, NoGpuError, Record, find_gpu, first_line
 from benchmarks.gpu.table import table
@@ -117,11 +117,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 class _Lane(NamedTuple):
-    """Where cases run, with what, and where their output goes."""
+    """Where cases run, with what, and where their output goes: all of it, and the results of this call alone."""
 
     toy: bool
     environment: dict[str, str]
     log: Path
+    results: Path
     record: Record
 
 
@@ -129,12 +130,12 @@ def run_all(
     cases: list[Planned], *, machine: Machine, seconds: float, out: Path | None, unmeasured: bool = False
 ) -> int:
     """Runs cases one after the other; whatever ends this process, what was measured is in the folder."""
-    start, failed = time.monotonic(), []
-    with _open_lane(machine, out) as lane:
+    start, failed = float(os.environ.get("BENCH_START", time.time())), []
+    with _open_lane(machine, None if out is None else out.resolve()) as lane:
         for case in cases:
             if unmeasured and lane.record.measured(case.name):
                 continue
-            left = seconds - (time.monotonic() - start)
+            left = seconds - (time.time() - start)
             if not lane.toy and left < case.seconds:
                 print(f"{case.name:36} left out: {max(left, 0):.0f} s remain, it takes {case.seconds}", flush=True)
                 continue
@@ -168,7 +169,7 @@ def _open_lane(machine: Machine, out: Path | None) -> Iterator[_Lane]:
             cache.unpack(ROOT / "carried", Path(folder) / "jax")
             _describe(log, machine)
         try:
-            yield _Lane(toy, environment, log, Record(machine, out))
+            yield _Lane(toy, environment, log, Path(folder) / "results.txt", Record(machine, out))
         finally:
             if not toy and out is not None:
                 cache.pack(Path(folder) / "jax", out)
@@ -206,7 +207,9 @@ def run_case(case: Planned, lane: _Lane, *, limit: float) -> bool:
     wall = round(time.monotonic() - before, 1)
     error = _error_of(case, status, output, limit)
     part, name = case.name.split("/")
-    results = [json.loads(line.removeprefix(RESULT)) for line in output.splitlines() if line.startswith(RESULT)]
+    results = results_in(output)
+    with lane.results.open("a", encoding="utf-8") as file:
+        file.writelines(f"{RESULT}{json.dumps(each)}\n" for each in results)
     own = [each for each in results if (each["part"], each["case"]) == (part, name)]
     for each in results:
         if each not in own:
@@ -231,7 +234,7 @@ def _output_of(case: Planned, lane: _Lane, *, limit: float) -> tuple[int | None,
     if case.name == "tests/gpu":
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = ".2"  # four processes share the GPU
     environment["BASELINE_SECONDS"] = f"{max(limit - 15, 1):.0f}"
-    environment["BASELINE_OURS"] = str(lane.log)
+    environment["BASELINE_OURS"] = str(lane.results)
     with lane.log.open("a+", encoding="utf-8", errors="replace") as log:
         log.write(f"\n=== {case.name} {time.strftime('%H:%M:%S')}\n")
         log.flush()
@@ -248,11 +251,11 @@ def _run(command: list[str], environment: dict[str, str], log: Any, *, limit: fl
     ) as process:
         try:
             return process.wait(timeout=limit)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
             return None
+        finally:  # what is left of it, also of one that ended well
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _command(case: Planned, toy: bool) -> list[str]:
@@ -291,4 +294,6 @@ def summary(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a thread that still compiles must not hold up the next case

@@ -57,7 +57,7 @@ def table(document: dict[str, Any], only: tuple[str, ...] | None = None) -> str:
 
 
 def _row(result: dict[str, Any]) -> str | None:
-    if "error" in result:
+    if "error" in result or not result.get("tokens_agree", True):
         return None
     speed = next((form.format(result[key]) for key, form in _SPEEDS.items() if key in result), "")
     peak = ", ".join(form.format(result[key]) for key, form in _FRACTIONS.items() if key in result)
@@ -71,6 +71,8 @@ def failures(document: dict[str, Any]) -> str:
     """The cases that failed, each with the last line of its error."""
     failed = [each for each in document["results"] if "error" in each]
     lines = [f"* {each['part']} {each['case']}: {each['error'].strip().splitlines()[-1]}" for each in failed]
+    wrong = [each for each in document["results"] if not each.get("tokens_agree", True)]
+    lines += [f"* {each['part']} {each['case']}: its tokens are not those of a forward pass" for each in wrong]
     return "\n".join(["Failed or not finished:", "", *lines]) if lines else ""
 
 

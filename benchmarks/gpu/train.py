@@ -35,6 +35,8 @@ class Case(NamedTuple):
         accumulation: microbatches.
         remat: what the backward pass computes again.
         lengths: whether T5's rows come with their lengths.
+        residual: dtype of the residual stream, None for the model's own; scripts/pretrain.py takes bfloat16 for a
+            float16 T5 on a GPU.
         settings: other settings of the run, each as `section.key=value`.
     """
 
@@ -47,6 +49,7 @@ class Case(NamedTuple):
     accumulation: int = 1
     remat: str = "elementwise"
     lengths: bool = True
+    residual: Literal["float32", "bfloat16"] | None = None
     settings: tuple[str, ...] = ()
 
 
@@ -56,7 +59,7 @@ CASES = {
     "t5_large": Case("t5_large", 64, 512, 114),
     "t5_base": Case("t5_base", 128, 512, 114),
     "llama_1b_fp16": Case("1b", 8, 4096, compute="float16"),
-    "t5_large_fp16": Case("t5_large", 64, 512, 114, compute="float16"),
+    "t5_large_fp16": Case("t5_large", 64, 512, 114, compute="float16", residual="bfloat16"),
     "llama_1b_packed": Case("1b", 8, 4096, documents=4),
     "llama_8b_8layers_packed": Case("8b_8layers", 2, 8192, documents=4),
     "llama_1b_accumulated": Case("1b", 8, 4096, accumulation=8),
@@ -79,7 +82,11 @@ def run_config(case: Case, *, toy: bool) -> RunConfig:
     t5 = isinstance(model, T5Config)
     config = RunConfig(
         model=model,
-        precision=PrecisionConfig(compute=case.compute, loss_scale="dynamic" if case.compute == "float16" else "none"),
+        precision=PrecisionConfig(
+            compute=case.compute,
+            loss_scale="dynamic" if case.compute == "float16" else "none",
+            islands={"residual": case.residual} if case.residual else {},
+        ),
         optimizer=OptimizerConfig(schedule="constant", name="adamw_rms" if t5 else "adamw"),
         data=DataConfig(
             objective="span_corruption" if t5 else "causal",

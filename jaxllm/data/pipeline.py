@@ -34,7 +34,8 @@ from jaxllm.config import DataConfig, RunConfig
 from jaxllm.data import DataError
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import RECIPES
-from jaxllm.data.sources import Source, check_apart, field, open_source, texts
+from jaxllm.data.records import field, texts
+from jaxllm.data.sources import Source, check_apart, open_source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in, train_tokenizer
 
 _log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from jaxllm.data.objectives import (
     solve_lengths,
 )
 from jaxllm.data.packing import Batch, pack_pairs
-from jaxllm.data.sources import field
+from jaxllm.data.records import field
 from jaxllm.data.tokenizer import Tokenizer
 
 # Examples in a stretch of text that is cut, hidden and packed at once: enough to pack well and to vectorise over.

@@ -71,24 +71,6 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
     return Source(builder.info.full_name, train, validation)
 
 
-def texts(records: Sequence[Any], key: str) -> Iterator[str]:
-    """The text of each record, in order."""
-    for i in range(len(records)):
-        yield field(records[i], key)
-
-
-def field(record: dict[str, Any], key: str) -> str:
-    """One text of a record, decoded.
-
-    Raises:
-        DataError: when the record has no such field, naming those it has.
-    """
-    if key not in record:
-        raise DataError(f"records have no field {key!r}; set data.text_key to one of: {', '.join(sorted(record))}")
-    value = record[key]
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
 def check_apart(config: DataConfig, run_dir: Path) -> None:
     """Refuses a run folder among the user's documents: what the run writes would be some of them.
 

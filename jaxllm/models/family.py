@@ -71,6 +71,8 @@ def build(config: ModelConfig, *, dtype: Any = jnp.float32, islands: Islands = D
     if not isinstance(config, ModelConfig):
         hint = "; pass its .model" if hasattr(config, "model") else ""
         raise ValueError(f"build needs a LlamaConfig or a T5Config, got {type(config).__name__}{hint}")
+    if config.family not in FAMILIES:
+        raise ValueError(f"no family {config.family!r}; {', '.join(FAMILIES)} have a row in jaxllm.models.FAMILIES")
     if not _is_floating(dtype):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     return FAMILIES[config.family].module(config, dtype, islands)

@@ -136,7 +136,16 @@ def avoided(call: Call) -> CallClass | None:
 
 # What cuDNN's frontend and XLA's callers of it write, and what is wrong with the machine rather than with the call.
 _REFUSED = ("cudnn", "fmha", "no valid engine", "execution plan")
-_OTHERS = ("resource_exhausted", "out of memory", "alloc_failed", "not_initialized", "initialization failed")
+_OTHERS = (
+    "resource_exhausted",
+    "out of memory",
+    "alloc_failed",
+    "not_initialized",
+    "initialization failed",
+    "execution_failed",
+    "internal_error",
+    "deadline_exceeded",
+)
 _HEAD = 600  # characters of a message that state its cause; programs and tables of buffers follow
 
 

@@ -13,7 +13,7 @@ from jaxllm.config_file import ConfigError, parse_config
 from jaxllm.data import DataError
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline, build_pipeline
-from jaxllm.data.sources import texts
+from jaxllm.data.records import texts
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 SHAPES = {

@@ -12,7 +12,8 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.builders import FilesText
 from jaxllm.data.pipeline import build_pipeline
-from jaxllm.data.sources import open_source, texts
+from jaxllm.data.records import texts
+from jaxllm.data.sources import open_source
 from tests.conftest import full_disk
 
 

@@ -39,7 +39,7 @@ def fake(monkeypatch: pytest.MonkeyPatch):
             return {"wall": 1.0, "versions": {}, **rate(tried[-1])}
 
         monkeypatch.setattr(baseline, "_process", process)
-        monkeypatch.setattr(baseline, "agreement", lambda case, *, toy: 1e-7)
+        monkeypatch.setattr(baseline, "agreement", lambda case, **_: 1e-7)
         monkeypatch.setattr(baseline.importlib.util, "find_spec", lambda name: name)
         return tried
 
@@ -127,7 +127,7 @@ def test_an_interrupted_side_leaves_what_was_measured(fake, capsys: pytest.Captu
 def test_a_process_that_hangs_or_fails_is_an_error_and_keeps_its_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed = f"print({RESULT + json.dumps({'rate': 5.0})!r}, flush=True)\n"
+    printed = f"print({RESULT + json.dumps({'part': 'a', 'case': 'b', 'rate': 5.0})!r}, flush=True)\n"
     for name, then in {"hangs": "import time; time.sleep(60)", "fails": "raise SystemExit(3)", "ends": ""}.items():
         (tmp_path / f"{name}.py").write_text(printed + then, encoding="utf-8")
     smi = tmp_path / "nvidia-smi"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import cache, decode, plan, pretrain, record, run, table, train
-from benchmarks.gpu.common import RESULT
+from benchmarks.gpu.common import RESULT, results_in
 from benchmarks.gpu.plan import Planned
 from benchmarks.gpu.variants import VARIANTS, split
 from jaxllm.config_file import load_config
@@ -49,8 +51,9 @@ def test_a_variant_changes_flags_settings_or_the_case() -> None:
     assert split("train/llama_1b") == ("train/llama_1b", [])
     _, both = split("train/llama_1b@cublas+merger0")
     assert both == [VARIANTS["cublas"], VARIANTS["merger0"]]
-    config = train.run_config(train.case_of("t5_large_fp16@bf16_residual"), toy=True)
-    assert config.precision.islands == {"residual": "bfloat16"}
+    for name, residual in (("t5_large_fp16", "bfloat16"), ("t5_large_fp16@f32_residual", "float32")):
+        config = train.run_config(train.case_of(name), toy=True)
+        assert config.precision.islands == {"residual": residual}
     without = train.case_of("t5_large@nolengths")
     assert "encoder_lengths" not in train.synthetic_batch(
         train.run_config(without, toy=True), documents=1, lengths=without.lengths
@@ -98,7 +101,12 @@ def test_every_program_is_planned_and_the_first_call_has_its_limit(capsys: pytes
         part = module.__name__.split(".")[-1]
         assert {f"{part}/{case}" for case in module.CASES} <= set(names)
     assert all(case.seconds <= case.limit for case in plan.EVERY)
-    assert plan.FIRST_SECONDS < 400
+    assert sum(case.seconds for case in plan.FIRST) <= plan.FIRST_SECONDS < 400
+    for case in plan.EVERY:
+        part, name = case.name.split("/")
+        if part != "tests":  # each is called with its name and toy, and profiled where the plan says so
+            entry = importlib.import_module(f"benchmarks.gpu.{part}").main
+            inspect.signature(entry).bind(name, toy=True, **({"profile": True} if case.profile else {}))
     assert plan.FIRST[0].name == "pretrain/llama_fp16"  # what the user asked for
     assert run.main(["--list"]) == 0
     shown = capsys.readouterr().out
@@ -261,6 +269,29 @@ def test_a_failure_does_not_replace_a_measurement(tmp_path: Path) -> None:
     kept.add({"part": "train", "case": "b", "error": "out of memory"})
     assert kept.measured("train/a") and not kept.measured("train/b") and not kept.measured("train/c")
     assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_broken_line_costs_its_own_result_alone() -> None:
+    """The threads of XLA write to the same file, and a kill cuts a line off."""
+    good = {"part": "train", "case": "a", "mfu": 0.5}
+    text = (
+        f"W0000 x{RESULT}{json.dumps(good)}W0000 slow compile\n{RESULT}{{bad\n{RESULT}5\n{RESULT}"
+        + json.dumps(good)[:-4]
+    )
+    assert results_in(text) == [good]
+
+
+def test_the_cases_need_no_data_library() -> None:
+    """Without carried wheels all cases but the script's still run."""
+    blocked = "tensorflow_datasets", "grain", "array_record", "pydantic", "pyarrow", "zstandard"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked}))
+from benchmarks.gpu import decode, probe, run, train
+train.run_config(train.case_of("t5_large_fp16"), toy=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_gpu_tests_that_were_all_skipped_are_a_failure() -> None:

@@ -68,7 +68,7 @@ def test_a_wrong_write_is_caught(
     assert not found.good, found
 
 
-def test_a_case_that_disagrees_ends_without_a_result(
+def test_a_case_that_disagrees_says_so_and_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode.main("1b_b1", toy=True)
@@ -76,4 +76,4 @@ def test_a_case_that_disagrees_ends_without_a_result(
     monkeypatch.setattr(decode, "first_chunk", lambda _: Agreement(0.5, 0.0, 0.15))
     with pytest.raises(SystemExit, match="not those of a forward pass"):
         decode.main("1b_b1", toy=True)
-    assert "RESULT" not in capsys.readouterr().out
+    assert result(capsys)["tokens_agree"] is False
