@@ -29,9 +29,9 @@ class Planned(NamedTuple):
 FIRST_SECONDS = 385
 FIRST = (
     Planned("pretrain/llama_fp16", 80, 130),
-    Planned("probe/all", 75, 110),
+    Planned("probe/all", 70, 110),
     Planned("train/llama_1b", 75, 140, profile=True),
-    Planned("train/t5_large", 105, 200, profile=True),
+    Planned("train/t5_large", 95, 200, profile=True),
     Planned("decode/8b_b1", 50, 110, profile=True),
 )
 # What `next` runs after it, as far as it is unmeasured and fits.
