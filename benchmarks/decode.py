@@ -1,4 +1,4 @@
-"""Greedy decoding beside transformers: same shapes, same random weights, outputs compared first.
+"""Greedy decoding against transformers: same shapes, same random weights, outputs compared first.
 
     python benchmarks/decode.py --shape A --batch 1          needs the extras `parity`
 

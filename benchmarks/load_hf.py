@@ -1,4 +1,4 @@
-"""Loading a Hugging Face directory beside transformers' from_pretrained: seconds and peak memory.
+"""Loading a Hugging Face directory against transformers' from_pretrained: seconds and peak memory.
 
     python benchmarks/load_hf.py --shape 1B        needs the extras `parity`, 3 GB of disk and twice that of memory
 

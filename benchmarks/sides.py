@@ -1,4 +1,4 @@
-"""What benchmarks beside a reference share: shapes, each side in a process of its own, how a result was made.
+"""What benchmarks against a reference share: shapes, each side in a process of its own, how a result was made.
 
 All sides start with glibc told to ask for huge pages, as `scripts/pretrain.py` does for itself, unless GLIBC_TUNABLES
 says otherwise.

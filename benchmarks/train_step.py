@@ -1,4 +1,4 @@
-"""Training throughput beside transformers on torch: same shapes, same random weights, logits compared first.
+"""Training throughput against transformers on torch: same shapes, same random weights, logits compared first.
 
     python benchmarks/train_step.py --shape A --dtype float32        needs the extras `parity`
 

@@ -1,4 +1,4 @@
-"""Ours beside transformers on torch: outputs agree first, then ours, theirs, ours, theirs, each in its own process.
+"""Ours against transformers on torch: outputs agree first, then ours, theirs, ours, theirs, each in its own process.
 
 Theirs is the fastest of its forms: rows of a batch, loss over all logits or in chunks, attention kernel, mode of the
 compiler; for decoding, transformers' `generate` and a loop written by hand. Every form that was tried is in the result,

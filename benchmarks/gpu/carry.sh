@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fills carried/ with what a machine without a network needs beside this repository (git ignores it; let it travel along):
+# Fills carried/ with what a machine without a network needs besides this repository (git ignores it; let it travel along):
 # wheels for Python 3.12 on x86-64 Linux of what scripts/pretrain.py needs and the machine lacks, a corpus with its
 # tokenizer, and the compilation cache of an earlier call on that kind of machine, from the folder given as argument.
 # The machine is taken to have jax, flax, optax, orbax, tokenizers, safetensors, pyarrow, matplotlib, torch, transformers.

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
-# Kernels that are printed; all are kept in the file.
+# Kernels that are printed; profiles.jsonl has all.
 SHOWN = 40
-_KEPT = 20  # of them go into the results
+_KEPT = 20  # the largest, which the results hold too
 
 
 class Kernel(NamedTuple):
