@@ -1,4 +1,4 @@
-"""Greedy decoding as `generate_stream` runs it: chunks of steps with the state donated; compared with memory bandwidth."""
+"""Greedy decoding as `generate_stream` runs it, in chunks with the state donated; compared with memory bandwidth."""
 
 from __future__ import annotations
 
