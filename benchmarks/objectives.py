@@ -1,10 +1,10 @@
-"""How fast text becomes training rows on one core: span corruption alone, beside simpler ways, and the whole pipeline.
+"""How fast text becomes training rows on one core: span corruption alone, next to simpler ways, and the whole pipeline.
 
     python benchmarks/objectives.py
 
 Alone: 568 tokens -> 512 inputs and 114 targets, tokens of text per second, the variants taking turns; each variant's
 examples are turned back into their text first. Pipeline: read, tokenise, hide, pack, shuffle and batch the embedded
-corpus, beside reading and tokenising alone, which bounds it. Results go to benchmarks/results/objectives_*.json.
+corpus, next to reading and tokenising alone, which bounds it. Results go to benchmarks/results/objectives_*.json.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def plot_losses(families: dict[str, Any]) -> None:
 
 
 def plot_lost(families: dict[str, Any]) -> None:
-    """Exponents of gradients beside the range of float16 at each scale."""
+    """Exponents of gradients next to the range of float16 at each scale."""
     figure, axes = plt.subplots(1, len(families), figsize=(9, 3.4), squeeze=False)
     for axis, (family, result) in zip(axes[0], families.items(), strict=True):
         counts = np.array(result["counts"])

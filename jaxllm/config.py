@@ -2,7 +2,7 @@
 
 One YAML file is one `RunConfig`; `jaxllm.config_file` reads and writes it. Each class checks its own invariants in
 `__post_init__`, and `RunConfig` those that cross sections, so that a bad value is refused before anything is
-compiled. Models receive only their own config (`jaxllm.model_config`). Not here: reading files, building models or
+compiled. Models receive only their own config (`jaxllm.model_config`). Out of scope: reading files, building models or
 optimizers.
 """
 
@@ -164,7 +164,7 @@ class DataConfig:
             other, which spares a GPU's fused attention the wider heads that tell documents apart.
         objective: causal, prefix_lm, span_corruption, ul2 or seq2seq.
         noise_density: part of the tokens that span corruption hides.
-        mean_span_length: mean length of a hidden span.
+        mean_span_length: mean length of a masked span.
         workers: processes that prepare batches; 0 prepares them in the main process. A script of your own then needs
             `if __name__ == "__main__":` around what it does, since they import it.
         cache_dir: where prepared datasets are kept; null keeps them in the run folder.

@@ -143,7 +143,7 @@ def _without_retired(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_keys(node: Any, path: Path) -> None:
-    """Refuses a key that one section has twice: YAML keeps the last and says nothing of the first."""
+    """Refuses a key that one section has twice: YAML silently keeps the last."""
     import yaml
 
     if not isinstance(node, yaml.MappingNode):
@@ -158,7 +158,7 @@ def _check_keys(node: Any, path: Path) -> None:
 
 
 def _describe(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
-    # An attribute's meaning goes on in the lines that are indented deeper than its name.
+    # An attribute's meaning continues in the lines that are indented deeper than its name.
     found = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.cleandoc(cls.__doc__ or ""), flags=re.M)
     meanings = {name: " ".join(text.split()) for name, text in found}
     rows = []

@@ -1,6 +1,6 @@
 """The settings of a model: all that it receives, and all that a checkpoint needs to be read again.
 
-Not here: the settings of a run (`jaxllm.config`, where these can be imported from too).
+Out of scope: the settings of a run (`jaxllm.config`, where these can be imported from too).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ parameters' paths and follow the same rules. What a model computes runs on every
 device's rows and with whole parameters, which are gathered in the compute dtype once per step; gradients are summed
 in float32, and every device keeps its share of the sums. That is written out here: left to XLA's partitioner, the
 scans over chunks of the loss and over microbatches would move activations. The loss scale sees the sums, so its
-decision is one. Not here: several processes, tensor or pipeline parallelism.
+decision is one. Out of scope: several processes, tensor or pipeline parallelism.
 
 A loop of your own, on one device or several, where `batches` are dicts of NumPy rows (see `build_loss`):
 
@@ -101,7 +101,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """A batch on its devices, rows in order; the copy goes on after this returns."""
+    """A batch on its devices, rows in order; the copy continues after this returns."""
     return jax.device_put(dict(batch), None if mesh is None else row_sharding(mesh))
 
 

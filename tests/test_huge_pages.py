@@ -1,4 +1,4 @@
-"""A script starts itself anew, once and in the same process, where huge pages have to be asked for."""
+"""A script starts itself again, once and in the same process, where huge pages have to be asked for."""
 
 from __future__ import annotations
 

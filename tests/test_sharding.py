@@ -27,7 +27,7 @@ from jaxllm.training.program import program_of
 from jaxllm.training.train_step import init_train_state, make_train_step
 from jaxllm.training.trainer import pretrain
 
-# Trains to step 4, copies the folder for the parent, goes on to the end; then one step of which one device overflows.
+# Trains to step 4, copies the folder for the parent, continues to the end; then one step of which one device overflows.
 RUN = """
 import json, re, shutil, sys
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -147,7 +147,7 @@ def test_sharded_equals_single_also_after_moving(runs: tuple[RunConfig, RunConfi
 def test_a_device_holds_and_sends_its_share(runs: tuple[RunConfig, RunConfig, RunConfig, dict]) -> None:
     four, report = runs[1], runs[3]
     fit = estimate_fit(program_of(four), devices=4)
-    # Beside its share of the masters, a device has a whole copy in the compute dtype during the step.
+    # Next to its share of the master weights, a device has a whole copy in the compute dtype during the step.
     assert report["held"] == fit.parameters - 4 * count_params(build(four.model)) + fit.moments
     assert set(report["rows_of_a_device"]) == {2}
     # Whole weights are collected and sums of gradients handed out; activations (8 x 64 x 16) stay where they are.
@@ -161,7 +161,7 @@ def test_an_overflow_on_one_device_is_one_for_all(runs: tuple[RunConfig, RunConf
 
 
 def test_the_loop_that_the_docstring_shows_runs(tiny: LlamaConfig) -> None:
-    """On one device here; the laws of several are above."""
+    """On one device here; the invariants of several are above."""
     lines = [line[4:] for line in (sharding.__doc__ or "").splitlines() if line.startswith("    ")]
     rows = jnp.arange(32).reshape(4, 8)
     batch = {"tokens": rows, "targets": rows, "weights": jnp.ones((4, 8))}

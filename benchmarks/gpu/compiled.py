@@ -113,7 +113,7 @@ class Traced(NamedTuple):
     Attributes:
         traced: on abstract arguments.
         steps: how many steps one run of it takes.
-        facts: figures to show beside the compiler's.
+        facts: figures to show next to the compiler's.
     """
 
     traced: Any
@@ -299,7 +299,7 @@ def table(document: dict[str, Any]) -> str:
             other = f"estimate {estimate:.0f} GB; {products:.2f}x the products of forward and backward"
         else:
             moved = f"{each['moved_gb']:.2f} GB, {each['moved_gb'] / each['needed_gb']:.2f}x weights and cache"
-            other = f"{1000 * each['temporary_gb']:.1f} MB beside weights and state"
+            other = f"{1000 * each['temporary_gb']:.1f} MB next to weights and state"
         row = f"{each['part']} {each['case']} | {memory:.1f} GB | {each['kernels']:.0f} | {moved} | {other}"
         lines.append(f"| {row} |")
     return "\n".join(lines)

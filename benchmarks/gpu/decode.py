@@ -64,7 +64,7 @@ def abstract_weights(model: Any, *, int8: bool) -> Any:
 
 
 def fill(weights: Any) -> Any:
-    """Random weights of these shapes, leaf by leaf: the float32 masters of 8B would not leave much room."""
+    """Random weights of these shapes, leaf by leaf: the float32 master weights of 8B would not leave much room."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(weights)
 
     def draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:

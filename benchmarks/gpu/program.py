@@ -122,7 +122,7 @@ def _run(computations: _Computations, name: str, times: int) -> Iterator[Kernel]
             yield from _run(computations, operation.called("body"), times * int(length[1]))
             continue
         body = computations.get(operation.called("calls"), [])
-        # The result of what is started and goes on beside other work names its operands, too.
+        # The result of what is started and runs in parallel with other work names its operands, too.
         operands = [] if kind.endswith("-start") else dict.fromkeys(operation.operands)
         read = sum(nbytes(shapes.get(operand, "")) for operand in operands)
         source, target = (re.search(rf'{key}="([^"]*)"', operation.line) for key in ("op_name", "custom_call_target"))

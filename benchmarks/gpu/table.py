@@ -61,7 +61,7 @@ def _row(result: dict[str, Any]) -> str | None:
         return None
     speed = next((form.format(result[key]) for key, form in _SPEEDS.items() if key in result), "")
     peak = ", ".join(form.format(result[key]) for key, form in _FRACTIONS.items() if key in result)
-    # A loss on synthetic tokens says nothing.
+    # A loss on synthetic tokens has no meaning.
     shown = {k: f for k, f in _OTHERS.items() if k in result and ("loss" not in k or result["part"] == "pretrain")}
     other = ", ".join(form.format(result[key]) for key, form in shown.items())
     return f"| {result['part']} {result['case']} | {speed} | {peak} | {other} |"

@@ -10,5 +10,5 @@ class DataError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a person needs of an error; a library's can go on for thousands of characters."""
+    """What a person needs of an error; a library's can continue for thousands of characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

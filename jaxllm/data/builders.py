@@ -1,7 +1,7 @@
 """Two TFDS builders that need no network: the interpreter's standard library, and a user's own files.
 
 What a prepared dataset holds is in its name: a hash of the files and of the settings that shaped it, so that changed
-files are prepared anew. TFDS registers builders globally, hence an importable module.
+files are prepared again. TFDS registers builders globally, hence an importable module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 
-# Tests, generated tables of code points, and what ships beside the library proper.
+# Tests, generated tables of code points, and what ships next to the library proper.
 _NOT_LIBRARY = {
     "test",
     "tests",

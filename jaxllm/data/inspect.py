@@ -23,7 +23,7 @@ _COLOURS = ("bold red", "bold green", "bold yellow", "bold blue", "bold magenta"
 
 
 class View(NamedTuple):
-    """One example in colours: a hidden span has the colour of its sentinel in all three.
+    """One example in colours: a masked span has the colour of its sentinel in all three.
 
     Attributes:
         source: the text.

@@ -2,7 +2,7 @@
 
 Pure functions on NumPy arrays, over a batch of equally long pieces of text at once: a generator and tokens in,
 (inputs, targets) out, both ending in the end-of-text token. Nothing here strips, pads or drops a token, and no id has
-a meaning except the sentinels, which text must not contain. Not here: where text comes from, and packing into rows.
+a meaning except the sentinels, which text must not contain. Out of scope: where text comes from, and packing into rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Denoiser(NamedTuple):
 
     Attributes:
         density: part of the tokens that is hidden.
-        mean_span_length: mean length of a hidden span; None hides one span, the end of the text.
+        mean_span_length: mean length of a masked span; None hides one span, the end of the text.
         mode: text put before the inputs (UL2's mode token); empty puts none.
     """
 
@@ -71,8 +71,8 @@ class Noise(NamedTuple):
     """How much of a text is hidden.
 
     Attributes:
-        tokens: hidden tokens.
-        spans: spans they lie in.
+        tokens: masked tokens.
+        spans: spans they are in.
     """
 
     tokens: int
@@ -202,9 +202,9 @@ def noise_mask(rng: np.random.Generator, rows: int, length: int, denoiser: Denoi
 def span_corruption(
     rng: np.random.Generator, tokens: Tokens, denoiser: Denoiser, *, sentinels: Tokens, eos_id: int
 ) -> tuple[Tokens, Tokens]:
-    """Inputs with a sentinel for each hidden span, targets with a sentinel before each; [rows, n] each.
+    """Inputs with a sentinel for each masked span, targets with a sentinel before each; [rows, n] each.
 
-    The mask ends with a hidden span, hence targets have no closing sentinel. Source: arXiv 1910.10683 section 3.1.4.
+    The mask ends with a masked span, hence targets have no closing sentinel. Source: arXiv 1910.10683 section 3.1.4.
 
     Raises:
         DataError: when there are more spans than sentinels.
@@ -280,7 +280,7 @@ def denoise(
         denoisers: what may be drawn.
         raw: tokens of an example of each denoiser.
         modes: ids put before the inputs of each denoiser.
-        sentinels: ids that stand for hidden spans, in order.
+        sentinels: ids that stand for masked spans, in order.
         eos_id: ends inputs and targets.
     """
     kinds = rng.integers(len(denoisers), size=len(tokens) // min(raw) + 1)

@@ -243,7 +243,7 @@ def build_pipeline(
     )
 
 
-# What a tokenizer was made from, beside it: one that was made for other settings would pass for this run's.
+# What a tokenizer was made from, next to it: one that was made for other settings would pass for this run's.
 _ORIGIN = "tokenizer_origin.json"
 
 

@@ -98,7 +98,7 @@ def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Re
                 "positions": np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape).copy(),
                 "weights": inside.astype(np.float32),
             }
-        # A row starts anew: its first document is number 1, from position 0.
+        # A row starts again: its first document is number 1, from position 0.
         began = np.where(segments == segments[:, :1], positions[:, :1], 0)
         return {
             "tokens": packed["tokens"],

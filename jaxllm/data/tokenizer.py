@@ -173,7 +173,7 @@ class SentencePieceTokenizer(Tokenizer):
         return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:
-        """Writes the .model beside where a tokenizer.json would be, whole or not at all."""
+        """Writes the .model next to where a tokenizer.json would be, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

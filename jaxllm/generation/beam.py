@@ -197,7 +197,7 @@ def _select(
     banned = ban_end(settings, d.count[None], vocab)
     steps = process(jax.nn.log_softmax(d.logits), settings.sampling, seen=d.seen, banned=banned)
     totals = (steps.reshape(rows, beams, vocab) + state.scores[..., None]).reshape(rows, beams * vocab)
-    # Enough candidates that `beams` of them go on even if all end tokens are among them.
+    # Enough candidates that `beams` of them continue even if all end tokens are among them.
     totals, index = jax.lax.top_k(totals, max(2, 1 + len(settings.eos_ids)) * beams)  # [B, C]
     parents, chosen = index // vocab, index % vocab
     tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)

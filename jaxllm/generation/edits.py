@@ -41,7 +41,7 @@ def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
     Args:
         params: as they would be passed without edits.
         edits: as `jaxllm.study.edit`; a value is [B, T, ...], T being 1 while new tokens are decoded. Each other
-            function compiles anew, so define it once, and give arrays that change by `jax.tree_util.Partial`.
+            function compiles again, so define it once, and give arrays that change by `jax.tree_util.Partial`.
 
     Raises:
         ValueError: for attention weights, which decoding never holds: edit `heads` or `query` instead; for parameters

@@ -247,7 +247,7 @@ def _draft(
     keys: Array,
     drafts: int,
 ) -> tuple[Draft, KVCache]:
-    """Lets the small model go on by itself; one step more than drafts, so that its cache holds them all."""
+    """Lets the small model continue by itself; one step more than drafts, so that its cache holds them all."""
     rows = jnp.arange(positions.shape[0])
 
     def step(carry: DraftCarry, i: Array) -> tuple[DraftCarry, tuple[Array, Array]]:

@@ -1,6 +1,6 @@
 """Reads prompts, and writes what a model says on standard output, as it comes or as JSON lines, and how fast it was.
 
-Not here: arguments (`scripts/generate.py`), and loading (`jaxllm.training.speaker`), whose speaker is used here.
+Out of scope: arguments (`scripts/generate.py`), and loading (`jaxllm.training.speaker`), whose speaker is used here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decoding against the definition: each step's logits beside those of one full forward without a cache."""
+"""Decoding against the definition: each step's logits next to those of one full forward without a cache."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_recorded(request: Request, params: Any, tokens: np.ndarray, logits: np
     want = np.asarray(whole)[:, : logits.shape[0]]
     difference = np.abs(np.swapaxes(logits, 0, 1) - want).max(axis=-1)  # [B, T]
     allowed = TOLERANCE[np.dtype(request.decoder.model.dtype).name] * max(1.0, float(np.abs(want).max()))
-    # A finished row goes on by padding; its steps are compared as well, since they are steps like others.
+    # A finished row continues by padding; its steps are compared as well, since they are steps like others.
     if not difference.max() <= allowed:
         row, step = np.unravel_index(np.argmax(difference), difference.shape)
         raise AssertionError(

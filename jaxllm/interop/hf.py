@@ -1,7 +1,7 @@
 """Hugging Face directories to (model, parameters) and back, without torch or transformers.
 
 A family is a module with `DEFAULTS`, `IGNORED`, `read_config`, `write_config` and `entries`; this file finds it by
-config.json's model_type and moves the tensors. Not here: names of tensors and keys (the families), bytes
+config.json's model_type and moves the tensors. Out of scope: names of tensors and keys (the families), bytes
 (`safetensors_dir`), tokenizers.
 """
 

@@ -1,7 +1,7 @@
 """Llama, Mistral, Qwen2 and Qwen3 of transformers: names of tensors, and config.json of 4.x and 5.x both ways.
 
 One table of names; what differs between the four is which keys config.json may leave out and which flags they imply.
-A setting that our model has no flag for is an error, never ignored. Not here: reading files.
+A setting that our model has no flag for is an error, never ignored. Out of scope: reading files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Meta's original Llama layout to ours: params.json beside consolidated.NN files, one per model-parallel rank.
+"""Meta's original Llama layout to ours: params.json next to consolidated.NN files, one per model-parallel rank.
 
 Ranks hold slices that are joined here, and q and k are stored for rotation of neighbouring pairs, which a reordering
 of rows turns into the halves that we and Hugging Face rotate. The files are torch pickles as a rule, and only for those
-is torch imported; consolidated.*.safetensors need nothing. Not here: streaming, all ranks are opened at once.
+is torch imported; consolidated.*.safetensors need nothing. Out of scope: streaming, all ranks are opened at once.
 """
 
 from __future__ import annotations

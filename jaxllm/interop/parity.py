@@ -2,7 +2,7 @@
 
 Walks a Hugging Face directory of the Llama family through transformers and through this library, sublayer by
 sublayer. Every layer of ours is given what transformers gave its own, so that an error shows where it arises instead
-of everywhere after it. Needs the extra `parity` (torch and transformers). Not here: T5, gradients, decoding.
+of everywhere after it. Needs the extra `parity` (torch and transformers). Out of scope: T5, gradients, decoding.
 """
 
 from __future__ import annotations

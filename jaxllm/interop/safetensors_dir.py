@@ -1,8 +1,8 @@
 """A directory of safetensors files as a parameter tree, and back: one table of names drives both.
 
 A family lists its parameters as `Entry`s; reading fills one preallocated stack per parameter, piece by piece on several
-threads, so that no tensor exists twice as a whole. Each piece opens its file anew, because the pages of a mapped file
-count as the process's memory until it is closed. Not here: which name belongs to which parameter, config.json.
+threads, so that no tensor exists twice as a whole. Each piece opens its file again, because the pages of a mapped file
+count as the process's memory until it is closed. Out of scope: which name belongs to which parameter, config.json.
 """
 
 from __future__ import annotations

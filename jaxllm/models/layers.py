@@ -3,7 +3,7 @@
 Parameters of all layers of a stack are one tree with a leading axis L, whichever way the loop is compiled: `scan`
 compiles a layer once, `unroll` compiles them all and lets XLA fuse across them. The tree is a plain dict that a
 layer's `apply` takes slice by slice; prefill and decoding rearrange the same tree and have layer functions of their own
-(`llama_decode`, `t5_decode`). Not here: mathematics (`jaxllm.ops`), families, caches.
+(`llama_decode`, `t5_decode`). Out of scope: mathematics (`jaxllm.ops`), families, caches.
 """
 
 from __future__ import annotations

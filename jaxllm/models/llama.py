@@ -44,7 +44,7 @@ class LlamaLayer(nn.Module):
 
     Attributes:
         config: architecture.
-        dtype: of the sublayers; the stream x keeps its own.
+        dtype: of the sublayers; the residual stream x keeps its own.
         islands: dtypes of what does not follow it.
     """
 

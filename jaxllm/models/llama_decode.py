@@ -2,7 +2,7 @@
 
 Pure functions on the decoding layout: one NamedTuple per layer instead of stacks, cast once, with q, k, v and gate, up
 as one matrix each, so that a step reads every weight once and in few kernels. Layers are unrolled, because a scan
-over stacked weights would slice (copy) them at every step. Not here: training, choosing tokens.
+over stacked weights would slice (copy) them at every step. Out of scope: training, choosing tokens.
 """
 
 from __future__ import annotations

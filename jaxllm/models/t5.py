@@ -1,7 +1,7 @@
 """T5 (arXiv 1910.10683) and its relatives v1.1, Flan, mT5, UMT5, ByT5, UL2: an encoder-decoder with relative positions.
 
 Pure entry points on one parameter tree: `__call__` and `hidden` for training and scoring, `encode` and `decode` for its
-halves. None takes a cache; decoding is `jaxllm.models.t5_decode`. Not here: objectives, Hugging Face names.
+halves. None takes a cache; decoding is `jaxllm.models.t5_decode`. Out of scope: objectives, Hugging Face names.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Stack(nn.Module):
         self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
 
     def _run(self, layer: Callable[[Params, Array, Array | None], Array], x: Array, key: Array | None) -> Array:
-        """Dropout, the layers, the last norm, dropout; from the stream's dtype to the compute dtype."""
+        """Dropout, the layers, the last norm, dropout; from the residual stream's dtype to the compute dtype."""
         c = self.config
         embed_key, layers_key, last_key = split_keys(key if c.dropout_rate else None, 3)
         layers = self.get_variable("params", "layers")

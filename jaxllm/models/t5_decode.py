@@ -2,7 +2,7 @@
 
 Pure functions on the decoding layout, as for Llama: one NamedTuple per layer, cast once, projections of one input
 joined. The encoder's keys and values are computed once per layer in `prefill`; they belong to that batch and are never
-written again, so a decode loop closes over them. Not here: training, choosing tokens.
+written again, so a decode loop closes over them. Out of scope: training, choosing tokens.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def _add(x: Array, update: Array, name: str) -> Array:
 
 
 def _norm(c: T5Config, x: Array, weight: Array) -> Array:
-    """Normalises the stream into the compute dtype, which is the weight's."""
+    """Normalises the residual stream into the compute dtype, which is the weight's."""
     return rms_norm(x, weight.astype(x.dtype), eps=c.norm_eps).astype(weight.dtype)
 
 

@@ -1,7 +1,7 @@
 """One layer of T5's encoder and of its decoder, with dropout at T5's places and each bias from its stack or its own.
 
 A layer works in the compute dtype; the residual stream has a dtype of its own, because T5's outgrows float16. Scores
-are not divided by sqrt(head_dim): T5 puts that into q's initial size. Not here: the stacks (`jaxllm.models.t5`).
+are not divided by sqrt(head_dim): T5 puts that into q's initial size. Out of scope: the stacks (`jaxllm.models.t5`).
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class EncoderLayer(nn.Module):
 
     Attributes:
         config: architecture.
-        dtype: of the sublayers; the stream keeps its own (`stream_dtype`).
+        dtype: of the sublayers; the residual stream keeps its own (`stream_dtype`).
         islands: dtypes of what does not follow it.
     """
 
@@ -153,7 +153,7 @@ class DecoderLayer(nn.Module):
 
     Attributes:
         config: architecture.
-        dtype: of the sublayers; the stream keeps its own (`stream_dtype`).
+        dtype: of the sublayers; the residual stream keeps its own (`stream_dtype`).
         islands: dtypes of what does not follow it.
     """
 

@@ -3,7 +3,7 @@
 `reference` builds all scores and is the definition. `chunked` does the same work by blocks of queries, leaving out
 the keys that a causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused kernel of NVIDIA GPUs
 (`jaxllm.ops.fused_attention`). Grouped heads are never repeated: query heads are folded as
-[K, G]. Not here: projections, RoPE, caches.
+[K, G]. Out of scope: projections, RoPE, caches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A vector beside every row of an activation, whose gradient is summed over the rows in float32.
+"""A vector combined with every row of an activation, whose gradient is summed over the rows in float32.
 
 Autodiff sums such a gradient (of a norm's weight, of a bias) in the dtype of the activation: thousands of rows in
-bfloat16's 8 bits, or past float16's 65504. Not here: matrices, which `jaxllm.ops.linear` treats the same way.
+bfloat16's 8 bits, or past float16's 65504. Out of scope: matrices, which `jaxllm.ops.linear` treats the same way.
 """
 
 from __future__ import annotations

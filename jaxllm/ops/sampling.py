@@ -2,7 +2,7 @@
 
 Repetition penalty and the ban on end tokens act on greedy choices too; temperature, top-k, top-p and min-p act on
 samples, each on what the one before left. Rows draw with keys of their own, so a row's sample does not depend on its
-batch mates. Not here: when to stop.
+batch mates. Out of scope: when to stop.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes on inside a model: its values read and replaced where they arise, in any function of it."""
+"""Values inside a model, read and replaced where they arise, in any function of it."""
 
 from jaxllm.study.derivatives import forward_mode
 from jaxllm.study.hooks import Edit, capture, edit, sites

@@ -1,7 +1,7 @@
 """Values inside a function by name: `capture` hands them out, `edit` replaces them in place, `sites` lists them.
 
 A site is a value that a layer marks with `jax.ad_checkpoint.checkpoint_name`; its path follows the parameter tree,
-such as layers/heads or decoder/layers/cross_attention/query, and the number of the layer comes beside it. All three
+such as layers/heads or decoder/layers/cross_attention/query, and the number of the layer comes next to it. All three
 are transformations of functions, as `jax.grad` is one: they compose with it, with jit, vmap and each other. Not here:
 what the models mark, see docs/study.md.
 """

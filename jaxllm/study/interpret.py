@@ -1,7 +1,7 @@
 """Runs a function from its jaxpr and shows every operation to a visitor, which may record and replace its results.
 
 The function itself knows nothing of it, so it needs no hooks and stays as fast as it is. A loop over layers stays one:
-what is recorded inside comes out with one more axis. Not here: what is looked for, see `jaxllm.study.hooks`,
+what is recorded inside comes out with one more axis. Out of scope: what is looked for, see `jaxllm.study.hooks`,
 `jaxllm.study.derivatives` and `jaxllm.training.observe`.
 """
 

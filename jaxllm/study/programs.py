@@ -1,6 +1,6 @@
 """Reading jaxprs: the programs inside an operation, and a name for where an operation comes from.
 
-Names are those of the Flax modules around an operation, which JAX keeps in name stacks. Not here: what is read, see
+Names are those of the Flax modules around an operation, which JAX keeps in name stacks. Out of scope: what is read, see
 `jaxllm.study.interpret` (values) and `jaxllm.training.ledger` (dtypes).
 """
 

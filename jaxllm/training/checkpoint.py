@@ -1,6 +1,6 @@
 """Checkpoints of a run: orbax behind the four things a trainer needs.
 
-A checkpoint is atomic (written beside and renamed), written in the background, and holds the train state, the data
+A checkpoint is atomic (written next to and renamed), written in the background, and holds the train state, the data
 iterator's state and a small record. The newest `keep` stay, and the best by validation loss. What orbax would
 silently cast or leave half restored is compared here. Restoring skips a damaged checkpoint for the newest whole one,
 and sets it aside: a disk that fails for a moment must cost no checkpoint.
@@ -135,7 +135,7 @@ class Checkpoints:
             self._losses[step] = loss
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints to FOLDER.damaged/STEP (then STEP-1 and so on), so that their steps can be saved anew."""
+        """Moves checkpoints to FOLDER.damaged/STEP (then STEP-1 and so on), so that their steps can be saved again."""
         aside = self.folder.with_name(f"{self.folder.name}.damaged")
         for step in steps:
             names = (f"{step}-{n}" if n else str(step) for n in itertools.count())

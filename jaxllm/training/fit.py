@@ -35,7 +35,7 @@ class Fit(NamedTuple):
     """Bytes that a run needs on each device.
 
     Attributes:
-        parameters: this device's share of the float32 masters, and all of their copy in the compute dtype.
+        parameters: this device's share of the float32 master weights, and all of their copy in the compute dtype.
         moments: its share of the optimizer's state.
         gradients: one set in the compute dtype, and its share of the float32 sums over microbatches and devices.
         activations: kept for the backward pass of one microbatch, and one layer's share again while it is used.

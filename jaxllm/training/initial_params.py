@@ -1,7 +1,7 @@
 """Parameters that a run starts from: another run's newest checkpoint, or a Hugging Face directory.
 
 The run's own config describes the model; what it was trained as must agree, because another epsilon or RoPE base would
-load without complaint and quietly be another function. Not here: resuming, which restores a whole state.
+load without complaint and quietly be another function. Out of scope: resuming, which restores a whole state.
 """
 
 from __future__ import annotations

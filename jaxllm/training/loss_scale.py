@@ -5,7 +5,7 @@ gradients of two small models became 0 (docs/mixed_precision.md). So the loss is
 divided by it in float32, and a step whose gradients overflow is skipped with a smaller scale for the next one
 (arXiv 1710.03740). The scale moves exactly as torch.amp.GradScaler moves it, and besides has a floor, a ceiling and
 hysteresis. Skipping is a select, not a branch: XLA fuses it into the update, no host waits for the answer, and one
-decision holds for all devices. Not here: multiplying the loss, which is the train step's work.
+decision holds for all devices. Out of scope: multiplying the loss, which is the train step's work.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def retry(
     """Computes again with a smaller scale while the result is not finite, so that no batch is dropped.
 
     One while loop whose body is compiled once. The scale moves as if each attempt had been a step, and a success
-    after that starts its growth anew.
+    after that starts its growth again.
 
     Args:
         compute: scale -> (-1 or the number of what is not finite, gradients and whatever belongs to them).

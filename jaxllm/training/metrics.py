@@ -31,7 +31,7 @@ class MetricsWriter:
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if text.encode() != self.path.read_bytes():
-                # Beside it first: no disk that is full, no kill may cost the rows of steps that stay done.
+                # Written next to it first: no disk that is full, no kill may cost the rows of steps that stay done.
                 partial = self.path.with_suffix(".partial")
                 partial.write_text(text, encoding="utf-8")
                 partial.replace(self.path)

@@ -1,6 +1,6 @@
 """The largest magnitude of every intermediate of a function that has a given dtype, by module and by layer.
 
-The function's jaxpr is evaluated as it stands with one reduction beside each operation: models and the train step
+The function's jaxpr is evaluated as it stands with one reduction next to each operation: models and the train step
 know nothing of it and stay as fast as they are, and no value escapes, named or not. A loop over layers gives one
 reading per layer. This runs at log steps and after an overflow, never in the step itself.
 """

@@ -1,11 +1,11 @@
-"""Which dtype is used where: float32 masters, one compute dtype, and float32 islands.
+"""Which dtype is used where: float32 master weights, one compute dtype, and float32 islands.
 
 `precision.compute` sets all of it. The islands are where the mathematics is, and each is float32 whatever the compute
 dtype: the squares and root of a norm (`ops.norms`), scores after their product and the softmax (`ops.attention`),
 angles of RoPE (`ops.rope`), T5's relative bias until it is laid out (`ops.relative_bias`), T5's MLP output under
 float16 (`ops.linear.linear_float32`), logits and loss (`ops.losses`). `precision.islands` moves single ones, and the
 residual stream; RoPE's angles, all sums, moments and updates stay float32 by law. `scripts/precision_ledger.py` shows
-them in the program itself. Not here: the loss scale (`jaxllm.training.loss_scale`).
+them in the program itself. Out of scope: the loss scale (`jaxllm.training.loss_scale`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Policy(NamedTuple):
     """The dtypes of a run.
 
     Attributes:
-        param: masters, gradients, moments.
-        compute: activations and matmul inputs; masters are cast to it once per step.
+        param: master weights, gradients, moments.
+        compute: activations and matmul inputs; master weights are cast to it once per step.
         output: logits and losses.
         islands: what the config moves; the rest is None, the default.
     """

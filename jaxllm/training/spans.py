@@ -1,4 +1,4 @@
-"""How many hidden spans an encoder-decoder guesses whole, under teacher forcing.
+"""How many masked spans an encoder-decoder guesses whole, under teacher forcing.
 
 A span counts when each of its tokens and the mark that ends it (the next sentinel, or the end) is the most likely one
 given the true tokens before it. Where nothing is hidden by sentinels, a whole answer is one span.

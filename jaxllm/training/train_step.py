@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: optimizer steps done.
-        params: float32 masters.
+        params: float32 master weights.
         opt_state: of the optimizer, the loss scale included.
         key: typed PRNG key of the run; steps fold their number into it and leave it unchanged.
     """

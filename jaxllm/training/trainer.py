@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message names the step and the last good checkpoint."""
+    """Training cannot continue; the message names the step and the last good checkpoint."""
 
 
 class Summary(NamedTuple):
@@ -68,7 +68,7 @@ class Summary(NamedTuple):
 
 
 def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
-    """Trains, or goes on training, the run of `config.training.run_dir`.
+    """Trains, or continues training, the run of `config.training.run_dir`.
 
     Args:
         config: the run.

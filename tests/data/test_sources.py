@@ -1,4 +1,4 @@
-"""Preparing a corpus where something else goes on: another run, a disk that fills up, an earlier start."""
+"""Preparing a corpus where something else continues: another run, a disk that fills up, an earlier start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beam search beside exhaustive search, and scoring; beside transformers in `test_{llama,t5}_transformers.py`."""
+"""Beam search next to exhaustive search, and scoring; next to transformers in `test_{llama,t5}_transformers.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama's greedy and beam search beside transformers' on the parity checkpoints: tokens and scores."""
+"""Llama's greedy and beam search next to transformers' on the parity checkpoints: tokens and scores."""
 
 from __future__ import annotations
 

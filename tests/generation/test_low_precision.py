@@ -35,7 +35,7 @@ def parameters(family: str) -> Any:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_steps_agree_with_a_full_forward_within_the_rounding(family: str, dtype: str) -> None:
-    """Beside the full forward, and both beside float32: caching may not cost a part of the format's digits."""
+    """Next to the full forward, and both next to float32: caching may not cost a part of the format's digits."""
     model, exact = (build(CONFIGS[family], dtype=jnp.dtype(name)) for name in (dtype, "float32"))
     params = parameters(family)
     r = make_request(model, params, llama.PROMPTS, max_new_tokens=8, record=True)

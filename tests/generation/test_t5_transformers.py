@@ -1,4 +1,4 @@
-"""T5's greedy and beam search beside transformers' on the parity checkpoints: tokens and scores of a ragged batch."""
+"""T5's greedy and beam search next to transformers' on the parity checkpoints: tokens and scores of a ragged batch."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Later commits must resume, generate from, convert and start from these folders (tests/golden/test_runs.py). The script
 uses the package of that commit, so it runs there and not against today's code:
 
-    git worktree add /tmp/old 2225bdf
-    PYTHONPATH=/tmp/old JAX_PLATFORMS=cpu python tests/golden/make_runs.py
+    git worktree add ../at-2225bdf 2225bdf
+    PYTHONPATH=../at-2225bdf JAX_PLATFORMS=cpu python tests/golden/make_runs.py
 
 Each run trains to step 8 of 12 and is packed as NAME.zip. The rest of its 12 steps, greedy tokens, the converted
 tensors and the first loss of a run that starts from it are in results.json. Paths in the configs are relative, so a

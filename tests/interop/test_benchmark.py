@@ -1,4 +1,4 @@
-"""The benchmarks beside transformers at toy size: all sides run, and read or compute the same numbers."""
+"""The benchmarks next to transformers at toy size: all sides run, and read or compute the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vector beside every row: the value is numpy's, the gradient is summed in float32 and rounded once."""
+"""A vector next to every row: the value is numpy's, the gradient is summed in float32 and rounded once."""
 
 from __future__ import annotations
 

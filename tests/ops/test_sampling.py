@@ -1,4 +1,4 @@
-"""Processors of logits: transformers' own on random logits, ties included, and the laws of drawing."""
+"""Processors of logits: transformers' own on random logits, ties included, and the invariants of drawing."""
 
 from __future__ import annotations
 

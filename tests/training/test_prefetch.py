@@ -43,7 +43,7 @@ def test_one_batch_is_read_ahead_and_keeps_its_own_position() -> None:
 
 
 def test_a_position_is_not_moved_by_what_is_read_later(tmp_path: Path, corpus: Path) -> None:
-    """From the position of any batch the pipeline goes on with the next one, although more had been read by then."""
+    """From the position of any batch the pipeline continues with the next one, although more had been read by then."""
     config = DataConfig(source="files", path=str(corpus), sequence_length=32, validation_fraction=0.2)
     options = {"vocab_size": 400, "batch_size": 4, "seed": 0, "run_dir": tmp_path}
     batches = Prefetch(pipeline := build_pipeline(config, **options), None)

@@ -59,7 +59,7 @@ def whole(folder: Path) -> tuple[RunConfig, Summary]:
 
 
 def test_resumed_equals_uninterrupted(folder: Path, whole: tuple[RunConfig, Summary]) -> None:
-    """With dropout on: its keys, the masks of spans and the order of rows all go on as they were."""
+    """With dropout on: its keys, the masks of spans and the order of rows all continue as they were."""
     run, summary = whole
     parts = config(folder, "parts", {"path": str(folder / "corpus"), "objective": "span_corruption"})
     assert pretrain(parts, stop_at=2).step == 2

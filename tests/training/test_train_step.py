@@ -1,4 +1,4 @@
-"""Laws of a step: accumulation is exact, precision keeps masters, every rule trains."""
+"""Laws of a step: accumulation is exact, precision keeps master weights, every rule trains."""
 
 from __future__ import annotations
 
