@@ -229,8 +229,6 @@ def _output_of(case: Planned, lane: _Lane, *, limit: float) -> tuple[int | None,
     flags = " ".join(f"--{flag}" for variant in variants for flag in variant.flags)
     environment = dict(lane.environment)
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
-    for variant in variants:
-        environment |= variant.environment
     if case.name == "tests/gpu":
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = ".2"  # four processes share the GPU
     environment["BASELINE_SECONDS"] = f"{max(limit - 15, 1):.0f}"

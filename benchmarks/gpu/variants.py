@@ -15,13 +15,11 @@ class Variant(NamedTuple):
 
     Attributes:
         flags: of XLA, each as `name=value`.
-        environment: variables that the case's process starts with.
         settings: of the run, each as `section.key=value`; for train cases.
         case: fields of `train.Case` or `decode.Case` that are replaced.
     """
 
     flags: tuple[str, ...] = ()
-    environment: Mapping[str, str] = {}
     settings: tuple[str, ...] = ()
     case: Mapping[str, Any] = {}
 
