@@ -28,13 +28,13 @@ import numpy as np
 from sides import environment, save
 
 from jaxllm.config import RunConfig
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 from jaxllm.data.pipeline import open_run_pipeline
 from jaxllm.models import build, init_params
+from jaxllm.run.overflow import OverflowWatch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.overflow import OverflowWatch
 from jaxllm.training.precision import build_model, cast_floating, compute_dtype
 from jaxllm.training.train_step import accumulate_gradients, init_train_state, make_eval_step, make_train_step
 

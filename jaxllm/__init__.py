@@ -16,7 +16,7 @@ from jaxllm.config import (
     T5Config,
     TrainingConfig,
 )
-from jaxllm.config_file import ConfigError, load_config
+from jaxllm.config.file import ConfigError, load_config
 from jaxllm.generation import generate
 from jaxllm.interop.hf import load_hf, save_hf
 from jaxllm.models import build, count_params, init_params

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxllm.interop.hf import save_hf
 from jaxllm.interop.meta import load_meta
-from jaxllm.training.export import check_target, export_run, import_run
+from jaxllm.run.convert import check_target, export_run, import_run
 
 
 def main() -> int:

@@ -45,14 +45,14 @@ def main() -> int:
 def _speak(arguments: argparse.Namespace) -> None:
     from jaxllm.generation import terminal
     from jaxllm.ops.sampling import Sampling
-    from jaxllm.training.speaker import load_speaker
+    from jaxllm.run.load import load_text_model
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
     prompts = terminal.read_prompts(arguments.prompt, prompt_file=arguments.prompt_file, batch=arguments.batch)
-    speaker = load_speaker(arguments.folder, dtype=arguments.dtype, int8=arguments.int8)
+    text_model = load_text_model(arguments.folder, dtype=arguments.dtype, int8=arguments.int8)
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "stop", "seed", "batch_size")}
-    terminal.write(speaker, prompts, stream=not arguments.batch, sampling=sampling, **options)
+    terminal.write(text_model, prompts, stream=not arguments.batch, sampling=sampling, **options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     from jaxllm.data.inspect import audit, report, view
     from jaxllm.data.packing import unpack_pairs
     from jaxllm.data.pipeline import open_run_pipeline
-    from jaxllm.training.run_folder import check_in_place
+    from jaxllm.run.folder import check_in_place
 
     console = Console()
     try:

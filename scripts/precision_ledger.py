@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        from jaxllm.training.ledger import allowed, format_ledger, train_step_ledger, violations
+        from jaxllm.study.ledger import allowed, format_ledger, train_step_ledger, violations
 
         entries, excused = train_step_ledger(config), allowed(config.precision)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
-from jaxllm.config_file import ConfigError, dump_config, key_table, load_config
+from jaxllm.config.file import ConfigError, dump_config, key_table, load_config
 
 
 def main() -> int:
@@ -33,12 +33,12 @@ def main() -> int:
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
-    from jaxllm.training.checkpoint import CheckpointError
-    from jaxllm.training.compiled import DeviceError
-    from jaxllm.training.console import training_console
-    from jaxllm.training.device import prepare_process
-    from jaxllm.training.run_folder import check_in_place
-    from jaxllm.training.trainer import TrainingStopped, pretrain
+    from jaxllm.run.checkpoint import CheckpointError
+    from jaxllm.run.compiled import DeviceError
+    from jaxllm.run.console import training_console
+    from jaxllm.run.device import prepare_process
+    from jaxllm.run.folder import check_in_place
+    from jaxllm.run.trainer import TrainingStopped, pretrain
 
     prepare_process()
     with training_console(config):

@@ -11,7 +11,7 @@ from pathlib import Path
 import huge_pages
 import pytest
 
-from jaxllm.training.device import nvidia_devices
+from jaxllm.run.device import nvidia_devices
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 # What a restarted process says: its number, its arguments, the variable, and whether a large allocation asks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxllm import sharding
+from jaxllm.training import sharding
 from jaxllm.training.attribution import FORWARD_ORDER
 from jaxllm.training.optimizer import decay_mask
 from tests.golden.trees import leaf_paths

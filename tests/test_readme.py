@@ -1,13 +1,15 @@
-"""What README says is true: its code runs, its commands are the gate's, its map names every file."""
+"""What README says is true: its code runs, its commands are the gate's, its map names every room."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 
 ROOT = Path(__file__).parent.parent
+ROOMS = sorted((ROOT / "jaxllm").glob("*/__init__.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,10 +36,10 @@ def test_it_holds_one_command_for_each_purpose() -> None:
     assert "python -m pytest" in tests and "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_map_names_every_file_and_no_other() -> None:
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxllm").rglob("*.py") if path.name != "__init__.py"}
-    named = set(re.findall(r"^\| `(jaxllm/\S+\.py)` \|", README, flags=re.M))
-    assert named == files
+def test_the_table_of_rooms_names_every_room_in_its_own_words() -> None:
+    rooms = {path.parent.name: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in ROOMS}
+    wanted = {name: " ".join(text.split("\n\n")[0].split()).rstrip(".") for name, text in rooms.items()}
+    assert dict(re.findall(r"^\| `jaxllm/(\w+)/` \| (.+) \|$", README, flags=re.M)) == wanted
 
 
 def test_every_config_and_script_is_named() -> None:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model_config import Attention, Layers, ModelConfig, Objective, Remat, positive, typed
+from jaxllm.config.model import Attention, Layers, ModelConfig, Objective, Remat, positive, typed
 from jaxllm.models.cache import KVCache, init_cache, write, write_at
 from jaxllm.models.decoder import Plan, join
 from jaxllm.models.family import Family

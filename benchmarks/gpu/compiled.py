@@ -37,15 +37,15 @@ from benchmarks.gpu.program import Kernel, dimensions, kernels, nbytes
 from benchmarks.gpu.table import insert
 from benchmarks.gpu.variants import split
 from jaxllm.config import RunConfig, T5Config
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 from jaxllm.data.objectives import row_lengths
 from jaxllm.generation import loop
 from jaxllm.generation.requests import make_request
 from jaxllm.models import build
-from jaxllm.sharding import check_rows, device_bytes, make_mesh, row_sharding, state_shardings
-from jaxllm.training.fit import estimate_fit, tree_bytes
-from jaxllm.training.metrics import train_flops
+from jaxllm.run.fit import estimate_fit, tree_bytes
+from jaxllm.run.record import train_flops
 from jaxllm.training.program import program_of
+from jaxllm.training.sharding import check_rows, device_bytes, make_mesh, row_sharding, state_shardings
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = ROOT / "gpu_compiler"
@@ -308,7 +308,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="of run_gpu.sh, or a run's YAML file; all without any")
     parser.add_argument("--layers", type=int, help="cut every stack to so many layers")
-    parser.add_argument("--devices", type=int, default=1, help="train on so many, as jaxllm.sharding lays a run out")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="train on so many, laid out as jaxllm.training.sharding does"
+    )
     parser.add_argument("--card", choices=CARDS, default="H200", help="that the programs are compiled for")
     parser.add_argument("--write", action="store_true", help=f"to {GUIDE.name} and {RESULTS.name}")
     options = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.training.device import TRAIN_FLAGS, nvidia_devices
+from jaxllm.run.device import TRAIN_FLAGS, nvidia_devices
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

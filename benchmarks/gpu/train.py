@@ -13,12 +13,12 @@ from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
 from benchmarks.gpu.profile import traced
 from benchmarks.gpu.variants import split
 from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
-from jaxllm.config_file import with_overrides
+from jaxllm.config.file import with_overrides
 from jaxllm.ops.cudnn_calls import refused
-from jaxllm.training.compiled import by_blocks
-from jaxllm.training.device import detect_device
-from jaxllm.training.fit import estimate_fit
-from jaxllm.training.metrics import train_flops
+from jaxllm.run.compiled import by_blocks
+from jaxllm.run.device import detect_device
+from jaxllm.run.fit import estimate_fit
+from jaxllm.run.record import train_flops
 from jaxllm.training.program import Program, program_of
 
 

@@ -1,7 +1,7 @@
 """Decoding with a functional cache: continue, stream, search, speculate, score.
 
 All take lists of token ids and return lists; they check and pad on the host, so they are called outside `jax.jit`. What
-they compile is public as well: `jaxllm.models.llama_decode` and `jaxllm.models.t5_decode`.
+they compile is public as well: `jaxllm.models.llama.decode` and `jaxllm.models.t5.decode`.
 """
 
 from jaxllm.generation.beam import Beam, BeamSettings, beam_search

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from jaxllm.jaxprs.hooks import Edit, edit
 from jaxllm.models import Model, decoder_of
 from jaxllm.models.cache import KVCache
 from jaxllm.models.decoder import Decoder, Plan
-from jaxllm.study import Edit, edit
 
 
 class Edited(NamedTuple):

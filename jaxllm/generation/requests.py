@@ -141,7 +141,7 @@ def check_outside(*values: Any) -> None:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((*values, jnp.zeros(())))):
         raise ValueError(
             "decoding works on lists, on the host: call it outside jax.jit, vmap and grad. Inside, `model.apply` gives "
-            "logits that can be differentiated, and jaxllm.models.llama_decode and t5_decode give single steps"
+            "logits that can be differentiated, and jaxllm.models.llama.decode and t5_decode give single steps"
         )
 
 

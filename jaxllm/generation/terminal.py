@@ -1,6 +1,6 @@
 """Reads prompts, and writes what a model says on standard output, as it comes or as JSON lines, and how fast it was.
 
-Out of scope: arguments (`scripts/generate.py`), and loading (`jaxllm.training.speaker`), whose speaker is used here.
+Out of scope: arguments (`scripts/generate.py`), loading (`jaxllm.run.load`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxllm.generation.decoding import generate, generate_stream
 from jaxllm.generation.requests import check_prompts
+from jaxllm.generation.text import TextModel
 
 
 def read_prompts(prompt: str | None, *, prompt_file: Path | None, batch: Path | None) -> list[str]:
@@ -39,20 +40,20 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def write(speaker: Any, prompts: list[str], *, stream: bool, batch_size: int, **options: Any) -> None:
+def write(text_model: TextModel, prompts: list[str], *, stream: bool, batch_size: int, **options: Any) -> None:
     """`write_stream` of the first prompt, or `write_batches` of all of them; the speed goes to standard error."""
     if stream:
-        rate = write_stream(speaker, prompts[0], **options)
+        rate = write_stream(text_model, prompts[0], **options)
     else:
-        rate = write_batches(speaker, prompts, batch_size=batch_size, **options)
+        rate = write_batches(text_model, prompts, batch_size=batch_size, **options)
     print(rate, file=sys.stderr)
 
 
-def write_stream(speaker: Any, prompt: str, *, seed: int, **options: Any) -> str:
+def write_stream(text_model: TextModel, prompt: str, *, seed: int, **options: Any) -> str:
     """Writes the text of a prompt piece by piece; returns a line that says how fast it came.
 
     Args:
-        speaker: model, parameters and tokenizer (`jaxllm.training.speaker.load_speaker`).
+        text_model: model, parameters and tokenizer (`jaxllm.run.load.load_text_model`).
         prompt: text.
         seed: of the sampling.
         options: of `generate_stream`, but for the tokenizer's.
@@ -60,14 +61,14 @@ def write_stream(speaker: Any, prompt: str, *, seed: int, **options: Any) -> str
     counts, times, begun = [], [], time.perf_counter()
 
     def counted() -> Iterator[list[list[int]]]:
-        ids = speaker.encode(prompt)
-        known = _known(speaker)
-        for chunk in generate_stream(speaker.model, speaker.params, [ids], seed=seed, **known, **options):
+        ids = text_model.encode(prompt)
+        known = _known(text_model)
+        for chunk in generate_stream(text_model.model, text_model.params, [ids], seed=seed, **known, **options):
             counts.append(len(chunk[0]))
             times.append(time.perf_counter() - begun)
             yield chunk
 
-    for piece in speaker.pieces(counted()):
+    for piece in text_model.pieces(counted()):
         print(piece, end="", flush=True)
     print()
     if len(counts) < 2:
@@ -77,28 +78,30 @@ def write_stream(speaker: Any, prompt: str, *, seed: int, **options: Any) -> str
     return f"{text}, then {rate:.1f} tokens/s"
 
 
-def write_batches(speaker: Any, prompts: list[str], *, batch_size: int, seed: int, **options: Any) -> str:
+def write_batches(text_model: TextModel, prompts: list[str], *, batch_size: int, seed: int, **options: Any) -> str:
     """Writes a JSON line per prompt; returns a line that says how fast they came.
 
     Each prompt has a seed of its own, `seed` plus its number, so that `batch_size` changes no result. The other
     arguments are those of `write_stream`. All prompts are checked before the first is answered.
     """
-    total, begun, known = 0, time.perf_counter(), _known(speaker)
-    encoded = [speaker.encode(text) for text in prompts]
-    check_prompts(speaker.model, encoded, new=options["max_new_tokens"], pad_id=speaker.pad_id)
+    total, begun, known = 0, time.perf_counter(), _known(text_model)
+    encoded = [text_model.encode(text) for text in prompts]
+    check_prompts(text_model.model, encoded, new=options["max_new_tokens"], pad_id=text_model.pad_id)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         seeds = [seed + i for i in range(len(prompts))[part]]
-        rows = generate(speaker.model, speaker.params, encoded[part], seed=seeds, **known, **options)
+        rows = generate(text_model.model, text_model.params, encoded[part], seed=seeds, **known, **options)
         for prompt, row in zip(prompts[part], rows, strict=True):
-            print(json.dumps({"prompt": prompt, "text": speaker.decode(row), "tokens": len(row)}, ensure_ascii=False))
+            print(
+                json.dumps({"prompt": prompt, "text": text_model.decode(row), "tokens": len(row)}, ensure_ascii=False)
+            )
         sys.stdout.flush()
         total += sum(map(len, rows))
     return _with_compilation(total, time.perf_counter() - begun)
 
 
-def _known(speaker: Any) -> dict[str, Any]:
-    return {"eos_ids": speaker.eos_ids, "pad_id": speaker.pad_id, "decode": speaker.decode}
+def _known(text_model: TextModel) -> dict[str, Any]:
+    return {"eos_ids": text_model.eos_ids, "pad_id": text_model.pad_id, "decode": text_model.decode}
 
 
 def _with_compilation(tokens: int, seconds: float) -> str:

@@ -1,6 +1,6 @@
 """The families: one row for each, and what is done alike with a model of any.
 
-To add one, write its config class (`jaxllm.model_config.MODEL_CONFIGS`), its module and functions, and a row of
+To add one, write its config class (`jaxllm.config.model.MODEL_CONFIGS`), its module and functions, and a row of
 `FAMILIES`; a row of `jaxllm.interop.hf` reads and writes its Hugging Face files. Nothing else asks which family a model
 is of.
 """
@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.models import llama, t5
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.flops import Flops
 from jaxllm.models.layers import DEFAULT_ISLANDS, Islands
-from jaxllm.models.llama_decoder import LlamaDecoder
+from jaxllm.models.llama import model as llama
+from jaxllm.models.llama.decoder import LlamaDecoder
 from jaxllm.models.params import Model, check_model
-from jaxllm.models.t5_decoder import T5Decoder
+from jaxllm.models.t5 import model as t5
+from jaxllm.models.t5.decoder import T5Decoder
 
 
 class Family(NamedTuple):

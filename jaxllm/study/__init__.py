@@ -1,6 +1,6 @@
-"""Values inside a model, read and replaced where they arise, in any function of it."""
+"""Looking into a model: values at hook points, edits of them, the dtypes of a step, and layers against transformers."""
 
-from jaxllm.study.derivatives import forward_mode
-from jaxllm.study.hooks import Edit, capture, edit, sites
+from jaxllm.jaxprs.derivatives import forward_mode
+from jaxllm.jaxprs.hooks import Edit, capture, edit, sites
 
 __all__ = ["Edit", "capture", "edit", "forward_mode", "sites"]

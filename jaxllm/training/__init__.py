@@ -1,1 +1,1 @@
-"""From parameters and batches to trained parameters: step, optimizer, precision, checkpoints and the host loop."""
+"""Training as pure functions: precision, loss, loss scale, optimizer, layout over devices, and the step."""

@@ -1,7 +1,7 @@
 """Which gradient overflowed first: names of parameter groups in the order in which the backward pass reaches them.
 
 An infinity that arises in layer k spoils the gradients of every layer below, so the first group in backward order is
-the one to name. A layer of a stack is a group of its own. Out of scope: activations (`jaxllm.training.observe`).
+the one to name. A layer of a stack is a group of its own. Out of scope: activations (`jaxllm.jaxprs.observe`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops.losses import LossSums
-from jaxllm.sharding import map_rows, sum_gradients
 from jaxllm.training.attribution import first_nonfinite
 from jaxllm.training.loss import Batch, LossFunction
 from jaxllm.training.loss_scale import (
@@ -32,6 +31,7 @@ from jaxllm.training.loss_scale import (
     unscale,
 )
 from jaxllm.training.precision import cast_floating
+from jaxllm.training.sharding import map_rows, sum_gradients
 
 
 class TrainState(NamedTuple):
@@ -100,7 +100,7 @@ def make_train_step(
         accumulation: microbatches the leading axis of a batch is split into.
         dtype: compute dtype.
         retries: how often an overflowing batch is computed again before it is skipped.
-        mesh: devices that state and batch lie on, see `jaxllm.sharding`; None is one.
+        mesh: devices that state and batch lie on, see `jaxllm.training.sharding`; None is one.
     """
     accumulate = functools.partial(accumulate_gradients, loss_function, accumulation=accumulation)
     accumulate = sum_gradients(accumulate, mesh)

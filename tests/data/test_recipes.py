@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import DataConfig
-from jaxllm.config_file import ConfigError, parse_config
+from jaxllm.config.file import ConfigError, parse_config
 from jaxllm.data import DataError
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline, build_pipeline

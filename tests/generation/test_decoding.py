@@ -16,7 +16,8 @@ import pytest
 from jaxllm.config import LlamaConfig, RopeConfig
 from jaxllm.generation import generate, generate_stream, loop, verify
 from jaxllm.generation.requests import bucket, make_request
-from jaxllm.models import build, init_params, llama_decode
+from jaxllm.models import build, init_params
+from jaxllm.models.llama import decode as llama_decode
 from jaxllm.ops.sampling import Sampling
 from tests.conftest import TOLERANCE
 from tests.structure.programs import dot_flops

@@ -13,8 +13,9 @@ import pytest
 
 from jaxllm.generation import loop, verify
 from jaxllm.generation.requests import make_request
-from jaxllm.models import build, init_params, llama_decode
+from jaxllm.models import build, init_params
 from jaxllm.models.layers import Linear, apply
+from jaxllm.models.llama import decode as llama_decode
 from tests.generation import test_decoding as llama
 from tests.generation import test_t5_generate as t5
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 from jaxllm.generation import generate
-from jaxllm.training.export import export_run
-from jaxllm.training.speaker import load_speaker
-from jaxllm.training.trainer import pretrain
+from jaxllm.run.convert import export_run
+from jaxllm.run.load import load_text_model
+from jaxllm.run.trainer import pretrain
 from tests.conftest import TOLERANCE
 
 FOLDERS = Path(__file__).parent / "run_folders"
@@ -73,12 +73,12 @@ def test_starts_another_run_at_its_loss(golden: Golden) -> None:
 
 
 def test_continues_prompts_with_the_same_tokens(golden: Golden) -> None:
-    speaker = load_speaker("run")
+    model = load_text_model("run")
     for case in golden.want["generated"]:
-        ids = speaker.encode(case["prompt"])
+        ids = model.encode(case["prompt"])
         assert ids == case["ids"]
         new = len(case["new"])
-        found = generate(speaker.model, speaker.params, [ids], max_new_tokens=new, eos_ids=(), pad_id=speaker.pad_id)
+        found = generate(model.model, model.params, [ids], max_new_tokens=new, eos_ids=(), pad_id=model.pad_id)
         certain = int(np.argmin([*case["margins"], 0] > np.float64(CERTAIN)))
         assert certain > new // 2 and found[0][:certain] == case["new"][:certain]
 

@@ -20,7 +20,7 @@ from benchmarks.gpu import cache, decode, plan, pretrain, record, run, table, tr
 from benchmarks.gpu.common import RESULT, results_in
 from benchmarks.gpu.plan import Planned
 from benchmarks.gpu.variants import VARIANTS, split
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 MACHINE = record.Machine("Some GPU", "", {"jax": "0.11.2"}, "abc1234")

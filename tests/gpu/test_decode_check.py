@@ -13,7 +13,9 @@ from benchmarks.gpu import decode
 from benchmarks.gpu.common import shape
 from benchmarks.gpu.decode_check import Agreement, first_chunk
 from jaxllm.generation.requests import Request, make_request
-from jaxllm.models import build, cache, llama_decode, t5_decode
+from jaxllm.models import build, cache
+from jaxllm.models.llama import decode as llama_decode
+from jaxllm.models.t5 import decode as t5_decode
 from tests.gpu.test_benchmark import result
 
 

@@ -10,21 +10,21 @@ import pytest
 
 import jaxllm
 from jaxllm.config import RunConfig
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
+from jaxllm.config.model import MODEL_CONFIGS
 from jaxllm.generation import BeamSettings, beam_search, generate, score
 from jaxllm.interop.safetensors_dir import InteropError
-from jaxllm.model_config import MODEL_CONFIGS
 from jaxllm.models import FAMILIES, build, init_params
+from jaxllm.run.convert import export_run
+from jaxllm.run.fit import estimate_fit
+from jaxllm.run.load import load_text_model
+from jaxllm.run.start import load_run
+from jaxllm.run.trainer import pretrain
+from jaxllm.study.ledger import train_step_ledger, violations
 from jaxllm.training.attribution import gradient_groups
-from jaxllm.training.export import export_run
-from jaxllm.training.fit import estimate_fit
-from jaxllm.training.initial_params import load_run
-from jaxllm.training.ledger import train_step_ledger, violations
 from jaxllm.training.program import program_of
-from jaxllm.training.speaker import load_speaker
-from jaxllm.training.trainer import pretrain
+from tests.run.test_pretrain import final_params, losses, write_corpus
 from tests.toy_family import TOY, Toy, ToyConfig
-from tests.training.test_pretrain import final_params, losses, write_corpus
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5]]
 
@@ -63,8 +63,8 @@ def test_it_trains_resumes_and_is_read_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
     again, params = load_run(tmp_path / "whole" / "run")
     assert again.model == whole.model and {"embed", "mixer", "half_life"} == set(params)
-    speaker = load_speaker(tmp_path / "whole" / "run")
-    assert isinstance(speaker.model, Toy) and speaker.encode("x")[0] == speaker.begin[0]
+    text_model = load_text_model(tmp_path / "whole" / "run")
+    assert isinstance(text_model.model, Toy) and text_model.encode("x")[0] == text_model.begin[0]
     with pytest.raises(InteropError, match="family 'toy' has no Hugging Face form; llama, t5 have one"):
         export_run(tmp_path / "whole" / "run", tmp_path / "hf")
     assert not (tmp_path / "hf" / "config.json").exists()

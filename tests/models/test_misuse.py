@@ -15,8 +15,8 @@ import pytest
 from jaxllm.config import LlamaConfig, T5Config, TrainingConfig
 from jaxllm.generation import BeamSettings, Sampling, beam_search, generate, score
 from jaxllm.models import Model, abstract_params, build, init_params
-from jaxllm.models.llama_decode import prepare_for_decode
-from jaxllm.models.t5_layers import stream_dtype
+from jaxllm.models.llama.decode import prepare_for_decode
+from jaxllm.models.t5.layer import stream_dtype
 from jaxllm.ops.losses import chunked_cross_entropy
 from jaxllm.training.loss import build_loss
 

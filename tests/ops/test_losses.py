@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.jaxprs.derivatives import forward_mode
 from jaxllm.ops import losses
 from jaxllm.ops.losses import chunked_cross_entropy
-from jaxllm.study.derivatives import forward_mode
 from tests.conftest import TOLERANCE
 
 

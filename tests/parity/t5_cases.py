@@ -15,7 +15,7 @@ import numpy as np
 
 import jaxllm
 from jaxllm.interop import t5
-from jaxllm.models import t5_decode
+from jaxllm.models.t5 import decode as t5_decode
 from tests.parity.llama_cases import GRADS, LOGITS, Numbers, grad_summary, logit_error, noise, tensors_of
 
 __all__ = ["GRADS", "LOGITS", "Numbers", "grad_summary", "logit_error"]

@@ -16,7 +16,8 @@ import pytest
 
 import jaxllm
 from jaxllm.config import LlamaConfig, RopeConfig
-from jaxllm.models import build, llama
+from jaxllm.models import build
+from jaxllm.models.llama import model as llama
 from jaxllm.ops.attention import attention
 from tests.parity import llama_cases as cases
 

@@ -12,7 +12,7 @@ import pytest
 
 import jaxllm
 from jaxllm.models import build
-from jaxllm.models import t5 as t5_module
+from jaxllm.models.t5 import model as t5_module
 from tests.parity import t5_cases as cases
 
 

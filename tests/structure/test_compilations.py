@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
-from jaxllm.config_file import parse_config
+from jaxllm.config.file import parse_config
 from jaxllm.generation import BeamSettings, beam_search, generate, generate_speculative, generate_stream
 from jaxllm.models import build, decoder_of, init_params
 from jaxllm.ops.sampling import Sampling
-from jaxllm.training.compiled import CompiledOnce, DeviceError, RecompilationError
-from jaxllm.training.trainer import pretrain
+from jaxllm.run.compiled import CompiledOnce, DeviceError, RecompilationError
+from jaxllm.run.trainer import pretrain
 
 
 class Compilations(logging.Handler):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 from tests.structure.programs import pretend_gpu, traced_train_step
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
-from jaxllm.config_file import load_config
-from jaxllm.models import abstract_params, build, llama_decode, t5_decode
+from jaxllm.config.file import load_config
+from jaxllm.models import abstract_params, build
 from jaxllm.models.cache import init_cache
-from jaxllm.training.fit import tree_bytes
+from jaxllm.models.llama import decode as llama_decode
+from jaxllm.models.t5 import decode as t5_decode
+from jaxllm.run.fit import tree_bytes
 from tests.structure.programs import equations, pretend_gpu
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

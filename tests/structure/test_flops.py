@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from jaxllm.config import DataConfig, LlamaConfig, RunConfig, T5Config, TrainingConfig
-from jaxllm.training.metrics import train_flops
+from jaxllm.run.record import train_flops
 from tests.structure.programs import dot_flops, traced_train_step
 
 

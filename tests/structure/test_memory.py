@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.config import DataConfig, LlamaConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainingConfig
-from jaxllm.config_file import load_config
+from jaxllm.config.file import load_config
 from jaxllm.models import build, count_params
 from jaxllm.ops.losses import chunked_cross_entropy
-from jaxllm.training.fit import FitError, check_fit, estimate_fit
+from jaxllm.run.fit import FitError, check_fit, estimate_fit
 from jaxllm.training.program import program_of
 from tests.structure.programs import pretend_gpu, traced_train_step
 

@@ -1,0 +1,173 @@
+"""Values inside a function by name: `capture` hands them out, `edit` replaces them in place, `sites` lists them.
+
+A site is a value that a layer marks with `jax.ad_checkpoint.checkpoint_name`; its path follows the parameter tree,
+such as layers/heads or decoder/layers/cross_attention/query, and the number of the layer comes next to it. All three
+are transformations of functions, as `jax.grad` is one: they compose with it, with jit, vmap and each other. Not here:
+what the models mark, see docs/study.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxllm.jaxprs.interpret import Place, Record, Visitor, bind, run
+from jaxllm.jaxprs.programs import LOOP, label, numbers, programs
+
+Edit = Callable[[Array, Any], Any]
+
+
+def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """A function that returns (function's own result, {path: values of all layers [L, ...]}).
+
+    >>> logits, seen = jax.jit(capture(forward, "after_mlp", "attention_weights"))(params, tokens)
+
+    Args:
+        function: any function of arrays that runs a model once.
+        names: paths, or their ends: `query` is every query, `cross_attention/query` those of cross-attention. None
+            means every site, which can be a great deal of memory.
+
+    Raises:
+        ValueError: when called, for a name that is no site of the function, or a site in the backward pass, in a
+            loop or condition of the caller's, or in a function with derivatives of its own: capture inside it.
+    """
+
+    @functools.wraps(function)
+    def captured(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
+        wanted = _Sites(names)
+
+        def visit(eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
+            path, _ = wanted.reach(eqn, place)
+            outputs = bind(eqn, inputs)
+            taken = path and (not names or any(_matches(path, name) for name in names))
+            return outputs, [((path, bool(place.steps)), outputs[0])] if taken else []
+
+        out, records = run(function, args, kwargs, Visitor(_enters, visit))
+        wanted.check()
+        return out, _joined(records)
+
+    return captured
+
+
+def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: bool = True) -> Callable[..., Any]:
+    """The function with values replaced at its sites.
+
+    >>> without = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 3, x.at[:, :, 5].set(0), x)})
+
+    Args:
+        function: any function of arrays that runs a model once.
+        edits: by path or its end (as in `capture`), functions of (value, layer) to a new value of the same shape,
+            which is cast to the old one's dtype. `layer` is an integer or, where layers are a loop, a traced one:
+            choose by `jnp.where`. What they close over may be traced too, to differentiate or vmap over it.
+        strict: whether a name that is no site of the function is an error.
+
+    Raises:
+        ValueError: when called, as `capture`, and for a new value of another shape.
+    """
+
+    @functools.wraps(function)
+    def edited(*args: Any, **kwargs: Any) -> Any:
+        wanted = _Sites(edits)
+
+        def visit(eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
+            path, layer = wanted.reach(eqn, place)
+            for name, change in edits.items():
+                if path and _matches(path, name):
+                    inputs = [_changed(change, path, inputs[0], layer)]
+            return bind(eqn, inputs), []
+
+        out, _ = run(function, args, kwargs, Visitor(_enters, visit))
+        if strict:
+            wanted.check()
+        return out
+
+    return edited
+
+
+def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtypeStruct]]:
+    """A function of the same arguments that returns {path: shape and dtype over all layers}, computing nothing."""
+
+    @functools.wraps(function)
+    def listed(*args: Any, **kwargs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        return jax.eval_shape(capture(function), *args, **kwargs)[1]
+
+    return listed
+
+
+class _Sites:
+    """What a run of the function has come across."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._seen: dict[str, None] = {}
+
+    def reach(self, eqn: Any, place: Place) -> tuple[str, Any]:
+        """Path and layer of a site; an empty path for any other operation."""
+        if eqn.primitive.name != "name":
+            if _holds_site(eqn):
+                raise ValueError(f"a site is inside {eqn.primitive.name}: capture or edit the function inside it")
+            return "", None
+        path = _path(place, eqn.params["name"])
+        self._seen[path] = None
+        # Scopes of the caller's may be numbered too; the layer's is the innermost.
+        return path, place.steps[0] if place.steps else [0, *numbers(place.stacks)][-1]
+
+    def check(self) -> None:
+        """Raises ValueError for a name that is none of the paths."""
+        for name in self._names:
+            if not any(_matches(path, name) for path in self._seen):
+                known = ", ".join(self._seen) or "none: it runs no model of this library"
+                hint = _WEIGHTS_HINT if "attention_weights" in name else ""
+                raise ValueError(f"{name!r} is no site of the function{hint}; its sites are {known}")
+
+
+_WEIGHTS_HINT = " (only `attention: reference` holds the weights: build the model with that)"
+
+
+def _enters(eqn: Any) -> bool:
+    # Run from inside, a function with derivatives of its own would lose them.
+    return _holds_site(eqn) and not eqn.primitive.name.startswith("custom_")
+
+
+def _holds_site(eqn: Any) -> bool:
+    return any(inner.primitive.name == "name" or _holds_site(inner) for body in programs(eqn) for inner in body.eqns)
+
+
+def _matches(path: str, name: str) -> bool:
+    return f"/{path}".endswith(f"/{name}")
+
+
+def _path(place: Place, name: str) -> str:
+    """Such as decoder/layers/cross_attention/query: modules by their own names, layer classes as `layers`."""
+    if any("jvp(" in stack or "transpose(" in stack for stack in place.stacks):
+        raise ValueError(f"the site {name} is part of a gradient: take the gradient of the captured or edited function")
+    if place.steps:
+        inside = place.stacks[place.stacks.index(LOOP) + 1 :]
+        if LOOP in inside or numbers(inside):
+            raise ValueError(f"the site {name} is in a loop over other things than layers: capture or edit inside it")
+    # A class stands where no parent gives a name: the model itself, and a layer taken out of its stack.
+    modules = ["layers" if part.endswith("Layer") else part for part in label(place.stacks)[1].split("/")]
+    return "/".join([module for module in modules if module and not module[:1].isupper()] + [name])
+
+
+def _joined(records: list[Record]) -> dict[str, Array]:
+    """Values of all layers by path: from a loop they come stacked, from single layers one by one."""
+    parts: dict[str, list[Array]] = {}
+    for (path, looped), value in records:
+        parts.setdefault(path, []).append(value if looped else value[None])
+    return {path: jnp.concatenate(values) for path, values in parts.items()}
+
+
+def _changed(change: Edit, path: str, value: Array, layer: Any) -> Array:
+    new = change(value, layer)
+    if new is None:
+        raise ValueError(f"the edit of {path} returns None: it must return the new value")
+    new = jnp.asarray(new)
+    if new.shape != value.shape:
+        raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
+    return new.astype(value.dtype)

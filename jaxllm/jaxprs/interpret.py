@@ -1,0 +1,134 @@
+"""Runs a function from its jaxpr and shows every operation to a visitor, which may record and replace its results.
+
+The function itself knows nothing of it, so it needs no hooks and stays as fast as it is. A loop over layers stays one:
+what is recorded inside comes out with one more axis. Out of scope: what is looked for, see `jaxllm.jaxprs.hooks`,
+`jaxllm.jaxprs.derivatives` and `jaxllm.jaxprs.observe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.jaxprs.programs import INLINED, LOOP, REMAT, inlined
+
+FORWARD, REVERSED = "loop", "reversed loop"
+
+
+class Place(NamedTuple):
+    """Where in the program an operation is, from the outside in.
+
+    Attributes:
+        path: its position in each program, and FORWARD or REVERSED for each loop around it.
+        stacks: name stacks, with `LOOP` at each border of a loop.
+        steps: iteration of each loop, as traced integers.
+    """
+
+    path: tuple[int | str, ...] = ()
+    stacks: tuple[str, ...] = ()
+    steps: tuple[jax.Array, ...] = ()
+
+
+Record = tuple[Any, jax.Array]  # what it is, and its value; a loop stacks the values on a new leading axis
+
+
+class Visitor(NamedTuple):
+    """What to do on the way.
+
+    Attributes:
+        enters: whether to go into an operation that runs a program; one that isn't entered runs as it is, with its
+            own derivatives.
+        visit: runs any other operation: from it, its inputs, and its place to its results and records.
+    """
+
+    enters: Callable[[Any], bool]
+    visit: Callable[[Any, list[Any], Place], tuple[list[Any], list[Record]]]
+
+
+def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Results of an operation as it stands."""
+    ready = eqn.primitive.get_bind_params(eqn.params)
+    # jax 0.12 leaves out the functions, which are in the parameters there.
+    functions, params = ready if isinstance(ready, tuple) else ((), ready)
+    with eqn.ctx.manager:
+        result = eqn.primitive.bind(*functions, *inputs, **params)
+    return list(result) if eqn.primitive.multiple_results else [result]
+
+
+def run(function: Callable[..., Any], args: Any, kwargs: Any, visitor: Visitor) -> tuple[Any, list[Record]]:
+    """The function's result, and all records in the order of execution."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+    outputs, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), visitor)
+    # Constants and arguments that are results are not arrays of JAX yet.
+    return jax.tree.unflatten(jax.tree.structure(shape), map(jnp.asarray, outputs)), records
+
+
+def interpret(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], visitor: Visitor, place: Place | None = None
+) -> tuple[list[Any], list[Record]]:
+    """Outputs of the jaxpr and all records, in the order of execution."""
+    place = place or Place()
+    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    records: list[Record] = []
+    for position, eqn in enumerate(jaxpr.eqns):
+        inputs = [atom.val if hasattr(atom, "val") else values[atom] for atom in eqn.invars]
+        stack = str(eqn.source_info.name_stack)
+        here = place._replace(path=(*place.path, position), stacks=(*place.stacks, stack))
+        # Bound again under its name, so that the result can be interpreted in its turn.
+        with jax.named_scope(stack):
+            outputs, inner = _run(eqn, inputs, visitor, here)
+        values.update(zip(eqn.outvars, outputs, strict=True))
+        records.extend(inner)
+    return [atom.val if hasattr(atom, "val") else values[atom] for atom in jaxpr.outvars], records
+
+
+def _run(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[list[Any], list[Record]]:
+    name = eqn.primitive.name
+    if name == "scan" and visitor.enters(eqn):
+        return _run_scan(eqn, inputs, visitor, here)
+    if name in REMAT and not eqn.params["differentiated"] and visitor.enters(eqn):
+        return _run_remat(eqn, inputs, visitor, here)
+    if name in INLINED and visitor.enters(eqn):
+        return interpret(*inlined(eqn), inputs, visitor, here)
+    return visitor.visit(eqn, inputs, here)
+
+
+def _run_remat(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[list[Any], list[Record]]:
+    """As a program that a gradient computes again, still."""
+    labels: list[Any] = []
+
+    def body(inputs: list[Any]) -> tuple[list[Any], list[jax.Array]]:
+        outputs, records = interpret(*inlined(eqn), inputs, visitor, here)
+        labels[:] = [label for label, _ in records]
+        return outputs, [value for _, value in records]
+
+    outputs, recorded = jax.checkpoint(body, policy=eqn.params["policy"])(inputs)
+    return outputs, list(zip(labels, recorded, strict=True))
+
+
+def _run_scan(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[list[Any], list[Record]]:
+    closed, backwards, length = eqn.params["jaxpr"], eqn.params["reverse"], eqn.params["length"]
+    # What a loop slices or stacks has one more axis outside it; the parameters that count it are gone in jax 0.12.
+    carried = sum(not stacked for stacked in _stacked(eqn.outvars, closed.jaxpr.outvars))
+    constants = len(inputs) - carried - sum(_stacked(eqn.invars, closed.jaxpr.invars))
+    consts, start, xs = inputs[:constants], inputs[constants : constants + carried], inputs[constants + carried :]
+    path, stacks = (*here.path, REVERSED if backwards else FORWARD), (*here.stacks, LOOP)
+    labels: list[Any] = []
+
+    def body(carry: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], tuple[list[Any], list[jax.Array]]]:
+        step, slices = x
+        inside = Place(path, stacks, (*here.steps, step))
+        outputs, records = interpret(closed.jaxpr, closed.consts, [*consts, *carry, *slices], visitor, inside)
+        labels[:] = [label for label, _ in records]
+        return outputs[:carried], (outputs[carried:], [value for _, value in records])
+
+    steps = jnp.arange(length)
+    last, (ys, recorded) = jax.lax.scan(body, start, (steps, xs), length=length, reverse=backwards)
+    return [*last, *ys], list(zip(labels, recorded, strict=True))
+
+
+def _stacked(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
+    return [outer.aval.ndim > inner.aval.ndim for outer, inner in zip(outside, inside, strict=True)]

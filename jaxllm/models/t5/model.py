@@ -1,0 +1,322 @@
+"""T5 (arXiv 1910.10683) and its relatives v1.1, Flan, mT5, UMT5, ByT5, UL2: an encoder-decoder with relative positions.
+
+Pure entry points on one parameter tree: `__call__` and `hidden` for training and scoring, `encode` and `decode` for its
+halves. None takes a cache; decoding is `jaxllm.models.t5.decode`. Out of scope: objectives, Hugging Face names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.config import T5Config
+from jaxllm.models.flops import Flops
+from jaxllm.models.layers import (
+    DEFAULT_ISLANDS,
+    MASTER,
+    Islands,
+    Params,
+    RMSNorm,
+    apply,
+    apply_stack,
+    check_depth,
+    check_shape,
+    check_tokens,
+    embed,
+    init_stack,
+    refuse,
+)
+from jaxllm.models.t5.layer import BiasOf, DecoderLayer, EncoderLayer, create_table, scale_output, stream_dtype
+from jaxllm.ops.dropout import dropout, split_keys
+from jaxllm.ops.masks import Pattern
+from jaxllm.ops.relative_bias import relative_bias
+
+
+class _Stack(nn.Module):
+    """What encoder and decoder share: stacked layers, one bias table for all of them, and a last norm."""
+
+    config: T5Config
+    dtype: Any
+    islands: Islands = DEFAULT_ISLANDS
+
+    def _create(self, num_layers: int, init_layer: Callable[[Array], Params]) -> None:
+        """Creates the layers, the shared bias table and the last norm."""
+        c = self.config
+        # Not by self.param alone: it would trace the initialiser again.
+        if not self.has_variable("params", "layers"):
+            self.param("layers", init_stack, init_layer, num_layers)
+        check_depth(self.get_variable("params", "layers"), num_layers)
+        if c.relative_per_layer:
+            refuse(self, "relative_bias")
+        self.relative_bias = None if c.relative_per_layer else create_table(self, c)
+        self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
+
+    def _run(self, layer: Callable[[Params, Array, Array | None], Array], x: Array, key: Array | None) -> Array:
+        """Dropout, the layers, the last norm, dropout; from the residual stream's dtype to the compute dtype."""
+        c = self.config
+        embed_key, layers_key, last_key = split_keys(key if c.dropout_rate else None, 3)
+        layers = self.get_variable("params", "layers")
+        keys = None if layers_key is None else jax.random.split(layers_key, jax.tree.leaves(layers)[0].shape[0])
+        x = dropout(x, embed_key, rate=c.dropout_rate)
+        x = apply_stack(layer, layers, x, keys, mode=c.layers, remat=c.remat)
+        return dropout(self.final_norm(x).astype(self.dtype), last_key, rate=c.dropout_rate)
+
+    def _bias_of(self, length: int, *, bidirectional: bool) -> BiasOf:
+        c = self.config
+
+        @jax.named_scope("relative_bias")  # the precision ledger reads it
+        def build(table: Array) -> Array:
+            bias = relative_bias(
+                table,
+                queries=length,
+                keys=length,
+                max_distance=c.relative_max_distance,
+                bidirectional=bidirectional,
+                dtype=self.islands.relative_bias,
+            )
+            return bias.astype(self.dtype)
+
+        return _own_or_shared(build, self.relative_bias)
+
+
+def _key_lengths(lengths: Array | None, sources: int, rows: int, *segments: Array | None) -> Int[Array, " B"] | None:
+    """Real keys of each row, for a kernel that must see one: the output of an empty row means nothing anyway."""
+    if lengths is None:
+        return None
+    if any(each is not None for each in segments):
+        raise ValueError("encoder_lengths say that a row is one document: give them or segment ids, not both")
+    check_shape(lengths, "encoder_lengths", (sources,))
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"encoder_lengths must be integers, got {lengths.dtype}")
+    return jnp.broadcast_to(jnp.maximum(lengths, 1).astype(jnp.int32), (rows,))
+
+
+def _own_or_shared(build: Callable[[Array], Array], table: Array | None) -> BiasOf:
+    if table is None:
+        return lambda own: None if own is None else build(own)
+    shared = build(table)
+    return lambda _: shared
+
+
+class Encoder(_Stack):
+    """Layers that see the whole source."""
+
+    def setup(self) -> None:
+        """Creates the encoder's parameters."""
+        self._create(self.config.num_layers, self._init_layer)
+
+    def __call__(self, x: Float[Array, "B S D"], pattern: Pattern, key: Array | None) -> Float[Array, "B S D"]:
+        """Embedded tokens to the output that decoders attend to."""
+        layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
+        bias_of = self._bias_of(x.shape[1], bidirectional=True)
+        return self._run(lambda params, h, own_key: apply(layer, params, h, pattern, bias_of, own_key), x, key)
+
+    def _init_layer(self, key: Array) -> Params:
+        x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
+        layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
+        variables: Any = layer.init(key, x, Pattern(), lambda _: None, None)
+        return variables["params"]
+
+
+class Decoder(_Stack):
+    """Layers that see the past, and the encoder's output."""
+
+    def setup(self) -> None:
+        """Creates the decoder's parameters."""
+        self._create(self.config.num_decoder_layers, self._init_layer)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "#B S D"],
+        pattern: Pattern,
+        cross_pattern: Pattern,
+        key: Array | None,
+    ) -> Float[Array, "B T D"]:
+        """Embedded tokens to the normalised last hidden state."""
+        layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
+        bias_of = self._bias_of(x.shape[1], bidirectional=False)
+
+        def run(params: Params, h: Array, own_key: Array | None) -> Array:
+            return apply(layer, params, h, encoded, pattern, cross_pattern, bias_of, own_key)
+
+        return self._run(run, x, key)
+
+    def _init_layer(self, key: Array) -> Params:
+        x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
+        layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
+        variables: Any = layer.init(key, x, x, Pattern(), Pattern(), lambda _: None, None)
+        return variables["params"]
+
+
+class T5(nn.Module):
+    """The encoder-decoder; `dtype` is the compute dtype, parameters are created in float32.
+
+    Attributes:
+        config: architecture.
+        dtype: of activations and matmul inputs; logits are float32.
+        islands: dtypes of what does not follow `dtype`.
+    """
+
+    config: T5Config
+    dtype: Any = jnp.float32
+    islands: Islands = DEFAULT_ISLANDS
+
+    def setup(self) -> None:
+        """Creates the embedding that both stacks share, the stacks, and the head."""
+        c = self.config
+        if self.has_rng("dropout") and not self.is_initializing():
+            raise ValueError("dropout takes key=, not rngs: model.apply(..., key=jax.random.key(0))")
+        self.embed = self.param("embed", nn.initializers.normal(c.init_factor), (c.vocab_size, c.d_model), MASTER)
+        self.encoder = Encoder(c, self.dtype, self.islands)
+        self.decoder = Decoder(c, self.dtype, self.islands)
+        if c.tie_embeddings:
+            refuse(self, "lm_head")
+        else:
+            # As T5X, and what v1.0's scaled tied head amounts to; a standard deviation of 1 starts at tens of nats.
+            head = nn.initializers.normal(c.init_factor * c.d_model**-0.5)
+            self.lm_head = self.param("lm_head", head, (c.vocab_size, c.d_model), MASTER)
+
+    def __call__(
+        self,
+        encoder_tokens: Int[Array, "B S"],
+        decoder_tokens: Int[Array, "B T"],
+        *,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_lengths: Int[Array, " B"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of the target after each decoder token.
+
+        Args:
+            encoder_tokens: source ids.
+            decoder_tokens: targets shifted right, each document starting with `config.decoder_start_id`.
+            encoder_segment_ids: document of each source token, 0 = padding; None is one document, number 1.
+            decoder_segment_ids: document of each decoder token, which sees the source of the same number.
+            encoder_lengths: real source tokens of each row, where a row is one document and padding ends it: instead
+                of segment ids, and faster on a GPU, whose fused attention knows lengths but no documents.
+            key: of dropout; None is no dropout.
+
+        Raises:
+            ValueError: while tracing, for tokens that are no integers [B, T], lengths beside segment ids, or parameters
+                of another model.
+        """
+        hidden = self.hidden(
+            encoder_tokens,
+            decoder_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            encoder_lengths=encoder_lengths,
+            key=key,
+        )
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        encoder_tokens: Int[Array, "B S"],
+        decoder_tokens: Int[Array, "B T"],
+        *,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_lengths: Int[Array, " B"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the head multiplies, for losses that never build all logits; arguments as `__call__`."""
+        encoder_key, decoder_key = split_keys(key, 2)
+        source = {"encoder_segment_ids": encoder_segment_ids, "encoder_lengths": encoder_lengths}
+        encoded = self.encode(encoder_tokens, **source, key=encoder_key)
+        return self.decode(decoder_tokens, encoded, **source, decoder_segment_ids=decoder_segment_ids, key=decoder_key)
+
+    def encode(
+        self,
+        encoder_tokens: Int[Array, "B S"],
+        *,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        encoder_lengths: Int[Array, " B"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's output; at padding it means nothing."""
+        check_tokens(encoder_tokens, "encoder_tokens")
+        check_shape(encoder_segment_ids, "encoder_segment_ids", encoder_tokens.shape)
+        rows = encoder_tokens.shape[0]
+        key_lengths = _key_lengths(encoder_lengths, rows, rows, encoder_segment_ids)
+        pattern = Pattern(query_segments=encoder_segment_ids, key_segments=encoder_segment_ids, key_lengths=key_lengths)
+        return self.encoder(self._embed(encoder_tokens), pattern, key)
+
+    def decode(
+        self,
+        decoder_tokens: Int[Array, "B T"],
+        encoded: Float[Array, "#B S D"],
+        *,
+        encoder_segment_ids: Int[Array, "#B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_lengths: Int[Array, "#B"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The decoder's hidden state over an encoder's output, as `hidden` returns it."""
+        c = self.config
+        check_tokens(decoder_tokens, "decoder_tokens")
+        check_shape(decoder_segment_ids, "decoder_segment_ids", decoder_tokens.shape)
+        check_shape(encoder_segment_ids, "encoder_segment_ids", encoded.shape[:2])
+        one = (1, *encoded.shape[1:])  # one source for all targets
+        check_shape(encoded, "the encoder's output", (decoder_tokens.shape[0], *one[1:]), one)
+        pattern = Pattern(causal=True, query_segments=decoder_segment_ids, key_segments=decoder_segment_ids)
+        segments = encoder_segment_ids, decoder_segment_ids
+        rows = decoder_tokens.shape[0]
+        cross_pattern = Pattern(key_lengths=_key_lengths(encoder_lengths, encoded.shape[0], rows, *segments))
+        if encoder_segment_ids is not None or decoder_segment_ids is not None:
+            ones = functools.partial(jnp.ones, dtype=jnp.int32)
+            cross_pattern = Pattern(
+                query_segments=ones(decoder_tokens.shape) if decoder_segment_ids is None else decoder_segment_ids,
+                key_segments=ones(encoded.shape[:2]) if encoder_segment_ids is None else encoder_segment_ids,
+            )
+        x = self.decoder(self._embed(decoder_tokens), encoded, pattern, cross_pattern, key)
+        return scale_output(c, x)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """X @ head.T, accumulated and returned in float32."""
+        return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
+
+    def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of the decoder's stream at any layer, as `jaxllm.study` captures it: last norm, then head."""
+        return self.logits(scale_output(self.config, self.decoder.final_norm(x).astype(self.dtype)))
+
+    def head(self) -> Float[Array, "V D"]:
+        """The output head in the compute dtype: its own, or the embedding when tied."""
+        return jnp.asarray(self.embed if self.config.tie_embeddings else self.lm_head, self.dtype)
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or stream_dtype(self.dtype))
+
+
+def hidden(model: T5, params: Any, batch: Mapping[str, Any], key: Array | None = None) -> Float[Array, "B T D"]:
+    """The decoder's hidden states of a training batch, whichever way its rows name their documents.
+
+    `encoder_tokens` [B, S] and `decoder_tokens` [B, T], with `encoder_segment_ids` and `decoder_segment_ids`, or
+    `encoder_lengths` [B], where wanted.
+    """
+    names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_lengths")
+    documents = {name: batch[name] for name in names if name in batch}
+    tokens = batch["encoder_tokens"], batch["decoder_tokens"]
+    return apply(model, params, *tokens, **documents, key=key, method="hidden")
+
+
+def train_flops(c: T5Config, batch: int, length: int, target_length: int) -> Flops:
+    """Work of a train step on rows of `length` encoder tokens and `target_length` decoder tokens."""
+    inner = c.num_heads * c.head_dim
+    mlp = (3 if c.gated else 2) * c.d_model * c.d_ff
+    block = 4 * c.d_model * inner + mlp
+    encoder = c.num_layers * block * length
+    decoder = c.num_decoder_layers * ((block + 2 * c.d_model * inner) * target_length + 2 * c.d_model * inner * length)
+    weights = 6.0 * (encoder + decoder + c.vocab_size * c.d_model * target_length) * batch
+    cross = c.num_layers * length**2 + c.num_decoder_layers * length * target_length
+    self_attention = c.num_decoder_layers * target_length**2
+    scale = 12.0 * inner * batch
+    return Flops(weights + scale * (cross + self_attention / 2), weights + scale * (cross + self_attention), weights)

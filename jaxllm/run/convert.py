@@ -1,0 +1,113 @@
+"""Run folders to Hugging Face directories and back: what `scripts/convert_hf.py` does.
+
+A conversion that fails leaves neither behind. Not here: reading a run's parameters (`initial_params`), names of tensors
+(`jaxllm.interop`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from jaxllm.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from jaxllm.config.file import dump_config
+from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
+from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
+from jaxllm.interop.safetensors_dir import INDEX, SINGLE
+from jaxllm.models import build
+from jaxllm.run.start import load_run
+
+
+def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
+    """Writes a run's newest parameters, tokenizer and special ids as a Hugging Face directory.
+
+    Raises:
+        FileExistsError: when the target holds what would be overwritten, as `check_target`.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    check_target(target)
+    config, params = load_run(source)
+    files = tokenizers_in(source)
+    ids = None
+    if files:
+        tokenizer = load_tokenizer(files[0])
+        begins = None if config.model.encoder_decoder else tokenizer.eos_id  # a document follows an end token
+        ids = SpecialIds(bos=begins, eos=(tokenizer.eos_id,), pad=tokenizer.pad_id)
+    with _beside(target) as folder:
+        save_hf(folder, build(config.model), params, dtype=dtype, special_ids=ids)
+        for file in files:
+            shutil.copy(file, folder)
+            if config.model.encoder_decoder and file.suffix == ".model":
+                # transformers 4.x looks for T5's by this name alone, 5.x for UMT5's by the general one.
+                shutil.copy(file, folder / "spiece.model")
+
+
+def import_run(source: str | Path, target: str | Path) -> None:
+    """Writes a run folder of parameters alone, float32, and tokenizer, for `training.init_from` and for generation.
+
+    The tokenizer's file gets the name by which runs keep theirs.
+
+    Raises:
+        FileExistsError: when the target holds what would be overwritten, as `check_target`.
+    """
+    source, folder = Path(source).expanduser(), Path(target).expanduser()
+    check_target(folder)
+    model, params = load_hf(source, dtype="float32")
+    kept = {file.name.replace("spiece", "tokenizer"): file for file in tokenizers_in(source)}
+    config = _run_config(model.config, folder, tokenizer=str(folder / next(iter(kept))) if kept else "train")
+    with _beside(folder) as partial:
+        state = (partial / "checkpoints" / "0" / "state").absolute()
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            writer.save(state, args=ocp.args.PyTreeSave({"params": params}))
+        for name, file in kept.items():
+            shutil.copy(file, partial / name)
+        (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+
+
+def check_target(target: str | Path) -> None:
+    """Refuses a folder to convert into that holds a model: it would be lost, or the folder would be two things.
+
+    Raises:
+        FileExistsError: naming what is there.
+    """
+    folder = Path(target).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another folder")
+    if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
+        raise FileExistsError(f"{folder} already holds a run; choose another folder")
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is a Hugging Face directory; choose another folder")
+    others = [file.name for file in tokenizers_in(folder)] + [n for n in (SINGLE, INDEX) if (folder / n).exists()]
+    if others:
+        raise FileExistsError(f"{folder} already holds {', '.join(others)}; choose another folder")
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder inside, of which everything is moved up into `folder` once it is whole."""
+    partial = folder / "convert.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    partial.mkdir(parents=True)
+    moved: list[Path] = []
+    try:
+        yield partial
+        for item in list(partial.iterdir()):
+            moved.append(folder / item.name)
+            item.replace(moved[-1])
+    except BaseException:
+        for item in moved:
+            shutil.rmtree(item) if item.is_dir() else item.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _run_config(model: ModelConfig, folder: Path, *, tokenizer: str) -> RunConfig:
+    longest = min(256, model.context or 256)
+    data = DataConfig(tokenizer=tokenizer, objective=model.objectives[0], sequence_length=longest)
+    return RunConfig(model=model, data=data, training=TrainingConfig(run_dir=str(folder)))

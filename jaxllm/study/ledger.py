@@ -1,0 +1,164 @@
+"""The precision ledger: every operation of the real train step whose dtypes matter, read from its jaxpr.
+
+Matrix products, reductions, exponentials, norms and casts, by the dtypes they read, accumulate in and return. A sum
+accumulated below float32 and an island's function computed below it are errors, unless the config moves that island
+(`allowed`). Nothing is compiled and no array is made. Not here: what a backend does inside a kernel (`kernel` rows name
+those).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import PrecisionConfig, RunConfig
+from jaxllm.jaxprs.programs import LOOP, is_backward, label, programs
+from jaxllm.training.program import program_of
+
+
+class Entry(NamedTuple):
+    """One kind of operation at one place.
+
+    Attributes:
+        kind: matmul, reduction, exp, norm, cast or kernel.
+        operation: JAX's name of it.
+        where: modules around it, and the pass.
+        inputs: dtypes read.
+        accumulation: dtype of the running sum; for casts and pointwise functions that of the output.
+        output: dtype returned.
+    """
+
+    kind: str
+    operation: str
+    where: str
+    inputs: str
+    accumulation: str
+    output: str
+
+    @property
+    def low(self) -> bool:
+        """Whether it sums below float32, or computes there what only islands compute."""
+        guarded = self.kind in ("matmul", "reduction") or self.operation in _ISLAND_FUNCTIONS
+        return guarded and self.accumulation in ("bfloat16", "float16")
+
+
+_BACKWARD = " (backward)"
+_ISLAND_FUNCTIONS = ("exp", "exp2", "log", "log1p", "rsqrt", "sqrt", "sin", "cos")
+# What an island below float32 may do, as (scope, operation): its function, and sums of its gradient. The scopes are
+# modules that end in _norm, and `jax.named_scope`s where the models and the loss compute the other three.
+_MOVED = {
+    "norms": (("norm", "rsqrt"), ("norm", "reduce_sum")),
+    "softmax": (("softmax", "exp"), ("softmax", "reduce_sum")),
+    "relative_bias": (("relative_bias", "reduce_sum"),),
+}
+
+
+def allowed(config: PrecisionConfig) -> set[tuple[str, str]]:
+    """(scope, operation) pairs that may be below float32 because the config moves their island."""
+    low = [island for island, dtype in config.islands.items() if dtype != "float32"]
+    return {pair for island in low for pair in _MOVED.get(island, ())}
+
+
+_KINDS = {
+    **dict.fromkeys(("dot_general", "ragged_dot_general", "conv_general_dilated"), "matmul"),
+    **dict.fromkeys(("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"), "reduction"),
+    **dict.fromkeys(("scatter-add", "scatter_add", "reduce_window_sum", "psum", "add_reduce"), "reduction"),
+    **dict.fromkeys(("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "sin", "cos", "pow"), "exp"),
+    **dict.fromkeys(("rsqrt", "sqrt"), "norm"),
+    "convert_element_type": "cast",
+}
+
+
+def train_step_ledger(config: RunConfig) -> Counter[Entry]:
+    """How often each entry runs in one train step of `config`, over layers, chunks and microbatches."""
+    program = program_of(config)
+    step = jax.make_jaxpr(program.train_step)(program.abstract_state(), program.abstract_batch())
+    return ledger(step.jaxpr)
+
+
+def ledger(jaxpr: Any) -> Counter[Entry]:
+    """Entries of a program and how often each runs: of a condition the larger branch, of a while one turn."""
+    return _walk(jaxpr, (), 1)
+
+
+def violations(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> list[Entry]:
+    """Entries below float32 that are not `excused` by a (scope, operation) pair, see `allowed`.
+
+    A scope is a whole name in the path `where`, or a name that ends in _scope: `norm` covers encoder/attn_norm.
+    """
+
+    def ok(entry: Entry) -> bool:
+        names = entry.where.removesuffix(_BACKWARD).split("/")
+        return any(
+            operation == entry.operation and any(name == scope or name.endswith(f"_{scope}") for name in names)
+            for scope, operation in excused
+        )
+
+    return [entry for entry in entries if entry.low and not ok(entry)]
+
+
+def format_ledger(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> str:
+    """A table for reading, one line per entry; what is below float32 is marked LOW, or moved where the config says so.
+
+    `excused` is as in `violations`.
+    """
+    rows = [("", "count", *Entry._fields)]
+    bad = set(violations(entries, excused))
+    marks = {entry: "LOW" if entry in bad else "moved" if entry.low else "" for entry in entries}
+    rows += [(marks[entry], str(entries[entry]), *entry) for entry in sorted(entries)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _walk(jaxpr: Any, stacks: tuple[str, ...], times: int) -> Counter[Entry]:
+    total: Counter[Entry] = Counter()
+    for eqn in jaxpr.eqns:
+        here = (*stacks, str(eqn.source_info.name_stack))
+        entry = _entry(eqn, here)
+        if entry is not None:
+            total[entry] += times
+        if _is_kernel(eqn):
+            continue
+        inside, repeats = here, times
+        if eqn.primitive.name in ("scan", "while"):
+            inside, repeats = (*here, LOOP), times * eqn.params.get("length", 1)
+        bodies = [_walk(body, inside, repeats) for body in programs(eqn)]
+        total += _largest(bodies) if eqn.primitive.name == "cond" else sum(bodies, Counter())
+    return total
+
+
+def _largest(branches: Sequence[Counter[Entry]]) -> Counter[Entry]:
+    result: Counter[Entry] = Counter()
+    for branch in branches:
+        result |= branch
+    return result
+
+
+def _entry(eqn: Any, stacks: Sequence[str]) -> Entry | None:
+    name = eqn.primitive.name
+    kind = "kernel" if _is_kernel(eqn) else _KINDS.get(name)
+    inputs = [str(atom.aval.dtype) for atom in eqn.invars if _floating(atom)]
+    outputs = [str(atom.aval.dtype) for atom in eqn.outvars if _floating(atom)]
+    if kind is None or not inputs or not outputs or (kind == "cast" and inputs[0] == outputs[0]):
+        return None
+    large = max((math.prod(atom.aval.shape) for atom in (*eqn.invars, *eqn.outvars)), default=0)
+    if large <= 1 and kind != "kernel":
+        return None  # single numbers, such as the learning rate's schedule
+    module = label(stacks)[1] or "step"
+    where = f"{module}{_BACKWARD}" if is_backward(stacks) else module
+    accumulation = eqn.params.get("preferred_element_type") or outputs[0]
+    return Entry(kind, name, where, " ".join(dict.fromkeys(inputs)), str(jnp.dtype(accumulation)), outputs[0])
+
+
+def _is_kernel(eqn: Any) -> bool:
+    return "pallas" in eqn.primitive.name or "dot_product_attention" in eqn.primitive.name
+
+
+def _floating(atom: Any) -> bool:
+    dtype = getattr(atom.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)

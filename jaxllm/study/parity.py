@@ -1,0 +1,191 @@
+"""Where two implementations part: python -m jaxllm.study.parity DIR [--length 64] [--tolerance 1e-4].
+
+Walks a Hugging Face directory of the Llama family through transformers and through this library, sublayer by
+sublayer. Every layer of ours is given what transformers gave its own, so that an error shows where it arises instead
+of everywhere after it. Needs the extra `parity` (torch and transformers). Out of scope: T5, gradients, decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import LlamaConfig
+from jaxllm.interop import InteropError
+from jaxllm.interop.hf import load_hf, load_hf_config
+from jaxllm.models.llama.model import Llama, LlamaLayer
+from jaxllm.ops.masks import Pattern
+from jaxllm.ops.norms import rms_norm
+from jaxllm.ops.rope import rope_cos_sin, rope_frequencies
+
+# Sublayers in the order they run: our name, transformers' module in a layer, and whether its input is meant.
+_SUBLAYERS = (
+    ("attn_norm", "input_layernorm", False),
+    ("q_proj", "self_attn.q_proj", False),
+    ("k_proj", "self_attn.k_proj", False),
+    ("v_proj", "self_attn.v_proj", False),
+    ("q_norm", "self_attn.q_norm", False),
+    ("k_norm", "self_attn.k_norm", False),
+    ("attention", "self_attn.o_proj", True),
+    ("o_proj", "self_attn.o_proj", False),
+    ("mlp_norm", "post_attention_layernorm", False),
+    ("gate_proj", "mlp.gate_proj", False),
+    ("up_proj", "mlp.up_proj", False),
+    ("activation", "mlp.down_proj", True),
+    ("down_proj", "mlp.down_proj", False),
+    ("output", "", False),
+)
+
+
+class Row(NamedTuple):
+    """One sublayer on both sides.
+
+    Attributes:
+        name: sublayer, as `layer 3 attention`.
+        absolute: largest difference.
+        relative: the same over the largest value of transformers'.
+        divergence: mean KL of the two next-token distributions in nats; None except for logits.
+    """
+
+    name: str
+    absolute: float
+    relative: float
+    divergence: float | None = None
+
+
+def walk(path: str | Path, tokens: np.ndarray) -> Iterator[Row]:
+    """Rows for every sublayer of a float32 model, in the order of execution; `tokens` are [B, T].
+
+    Raises:
+        InteropError: for a directory of another family, or where torch or transformers are missing.
+    """
+    model, params = load_hf(path, dtype="float32")
+    if not isinstance(model, Llama):
+        raise InteropError(f"{path} is a {model.config.family}; the walk knows the Llama family only")
+    yield from compare(model, params, _reference(path, tokens), tokens)
+
+
+def compare(model: Llama, params: Any, reference: dict[str, np.ndarray], tokens: np.ndarray) -> Iterator[Row]:
+    """Rows for our model against recorded sublayers of transformers (see `_reference` for their names)."""
+    c = model.config
+    length = tokens.shape[1]
+    frequencies = rope_frequencies(c.rope, head_dim=c.head_dim, max_length=c.max_length, length=length)
+    rope = rope_cos_sin(jnp.arange(length)[None], *frequencies)
+    half = c.head_dim // 2
+    yield _row("embed", params["embed"][tokens], reference["embed"])
+    yield _row("rope cos", rope[0], reference["rope cos"][..., :half])
+    yield _row("rope sin", rope[1], reference["rope sin"][..., :half])
+    run = jax.jit(lambda layer, x: _sublayers(c, layer, x, rope))
+    x = jnp.asarray(reference["embed"])
+    for i in range(c.num_layers):
+        found = run(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x)
+        for name, _, _ in _SUBLAYERS:
+            if name in found:
+                yield _row(f"layer {i} {name}", found[name], reference[f"layer {i} {name}"])
+        x = jnp.asarray(reference[f"layer {i} output"])
+    yield _row("final_norm", rms_norm(x, params["final_norm"]["weight"], eps=c.norm_eps), reference["final_norm"])
+    whole = jax.jit(lambda p, ids: model.apply({"params": p}, ids))(params, jnp.asarray(tokens))
+    row = _row("logits (end to end)", whole, reference["logits"])
+    yield row._replace(divergence=_divergence(np.asarray(whole), reference["logits"]))
+
+
+def _sublayers(config: LlamaConfig, params: Any, x: jax.Array, rope: Any) -> dict[str, jax.Array]:
+    """Outputs of every module of one layer, from the layer itself, and the inputs that say what lies between."""
+    found: dict[str, jax.Array] = {}
+
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output = call(*args, **kwargs)
+        name = context.module.name
+        if name is not None and context.method_name == "__call__":
+            found[name] = output
+            between = {"o_proj": "attention", "down_proj": "activation"}.get(name)
+            if between:
+                found[between] = args[0]
+        return output
+
+    with nn.intercept_methods(record):
+        pattern = Pattern(causal=True, window=config.sliding_window)
+        output = LlamaLayer(config, x.dtype).apply({"params": params}, x, rope, pattern)
+    assert isinstance(output, jax.Array)
+    return {**found, "output": output}
+
+
+def _reference(path: str | Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of transformers by our names, recorded by hooks during one forward pass."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise InteropError(f"the walk needs torch and transformers ({error}): pip install 'jaxllm[parity]'") from None
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, value: Any) -> None:
+        found[name] = (value[0] if isinstance(value, tuple) else value).detach().numpy()
+
+    def watch(module: Any, name: str, inputs: bool) -> None:
+        module.register_forward_hook(lambda _, args, out: keep(name, args if inputs else out))
+
+    watch(model.model.embed_tokens, "embed", inputs=False)
+    watch(model.model.norm, "final_norm", inputs=False)
+    for part, name in enumerate(("rope cos", "rope sin")):
+        model.model.rotary_emb.register_forward_hook(lambda _, args, out, p=part, n=name: keep(n, out[p]))
+    for i, layer in enumerate(model.model.layers):
+        modules = dict(layer.named_modules())
+        for name, place, inputs in _SUBLAYERS:
+            if place in modules:
+                watch(modules[place], f"layer {i} {name}", inputs)
+    with torch.no_grad():
+        keep("logits", model(torch.tensor(tokens).long()).logits)
+    return found
+
+
+def _row(name: str, ours: Any, want: np.ndarray) -> Row:
+    a, b = np.asarray(ours, np.float64), np.asarray(want, np.float64)
+    if a.size != b.size:
+        raise InteropError(f"{name}: shapes {list(a.shape)} and {list(b.shape)} differ")
+    absolute = float(np.abs(a.reshape(b.shape) - b).max())
+    return Row(name, absolute, absolute / max(float(np.abs(b).max()), 1e-30))
+
+
+def _divergence(ours: np.ndarray, want: np.ndarray) -> float:
+    # In float64: the rounding of float32 log-probabilities alone would read as a divergence of 1e-8.
+    wide = (np.asarray(x, np.float64) for x in (want, ours))
+    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in wide)
+    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the walk; 0 when nothing diverges, 1 with the name of the first sublayer that does."""
+    parser = argparse.ArgumentParser(description="Compare transformers and jaxllm sublayer by sublayer.")
+    parser.add_argument("directory", type=Path, help="Hugging Face directory of the Llama family")
+    parser.add_argument("--length", type=int, default=64, help="random tokens in each of two rows")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference")
+    options = parser.parse_args(arguments)
+    if options.length < 1:
+        parser.error(f"--length must be at least 1, got {options.length}")
+    try:
+        vocab = load_hf_config(options.directory).vocab_size
+        tokens = np.random.default_rng(0).integers(0, vocab, (2, options.length), dtype=np.int32)
+        rows = list(walk(options.directory, tokens))
+    except InteropError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for row in rows:
+        kl = "" if row.divergence is None else f"  KL {row.divergence:.3e}"
+        print(f"{row.name:28} max abs {row.absolute:.3e}  relative {row.relative:.3e}{kl}")
+    first = next((row for row in rows if not row.relative <= options.tolerance), None)
+    print("no sublayer diverges" if first is None else f"first divergence: {first.name}")
+    return int(first is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Configs: what is refused and with which words, overrides, and the round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxllm import config as config_module
+from jaxllm.config import LlamaConfig, RopeConfig, RunConfig, T5Config
+from jaxllm.config import file as config_file
+from jaxllm.config.file import (
+    ConfigError,
+    config_differences,
+    describe_keys,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from jaxllm.models import abstract_params, build, count_params
+
+CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
+SMALL = {
+    "model": {
+        "family": "llama",
+        "vocab_size": 512,
+        "d_model": 64,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+}
+
+
+def parse(**sections: dict) -> RunConfig:
+    return parse_config({**SMALL, **sections})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_reload_and_say_what_they_are(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+    header = path.read_text().split("\nmodel:")[0]
+    assert all(word in header for word in ("Purpose:", "Command:", "Size:", "Expect:"))
+
+
+# Published sizes of the real shapes.
+SIZES = {
+    "llama_125m": 134_105_856,
+    "llama3_1b": 1_235_814_400,
+    "llama3_8b": 8_030_261_248,
+    "llama3_8b_80gb": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts_of_real_shapes(name: str) -> None:
+    config = load_config(next(path for path in CONFIGS if path.stem == name))
+    assert count_params(build(config.model)) == SIZES[name]
+
+
+@pytest.mark.parametrize("text", ["3e-4", "0.0003", "3E-4"])
+def test_floats_as_people_write_them(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(parse()).replace("learning_rate: 0.0003", f"learning_rate: {text}"))
+    assert load_config(path).optimizer.learning_rate == 3e-4
+    assert load_config(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 3e-4
+
+
+def test_overrides_come_last_and_reach_nested_keys(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(parse()))
+    config = load_config(path, ["model.rope.theta=5e5", "training.steps=7", "data.text_key=body"])
+    assert (config.model.rope.theta, config.training.steps, config.data.text_key) == (5e5, 7, "body")
+    assert config_differences(load_config(path), config) == [
+        "model.rope.theta: 10000.0 -> 500000.0",
+        "data.text_key: text -> body",
+        "training.steps: 1000 -> 7",
+    ]
+
+
+BAD = [
+    ({"model": {**SMALL["model"], "num_head": 4}}, "did you mean 'num_heads'"),
+    ({"model": {**SMALL["model"], "rope": {"thet": 1}}}, "did you mean 'rope.theta'"),
+    ({"trainig": {"steps": 3}}, "did you mean 'training'"),
+    ({"model": {**SMALL["model"], "num_kv_heads": 3}}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    ({"model": {**SMALL["model"], "head_dim": 15}}, "head_dim must be even"),
+    ({"model": {**SMALL["model"], "d_model": 65}}, "d_model 65 is not a multiple of num_heads 4"),
+    ({"model": {**SMALL["model"], "family": "gpt"}}, "'llama', 't5'"),
+    ({"model": {"family": "llama"}}, "model.vocab_size is required"),
+    (
+        {"model": {**SMALL["model"], "max_length": 128}},
+        "data.sequence_length 256 exceeds model.max_length 128",
+    ),
+    ({"model": {**SMALL["model"], "rope": {"type": "linear"}}}, "needs factor"),
+    ({"precision": {"compute": "float16"}}, "precision.loss_scale: dynamic"),
+    ({"precision": {"islands": {"rope": "bfloat16"}}}, "islands.rope must be float32"),
+    ({"precision": {"islands": {"mlp_output": "float32"}}}, "model.family 'llama' has no such island: mlp_output"),
+    ({"precision": {"islands": {"soft": "float32"}}}, "'softmax'"),
+    (
+        {"model": {**SMALL["model"], "attention": "chunked"}, "precision": {"islands": {"softmax": "bfloat16"}}},
+        "model.attention 'chunked' keeps its softmax in float32",
+    ),
+    ({"precision": {"retries": 2}}, "loss_scale: dynamic or retries: 0"),
+    ({"data": {"sequence_length": 1}}, "sequence_length must be at least 2, got 1"),
+    ({"data": {"source": "files"}}, "path goes with source: files"),
+    ({"data": {"objective": "span_corruption"}}, "does not fit model.family 'llama'"),
+    ({"data": {"objective": "prefix_lm"}}, "no prefix that sees both ways"),
+    ({"training": {"batch_size": 6, "accumulation": 4}}, "not a multiple of accumulation"),
+    ({"training": {"steps": "many"}}, "training.steps"),
+    ({"optimizer": {"warmup_steps": 2000}}, "exceed training.steps 1000"),
+    ({"training": {"batch_size": 2**40}}, "lower it or raise training.accumulation"),
+    ({"optimizer": {"schedule": "wsd"}}, "needs optimizer.decay_steps"),
+    ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_bad_values_are_refused_with_the_fix(sections: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(**sections)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["steps=3", "training.steps", "model.vocab_size.x=3", "=3"])
+def test_bad_overrides_are_refused(override: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(parse()))
+    with pytest.raises(ConfigError, match="override"):
+        load_config(path, [override])
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config file"):
+        load_config(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [unclosed")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(broken)
+    broken.write_text("1: {steps: 3}")
+    with pytest.raises(ConfigError, match="unknown section 1; known: model"):
+        load_config(broken)
+    broken.write_text("model:\n  family: t5\n  d_ff: 8\n\n  d_ff: 9\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml has the key d_ff in line 3 and again in line 5; keep one"):
+        load_config(broken)
+    broken.write_text("model: {family: t5}\ndata: {}\nmodel: {family: llama}\n")
+    with pytest.raises(ConfigError, match=r"has the key model in line 1 and again in line 3"):
+        load_config(broken)
+    broken.write_text("model: &a {family: t5, rope: *a}")
+    with pytest.raises(ConfigError, match=r"broken.yaml is nested without end"):
+        load_config(broken)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary.yaml is not UTF-8 text"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_every_key_is_described_and_there_are_few() -> None:
+    rows = describe_keys()
+    assert all(meaning for *_, meaning in rows)
+    assert len(rows) < 120
+
+
+@pytest.mark.parametrize("name", ["PrecisionConfig", "OptimizerConfig", "DataConfig", "TrainingConfig", "T5Config"])
+def test_a_setting_is_described_to_the_end_of_its_docstring(name: str) -> None:
+    section = {"T5Config": "model(t5)"}.get(name, name.removesuffix("Config").lower())
+    rows = [(key.rpartition(".")[2], meaning) for key, *_, meaning in describe_keys() if key.startswith(f"{section}.")]
+    written = (getattr(config_module, name).__doc__ or "").partition("Attributes:")[2]
+    assert written.split() == " ".join(f"{key}: {meaning}" for key, meaning in rows).split()
+
+
+def test_direct_construction_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="relative_max_distance"):
+        T5Config(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=1, relative_max_distance=16)
+    with pytest.raises(ValueError, match="rope type"):
+        RopeConfig(type="spiral")
+    config = LlamaConfig(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+    assert (config.num_kv_heads, config.head_dim) == (2, 4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.d_ff = 3
+
+
+def test_abstract_parameters_allocate_nothing() -> None:
+    config = load_config(next(path for path in CONFIGS if path.stem == "llama3_8b"))
+    leaf = abstract_params(build(config.model))["embed"]
+    assert type(leaf).__name__ == "ShapeDtypeStruct"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("activation", "swish", "activation must be one of silu, gelu_tanh, gelu, relu, got 'swish'"),
+        ("layers", "unrolled", "layers must be one of scan, unroll"),
+        ("attention", "flash", "attention must be one of auto, reference, chunked, cudnn"),
+        ("d_model", 32.0, "d_model must be of type int, got 32.0"),
+        ("d_model", "32", "d_model must be of type int, got '32'"),
+        ("tie_embeddings", 1, "tie_embeddings must be of type bool, got 1"),
+        ("num_layers", True, "num_layers must be of type int, got True"),
+        ("sliding_window", 4.5, "sliding_window must be of type int or None, got 4.5"),
+        ("rope", {"type": "default"}, "rope must be of type RopeConfig, got {"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_as_one_from_a_file(
+    tiny: LlamaConfig, field: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny, **{field: value})
+
+
+def test_numbers_of_numpy_are_numbers(tiny: LlamaConfig) -> None:
+    changed: dict[str, Any] = {"d_model": np.int64(tiny.d_model), "norm_eps": np.float32(1e-5)}
+    assert dataclasses.replace(tiny, **changed).head_dim == tiny.head_dim
+
+
+OLD = [({"precision": {"retries_before": 0}}, True), ({"precision": {"retries_before": 2}}, False),
+       ({"model": {"rope": {"base": None}}}, True), ({"model": {"rope": {"base": 1.5}}}, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "accepted"), OLD)
+def test_a_retired_setting_is_dropped_at_its_old_default_and_refused_by_name_otherwise(
+    sections: dict[str, Any], accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = {name: {**SMALL.get(name, {}), **values} for name, values in {**SMALL, **sections}.items()}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_config(path)
+    monkeypatch.setattr(config_file, "RETIRED", {"precision.retries_before": 0, "model.rope.base": None})
+    if accepted:
+        assert load_config(path) == parse()
+        assert parse_config(raw) == parse() and raw == yaml.safe_load(path.read_text())
+        return
+    with pytest.raises(ConfigError, match=r"(precision\.retries_before|model\.rope\.base) no longer exists; (0|null) "):
+        load_config(path)
+
+
+def test_no_retired_setting_exists() -> None:
+    existing = {re.sub(r"\(\w+\)", "", row[0]) for row in describe_keys()}
+    assert not existing & config_file.RETIRED.keys()

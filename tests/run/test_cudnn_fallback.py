@@ -1,0 +1,173 @@
+"""cuDNN refuses an attention: `auto` falls back once, by name, before anything is written; nothing else does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from benchmarks.gpu import train
+from jaxllm.config import LlamaConfig, RunConfig, T5Config
+from jaxllm.config.file import load_config
+from jaxllm.generation import (
+    BeamSettings,
+    beam_search,
+    fallback,
+    generate,
+    generate_speculative,
+    generate_stream,
+    score,
+)
+from jaxllm.models import build, init_params
+from jaxllm.ops import attention, cudnn_calls
+from jaxllm.ops.cudnn_calls import calls_in, refused
+from jaxllm.run.compiled import DeviceError
+from jaxllm.run.trainer import pretrain
+from tests.run.test_pretrain import config, losses
+from tests.structure.programs import pretend_gpu, traced_train_step
+
+# As jax-ml/jax#23227, openxla/xla#11129 and TransformerEngine#1591 have them, and others that must stop a run.
+REFUSALS = (
+    "INTERNAL: No valid engine configs for Matmul_MUL_\nin external/xla/cuda_dnn.cc(8382): 'create_execution_plans'",
+    "INTERNAL: CUDNN_BACKEND_OPERATION: cudnnFinalize Failed cudnn_status: CUDNN_STATUS_BAD_PARAM",
+    "INTERNAL: [cudnn_frontend] Error: No execution plans support the graph",
+    "NOT_FOUND: No FFI handler registered for __cudnn$fmhaSoftmax on a platform Host (canonical host)",
+)
+OTHERS = (
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes, of which __cudnn$fmhaSoftmax has 5",
+    "FAILED_PRECONDITION: DNN library initialization failed. cuDNN",
+    "INTERNAL: CUDNN_STATUS_NOT_INITIALIZED",
+    "INTERNAL: ptxas exited with non-zero error code 65280",
+    "INTERNAL: Autotuning failed for HLO: " + "x" * 600 + "__cudnn$fmhaSoftmax",
+)
+
+
+def test_only_a_refused_plan_counts() -> None:
+    assert all(refused(jax.errors.JaxRuntimeError(text)) for text in REFUSALS)
+    assert not any(refused(jax.errors.JaxRuntimeError(text)) for text in OTHERS)
+    assert not refused(ValueError(REFUSALS[0]))
+
+
+def test_refused_calls_are_named_with_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch)
+    case = train.case_of("t5_base")
+    text = traced_train_step(train.run_config(case, toy=True)).lower(lowering_platforms=("cuda",)).as_text()
+    found = calls_in(text)
+    # Encoder, decoder and cross-attention, each with its backward pass.
+    assert len(found) == 6 and "fmhaScaleBiasSoftmaxBackward [2x16x4x8xbf16] [2x16x4x8xbf16]" in found
+    assert "fmhaSoftmax [2x8x4x8xbf16] [2x16x4x8xbf16]" in found
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`auto` asks for cuDNN, which XLA:CPU refuses when it compiles."""
+    real = attention.choose
+
+    def choose(implementation: str, query: jax.Array, key: jax.Array, **options: Any) -> str:
+        wanted = implementation in ("auto", "cudnn") and query.shape[1] > 1
+        return "cudnn" if wanted else real(implementation, query, key, **options)
+
+    @jax.custom_vjp
+    def ask(query: jax.Array) -> jax.Array:
+        return jax.ffi.ffi_call("__cudnn$fmhaSoftmax", jax.ShapeDtypeStruct(query.shape, query.dtype))(query)
+
+    ask.defvjp(lambda query: (ask(query), None), lambda _, grad: (grad,))
+    monkeypatch.setattr(attention, "choose", choose)
+    monkeypatch.setattr(attention.fused, "fused_attention", lambda query, key, value, **_: ask(query))
+    monkeypatch.setattr("jaxllm.run.steps._may_be_refused", lambda config: True)
+    yield
+    jax.clear_caches()  # what was traced with these functions must not be found by other tests
+    fallback._refused.clear()
+
+
+def run_of(tmp_path: Path, corpus: Path, **changes: Any) -> RunConfig:
+    return config(tmp_path / "run", corpus, **{"training": {"steps": 2, "save_every": 2, "eval_every": 2}, **changes})
+
+
+T5_RUN = {
+    "model": {"family": "t5", "head_dim": 8},
+    "data": {"objective": "span_corruption", "sequence_length": 32},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, T5_RUN], ids=["llama", "t5"])
+@pytest.mark.usefixtures("refusing")
+def test_a_run_takes_blocks_instead_and_keeps_that(
+    changes: dict[str, Any], tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(tmp_path, corpus, **changes)
+    with caplog.at_level(logging.INFO):
+        summary = pretrain(run, stop_at=1)
+    assert summary.step == 1
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2 and "asks cuDNN for" in said[0]
+    assert said[1].startswith("attention: chunked instead of auto for this run, because the evaluation step cannot run")
+    assert load_config(summary.folder / "config.yaml").model.attention == "chunked"
+    assert pretrain(run).finished  # resumed by the same config, which says auto
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_run_that_asks_for_cudnn_by_name_stops_and_writes_nothing(tmp_path: Path, corpus: Path) -> None:
+    run = run_of(tmp_path, corpus, model={"attention": "cudnn"})
+    with pytest.raises(DeviceError, match=r"set model\.attention=chunked"):
+        pretrain(run)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_another_error_of_the_compiler_stops_a_run(
+    refusing: None, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cudnn_calls, "_REFUSED", ("something else",))
+    with pytest.raises((jax.errors.JaxRuntimeError, DeviceError), match="No FFI handler"):
+        pretrain(run_of(tmp_path, corpus))
+
+
+def test_a_fallen_back_run_equals_one_by_blocks(
+    refusing: None, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No batch is lost to the first attempt, and the state is the same."""
+    run = run_of(tmp_path, corpus)
+    pretrain(run)
+    monkeypatch.undo()
+    blocks = config(tmp_path / "blocks", corpus, model={"attention": "chunked"}, training={"steps": 2, "save_every": 2})
+    pretrain(blocks)
+    assert losses(run) == losses(blocks)
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_benchmarked_step_falls_back(capsys: pytest.CaptureFixture[str]) -> None:
+    run = train.run_config(train.case_of("llama_1b"), toy=True)
+    made = train.compile_step(run, train.synthetic_batch(run, documents=1))
+    assert made.program.config.model.attention == "chunked" and "because cuDNN refused" in capsys.readouterr().out
+
+
+SIZES = {"vocab_size": 61, "d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, T5Config])
+@pytest.mark.usefixtures("refusing")
+def test_prompts_are_read_by_blocks(family: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = build(family(**SIZES))
+    params = init_params(model, jax.random.key(0))
+    prompts, options = [[5, 6, 7, 8]], {"max_new_tokens": 4}
+    plain = build(family(**SIZES, attention="chunked"))
+    assert generate(model, params, prompts, **options) == generate(plain, params, prompts, **options)
+    assert len(caplog.records) == 1 and "cuDNN refused one" in caplog.text
+    assert list(generate_stream(model, params, prompts, **options))
+    assert beam_search(model, params, prompts, search=BeamSettings(beams=2), **options)
+    assert generate_speculative(model, params, prompts, draft_model=model, draft_params=params, **options)
+    assert len(score(model, params, prompts, [[3, 4]])[0]) == 2
+    assert len(caplog.records) == 1  # said once, tried once
+
+
+@pytest.mark.usefixtures("refusing")
+def test_prompts_for_cudnn_by_name_are_refused() -> None:
+    model = build(LlamaConfig(**SIZES, attention="cudnn"))
+    params = init_params(model, jax.random.key(0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No FFI handler"):
+        generate(model, params, [[5, 6]], max_new_tokens=4)

@@ -1,0 +1,87 @@
+"""What a process finds out about a GPU, and sets before jax opens it; devices are told apart by jax's names of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jaxllm.run import device
+from jaxllm.run.device import datasheet_peaks, has_bfloat16, nvidia_devices, prepare_process
+
+
+def test_any_gpu_counts_and_control_files_do_not(tmp_path: Path) -> None:
+    for name in ("nvidia3", "nvidia12", "nvidiactl", "nvidia-uvm", "nvidia-caps"):
+        (tmp_path / name).touch()
+    assert [path.name for path in nvidia_devices(tmp_path)] == ["nvidia12", "nvidia3"]
+    assert nvidia_devices(tmp_path / "nothing") == []
+
+
+def test_a_process_is_prepared_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(device, "accepted_flags", lambda flags: flags)
+    monkeypatch.setattr(device, "nvidia_devices", list)
+    prepare_process()
+    assert "XLA_FLAGS" not in os.environ
+    monkeypatch.setattr(device, "nvidia_devices", lambda: [Path("/dev/nvidia3")])
+    monkeypatch.setenv("XLA_FLAGS", "--mine=1")
+    prepare_process(["--theirs=2"])
+    assert os.environ["XLA_FLAGS"] == "--theirs=2 --mine=1" and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+
+
+@pytest.mark.parametrize(
+    ("backend", "facts", "has"),
+    [
+        ("gpu", {"compute_capability": "8.0"}, True),
+        ("gpu", {"compute_capability": "9.0"}, True),
+        ("gpu", {"compute_capability": "7.5"}, False),
+        ("gpu", {"compute_capability": "gfx90a"}, False),
+        ("cpu", {}, False),
+    ],
+)
+def test_bfloat16_units(backend: str, facts: dict[str, str], has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**facts)])
+    assert has_bfloat16() == has
+
+
+# device_kind -> dense 16-bit TFLOP/s and memory TB/s of NVIDIA's datasheets.
+KINDS = {
+    "NVIDIA B200": (2250, 8.0),
+    "NVIDIA GH200 480GB": (989, 4.0),
+    "NVIDIA H200": (989, 4.8),
+    "NVIDIA H200 NVL": (835, 4.8),
+    "NVIDIA H100 80GB HBM3": (989, 3.35),
+    "NVIDIA H100 PCIe": (756, 2.0),
+    "NVIDIA H100 NVL": (835, 3.9),
+    "NVIDIA A100-SXM4-80GB": (312, 2.039),
+    "NVIDIA A100 80GB PCIe": (312, 1.935),
+    "NVIDIA A100-SXM4-40GB": (312, 1.555),
+    "NVIDIA A100-PCIE-40GB": (312, 1.555),
+    "NVIDIA A10": (125, 0.6),
+    "NVIDIA A10G": (70, 0.6),
+    "NVIDIA L40S": (362, 0.864),
+    "NVIDIA L40": (181, 0.864),
+    "NVIDIA L4": (121, 0.3),
+    "Tesla V100-SXM2-16GB": (125, 0.9),
+    "Tesla V100-PCIE-32GB": (112, 0.9),
+    "Tesla V100S-PCIE-32GB": (130, 1.134),
+    "Tesla T4": (65, 0.32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peaks_are_those_of_the_device_itself(kind: str) -> None:
+    assert datasheet_peaks(kind) == pytest.approx([1e12 * peak for peak in KINDS[kind]])
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu", "NVIDIA RTX A1000", "NVIDIA GB200", "Tesla T40", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"]
+)
+def test_a_device_that_is_not_in_the_table_has_no_peaks(kind: str) -> None:
+    assert datasheet_peaks(kind) is None

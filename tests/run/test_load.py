@@ -1,0 +1,175 @@
+"""Talking to a saved model: prompts become ids as the family wants them, and the script's three ways in agree."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.config.file import ConfigError
+from jaxllm.data.tokenizer import encode_blanks, train_tokenizer
+from jaxllm.interop.hf import save_hf
+from jaxllm.models import build, init_params
+from jaxllm.run import samples
+from jaxllm.run.load import load_text_model
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "generate.py"
+SMALL = {"vocab_size": 384, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+
+
+def save(folder: Path, config: LlamaConfig | T5Config) -> Path:
+    model = build(config)
+    save_hf(folder, model, init_params(model, jax.random.key(0)))
+    train_tokenizer(iter(["the cat sat on the mat"] * 9), vocab_size=384).save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("llama"), LlamaConfig(**SMALL))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("t5"), T5Config(**SMALL, head_dim=8))
+
+
+def test_sentinels_written_in_a_prompt_become_sentinels(t5: Path) -> None:
+    text_model = load_text_model(t5)
+    tokenizer = text_model.tokenizer
+    ids = text_model.encode("the <extra_id_0> sat <extra_id_1>")
+    first, second = (int(i) for i in tokenizer.sentinel_ids[:2])
+    assert ids == [*tokenizer.encode("the "), first, *tokenizer.encode(" sat "), second, tokenizer.eos_id]
+    assert text_model.decode([first, *tokenizer.encode(" cat").tolist(), tokenizer.eos_id, 0]) == "<extra_id_0> cat"
+    with pytest.raises(ValueError, match="<extra_id_100>, the tokenizer has 100 sentinels"):
+        text_model.encode("<extra_id_100>")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a <extra_id_0> <extra_id_1> b", ["a ", 0, 1, " b"]),  # a space alone between sentinels adds nothing
+        ("a<extra_id_1> ", ["a", 1]),
+        ("  <extra_id_0>a ", [0, "a "]),
+        ("<extra_id_0>\n<extra_id_1>", [0, "\n", 1]),
+        ("a <extra_id_\u0663> b", ["a <extra_id_\u0663> b"]),  # an Arabic digit is text
+        (" ", [" "]),
+    ],
+)
+def test_a_prompt_has_one_encoding_in_generation_and_in_the_sample_of_training(
+    t5: Path, text: str, parts: list[str | int]
+) -> None:
+    text_model = load_text_model(t5)
+    tokenizer = text_model.tokenizer
+    ids = [tokenizer.encode(part) if isinstance(part, str) else tokenizer.sentinel_ids[[part]] for part in parts]
+    assert text_model.encode(text) == [*np.concatenate(ids).tolist(), tokenizer.eos_id]
+    assert encode_blanks(text, tokenizer).tolist() == text_model.encode(text)
+    assert samples.encode_blanks is encode_blanks
+
+
+def test_a_stream_never_shows_half_a_character(llama: Path) -> None:
+    text_model = load_text_model(llama)
+    ids = text_model.tokenizer.encode("a€😀b").tolist()
+    pieces = list(text_model.pieces([[i]] for i in ids))
+    assert "".join(pieces) == "a€😀b"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.fixture
+def speak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the script; its exit status, standard output and standard error."""
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def run(folder: Path, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate", str(folder), *options])
+        return main(), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_argument_file_standard_input_and_batch_say_the_same(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speak
+) -> None:
+    folder, lines = request.getfixturevalue(family), tmp_path / "prompts.txt"
+    lines.write_text("the <extra_id_0> cat\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the <extra_id_0> cat\n"))
+    said = []
+    for source in (["the <extra_id_0> cat"], ["--prompt-file", str(lines)], ["-"], ["--batch", str(lines)]):
+        status, out, err = speak(folder, *source, "--temperature=0", "--max-new-tokens=4")
+        assert status == 0 and "4 tokens in" in err and "tokens/s" in err
+        said.append(out)
+    assert len(said[0]) > 1
+    assert said[0] == said[1] == said[2] == json.loads(said[3])["text"] + "\n"
+
+
+def test_a_long_text_comes_in_pieces_and_a_stop_string_ends_it(llama: Path, speak) -> None:
+    options = ["the cat", "--temperature=0", "--max-new-tokens=40"]
+    status, whole, err = speak(llama, *options)
+    assert status == 0 and re.search(r"40 tokens in .* the first 32 with compilation in .*, then [\d.]+ tokens/s", err)
+    stop = whole[10:13]
+    cut = speak(llama, *options, f"--stop={stop}", "--stop=never")[1].removesuffix("\n")
+    assert stop in cut and whole.startswith(cut) and len(cut) < len(whole) - 10
+
+
+def test_batches_cut_at_line_breaks_only_and_their_size_changes_no_sample(llama: Path, tmp_path: Path, speak) -> None:
+    lines = tmp_path / "prompts.txt"
+    prompts = ["the\x0ccat\u2028sat", "mat", "the\x0ccat\u2028sat"]
+    lines.write_text("\n".join(prompts), encoding="utf-8")
+    options = ["--batch", str(lines), "--temperature=2", "--max-new-tokens=4"]
+    said = [speak(llama, *options, f"--batch-size={size}")[1] for size in (1, 2)]
+    rows = [json.loads(line) for line in said[0].split("\n")[:-1]]
+    assert [row["prompt"] for row in rows] == prompts
+    assert said[0] == said[1] and rows[0]["text"] != rows[2]["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x", "--temperature=0", "--top-k=3"], "top_k, top_p and min_p choose among samples"),
+        (["x", "--temperature=nan"], "temperature must be"),
+        (["x", "--max-new-tokens=0"], "max_new_tokens must be at least 1"),
+        (["x", "--seed=-1"], "seed must lie in"),
+        (["x", "--stop="], "non-empty strings"),
+        (["--batch", "LONG", "--batch-size=1"], "prompt 1 of 6000 tokens"),
+        (["--batch", "EMPTY"], "write one prompt per line"),
+        (["--prompt-file", "BINARY"], "BINARY is not UTF-8 text"),
+        (["--prompt-file", "NOWHERE"], "No such file"),
+        (["the \udcff cat"], "the prompt is not UTF-8 text (byte 0xff at character 4)"),
+        (["x", "--temperature=1e-40"], "temperature must be 0 (greedy) or lie in"),
+        (["x", "--repetition-penalty=1e300"], "repetition_penalty must lie in"),
+    ],
+)
+def test_bad_requests_end_in_one_line(llama: Path, tmp_path: Path, speak, options: list[str], message: str) -> None:
+    (tmp_path / "LONG").write_text("a\n" + 2000 * "€" + "\n", encoding="utf-8")
+    (tmp_path / "EMPTY").touch()
+    (tmp_path / "BINARY").write_bytes(b"\xff\x00")
+    status, out, err = speak(llama, *(str(tmp_path / each) if each.isupper() else each for each in options))
+    assert status == 1 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_more_tokens_than_anything_could_hold_are_refused_before_a_compile(t5: Path, speak) -> None:
+    status, out, err = speak(t5, "x", "--max-new-tokens=1000000000000")
+    assert status == 1 and out == ""
+    assert "max_new_tokens must be from 1 to 1000000, got 1000000000000" in err and err.count("\n") == 1
+
+
+def test_one_source_of_prompts_is_asked_for(llama: Path, speak) -> None:
+    for options in ([], ["x", "--batch", "y"], ["x", "--batch-size=0"]):
+        with pytest.raises(SystemExit):
+            speak(llama, *options)
+
+
+def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a run folder"):
+        load_text_model(tmp_path)
