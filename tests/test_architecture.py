@@ -98,7 +98,7 @@ def test_scripts_stay_thin(path: Path) -> None:
 def test_import_is_light() -> None:
     code = (
         "import sys, jaxllm; heavy = {'tensorflow', 'tensorflow_datasets', 'grain', 'orbax', 'torch', 'matplotlib', "
-        "'pydantic', 'transformers'}; print(sorted(heavy & set(sys.modules)), 'optax' in sys.modules)"
+        "'transformers'}; print(sorted(heavy & set(sys.modules)), 'optax' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[] True"

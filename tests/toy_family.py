@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config.model import Attention, Layers, ModelConfig, Objective, Remat, positive, typed
+from jaxllm.config.model import Attention, Layers, ModelConfig, Objective, Remat
+from jaxllm.config.setting import at_least, settings
 from jaxllm.models.cache import KVCache, init_cache, write, write_at
 from jaxllm.models.decoder import Plan, join
 from jaxllm.models.family import Family
@@ -19,19 +20,9 @@ from jaxllm.models.layers import DEFAULT_ISLANDS, Islands, apply
 from jaxllm.models.params import check_params
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ToyConfig(ModelConfig):
-    """Settings of the toy.
-
-    Attributes:
-        family: toy.
-        vocab_size: rows of the embedding.
-        d_model: width of the residual stream.
-        num_layers: 1.
-        layers: has no effect.
-        remat: has no effect.
-        attention: has no effect.
-    """
+    """Settings of the toy; layers, remat and attention have no effect."""
 
     encoder_decoder: ClassVar[bool] = False
     objectives: ClassVar[tuple[Objective, ...]] = ("causal",)
@@ -39,17 +30,13 @@ class ToyConfig(ModelConfig):
     outgrows_float16: ClassVar[bool] = False
     metric: ClassVar[str] = "bits_per_byte"
 
-    family: Literal["toy"] = "toy"
-    vocab_size: int
-    d_model: int
-    num_layers: int = 1
+    family: Annotated[Literal["toy"], "name of this family"] = "toy"
+    vocab_size: Annotated[int, at_least(1), "rows of the embedding"]
+    d_model: Annotated[int, at_least(1), "width of the residual stream"]
+    num_layers: Annotated[int, "has one layer"] = 1
     layers: Layers = "unroll"
     remat: Remat = "none"
     attention: Attention = "auto"
-
-    def __post_init__(self) -> None:
-        typed(self)
-        positive(self, "vocab_size", "d_model")
 
 
 class Toy(nn.Module):

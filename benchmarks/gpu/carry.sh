@@ -14,8 +14,7 @@ platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --p
 "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   "${platforms[@]}" -d carried \
   tensorflow-datasets array_record dm-tree immutabledict simple-parsing docstring-parser tensorflow-metadata \
-  googleapis-common-protos termcolor toml importlib-resources grain portpicker pydantic==2.12.5 pydantic-core==2.41.5 \
-  annotated-types typing-inspection zstandard
+  googleapis-common-protos termcolor toml importlib-resources grain portpicker zstandard
 "$python" -m pip wheel -q --no-deps -w carried promise # has no wheel of its own
 PYTHONPATH="$PWD" "$python" -m benchmarks.gpu.corpus carried
 if [ -n "$cache" ]; then cp "$cache"/cache.tar.* carried/; fi

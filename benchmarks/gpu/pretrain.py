@@ -27,7 +27,7 @@ from benchmarks.gpu.common import report
 
 ROOT = Path(__file__).parent.parent.parent
 CARRIED = ROOT / "carried"
-_NEEDED = ("grain", "tensorflow_datasets", "array_record", "pydantic")
+_NEEDED = ("grain", "tensorflow_datasets", "array_record")
 _FLOAT16 = ["precision.compute=float16", "precision.loss_scale=dynamic"]
 _LLAMA = ["model.vocab_size=8192", "training.batch_size=64", "training.accumulation=1"]
 _T5 = ["model.vocab_size=8192", "training.batch_size=128", "optimizer.schedule=wsd"]

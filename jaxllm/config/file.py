@@ -1,24 +1,21 @@
 """YAML <-> `RunConfig`: one file is one run, with `key.path=value` overrides after it.
 
-pydantic does the parsing and the type checks; the classes in `jaxllm.config` do the rest. pydantic and PyYAML are
-imported when a file is read, so that models can be used where neither is installed.
+This module finds keys, retired settings and the numbers that YAML takes for text. The classes of `jaxllm.config` check
+the values (`jaxllm.config.setting`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-import difflib
-import functools
-import inspect
-import re
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from jaxllm.config.model import MODEL_CONFIGS, RopeConfig
+from jaxllm.config.model import MODEL_CONFIGS
 from jaxllm.config.run import RunConfig
+from jaxllm.config.setting import SettingError, nearest, settings_of, type_name
 
 # Settings that no longer exist, as section.key, with the default they had. The config.yaml of an older run holds all
 # settings of its time: one of these at its default is dropped, another value is an error.
@@ -49,7 +46,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); is it a config?") from None
     except RecursionError:
-        raise ConfigError(f"{path} is nested without end (an alias within its own anchor?); is it a config?") from None
+        raise ConfigError(f"{path} is nested without end: does an alias refer to the anchor that it is in?") from None
+    except ValueError as error:  # of a value that has the form of a number or a date
+        raise ConfigError(f"{path} has a value that YAML cannot read: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold sections such as `model:`, got {type(raw).__name__}")
     for override in overrides:
@@ -59,19 +58,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(raw: dict[str, Any], *, where: str = "config") -> RunConfig:
     """Builds a `RunConfig` from nested dicts; see `load_config` for the errors."""
-    raw = _without_retired(raw, where)
-    sections: dict[str, Any] = {}
-    for name in raw:
-        if name not in _section_types():
-            raise ConfigError(f"{where}: unknown section {name!r}{_nearest(str(name), list(_section_types()))}")
-    if "model" not in raw:
-        raise ConfigError(
-            f"{where}: no model section; start it with {' or '.join(f'`family: {name}`' for name in MODEL_CONFIGS)}"
-        )
-    for name, value in raw.items():
-        sections[name] = _parse_section(name, value, where)
     try:
-        return RunConfig(**sections)
+        return _run_of(_without_retired(raw))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -108,11 +96,9 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def describe_keys() -> list[tuple[str, str, str, str]]:
     """All settings as (key, type, default, meaning)."""
-    rows = []
-    for section, types in _section_types().items():
-        for cls in types:
-            prefix = section if len(types) == 1 else f"{section}({_family(cls)})"
-            rows.extend(_describe(cls, prefix))
+    rows = [row for family, cls in MODEL_CONFIGS.items() for row in _describe(cls, f"model({family}).")]
+    for section, item in settings_of(RunConfig).items():
+        rows.extend(_describe(item.kind, f"{section}.") if section != "model" else [])
     return rows
 
 
@@ -122,7 +108,7 @@ def key_table() -> str:
     return "settings (type, default):\n" + "\n".join(rows)
 
 
-def _without_retired(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
     """The same settings without those in `RETIRED`; raises ConfigError for one that is not at its old default."""
     kept = copy.deepcopy(raw)
     for name, default in RETIRED.items():
@@ -135,7 +121,7 @@ def _without_retired(raw: dict[str, Any], where: str) -> dict[str, Any]:
         value = node.pop(key)
         if value != default:
             raise ConfigError(
-                f"{where}: {name} no longer exists; {_yaml_word(default)} is the only value that is still accepted, "
+                f"{name} no longer exists; {_yaml_word(default)} is the only value that is still accepted, "
                 f"got {value!r}; remove the key, or read this config with an earlier jaxllm"
             )
     return kept
@@ -157,18 +143,13 @@ def _check_keys(node: Any, path: Path) -> None:
 
 
 def _describe(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
-    # An attribute's meaning continues in the lines that are indented deeper than its name.
-    found = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.cleandoc(cls.__doc__ or ""), flags=re.M)
-    meanings = {name: " ".join(text.split()) for name, text in found}
     rows = []
-    for item in dataclasses.fields(cls):
-        if item.name == "rope":
-            rows.extend(_describe(RopeConfig, f"{prefix}.rope"))
+    for name, item in settings_of(cls).items():
+        if hasattr(item.kind, "__dataclass_fields__"):
+            rows.extend(_describe(item.kind, f"{prefix}{name}."))
             continue
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        value = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        default = "required" if required else _yaml_word(value)
-        rows.append((f"{prefix}.{item.name}", _type_name(cls, item.name), default, meanings[item.name]))
+        default = "required" if item.default is dataclasses.MISSING else _yaml_word(item.default)
+        rows.append((f"{prefix}{name}", type_name(item.kind), default, f"{item.meaning}."))
     return rows
 
 
@@ -178,71 +159,64 @@ def _yaml_word(value: Any) -> str:
     return "[]" if value == () else str(value) or '""'
 
 
-def _type_name(cls: type, name: str) -> str:
-    hint = typing.get_type_hints(cls)[name]
-    if typing.get_origin(hint) is typing.Literal:
-        return "|".join(typing.get_args(hint))
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("None", "null").replace(" ", "")
+def _run_of(raw: dict[str, Any]) -> RunConfig:
+    kinds = {name: item.kind for name, item in settings_of(RunConfig).items()}
+    for name in raw:
+        if name not in kinds:
+            raise ConfigError(f"unknown section {name!r}{nearest(str(name), kinds)}")
+    if "model" not in raw:
+        raise ConfigError(
+            f"no model section; start it with {' or '.join(f'`family: {name}`' for name in MODEL_CONFIGS)}"
+        )
+    kinds["model"] = _model_kind(raw["model"])
+    return RunConfig(**{name: _parse(kinds[name], value, (name,)) for name, value in raw.items()})
 
 
-def _family(cls: type) -> str:
-    return str(next(item.default for item in dataclasses.fields(cls) if item.name == "family"))
-
-
-def _section_types() -> dict[str, tuple[type, ...]]:
-    hints = typing.get_type_hints(RunConfig)
-    types = {item.name: (hints[item.name],) for item in dataclasses.fields(RunConfig)}
-    return {**types, "model": tuple(MODEL_CONFIGS.values())}
-
-
-@functools.cache
-def _adapter(kind: type) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
-
-
-def _kind_of(section: str, value: Any, where: str) -> type:
-    """The class that a section becomes; a model's is named by its family."""
-    if section != "model":
-        return _section_types()[section][0]
-    if not isinstance(value, dict | None):
-        raise ConfigError(f"{where}: model must hold settings such as `family: llama`, got {value!r}")
-    family = (value or {}).get("family")
+def _model_kind(raw: Any) -> type:
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"model must hold settings such as `family: llama`, got {raw!r}")
+    family = (raw or {}).get("family")
     if str(family) not in MODEL_CONFIGS:
-        known = ", ".join(map(repr, MODEL_CONFIGS))
-        raise ConfigError(f"{where}: model.family must be one of {known}, got {family!r}")
+        raise ConfigError(f"model.family must be one of {', '.join(map(repr, MODEL_CONFIGS))}, got {family!r}")
     return MODEL_CONFIGS[str(family)]
 
 
-def _parse_section(section: str, value: Any, where: str) -> Any:
-    from pydantic import ValidationError
-
-    if value is None:
-        value = {}
+def _parse(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
+    """A value of the file, ready to be checked: a class of settings from a dict, anything else with its numbers."""
+    if not hasattr(kind, "__dataclass_fields__"):
+        return [_number(kind, item) for item in value] if isinstance(value, list) else _number(kind, value)
+    key, declared, raw = ".".join(path), settings_of(kind), {} if value is None else value
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{key} must hold settings, one `name: value` per line, got {raw!r}")
+    _check_names(kind, raw, path)
+    values = {name: _parse(declared[name].kind, item, (*path, name)) for name, item in raw.items()}
     try:
-        return _adapter(_kind_of(section, value, where)).validate_python(value)
-    except ValidationError as error:
-        lines = [_explain(section, item) for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+        return kind(**values)
+    except SettingError as error:
+        raise ConfigError("; ".join(f"{key}.{name} {problem}" for name, problem in error.problems.items())) from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
-def _explain(section: str, item: Any) -> str:
-    loc = [str(part) for part in item["loc"] if part not in MODEL_CONFIGS]
-    key = ".".join([section, *loc])
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [row[0].split(".", 1)[1] for row in describe_keys() if re.match(rf"{section}(\(\w+\))?\.", row[0])]
-        return f"unknown key {key}{_nearest('.'.join(loc), known)}"
-    if item["type"] in ("missing", "missing_argument"):
-        return f"{key} is required and missing"
-    if item["type"] == "value_error":
-        return f"{section}: {item['ctx']['error']}"
-    return f"{key}: {item['msg']}, got {item['input']!r}"
+def _check_names(kind: type, raw: dict[str, Any], path: tuple[str, ...]) -> None:
+    section, *within = path
+    known = [row[0] for row in _describe(kind, "".join(f"{part}." for part in within))]
+    declared = settings_of(kind)
+    unknown = [".".join([*within, str(name)]) for name in raw if name not in declared]
+    needed = [name for name, item in declared.items() if item.default is dataclasses.MISSING]
+    wrong = [f"unknown key {section}.{name}{nearest(name, known)}" for name in unknown]
+    wrong += [f"{'.'.join(path)}.{name} is required and missing" for name in needed if name not in raw]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(dict.fromkeys(known))}"
+def _number(kind: Any, value: Any) -> Any:
+    """A number in its declared type: to PyYAML 3e-4, which has no point, is text, and 1.0e+3 is not an int."""
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, str) and (int in kinds or float in kinds):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return int(value) if int in kinds and isinstance(value, float) and value.is_integer() else value
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -261,7 +235,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
     try:
         node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         node[parts[-1]] = text
 
 

@@ -229,10 +229,10 @@ def test_a_tokenizer_that_reads_sentinels_from_text_is_refused(runs: Path, tmp_p
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("noise_density", 0.0, r"noise_density must lie in \(0, 1\), got 0.0"),
-        ("noise_density", 1.0, r"noise_density must lie in \(0, 1\), got 1.0"),
+        ("noise_density", 0.0, r"noise_density must be above 0 and below 1, got 0.0"),
+        ("noise_density", 1.0, r"noise_density must be above 0 and below 1, got 1.0"),
         ("mean_span_length", 0.5, r"mean_span_length must be at least 1, got 0.5"),
-        ("example_length", 1, r"example_length must be at least 2, got 1"),
+        ("example_length", 1, r"example_length must be at least 2 or null, got 1"),
         ("objective", "causal", r"data.objective 'causal' does not fit model.family 't5'"),
         ("objective", "ul2", r"objective ul2 on an encoder-decoder needs data.target_length"),
     ],

@@ -357,7 +357,7 @@ def test_rope_of_both_generations_of_config(tmp_path: Path, raw: dict, rope: Rop
         ({"rope_scaling": {"rope_type": "axial"}}, "rope type 'axial' is not one of default, linear"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "are not one set for all layers"),
         ({"rope_parameters": "yarn"}, "the rope parameters 'yarn' are not one set"),
-        ({"rope_parameters": "absent", "rope_theta": 0}, "rope theta must be positive, got 0"),
+        ({"rope_parameters": "absent", "rope_theta": 0}, r"RopeConfig\.theta must be above 0, got 0"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be of type int, got '2'"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\]; known: llama"),
         ({"eos_token_id": [1, "x"]}, r"eos_token_id must be of type int, got \[1, 'x'\]"),
