@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.generation.edits import adapter, without_edits
+from jaxllm.generation.edits import run_model, without_edits
 from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
-from jaxllm.models import Model, check_params
+from jaxllm.models import Model, check_params, decoder_of
 from jaxllm.models.decoder import Decoder
 
 
@@ -39,7 +39,7 @@ def score(
         ValueError: for rows that are empty, outside the vocabulary, unpaired or longer than the context, or parameters
             of another model.
     """
-    decoder = adapter(model, params)
+    decoder = decoder_of(model)
     check_outside(params, prompts, continuations)
     check_params(model, without_edits(params))
     if len(prompts) != len(continuations):
@@ -70,5 +70,5 @@ def _log_probabilities(
     lengths: Int[Array, " B"],
     new: Int[Array, "B N"],
 ) -> Float[Array, "B N"]:
-    logits = decoder.full_logits(params, tokens, lengths, new, length=length)
+    logits = run_model(decoder.full_logits, params, tokens, lengths, new, length=length)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), new[..., None], axis=-1)[..., 0]
