@@ -48,9 +48,10 @@ def test_blanks_are_sentinels_and_filled_where_they_stand(tokenizer: Tokenizer) 
     ids = encode_blanks("def <extra_id_0>(self): return <extra_id_1>", tokenizer)
     first, second = tokenizer.sentinel_ids[:2]
     assert ids[-1] == tokenizer.eos_id and [i for i in ids if i in (first, second)] == [first, second]
-    answer = [second, *tokenizer.encode("self.x"), first, *tokenizer.encode("name"), second, 5, tokenizer.eos_id]
+    written = [second, *tokenizer.encode("self.x"), first, *tokenizer.encode("name"), second, 5, tokenizer.eos_id]
+    answer = np.array(written)
     marked = functools.partial(filled_in, tokenizer=tokenizer, marks=("«", "»"))
-    assert marked(ids, np.array(answer)) == "def «name»(self): return «self.x»"
+    assert marked(ids, answer) == "def «name»(self): return «self.x»"
     assert marked(ids, []) == "def «»(self): return «»"
     assert filled_in(ids, answer, tokenizer) == "def name(self): return self.x"
     with pytest.raises(ValueError, match="the prompt has <extra_id_100>, the tokenizer has 100 sentinels"):
