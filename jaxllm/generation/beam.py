@@ -107,10 +107,38 @@ def beam_search(
     min_new_tokens: int = 0,
     cache_dtype: str | None = None,
 ) -> list[list[Beam]]:
-    """The best beams of each prompt, best first; arguments as `generate`.
+    """The best beams of each prompt, best first.
+
+    Args:
+        model: a decoder or an encoder-decoder.
+        params: as `generate` takes them.
+        prompts: token ids of each row; lengths may differ.
+        max_new_tokens: most tokens to add.
+        search: how many beams, and how they are scored.
+        eos_ids: ids that end a beam; without one, beams end at `max_new_tokens`.
+        pad_id: fills the batch.
+        repetition_penalty: as `Sampling.repetition_penalty`.
+        min_new_tokens: as `Sampling.min_new_tokens`.
+        cache_dtype: int8 halves or quarters the cache; None stores it in the compute dtype.
+
+    Returns:
+        `search.returned` beams for each prompt.
 
     Raises:
         ValueError: as `generate`, or when there are fewer tokens than candidates.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.generation import BeamSettings, beam_search
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> search = BeamSettings(beams=3, returned=2)
+        >>> found = beam_search(model, params, [[1, 2, 3], [4]], max_new_tokens=5, search=search)
+        >>> [[len(beam.tokens) for beam in beams] for beams in found]
+        [[5, 5], [5, 5]]
+        >>> found[0][0].score >= found[0][1].score
+        True
     """
     if not isinstance(search, BeamSettings):
         raise ValueError(f"search must be a BeamSettings, e.g. BeamSettings(beams=4), got {search!r}")

@@ -35,9 +35,24 @@ def score(
         continuations: ids whose probability is asked for, one sequence per prompt.
         pad_id: fills the batch.
 
+    Returns:
+        For each continuation, as many natural logarithms as it has tokens.
+
     Raises:
         ValueError: for rows that are empty, outside the vocabulary, unpaired or longer than the context, or parameters
             of another model.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.generation import score
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> rows = score(model, params, [[1, 2, 3], [4]], [[5, 6], [7]])
+        >>> [len(row) for row in rows]
+        [2, 1]
+        >>> all(log_probability < 0 for row in rows for log_probability in row)
+        True
     """
     decoder = decoder_of(model)
     check_outside(params, prompts, continuations)

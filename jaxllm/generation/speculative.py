@@ -122,8 +122,24 @@ def generate_speculative(
         pad_id: fills the batch.
         seed: of the random choices.
 
+    Returns:
+        The new tokens of each prompt, and how many each forward of the model gave.
+
     Raises:
         ValueError: as `generate`, or for a draft model that doesn't fit.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.generation import generate_speculative
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> prompts = [[1, 2, 3, 1, 2]]
+        >>> quick = generate_speculative(model, params, prompts, max_new_tokens=6)
+        >>> quick.rows == jaxllm.generate(model, params, prompts, max_new_tokens=6)
+        True
+        >>> quick.tokens_per_step >= 1
+        True
     """
     _check_draft(model, draft_model, draft_params, drafts)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}

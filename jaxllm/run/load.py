@@ -23,7 +23,7 @@ def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = Fa
         int8: store the matrices as int8.
 
     Raises:
-        ConfigError: when the folder is neither of both.
+        ConfigError: when the folder is neither a run folder nor a Hugging Face directory.
         CheckpointError, InteropError, DataError: when what is in it cannot be read.
     """
     folder = Path(path).expanduser()
