@@ -13,7 +13,7 @@ from huge_pages import restart_with_huge_pages
 
 
 def main() -> int:
-    """Reads one prompt, or a file of them, and writes what the model says."""
+    """Reads one prompt, or a file of them, and writes the generated text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="run folder (config.yaml) or Hugging Face directory (config.json)")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -33,7 +33,7 @@ def main() -> int:
     if arguments.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {arguments.batch_size}")
     try:
-        _speak(arguments)
+        _generate(arguments)
     except KeyboardInterrupt:
         return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
@@ -42,7 +42,7 @@ def main() -> int:
     return 0
 
 
-def _speak(arguments: argparse.Namespace) -> None:
+def _generate(arguments: argparse.Namespace) -> None:
     from jaxllm.generation import terminal
     from jaxllm.ops.sampling import Sampling
     from jaxllm.run.load import load_text_model

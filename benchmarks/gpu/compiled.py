@@ -193,7 +193,7 @@ def decode_case(name: str, layers: int | None, card: Any) -> Traced:
     context, state = jax.eval_shape(
         functools.partial(loop.begin, *inputs), params, request.tokens, request.lengths, request.keys
     )
-    attended, _ = loop.segments(request.settings.plan, request.settings.chunk)[-1]
+    attended, _ = loop.read_lengths(request.settings.plan, request.settings.chunk)[-1]
     stopped = jax.ShapeDtypeStruct((batch,), bool)
     arguments = [place(tree, card) for tree in (params, context, state, stopped)]
     cached = tree_bytes((state.cache.keys, state.cache.values)) / request.settings.plan.slots * attended

@@ -149,11 +149,11 @@ def decode(
     """The last state, and seconds per step by chunks; with `warm` the first chunk of each segment only compiles."""
     settings, done, times = request.settings, 0, []
     inputs, stopped = (request.decoder, settings, request.params), jnp.zeros(request.keys.shape[:1], bool)
-    for attended, until in loop.segments(settings.plan, settings.chunk):
+    for attended, until in loop.read_lengths(settings.plan, settings.chunk):
         untimed = warm
         while done < until:
             before = time.perf_counter()
-            state, (chosen, _) = loop.next_chunk(*inputs, context, state, stopped, attended)
+            state, chosen = loop.next_chunk(*inputs, context, state, stopped, attended)
             tokens = np.asarray(chosen)
             if not untimed:
                 times.append((time.perf_counter() - before) / settings.chunk)
@@ -167,7 +167,7 @@ def traced_chunk(name: str, request: Request) -> dict[str, Any]:
     """The kernels of the first chunk after the prompt."""
     _, context, state = begin(request)
     settings = request.settings
-    attended, _ = loop.segments(settings.plan, settings.chunk)[0]
+    attended, _ = loop.read_lengths(settings.plan, settings.chunk)[0]
     arguments = (request.decoder, settings, request.params, context, state, jnp.zeros(state.finished.shape, bool))
 
     def program() -> str:

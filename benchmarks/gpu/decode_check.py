@@ -61,9 +61,9 @@ def _decode(request: Request, lengths: np.ndarray) -> tuple[np.ndarray, jax.Arra
     """Tokens [B, N] of the first chunk, and the logits after it."""
     r = request
     context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, lengths, r.keys)
-    attended, _ = loop.segments(r.settings.plan, r.settings.chunk)[0]
+    attended, _ = loop.read_lengths(r.settings.plan, r.settings.chunk)[0]
     stopped = jnp.zeros(lengths.shape, bool)
-    state, (chosen, _) = loop.next_chunk(r.decoder, r.settings, r.params, context, state, stopped, attended)
+    state, chosen = loop.next_chunk(r.decoder, r.settings, r.params, context, state, stopped, attended)
     return np.asarray(chosen).T, state.logits
 
 

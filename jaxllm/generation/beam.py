@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.loop import GenerateState, ban_end, ended, segments, start
+from jaxllm.generation.loop import GenerateState, ban_end, ended, read_lengths, read_prompts, take_step
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
@@ -107,10 +107,38 @@ def beam_search(
     min_new_tokens: int = 0,
     cache_dtype: str | None = None,
 ) -> list[list[Beam]]:
-    """The best beams of each prompt, best first; arguments as `generate`.
+    """The best beams of each prompt, best first.
+
+    Args:
+        model: a decoder or an encoder-decoder.
+        params: as `generate` takes them.
+        prompts: token ids of each row; lengths may differ.
+        max_new_tokens: most tokens to add.
+        search: how many beams, and how they are scored.
+        eos_ids: ids that end a beam; without one, beams end at `max_new_tokens`.
+        pad_id: fills the batch.
+        repetition_penalty: as `Sampling.repetition_penalty`.
+        min_new_tokens: as `Sampling.min_new_tokens`.
+        cache_dtype: int8 halves or quarters the cache; None stores it in the compute dtype.
+
+    Returns:
+        `search.returned` beams for each prompt.
 
     Raises:
         ValueError: as `generate`, or when there are fewer tokens than candidates.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.generation import BeamSettings, beam_search
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> search = BeamSettings(beams=3, returned=2)
+        >>> found = beam_search(model, params, [[1, 2, 3], [4]], max_new_tokens=5, search=search)
+        >>> [[len(beam.tokens) for beam in beams] for beams in found]
+        [[5, 5], [5, 5]]
+        >>> found[0][0].score >= found[0][1].score
+        True
     """
     if not isinstance(search, BeamSettings):
         raise ValueError(f"search must be a BeamSettings, e.g. BeamSettings(beams=4), got {search!r}")
@@ -128,9 +156,9 @@ def beam_search(
         cache_dtype=cache_dtype,
         wraps=False,
     )
-    r, settings = request, request.settings._replace(samples=search.beams)
-    arguments = settings, search, r.params, r.tokens, r.lengths, r.keys, r.limit
-    out = fall_back(lambda decoder: _search(decoder, *arguments), r.decoder)
+    settings = request.settings._replace(samples=search.beams)
+    arguments = settings, search, request.params, request.tokens, request.lengths, request.keys, request.limit
+    out = fall_back(lambda decoder: _search(decoder, *arguments), request.decoder)
     tokens, lengths, scores = (np.asarray(x)[:, : search.returned].tolist() for x in out)
     return [
         [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]
@@ -149,24 +177,23 @@ def _search(
     keys: Array,
     limit: Array,
 ) -> tuple[Array, Array, Array]:
-    context, decoding = start(decoder, settings, params, tokens, lengths, keys)
+    context, decoding = read_prompts(decoder, settings, params, tokens, lengths, keys)
     state = _init(decoding, search.beams, settings)
 
-    for attended, until in segments(settings.plan, 1):
+    def unfinished(until: int, state: BeamState) -> Array:
+        open_beams = ~(jnp.all(state.done) & (search.early_stopping is True))
+        more = state.decoding.count < jnp.minimum(until, limit)
+        return more & jnp.any(state.improvable) & open_beams & ~state.ending
 
-        def unfinished(state: BeamState, until: int = until) -> Array:
-            open_beams = ~(jnp.all(state.done) & (search.early_stopping is True))
-            more = state.decoding.count < jnp.minimum(until, limit)
-            return more & jnp.any(state.improvable) & open_beams & ~state.ending
+    def grow(attended: int, state: BeamState) -> BeamState:
+        new, chosen = _select(state, settings, search, limit)
+        d = new.decoding
+        logits, cache = take_step(decoder, settings, params, context, d, chosen, attended)
+        return new._replace(decoding=d._replace(cache=cache, logits=logits, positions=d.positions + 1))
 
-        def body(state: BeamState, attended: int = attended) -> BeamState:
-            new, chosen = _select(state, settings, search, limit)
-            d = new.decoding
-            logits, cache = decoder.step(params, context, d.cache, chosen, d.positions, settings.plan, attended)
-            decoding = d._replace(cache=cache, logits=logits, positions=d.positions + 1)
-            return new._replace(decoding=decoding)
-
-        state = jax.lax.while_loop(unfinished, body, state)
+    for attended, until in read_lengths(settings.plan, 1):
+        condition, body = functools.partial(unfinished, until), functools.partial(grow, attended)
+        state = jax.lax.while_loop(condition, body, state)
     return state.done_tokens, state.done_lengths, state.done_scores
 
 

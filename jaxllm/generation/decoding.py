@@ -1,12 +1,13 @@
 """Continue prompts: all at once, or as a stream of chunks.
 
-A host-side shell around `jaxllm.generation.loop`: checks and padding before, cutting rows at their end after. What
-needs the host while tokens appear (a stream, stop strings, checking) goes chunk by chunk; everything else is one call.
+A host-side shell around `jaxllm.generation.loop`: checks and padding before, cutting rows at their end after. A stream
+and stop strings need the host while tokens appear, so they run chunk by chunk; everything else is one call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import numpy as np
 from jaxllm.generation import loop
 from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.requests import Request, make_request
-from jaxllm.generation.verify import check_checkable, check_recorded
 from jaxllm.models import Model
 from jaxllm.ops.sampling import GREEDY, Sampling
 
@@ -35,7 +35,6 @@ def generate(
     stop: Sequence[str] = (),
     decode: Decode | None = None,
     cache_dtype: str | None = None,
-    check: bool = False,
 ) -> list[list[int]]:
     """New tokens after each prompt, up to `max_new_tokens`; a row ends with its first end token.
 
@@ -52,15 +51,26 @@ def generate(
         stop: strings that end a row; it is cut after the token that completes one.
         decode: ids to text, needed by `stop`.
         cache_dtype: int8 halves or quarters the cache; None stores it in the compute dtype.
-        check: recompute every step's logits by a full forward and compare; needs training parameters.
+
+    Returns:
+        A list of new ids for each prompt and sample, without the prompt.
 
     Raises:
         ValueError: before anything is compiled, for an empty prompt, an id outside the vocabulary, no room in the
             model's context, parameters of another model, or settings that contradict each other.
-        AssertionError: when `check` finds a step that differs.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> rows = jaxllm.generate(model, params, [[1, 2, 3], [4]], max_new_tokens=5)
+        >>> [len(row) for row in rows]
+        [5, 5]
+        >>> warm = jaxllm.generation.Sampling(temperature=0.8)
+        >>> len(jaxllm.generate(model, params, [[4]], max_new_tokens=5, sampling=warm, samples=3))
+        3
     """
-    if check:
-        check_checkable(params, cache_dtype)
     _check_stop(stop, decode)
     request = make_request(
         model,
@@ -73,10 +83,11 @@ def generate(
         seed=seed,
         samples=samples,
         cache_dtype=cache_dtype,
-        record=check,
     )
-    out = _in_pieces(request, params, stop, decode, check) if stop or check else _at_once(request)
-    return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in out.tolist()]
+    if stop:
+        pieces = list(_stream(request, stop, decode))
+        return [list(chain(*row)) for row in zip(*pieces, strict=True)]
+    return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in _at_once(request).tolist()]
 
 
 def generate_stream(
@@ -94,7 +105,25 @@ def generate_stream(
     decode: Decode | None = None,
     cache_dtype: str | None = None,
 ) -> Iterator[list[list[int]]]:
-    """As `generate`, yielding each row's new tokens chunk by chunk; a finished row yields empty lists."""
+    """As `generate`, yielding each row's new tokens chunk by chunk; a finished row yields empty lists.
+
+    The arguments and errors are those of `generate`. Bad arguments raise when it is called, before the first chunk.
+
+    Yields:
+        For each prompt and sample the ids since the chunk before, at most 32.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.generation import generate_stream
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> for rows in generate_stream(model, params, [[1, 2, 3]], max_new_tokens=40):
+        ...     print(len(rows[0]))
+        32
+        8
+    """
+    _check_stop(stop, decode)
     request = make_request(
         model,
         params,
@@ -107,54 +136,33 @@ def generate_stream(
         samples=samples,
         cache_dtype=cache_dtype,
     )
-    _check_stop(stop, decode)
     return _stream(request, stop, decode)
 
 
 def _at_once(request: Request) -> np.ndarray:
-    _, *arguments = request
-    return np.asarray(fall_back(lambda decoder: loop.run(decoder, *arguments), request.decoder))
-
-
-def _in_pieces(request: Request, params: Any, stop: Sequence[str], decode: Decode | None, check: bool) -> np.ndarray:
-    parts = list(_chunks(request, stop, decode))
-    out = np.concatenate([tokens for tokens, _ in parts], axis=1)[:, : request.limit]
-    if check:
-        logits = np.concatenate([logits for _, logits in parts if logits is not None])
-        check_recorded(request, params, out, logits[: request.limit])
-    return out
+    r = request
+    arguments = r.settings, r.params, r.tokens, r.lengths, r.keys, r.limit
+    return np.asarray(fall_back(lambda decoder: loop.run(decoder, *arguments), r.decoder))
 
 
 def _stream(request: Request, stop: Sequence[str], decode: Decode | None) -> Iterator[list[list[int]]]:
-    rows: list[list[int]] = [[] for _ in range(request.keys.shape[0])]
-    sent = [0] * len(rows)
-    for tokens, _ in _chunks(request, stop, decode):
-        for row, part in zip(rows, tokens.tolist(), strict=True):
-            row.extend(part)
-        whole = [_cut(row[: request.limit], request.settings.eos_ids, stop, decode) for row in rows]
-        yield [row[count:] for row, count in zip(whole, sent, strict=True)]
-        sent = [max(count, len(row)) for row, count in zip(whole, sent, strict=True)]
-
-
-def _chunks(
-    request: Request, stop: Sequence[str], decode: Decode | None
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Tokens [B, T] and recorded logits [T, B, V] of each chunk until all rows have finished."""
-    r = request
-    _, *arguments, _ = request
+    """New tokens of each row, chunk by chunk, until all rows have finished."""
+    r, settings = request, request.settings
+    arguments = settings, r.params, r.tokens, r.lengths, r.keys
     context, state = fall_back(lambda decoder: loop.begin(decoder, *arguments), r.decoder)
     stopped = np.zeros(r.keys.shape[0], bool)
     rows: list[list[int]] = [[] for _ in stopped]
+    sent = [0] * len(rows)
     count = 0
-    for attended, until in loop.segments(r.settings.plan, r.settings.chunk):
+    for attended, until in loop.read_lengths(settings.plan, settings.chunk):
         while count < min(until, r.limit) and not stopped.all():
-            state, (tokens, logits) = loop.next_chunk(
-                r.decoder, r.settings, r.params, context, state, stopped, attended
-            )
-            chosen, count = np.asarray(tokens).T, count + r.settings.chunk
-            yield chosen, None if logits is None else np.asarray(logits)
-            for row, part in zip(rows, chosen.tolist(), strict=True):
-                row.extend(part)
+            state, tokens = loop.next_chunk(r.decoder, settings, r.params, context, state, stopped, attended)
+            count += settings.chunk
+            for row, new in zip(rows, np.asarray(tokens).T.tolist(), strict=True):
+                row.extend(new)
+            whole = [_cut(row[: r.limit], settings.eos_ids, stop, decode) for row in rows]
+            yield [row[first:] for row, first in zip(whole, sent, strict=True)]
+            sent = [max(first, len(row)) for row, first in zip(whole, sent, strict=True)]
             stopped = np.asarray(state.finished) | [_stop_end(row, stop, decode) is not None for row in rows]
 
 

@@ -1,9 +1,9 @@
-"""Prefill, then chunks of steps: a scan of static length, and between chunks a look at who has finished.
+"""The prompts, then chunks of steps: a scan of static length, and between chunks a test whether all rows have finished.
 
-Each step chooses a token from the logits it was handed, then feeds it. Rows that have finished go on emitting padding.
-`run` is a whole generation in one compiled program, with the cache made and used in place inside; `begin` and
-`next_chunk` are the same in pieces, the state donated, for streaming. Attention reads the first slots only, as many
-as a power of two needs, which is why `run` loops once per power.
+Each step chooses a token from the logits of the step before, then feeds it. Rows that have finished emit padding.
+`run` is a whole generation in one compiled program, with the cache made and used in place inside. `begin` and
+`next_chunk` are the same in pieces for streaming, with the state donated. Attention reads only the first slots of the
+cache; their number doubles as the text grows, and `run` has one loop for each.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.generation.edits import run_model
 from jaxllm.generation.requests import Settings
 from jaxllm.models.cache import KVCache, repeat_rows, repeat_tree
 from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.sampling import choose, process
 
-# Fewer slots than this are read whole: a smaller program is worth more than shorter reads.
+# A cache of fewer slots is always read whole: a smaller program is worth more than shorter reads.
 _LEAST_ATTENDED = 256
 
 
@@ -46,11 +47,11 @@ class GenerateState(NamedTuple):
     seen: Bool[Array, "B V"] | None
 
 
-def start(
+def read_prompts(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array
 ) -> tuple[Any, GenerateState]:
-    """Reads the prompts once, whatever the number of samples of each."""
-    context, logits, cache, positions = decoder.start(params, tokens, lengths, settings.plan)
+    """Context and state after the prompts, which are read once, whatever the number of samples of each."""
+    context, logits, cache, positions = run_model(decoder.start, params, tokens, lengths, plan=settings.plan)
     seen = None
     if settings.sampling.repetition_penalty != 1:
         seen = mark_seen(*decoder.history(tokens, lengths), logits.shape[-1])
@@ -82,8 +83,8 @@ def ban_end(settings: Settings, count: Int[Array, ...], vocab: int) -> Bool[Arra
 
 def advance(
     decoder: Decoder, settings: Settings, params: Any, context: Any, state: GenerateState, *, attended: int
-) -> tuple[GenerateState, tuple[Array, Array | None]]:
-    """One step: chooses the next tokens, feeds them; also the logits they were chosen from when recording."""
+) -> tuple[GenerateState, Int[Array, " B"]]:
+    """One step: chooses the next tokens and feeds them."""
     banned = ban_end(settings, state.count[None], state.logits.shape[-1])
     logits = process(state.logits, settings.sampling, seen=state.seen, banned=banned)
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
@@ -92,31 +93,39 @@ def advance(
     seen = None
     if state.seen is not None:
         seen = state.seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
-    after, cache = decoder.step(params, context, state.cache, tokens, state.positions, settings.plan, attended)
-    recorded = state.logits if settings.record else None
-    new = GenerateState(cache, after, state.positions + 1, finished, state.count + 1, state.keys, seen)
-    return new, (tokens, recorded)
+    after, cache = take_step(decoder, settings, params, context, state, tokens, attended)
+    return GenerateState(cache, after, state.positions + 1, finished, state.count + 1, state.keys, seen), tokens
+
+
+def take_step(
+    decoder: Decoder, settings: Settings, params: Any, context: Any, state: GenerateState, tokens: Array, attended: int
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Appends a token to each row; the logits of the next, and the cache."""
+    arrays = context, state.cache, tokens, state.positions
+    return run_model(decoder.step, params, *arrays, strict=False, plan=settings.plan, attended=attended)
 
 
 def decode_chunk(
     decoder: Decoder, settings: Settings, params: Any, context: Any, state: GenerateState, *, attended: int
-) -> tuple[GenerateState, tuple[Int[Array, "T B"], Float[Array, "T B V"] | None]]:
+) -> tuple[GenerateState, Int[Array, "T B"]]:
     """`settings.chunk` steps, reading the first `attended` slots."""
     step = functools.partial(advance, decoder, settings, params, context, attended=attended)
     return jax.lax.scan(lambda carry, _: step(carry), state, None, length=settings.chunk)
 
 
-def segments(plan: Plan, chunk: int) -> list[tuple[int, int]]:
-    """Pairs (slots to read, new tokens until which they suffice), the reads doubling; the last reads all."""
-    if plan.slots < plan.start + plan.new:
+def read_lengths(plan: Plan, chunk: int) -> list[tuple[int, int]]:
+    """Pairs (slots to read, new tokens until which they suffice): the slots double, and the last pair reads all."""
+    if plan.slots < plan.start + plan.new:  # a sliding window has wrapped around
         return [(plan.slots, plan.new)]
-    parts, attended = [], _LEAST_ATTENDED
+    pairs, done, attended = [], 0, _LEAST_ATTENDED
+    # A loop of its own pays as long as it reads less than four fifths of the slots.
     while attended * 5 // 4 < plan.slots:
         until = min((attended - plan.start) // chunk * chunk, plan.new)
-        if until > (parts[-1][1] if parts else 0):
-            parts.append((attended, until))
+        if until > done:
+            pairs.append((attended, until))
+            done = until
         attended *= 2
-    return [*parts, (plan.slots, plan.new)]
+    return [*pairs, (plan.slots, plan.new)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -124,19 +133,21 @@ def run(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array, limit: Array
 ) -> Int[Array, "B N"]:
     """A whole generation; columns from `limit` on, and those of a finished row, mean nothing or are padding."""
-    context, state = start(decoder, settings, params, tokens, lengths, keys)
+    context, state = read_prompts(decoder, settings, params, tokens, lengths, keys)
     out = jnp.full((state.positions.shape[0], settings.plan.new), settings.pad_id, jnp.int32)
-    for attended, until in segments(settings.plan, settings.chunk):
 
-        def unfinished(carry: tuple[GenerateState, Array], until: int = until) -> Array:
-            return (carry[0].count < jnp.minimum(until, limit)) & ~jnp.all(carry[0].finished)
+    def unfinished(until: int, carry: tuple[GenerateState, Array]) -> Array:
+        state, _ = carry
+        return (state.count < jnp.minimum(until, limit)) & ~jnp.all(state.finished)
 
-        def body(carry: tuple[GenerateState, Array], attended: int = attended) -> tuple[GenerateState, Array]:
-            state, out = carry
-            new, (chosen, _) = decode_chunk(decoder, settings, params, context, state, attended=attended)
-            return new, jax.lax.dynamic_update_slice_in_dim(out, chosen.T, state.count, axis=1)
+    def append_chunk(attended: int, carry: tuple[GenerateState, Array]) -> tuple[GenerateState, Array]:
+        state, out = carry
+        new, tokens = decode_chunk(decoder, settings, params, context, state, attended=attended)
+        return new, jax.lax.dynamic_update_slice_in_dim(out, tokens.T, state.count, axis=1)
 
-        state, out = jax.lax.while_loop(unfinished, body, (state, out))
+    for attended, until in read_lengths(settings.plan, settings.chunk):
+        condition, body = functools.partial(unfinished, until), functools.partial(append_chunk, attended)
+        state, out = jax.lax.while_loop(condition, body, (state, out))
     return out
 
 
@@ -144,8 +155,8 @@ def run(
 def begin(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array
 ) -> tuple[Any, GenerateState]:
-    """The state after the prompts, to be handed to `next_chunk`."""
-    return start(decoder, settings, params, tokens, lengths, keys)
+    """`read_prompts`, compiled: the context and first state for `next_chunk`."""
+    return read_prompts(decoder, settings, params, tokens, lengths, keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=4)
@@ -157,7 +168,7 @@ def next_chunk(
     state: GenerateState,
     stopped: Bool[Array, " B"],
     attended: int,
-) -> tuple[GenerateState, tuple[Array, Array | None]]:
-    """One chunk in place: the state handed in is gone. Rows in `stopped` count as finished from here on."""
+) -> tuple[GenerateState, Int[Array, "T B"]]:
+    """One chunk in place: the state passed in is donated. Rows in `stopped` count as finished from now on."""
     state = state._replace(finished=state.finished | stopped)
     return decode_chunk(decoder, settings, params, context, state, attended=attended)

@@ -1,7 +1,7 @@
 """From lists of ids to arrays of few shapes: every check before compilation, and the sizes that are compiled for.
 
-Lengths are rounded up to a handful of buckets, so that other lengths inside them compile nothing. Not here: anything
-that runs on the device.
+Lengths are rounded up to a handful of buckets, so that other lengths inside them compile nothing. Out of scope:
+anything that runs on the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxllm.generation.edits import adapter
+from jaxllm.generation.edits import prepare
 from jaxllm.models import Model, decoder_of
 from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.sampling import GREEDY, Sampling
@@ -34,7 +34,6 @@ class Settings(NamedTuple):
         eos_ids: end tokens.
         pad_id: what finished rows emit.
         samples: rows per prompt.
-        record: also return each step's logits.
     """
 
     plan: Plan
@@ -43,7 +42,6 @@ class Settings(NamedTuple):
     eos_ids: tuple[int, ...]
     pad_id: int
     samples: int = 1
-    record: bool = False
 
 
 class Request(NamedTuple):
@@ -93,7 +91,6 @@ def make_request(
     cache_dtype: str | None = None,
     extra: int = 0,
     wraps: bool = True,
-    record: bool = False,
 ) -> Request:
     """Checks a generation and lays it out; arguments as `generate`.
 
@@ -110,9 +107,8 @@ def make_request(
         cache_dtype: int8, or None for the compute dtype.
         extra: slots that drafts need beyond the new tokens.
         wraps: a sliding window's cache may be as short as the window.
-        record: keep each step's logits.
     """
-    decoder = adapter(model, params)
+    decoder = decoder_of(model)
     check_outside(params, prompts, seed)
     _check_settings(model, sampling, max_new_tokens, eos_ids, pad_id, samples, cache_dtype)
     check_prompts(model, prompts, new=max_new_tokens, pad_id=pad_id)
@@ -121,9 +117,9 @@ def make_request(
     needed = int(lengths.max()) + max_new_tokens
     new = bucket(max_new_tokens + extra, chunk)
     plan = decoder.plan(prompt=tokens.shape[1], new=new, needed=needed, cache_dtype=cache_dtype, wraps=wraps)
-    settings = Settings(plan, chunk, sampling, tuple(eos_ids), pad_id, samples, record)
+    settings = Settings(plan, chunk, sampling, tuple(eos_ids), pad_id, samples)
     keys = _row_keys(seed, len(prompts), samples)
-    return Request(decoder, settings, decoder.prepare(params), tokens, lengths, keys, max_new_tokens)
+    return Request(decoder, settings, prepare(decoder, params), tokens, lengths, keys, max_new_tokens)
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +137,7 @@ def check_outside(*values: Any) -> None:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((*values, jnp.zeros(())))):
         raise ValueError(
             "decoding works on lists, on the host: call it outside jax.jit, vmap and grad. Inside, `model.apply` gives "
-            "logits that can be differentiated, and jaxllm.models.llama.decode and t5_decode give single steps"
+            "logits that can be differentiated, and the decode modules of jaxllm.models.llama and .t5 give single steps"
         )
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.generation.edits import adapter, without_edits
+from jaxllm.generation.edits import run_model, without_edits
 from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
-from jaxllm.models import Model, check_params
+from jaxllm.models import Model, check_params, decoder_of
 from jaxllm.models.decoder import Decoder
 
 
@@ -35,11 +35,26 @@ def score(
         continuations: ids whose probability is asked for, one sequence per prompt.
         pad_id: fills the batch.
 
+    Returns:
+        For each continuation, as many natural logarithms as it has tokens.
+
     Raises:
         ValueError: for rows that are empty, outside the vocabulary, unpaired or longer than the context, or parameters
             of another model.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.generation import score
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> rows = score(model, params, [[1, 2, 3], [4]], [[5, 6], [7]])
+        >>> [len(row) for row in rows]
+        [2, 1]
+        >>> all(log_probability < 0 for row in rows for log_probability in row)
+        True
     """
-    decoder = adapter(model, params)
+    decoder = decoder_of(model)
     check_outside(params, prompts, continuations)
     check_params(model, without_edits(params))
     if len(prompts) != len(continuations):
@@ -70,5 +85,5 @@ def _log_probabilities(
     lengths: Int[Array, " B"],
     new: Int[Array, "B N"],
 ) -> Float[Array, "B N"]:
-    logits = decoder.full_logits(params, tokens, lengths, new, length=length)
+    logits = run_model(decoder.full_logits, params, tokens, lengths, new, length=length)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), new[..., None], axis=-1)[..., 0]

@@ -1,8 +1,8 @@
-"""Speculative decoding (arXiv 2211.17192): cheap drafts, checked several at once, without changing the result.
+"""Speculative decoding (arXiv 2211.17192): cheap drafts, verified several at once, without changing the result.
 
-Greedy output is that of `generate`; sampled output has the same distribution. Drafts come from what stands in the
-prompt after the latest words (for an encoder-decoder: in the encoder's input), or from a smaller model. Rows advance
-by different counts, so every token sits in the cache slot of its own position and a rejected one is overwritten.
+Greedy output is that of `generate`; sampled output has the same distribution. Drafts are the tokens that followed the
+latest ones earlier in the prompt (of an encoder-decoder: in the encoder's input), or come from a smaller model. Rows
+advance by different counts, so every token is in the cache slot of its own position and a rejected one is overwritten.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.generation.edits import run_model
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.loop import ban_end, ended, start
+from jaxllm.generation.loop import GenerateState, ban_end, ended, read_prompts
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import KVCache
-from jaxllm.models.decoder import Decoder
+from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.sampling import GREEDY, Sampling, choose, draw, most_probable, process
 
 # Longest run of latest tokens that is looked for; shorter ones are tried when it isn't found.
@@ -40,22 +41,34 @@ class Speculated(NamedTuple):
     tokens_per_step: float
 
 
-class Side(NamedTuple):
-    """Arrays of one of the two models: the large one, or the one that drafts."""
+class Reader(NamedTuple):
+    """One of the two models after it has read the prompts: the large one, or the one that drafts.
 
+    Attributes:
+        decoder: the family's adapter.
+        plan: sizes.
+        params: decoding layout.
+        context: what it keeps of the prompts besides its cache.
+    """
+
+    decoder: Decoder
+    plan: Plan
     params: Any
     context: Any
 
+    def extend(
+        self, cache: KVCache, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T V"], KVCache]:
+        """Appends T tokens per row; logits after each."""
+        method, arrays = self.decoder.extend, (self.context, cache, tokens, positions)
+        return run_model(method, self.params, *arrays, strict=False, plan=self.plan)
+
 
 class Draft(NamedTuple):
-    """Proposed tokens [B, k], and what the drafting model thought of all tokens [B, k, V]; None when certain."""
+    """Proposed tokens [B, k], and the drafting model's probabilities [B, k, V]; None where each draft is certain."""
 
     tokens: Int[Array, "B k"]
     probabilities: Float[Array, "B k V"] | None
-
-
-# Cache, last token [B, 1] and what a penalty counts [B, V] of a model that drafts.
-DraftCarry = tuple[KVCache, Array, Array | None]
 
 
 class SpeculativeState(NamedTuple):
@@ -63,7 +76,7 @@ class SpeculativeState(NamedTuple):
 
     Attributes:
         cache: of the large model; the last token of each row is not in it.
-        draft_cache: of the drafting model, as far as the cache; None with prompt lookup.
+        draft_cache: of the drafting model, of the same tokens as `cache`; None with prompt lookup.
         out: new tokens [B, N].
         counts: how many of them each row has.
         steps: forwards of the large model in which each row was still going [B].
@@ -72,7 +85,7 @@ class SpeculativeState(NamedTuple):
     """
 
     cache: KVCache
-    draft_cache: KVCache | None
+    draft_cache: Any
     out: Int[Array, "B N"]
     counts: Int[Array, " B"]
     steps: Int[Array, " B"]
@@ -109,21 +122,37 @@ def generate_speculative(
         pad_id: fills the batch.
         seed: of the random choices.
 
+    Returns:
+        The new tokens of each prompt, and how many each forward of the model gave.
+
     Raises:
         ValueError: as `generate`, or for a draft model that doesn't fit.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.generation import generate_speculative
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> prompts = [[1, 2, 3, 1, 2]]
+        >>> quick = generate_speculative(model, params, prompts, max_new_tokens=6)
+        >>> quick.rows == jaxllm.generate(model, params, prompts, max_new_tokens=6)
+        True
+        >>> quick.tokens_per_step >= 1
+        True
     """
     _check_draft(model, draft_model, draft_params, drafts)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
     options |= {"pad_id": pad_id, "seed": seed, "extra": drafts, "wraps": False}
     large = make_request(model, params, prompts, **options)
-    small = None if draft_model is None else make_request(draft_model, draft_params, prompts, **options)
-    plans = large.settings, None if small is None else small.settings
-    weights = large.params, None if small is None else small.params
-    arguments = plans, drafts, weights, large.tokens, large.lengths, large.keys, large.limit
-    drafter = None if small is None else small.decoder
-    out, counts, steps = fall_back(lambda *decoders: _run(decoders, *arguments), large.decoder, drafter)
-    counts, steps = np.asarray(counts), np.asarray(steps)
-    rows = [row[:count] for row, count in zip(np.asarray(out).tolist(), counts, strict=True)]
+    # Without a draft model its plan and parameters are those of the large model, and unused.
+    small = large if draft_model is None else make_request(draft_model, draft_params, prompts, **options)
+    drafter = None if draft_model is None else small.decoder
+    static, params = (large.settings, small.settings.plan, drafts), (large.params, small.params)
+    arrays = *params, large.tokens, large.lengths, large.keys, large.limit
+    out = fall_back(lambda *decoders: _run(*decoders, *static, *arrays), large.decoder, drafter)
+    tokens, counts, steps = map(np.asarray, out)
+    rows = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
     # The first token of a row comes from reading its prompt.
     return Speculated(rows, float(np.sum(counts - 1) / max(1, np.sum(steps))))
 
@@ -142,43 +171,53 @@ def _check_draft(model: Model, draft_model: Model | None, draft_params: Any, dra
             )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(
-    decoders: tuple[Decoder, Decoder | None],
-    plans: tuple[Settings, Settings | None],
+    decoder: Decoder,
+    draft_decoder: Decoder | None,
+    settings: Settings,
+    draft_plan: Plan,
     drafts: int,
-    weights: tuple[Any, Any],
+    params: Any,
+    draft_params: Any,
     tokens: Array,
     lengths: Array,
     keys: Array,
     limit: Array,
 ) -> tuple[Array, Array, Array]:
-    (decoder, drafter), (settings, draft_settings) = decoders, plans
-    context, begun = start(decoder, settings, weights[0], tokens, lengths, keys)
-    large, small, draft_cache = Side(weights[0], context), None, None
-    if drafter is not None and draft_settings is not None:
-        draft_context, drafting = start(drafter, draft_settings, weights[1], tokens, lengths, keys)
-        small, draft_cache = Side(weights[1], draft_context), drafting.cache
+    context, begun = read_prompts(decoder, settings, params, tokens, lengths, keys)
+    large, drafter, draft_cache = Reader(decoder, settings.plan, params, context), None, None
+    if draft_decoder is not None:
+        context, _, draft_cache, _ = run_model(draft_decoder.start, draft_params, tokens, lengths, plan=draft_plan)
+        drafter = Reader(draft_decoder, draft_plan, draft_params, context)
     first_position = begun.positions
-    zeros = jnp.zeros_like(first_position)
-    logits = _processed(begun.logits[:, None], zeros, settings, None if begun.seen is None else begun.seen[:, None])
-    first = _pick(logits, _keys(keys, zeros, 0), settings)[:, 0]
-    out = jnp.full((tokens.shape[0], settings.plan.new), settings.pad_id, jnp.int32).at[:, 0].set(first)
-    finished = ended(first, settings.eos_ids) | (limit <= 1)
-    seen = None if begun.seen is None else begun.seen.at[jnp.arange(first.shape[0]), first].set(True)
-    state = SpeculativeState(begun.cache, draft_cache, out, zeros + 1, zeros, finished, seen)
 
     def body(state: SpeculativeState) -> SpeculativeState:
-        if drafter is None or small is None or draft_settings is None or state.draft_cache is None:
+        if drafter is None:
             draft = _look_up(*decoder.lookup(tokens, lengths, state.out, state.counts), drafts)
         else:
             positions = first_position + state.counts - 1
-            draft, cache = _draft(drafter, draft_settings, small, state, state.draft_cache, positions, keys, drafts)
+            draft, cache = _draft(drafter, settings, state, positions, keys, drafts)
             state = state._replace(draft_cache=cache)
-        return _verify(decoder, settings, large, state, draft, first_position, keys, limit)
+        return _verify(large, settings, state, draft, first_position, keys, limit)
 
+    state = _first(begun, draft_cache, settings, keys, limit)
     state = jax.lax.while_loop(lambda state: ~jnp.all(state.finished), body, state)
     return state.out, state.counts, state.steps
+
+
+def _first(
+    begun: GenerateState, draft_cache: KVCache | None, settings: Settings, keys: Array, limit: Array
+) -> SpeculativeState:
+    """The state with the first new token of each row, which the prompts alone predict."""
+    zeros = jnp.zeros_like(begun.positions)
+    seen = begun.seen
+    logits = _processed(begun.logits[:, None], zeros, settings, None if seen is None else seen[:, None])
+    first = _pick(logits, _keys(keys, zeros, 0), settings)[:, 0]
+    out = jnp.full((first.shape[0], settings.plan.new), settings.pad_id, jnp.int32).at[:, 0].set(first)
+    finished = ended(first, settings.eos_ids) | (limit <= 1)
+    seen = None if seen is None else seen.at[jnp.arange(first.shape[0]), first].set(True)
+    return SpeculativeState(begun.cache, draft_cache, out, zeros + 1, zeros, finished, seen)
 
 
 def _keys(keys: Array, counts: Array, purpose: int | Array) -> Array:
@@ -238,48 +277,38 @@ def _look_up(
 
 
 def _draft(
-    drafter: Decoder,
-    settings: Settings,
-    side: Side,
-    state: SpeculativeState,
-    cache: KVCache,
-    positions: Array,
-    keys: Array,
-    drafts: int,
+    drafter: Reader, settings: Settings, state: SpeculativeState, positions: Array, keys: Array, drafts: int
 ) -> tuple[Draft, KVCache]:
-    """Lets the small model continue by itself; one step more than drafts, so that its cache holds them all."""
+    """Continues with the small model alone; one step more than drafts, so that its cache holds them all."""
     rows = jnp.arange(positions.shape[0])
 
-    def step(carry: DraftCarry, i: Array) -> tuple[DraftCarry, tuple[Array, Array]]:
+    def step(carry: tuple[KVCache, Array, Array | None], i: Array) -> tuple[Any, tuple[Array, Array]]:
         cache, tokens, seen = carry
-        logits, cache = drafter.extend(
-            side.params, side.context, cache, tokens, (positions + i)[:, None], settings.plan
-        )
+        logits, cache = drafter.extend(cache, tokens, (positions + i)[:, None])
         logits = _processed(logits, state.counts + i, settings, None if seen is None else seen[:, None])
         new = _pick(logits, _keys(keys, state.counts, 1 + i), settings)
         seen = None if seen is None else seen.at[rows, new[:, 0]].set(True)
         return (cache, new, seen), (new[:, 0], jax.nn.softmax(logits[:, 0]))
 
-    carry = cache, _last(state), state.seen
+    carry = state.draft_cache, _last(state), state.seen
     (cache, *_), (tokens, probabilities) = jax.lax.scan(step, carry, jnp.arange(drafts + 1, dtype=jnp.int32))
     return Draft(tokens[:drafts].T, jnp.swapaxes(probabilities[:drafts], 0, 1)), cache
 
 
 def _verify(
-    decoder: Decoder,
+    large: Reader,
     settings: Settings,
-    side: Side,
     state: SpeculativeState,
     draft: Draft,
     first_position: Array,
     keys: Array,
     limit: Array,
 ) -> SpeculativeState:
-    """One forward over the last token and the drafts; keeps what the large model would have said as well."""
+    """One forward over the last token and the drafts; keeps those that the large model accepts, and one token more."""
     fed = jnp.concatenate([_last(state), draft.tokens], axis=1)
     offsets = jnp.arange(fed.shape[1], dtype=jnp.int32)  # jax_enable_x64 would make it int64, and all that follows
     positions = (first_position + state.counts - 1)[:, None] + offsets
-    logits, cache = decoder.extend(side.params, side.context, state.cache, fed, positions, settings.plan)
+    logits, cache = large.extend(state.cache, fed, positions)
     logits = _processed(logits, state.counts, settings, _seen_along(state.seen, draft.tokens))
     accept = _accept_greedy if settings.sampling.temperature == 0 else _accept_sampled
     accepted, tokens = accept(logits, draft, _keys(keys, state.counts, 0))
@@ -312,7 +341,7 @@ def _accept_greedy(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> 
 
 
 def _accept_sampled(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
-    """Accepts draft x with probability min(1, p(x) / q(x)); else draws from max(p - q, 0), so that p is the law.
+    """Accepts draft x with probability min(1, p(x) / q(x)); else draws from max(p - q, 0), so that samples follow p.
 
     A draft that was looked up has q(x) = 1.
     """

@@ -1,4 +1,4 @@
-"""Reads prompts, and writes what a model says on standard output, as it comes or as JSON lines, and how fast it was.
+"""Reads prompts; writes generated text to standard output, as it comes or as JSON lines, and the speed.
 
 Out of scope: arguments (`scripts/generate.py`), loading (`jaxllm.run.load`).
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.generation.decoding import generate, generate_stream
 from jaxllm.generation.requests import check_prompts
 from jaxllm.generation.text import TextModel
 
@@ -56,14 +55,12 @@ def write_stream(text_model: TextModel, prompt: str, *, seed: int, **options: An
         text_model: model, parameters and tokenizer (`jaxllm.run.load.load_text_model`).
         prompt: text.
         seed: of the sampling.
-        options: of `generate_stream`, but for the tokenizer's.
+        options: of `TextModel.generate_stream`.
     """
     counts, times, begun = [], [], time.perf_counter()
 
     def counted() -> Iterator[list[list[int]]]:
-        ids = text_model.encode(prompt)
-        known = _known(text_model)
-        for chunk in generate_stream(text_model.model, text_model.params, [ids], seed=seed, **known, **options):
+        for chunk in text_model.generate_stream([text_model.encode(prompt)], seed=seed, **options):
             counts.append(len(chunk[0]))
             times.append(time.perf_counter() - begun)
             yield chunk
@@ -84,13 +81,13 @@ def write_batches(text_model: TextModel, prompts: list[str], *, batch_size: int,
     Each prompt has a seed of its own, `seed` plus its number, so that `batch_size` changes no result. The other
     arguments are those of `write_stream`. All prompts are checked before the first is answered.
     """
-    total, begun, known = 0, time.perf_counter(), _known(text_model)
+    total, begun = 0, time.perf_counter()
     encoded = [text_model.encode(text) for text in prompts]
     check_prompts(text_model.model, encoded, new=options["max_new_tokens"], pad_id=text_model.pad_id)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         seeds = [seed + i for i in range(len(prompts))[part]]
-        rows = generate(text_model.model, text_model.params, encoded[part], seed=seeds, **known, **options)
+        rows = text_model.generate(encoded[part], seed=seeds, **options)
         for prompt, row in zip(prompts[part], rows, strict=True):
             print(
                 json.dumps({"prompt": prompt, "text": text_model.decode(row), "tokens": len(row)}, ensure_ascii=False)
@@ -98,10 +95,6 @@ def write_batches(text_model: TextModel, prompts: list[str], *, batch_size: int,
         sys.stdout.flush()
         total += sum(map(len, rows))
     return _with_compilation(total, time.perf_counter() - begun)
-
-
-def _known(text_model: TextModel) -> dict[str, Any]:
-    return {"eos_ids": text_model.eos_ids, "pad_id": text_model.pad_id, "decode": text_model.decode}
 
 
 def _with_compilation(tokens: int, seconds: float) -> str:

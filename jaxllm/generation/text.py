@@ -1,29 +1,53 @@
-"""A model with its tokenizer: text to prompt ids, new ids to text.
+"""A model with its tokenizer, called with text: `text("def read_")`.
 
-How a prompt begins and ends depends on the family: a decoder starts a document, an encoder-decoder reads one that
-ends, in which `<extra_id_0>` and so on may be written out and become the sentinels that the tokenizer never reads from
-text.
+How a prompt begins and ends depends on the family. A decoder starts a document. An encoder-decoder reads a document
+that ends; `<extra_id_0>` and so on in its text become the sentinels, which the tokenizer never reads from text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
+import numpy as np
+
+from jaxllm.data.objectives import before_end
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks
-from jaxllm.models import Model
+from jaxllm.generation.decoding import generate, generate_stream
+from jaxllm.generation.edits import edited
+from jaxllm.jaxprs.hooks import Edit
+from jaxllm.models import Model, decoder_of
 
 
 class TextModel(NamedTuple):
-    """A model, its parameters and its tokenizer.
+    """A model, its parameters and its tokenizer: text in, text out.
+
+    `TextModel.of` makes one in memory, `jaxllm.run.load.load_text_model` from a folder. Options of a call are those of
+    `jaxllm.generate`, such as `sampling`, `seed` and `stop`, and `edits` as for `jaxllm.generation.edited`.
 
     Attributes:
-        model: of either family, in the dtype it computes in.
+        model: of any family, in the dtype it computes in.
         params: prepared for decoding.
         tokenizer: text and ids.
         begin: ids before a decoder's prompt.
         eos_ids: ids that end an output.
         pad_id: padding.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> from jaxllm.data.tokenizer import train_tokenizer
+        >>> from jaxllm.generation.text import TextModel
+        >>> tokenizer = train_tokenizer(["def read(path): return path"], vocab_size=400)
+        >>> config = jaxllm.LlamaConfig(vocab_size=400, d_model=8, d_ff=8, num_layers=1, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> text = TextModel.of(model, params, tokenizer)
+        >>> completion = text("def read_", max_new_tokens=8)
+        >>> completion == "".join(text.stream("def read_", max_new_tokens=8))
+        True
+        >>> warm = jaxllm.generation.Sampling(temperature=0.8)
+        >>> len(text(["def ", "return "], max_new_tokens=8, sampling=warm, seed=1))
+        2
     """
 
     model: Model
@@ -33,11 +57,81 @@ class TextModel(NamedTuple):
     eos_ids: tuple[int, ...]
     pad_id: int
 
+    @classmethod
+    def of(cls, model: Model, params: Any, tokenizer: Tokenizer, *, int8: bool = False) -> TextModel:
+        """A model in memory with the special ids of its tokenizer, as a run trains it.
+
+        Args:
+            model: as `jaxllm.build` makes it.
+            params: stacked as in training, or prepared.
+            tokenizer: of the model's vocabulary.
+            int8: store the matrices as int8.
+
+        Raises:
+            ValueError: for parameters of another model.
+        """
+        ends = (tokenizer.eos_id,)
+        prepared = decoder_of(model).prepare(params, int8=int8)
+        return cls(model, prepared, tokenizer, begin=ends, eos_ids=ends, pad_id=tokenizer.pad_id)
+
+    @overload
+    def __call__(self, prompts: str, *, max_new_tokens: int = 128, **options: Any) -> str: ...
+
+    @overload
+    def __call__(self, prompts: Sequence[str], *, max_new_tokens: int = 128, **options: Any) -> list[str]: ...
+
+    def __call__(self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, **options: Any) -> str | list[str]:
+        """What a decoder writes after a prompt, or the answer of an encoder-decoder, its sentinels spelled out.
+
+        Args:
+            prompts: one text, which gives one text, or several, which give a list.
+            max_new_tokens: most tokens to add to each.
+            options: of `jaxllm.generate`; and `edits`.
+
+        Raises:
+            ValueError: as `encode` and `jaxllm.generate`, or for several samples of a prompt outside a list.
+        """
+        if not isinstance(prompts, str):
+            rows = self.generate([self.encode(each) for each in prompts], max_new_tokens=max_new_tokens, **options)
+            return [self.decode(row) for row in rows]
+        if options.get("samples", 1) != 1:
+            raise ValueError(f"one text cannot hold {options['samples']} samples: pass the prompt in a list")
+        return self([prompts], max_new_tokens=max_new_tokens, **options)[0]
+
+    def stream(self, prompt: str, *, max_new_tokens: int = 128, **options: Any) -> Iterator[str]:
+        """The text of a call with one prompt in pieces, each when its tokens are there."""
+        ids = [self.encode(prompt)]
+        return self.pieces(self.generate_stream(ids, max_new_tokens=max_new_tokens, **options))
+
+    def fill(self, text: str, *, max_new_tokens: int = 128, **options: Any) -> str:
+        """The text, with what an encoder-decoder answers in place of each `<extra_id_i>`.
+
+        Raises:
+            ValueError: as a call, or for a model without an encoder.
+        """
+        if not self.model.config.encoder_decoder:
+            raise ValueError(f"only an encoder-decoder fills blanks; {self.model.config.family} continues its prompt")
+        inputs = self.encode(text)
+        (answer,) = self.generate([inputs], max_new_tokens=max_new_tokens, **options)
+        return filled_in(inputs, answer, self.tokenizer)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, edits: Mapping[str, Edit] | None = None, **options: Any
+    ) -> list[list[int]]:
+        """`jaxllm.generate` for prompts of ids, with the special ids of this model."""
+        return generate(self.model, self._edited(edits), prompts, **self._special() | options)
+
+    def generate_stream(
+        self, prompts: Sequence[Sequence[int]], *, edits: Mapping[str, Edit] | None = None, **options: Any
+    ) -> Iterator[list[list[int]]]:
+        """`jaxllm.generation.generate_stream` for prompts of ids, with the special ids of this model."""
+        return generate_stream(self.model, self._edited(edits), prompts, **self._special() | options)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt.
 
         Raises:
-            ValueError: for a sentinel that the tokenizer doesn't have, or bytes that are no UTF-8 text.
+            ValueError: for a sentinel that the tokenizer doesn't have, or bytes that are not UTF-8 text.
         """
         try:
             text.encode()
@@ -49,12 +143,12 @@ class TextModel(NamedTuple):
         return encode_blanks(text, self.tokenizer).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of new tokens, without end tokens and padding; sentinels are spelled out."""
+        """Text of ids, without end tokens and padding; sentinels are spelled out."""
         dropped = {*self.eos_ids, self.pad_id}
         return self.tokenizer.decode([i for i in ids if i not in dropped])
 
     def pieces(self, stream: Iterable[list[list[int]]]) -> Iterator[str]:
-        """Text of the first row as it comes, holding back characters of which a byte is still missing."""
+        """Text of the first row of a stream, holding back characters of which a byte is still missing."""
         ids: list[int] = []
         sent = ""
         for chunk in stream:
@@ -65,3 +159,36 @@ class TextModel(NamedTuple):
                 yield whole[len(sent) :]
                 sent = whole
         yield self.decode(ids)[len(sent) :]
+
+    def _special(self) -> dict[str, Any]:
+        return {"eos_ids": self.eos_ids, "pad_id": self.pad_id, "decode": self.decode}
+
+    def _edited(self, edits: Mapping[str, Edit] | None) -> Any:
+        return edited(self.params, edits) if edits else self.params
+
+
+def filled_in(
+    inputs: Sequence[int] | np.ndarray,
+    answer: Sequence[int] | np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    marks: tuple[str, str] = ("", ""),
+) -> str:
+    """The text of `inputs` with what `answer` has for each sentinel, between two marks; nothing where it has none."""
+    answers: dict[int, np.ndarray] = {}
+    for part in _before_sentinels(answer, tokenizer):
+        answers.setdefault(int(part[0]), part[1:])
+    text = ""
+    for part in _before_sentinels(inputs, tokenizer):
+        if part[0] in tokenizer.sentinel_ids:
+            text += tokenizer.decode(answers.get(int(part[0]), part[:0])).join(marks)
+            part = part[1:]
+        text += tokenizer.decode(part)
+    return text
+
+
+def _before_sentinels(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Ids without the end token, cut before each sentinel."""
+    tokens = before_end(np.asarray(ids, np.int32), tokenizer.eos_id)
+    parts = np.split(tokens, np.flatnonzero(np.isin(tokens, tokenizer.sentinel_ids)))
+    return [part for part in parts if len(part)]

@@ -25,8 +25,6 @@ Edit = Callable[[Array, Any], Any]
 def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[Any, dict[str, Array]]]:
     """A function that returns (function's own result, {path: values of all layers [L, ...]}).
 
-    >>> logits, seen = jax.jit(capture(forward, "after_mlp", "attention_weights"))(params, tokens)
-
     Args:
         function: any function of arrays that runs a model once.
         names: paths, or their ends: `query` is every query, `cross_attention/query` those of cross-attention. None
@@ -35,6 +33,16 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
     Raises:
         ValueError: when called, for a name that is no site of the function, or a site in the backward pass, in a
             loop or condition of the caller's, or in a function with derivatives of its own: capture inside it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jax.ad_checkpoint import checkpoint_name
+        >>> from jaxllm.study import capture
+        >>> def forward(x):
+        ...     return checkpoint_name(jnp.sin(x), "hidden").sum()
+        >>> result, seen = jax.jit(capture(forward, "hidden"))(jnp.ones(3))
+        >>> {path: values.shape for path, values in seen.items()}
+        {'hidden': (1, 3)}
     """
 
     @functools.wraps(function)
@@ -57,8 +65,6 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
 def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: bool = True) -> Callable[..., Any]:
     """The function with values replaced at its sites.
 
-    >>> without = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 3, x.at[:, :, 5].set(0), x)})
-
     Args:
         function: any function of arrays that runs a model once.
         edits: by path or its end (as in `capture`), functions of (value, layer) to a new value of the same shape,
@@ -68,6 +74,19 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
 
     Raises:
         ValueError: when called, as `capture`, and for a new value of another shape.
+
+    Example:
+        >>> import jax, jaxllm
+        >>> import jax.numpy as jnp
+        >>> from jaxllm.study import edit
+        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=2, num_heads=2)
+        >>> model = jaxllm.build(config)
+        >>> params = jaxllm.init_params(model, jax.random.key(0))
+        >>> def forward(params, tokens):
+        ...     return model.apply({"params": params}, tokens)
+        >>> without = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 1, x.at[:, :, 0].set(0), x)})
+        >>> without(params, jnp.array([[1, 2, 3]])).shape  # head 0 of layer 1 is cut off
+        (1, 3, 20)
     """
 
     @functools.wraps(function)

@@ -46,6 +46,18 @@ class Sampling:
         min_p: keep tokens at least this fraction as probable as the most probable; 0 keeps all.
         repetition_penalty: divides positive logits of tokens already in the row, multiplies negative ones.
         min_new_tokens: end tokens are impossible before so many new tokens.
+
+    Raises:
+        ValueError: for a number out of its range, or top_k, top_p or min_p with a temperature of 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxllm.ops.sampling import Sampling, sample
+        >>> logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]])
+        >>> sample(logits, jax.random.key(0), Sampling()).tolist()
+        [1, 0]
+        >>> sample(logits, jax.random.key(0), Sampling(temperature=0.8, top_k=1)).tolist()
+        [1, 0]
     """
 
     temperature: float = 0.0

@@ -1,4 +1,4 @@
-"""Models ready for text generation, from a run folder or a Hugging Face directory."""
+"""Text models from disk: of a run folder, or of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxllm.config.file import ConfigError
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.generation.text import TextModel
 from jaxllm.interop.hf import load_hf, special_ids
-from jaxllm.models import build, decoder_of
+from jaxllm.models import build
 from jaxllm.run.start import load_run
 
 
@@ -23,23 +23,23 @@ def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = Fa
         int8: store the matrices as int8.
 
     Raises:
-        ConfigError: when the folder is neither.
+        ConfigError: when the folder is neither a run folder nor a Hugging Face directory.
         CheckpointError, InteropError, DataError: when what is in it cannot be read.
     """
     folder = Path(path).expanduser()
     if (folder / "config.yaml").is_file():
         config, params = load_run(folder)
-        model = build(config.model, dtype=jnp.dtype(dtype))
-        tokenizer = _tokenizer(folder)
-        begin, ends, pad = (tokenizer.eos_id,), (tokenizer.eos_id,), tokenizer.pad_id
-    elif (folder / "config.json").is_file():
-        loaded, params = load_hf(folder)
-        model, tokenizer, ids = build(loaded.config, dtype=jnp.dtype(dtype)), _tokenizer(folder), special_ids(folder)
-        begin, ends = () if ids.bos is None else (ids.bos,), ids.eos or (tokenizer.eos_id,)
-        pad = tokenizer.pad_id if ids.pad is None else ids.pad
-    else:
+        return TextModel.of(build(config.model, dtype=jnp.dtype(dtype)), params, _tokenizer(folder), int8=int8)
+    if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")
-    return TextModel(model, decoder_of(model).prepare(params, int8=int8), tokenizer, begin, ends, pad)
+    loaded, params = load_hf(folder)
+    text_model = TextModel.of(build(loaded.config, dtype=jnp.dtype(dtype)), params, _tokenizer(folder), int8=int8)
+    ids = special_ids(folder)
+    return text_model._replace(
+        begin=() if ids.bos is None else (ids.bos,),
+        eos_ids=ids.eos or text_model.eos_ids,
+        pad_id=text_model.pad_id if ids.pad is None else ids.pad,
+    )
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

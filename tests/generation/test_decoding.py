@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig, RopeConfig
-from jaxllm.generation import generate, generate_stream, loop, verify
+from jaxllm.generation import generate, generate_stream, loop
 from jaxllm.generation.requests import bucket, make_request
 from jaxllm.models import build, init_params
 from jaxllm.models.llama import decode as llama_decode
 from jaxllm.ops.sampling import Sampling
 from tests.conftest import TOLERANCE
+from tests.generation.uncached import check_steps, full_logits, generate_checked
 from tests.structure.programs import dot_flops
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
@@ -62,42 +63,40 @@ def greedy_without_cache(model, params, prompts, steps: int, *, length: int | No
     return [row[len(p) : len(p) + steps].tolist() for row, p in zip(ids, prompts, strict=True)]
 
 
-def test_cached_equals_uncached_and_rows_equal_themselves_alone(variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(verify.TOLERANCE, "float32", TOLERANCE["float32"])
+def test_cached_equals_uncached_and_rows_equal_themselves_alone(variant) -> None:
     model, params = variant
-    together = generate(model, params, PROMPTS, max_new_tokens=8, check=True)
+    together = generate_checked(model, params, PROMPTS, max_new_tokens=8)
     assert together == greedy_without_cache(model, params, PROMPTS, 8)
     assert together == [generate(model, params, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
     full = [list(range(1, 17)), [7] * 9]  # the first leaves no column of its bucket and no slot of the cache empty
-    assert generate(model, params, full, max_new_tokens=8, check=True) == greedy_without_cache(model, params, full, 8)
+    assert generate_checked(model, params, full, max_new_tokens=8) == greedy_without_cache(model, params, full, 8)
 
 
 def test_the_whole_context_can_be_used() -> None:
     model, params = make(max_length=24)
     prompts = [list(range(1, 14))]
     want = greedy_without_cache(model, params, prompts, 12)
-    assert generate(model, params, prompts, max_new_tokens=12, check=True) == want  # the last token is never fed
+    assert generate_checked(model, params, prompts, max_new_tokens=12) == want  # the last token is never fed
     with pytest.raises(ValueError, match="25 positions, the model's context has 24"):
         generate(model, params, prompts, max_new_tokens=13)
 
 
-def test_check_names_the_step_that_differs(plain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_names_the_step_that_differs(plain, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = plain
-    request = make_request(model, params, PROMPTS, max_new_tokens=4, record=True)
+    request = make_request(model, params, PROMPTS, max_new_tokens=4)
     tokens = np.array(generate(model, params, PROMPTS, max_new_tokens=4))
-    full = verify.full_logits(request.decoder, None, params, request.tokens, request.lengths, tokens)
-    logits = np.swapaxes(np.asarray(full), 0, 1)
-    verify.check_recorded(request, params, tokens, logits)
+    logits = full_logits(request, params, tokens)
+    check_steps(request, params, tokens, logits)
     for wrong in (np.inf, np.nan, 0.01):
         changed = logits.copy()
-        changed[2, 1, 50] += wrong
-        with pytest.raises(AssertionError, match=r"differs from a full forward: row 1, new token 2"):
-            verify.check_recorded(request, params, tokens, changed)
+        changed[1, 2, 50] += wrong
+        with pytest.raises(AssertionError, match=r"row 1, new token 2: logits differ from a full forward"):
+            check_steps(request, params, tokens, changed)
     jax.clear_caches()
     step = llama_decode.decode_step
     monkeypatch.setattr(llama_decode, "decode_step", lambda c, p, k, t, n, **sizes: step(c, p, k, t, n + 1, **sizes))
-    with pytest.raises(AssertionError, match="differs from a full forward"):
-        generate(model, params, PROMPTS, max_new_tokens=4, check=True)
+    with pytest.raises(AssertionError, match="differ from a full forward"):
+        generate_checked(model, params, PROMPTS, max_new_tokens=4)
     jax.clear_caches()
 
 
@@ -117,7 +116,7 @@ def test_stretched_rope_assumes_one_length_for_a_whole_generation(kind: str) -> 
     model, params = make(max_length=max_length, rope=rope)
     prompts = [PROMPTS[0]]
     for new, length in ((6, 8), (21, 23)):
-        ours = generate(model, params, prompts, max_new_tokens=new, check=True)
+        ours = generate_checked(model, params, prompts, max_new_tokens=new)
         assert ours == greedy_without_cache(model, params, prompts, new, length=length)
     assert ours != greedy_without_cache(model, params, prompts, new, length=8)
 
@@ -150,17 +149,16 @@ def test_a_ring_is_as_short_as_the_window_and_keeps_positions() -> None:
     for prompts in ([list(range(1, 41)), [7, 8], list(range(30, 10, -1))], [[7, 8], [5] * 11]):
         request = make_request(model, params, prompts, max_new_tokens=24)
         assert request.settings.plan.slots == 16
-        generate(model, params, prompts, max_new_tokens=24, check=True)
+        generate_checked(model, params, prompts, max_new_tokens=24)
 
 
 def test_attention_reads_a_power_of_two_of_the_slots(plain, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = plain
     request = make_request(model, params, [[1]], max_new_tokens=400)
-    assert loop.segments(request.settings.plan, 32) == [(256, 224), (528, 512)]
+    assert loop.read_lengths(request.settings.plan, 32) == [(256, 224), (528, 512)]
     monkeypatch.setattr(loop, "_LEAST_ATTENDED", 24)
-    assert generate(model, params, PROMPTS, max_new_tokens=40, check=True) == generate(
-        model, params, PROMPTS, max_new_tokens=40
-    )
+    assert len(loop.read_lengths(make_request(model, params, PROMPTS, max_new_tokens=40).settings.plan, 32)) == 2
+    generate_checked(model, params, PROMPTS, max_new_tokens=40)
 
 
 @pytest.mark.parametrize("layout", ["cache", "weights"])
@@ -290,7 +288,6 @@ def test_samples_depend_on_their_seed_and_not_on_batch_mates(plain) -> None:
         ([[1]], {"stop": ("x",)}, "stop strings need `decode`"),
         ([[1]], {"stop": "x"}, "sequence of non-empty strings"),
         ([[1]], {"cache_dtype": "float16"}, "cache_dtype must be int8"),
-        ([[1]], {"cache_dtype": "int8", "check": True}, "compares with the training model"),
         ([[1]], {"seed": [1, 2]}, "one per prompt"),
         ([[1]], {"seed": -1}, "seed must lie in"),
         ([[1]], {"seed": [2**32]}, "seed must lie in"),

@@ -24,6 +24,7 @@ from jaxllm.generation import (
     score,
 )
 from jaxllm.models import decoder_of
+from tests.generation.uncached import generate_checked
 
 SIZES = {"vocab_size": 61, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 CONFIGS = {
@@ -63,7 +64,7 @@ def test_every_way_of_decoding_is_edited(name: str) -> None:
     altered = edited(params, EDITS)
     want = generate(model, changed, PROMPTS, max_new_tokens=12)
     assert want != generate(model, params, PROMPTS, max_new_tokens=12)
-    assert generate(model, altered, PROMPTS, max_new_tokens=12, check=True) == want
+    assert generate_checked(model, altered, PROMPTS, max_new_tokens=12) == want
     prepared = edited(decoder_of(model).prepare(params), EDITS)
     parts = list(generate_stream(model, prepared, PROMPTS, max_new_tokens=12))
     assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == want

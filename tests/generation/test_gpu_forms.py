@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
-from jaxllm.generation import BeamSettings, beam_search, generate, verify
+from jaxllm.generation import BeamSettings, beam_search, generate
 from jaxllm.generation.speculative import generate_speculative
 from jaxllm.models import build, init_params
 from jaxllm.models import cache as kv
 from jaxllm.ops import backend
 from jaxllm.ops.norms import rms_norm
 from jaxllm.ops.sampling import Sampling
-from tests.conftest import TOLERANCE
+from tests.generation.uncached import generate_checked
 
 WIDTHS = {"vocab_size": 97, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 CONFIGS = {
@@ -49,7 +49,7 @@ def answers(model, params) -> list:
         [] if getattr(model.config, "sliding_window", None) else generate_speculative(model, params, PROMPT, **options)
     )
     return [
-        generate(model, params, PROMPT, check=True, **options),
+        generate_checked(model, params, PROMPT, **options),
         generate(model, params, PROMPT, **warm, **options),
         generate(model, params, PROMPT, cache_dtype="int8", **options),
         [beam.tokens for beam in beams[0]],
@@ -59,7 +59,6 @@ def answers(model, params) -> list:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_one_row_decodes_as_on_a_cpu(name: str, as_gpu: pytest.MonkeyPatch) -> None:
-    as_gpu.setitem(verify.TOLERANCE, "float32", TOLERANCE["float32"])
     model = build(CONFIGS[name])
     rng = np.random.default_rng(1)
     params = init_params(model, jax.random.key(0))

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.generation import loop, verify
+from jaxllm.generation import loop
 from jaxllm.generation.requests import make_request
 from jaxllm.models import build, init_params
 from jaxllm.models.layers import Linear, apply
 from jaxllm.models.llama import decode as llama_decode
 from tests.generation import test_decoding as llama
 from tests.generation import test_t5_generate as t5
+from tests.generation.uncached import full_logits, steps
 
 CONFIGS = {
     "llama": dataclasses.replace(llama.CONFIG, **llama.FAMILY["everything"]),
@@ -39,19 +40,11 @@ def test_steps_agree_with_a_full_forward_within_the_rounding(family: str, dtype:
     """Next to the full forward, and both next to float32: caching may not cost a part of the format's digits."""
     model, exact = (build(CONFIGS[family], dtype=jnp.dtype(name)) for name in (dtype, "float32"))
     params = parameters(family)
-    r = make_request(model, params, llama.PROMPTS, max_new_tokens=8, record=True)
-    context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
-    slots = r.settings.plan.slots
-    state, (tokens, logits) = loop.next_chunk(r.decoder, r.settings, r.params, context, state, np.zeros(3, bool), slots)
+    r, in_float32 = (make_request(each, params, llama.PROMPTS, max_new_tokens=8) for each in (model, exact))
+    _, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
     assert {x.dtype.name for x in jax.tree.leaves((r.params, state.cache.keys, state.cache.values))} == {dtype}
-
-    def full(model: Any) -> np.ndarray:
-        decoder = make_request(model, params, llama.PROMPTS, max_new_tokens=8).decoder
-        return np.asarray(
-            verify.full_logits(decoder, r.settings.plan.length, params, r.tokens, r.lengths, np.asarray(tokens).T)
-        )
-
-    cached, whole, truth = np.swapaxes(np.asarray(logits), 0, 1), full(model), full(exact)
+    tokens, cached = steps(r)
+    whole, truth = full_logits(r, params, tokens), full_logits(in_float32, params, tokens)
 
     def error(left: np.ndarray, right: np.ndarray) -> float:
         return float(np.sqrt(np.mean((left - right) ** 2)) / truth.std())
@@ -59,8 +52,8 @@ def test_steps_agree_with_a_full_forward_within_the_rounding(family: str, dtype:
     assert 0 < error(cached, whole) < 2 * float(jnp.finfo(dtype).eps)
     assert error(cached, truth) < 1.3 * error(whole, truth)
     # Greedy: each token is the largest of its step's logits, and of the full forward's as far as rounding can tell.
-    np.testing.assert_array_equal(tokens, np.asarray(logits).argmax(axis=-1))
-    missed = whole.max(axis=-1) - np.take_along_axis(whole, np.asarray(tokens).T[..., None], axis=-1)[..., 0]
+    np.testing.assert_array_equal(tokens, cached.argmax(axis=-1))
+    missed = whole.max(axis=-1) - np.take_along_axis(whole, tokens[..., None], axis=-1)[..., 0]
     assert missed.max() <= 2 * np.abs(cached - whole).max()
 
 

@@ -22,6 +22,7 @@ from jaxllm.generation import (
     score,
 )
 from jaxllm.models import build, init_params
+from tests.generation.uncached import generate_checked
 
 CONFIG = {
     "llama": LlamaConfig(vocab_size=50, d_model=16, d_ff=24, num_layers=1, num_heads=2, max_length=64),
@@ -30,7 +31,7 @@ CONFIG = {
 PROMPTS = [[1, 2, 3, 1, 2], [4]]
 DRAWN = Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, min_new_tokens=2)
 WAYS: dict[str, Callable[[Any, Any], Any]] = {
-    "generate": functools.partial(generate, prompts=PROMPTS, max_new_tokens=4, check=True),
+    "generate": functools.partial(generate_checked, prompts=PROMPTS, max_new_tokens=4),
     "sample": functools.partial(generate, prompts=PROMPTS, max_new_tokens=4, sampling=DRAWN, eos_ids=[3]),
     "int8": functools.partial(generate, prompts=PROMPTS, max_new_tokens=4, cache_dtype="int8"),
     "stream": lambda *model: list(generate_stream(*model, PROMPTS, max_new_tokens=4)),

@@ -18,11 +18,10 @@ from jaxllm.generation import (
     generate_stream,
     loop,
     score,
-    verify,
 )
 from jaxllm.models import build, init_params
 from jaxllm.ops.sampling import Sampling
-from tests.conftest import TOLERANCE
+from tests.generation.uncached import generate_checked
 
 # Deeper decoder than encoder, and a start token of its own: what transformers can't decode, or is taken for padding.
 CONFIG = T5Config(
@@ -57,14 +56,11 @@ def model_and_params():
     [{}, {"relative_per_layer": True}, {"tie_embeddings": True, "scale_logits": True, "gated": False}],
     ids=["v1.1", "umt5", "v1.0"],
 )
-def test_every_step_equals_a_full_forward_and_rows_equal_themselves_alone(
-    changes: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(verify.TOLERANCE, "float32", TOLERANCE["float32"])
+def test_every_step_equals_a_full_forward_and_rows_equal_themselves_alone(changes: dict) -> None:
     model, params = make(dataclasses.replace(CONFIG, **changes))
-    together = generate(model, params, PROMPTS, max_new_tokens=12, check=True)
+    together = generate_checked(model, params, PROMPTS, max_new_tokens=12)
     # A second batch through the same programs: nothing of the first one's encoder is left.
-    assert generate(model, params, PROMPTS[::-1], max_new_tokens=12, check=True) == together[::-1]
+    assert generate_checked(model, params, PROMPTS[::-1], max_new_tokens=12) == together[::-1]
     if not changes:
         assert generate(model, params, PROMPTS, max_new_tokens=12) == together
         assert generate(model, params, PROMPTS[1:2], max_new_tokens=12) == together[1:2]

@@ -7,20 +7,22 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from jaxllm.config import LlamaConfig, T5Config
+from jaxllm.config import LlamaConfig, T5Config, TrainingConfig
 from jaxllm.config.file import ConfigError
-from jaxllm.data.tokenizer import encode_blanks, train_tokenizer
+from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
 from jaxllm.interop.hf import save_hf
 from jaxllm.models import build, init_params
-from jaxllm.run import samples
 from jaxllm.run.load import load_text_model
+from jaxllm.run.samples import write_sample
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "generate.py"
 SMALL = {"vocab_size": 384, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -65,15 +67,31 @@ def test_sentinels_written_in_a_prompt_become_sentinels(t5: Path) -> None:
         (" ", [" "]),
     ],
 )
-def test_a_prompt_has_one_encoding_in_generation_and_in_the_sample_of_training(
-    t5: Path, text: str, parts: list[str | int]
-) -> None:
+def test_spaces_between_sentinels_and_other_digits(t5: Path, text: str, parts: list[str | int]) -> None:
     text_model = load_text_model(t5)
     tokenizer = text_model.tokenizer
     ids = [tokenizer.encode(part) if isinstance(part, str) else tokenizer.sentinel_ids[[part]] for part in parts]
     assert text_model.encode(text) == [*np.concatenate(ids).tolist(), tokenizer.eos_id]
     assert encode_blanks(text, tokenizer).tolist() == text_model.encode(text)
-    assert samples.encode_blanks is encode_blanks
+
+
+class NoExamples(Pipeline):
+    """A pipeline that holds nothing out."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def validation(self, count: int) -> Iterator[Any]:
+        return iter(())
+
+
+def test_a_prompt_has_one_encoding_in_generation_and_in_the_sample_of_training(t5: Path, tmp_path: Path) -> None:
+    text_model = load_text_model(t5)
+    config = TrainingConfig(sample_prompt="a <extra_id_0> <extra_id_1> b", sample_tokens=4)
+    sample = write_sample(tmp_path, text_model.model, text_model.params, NoExamples(text_model.tokenizer), config)
+    assert sample and sample.startswith("--- text with blanks\na <extra_id_0><extra_id_1> b\n--- the model's answer\n")
+    assert text_model.decode(text_model.encode(config.sample_prompt)) == "a <extra_id_0><extra_id_1> b"
+    assert (tmp_path / "sample.txt").read_text(encoding="utf-8") == sample
 
 
 def test_a_stream_never_shows_half_a_character(llama: Path) -> None:

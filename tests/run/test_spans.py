@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
-from jaxllm.run.samples import filled_in
+from jaxllm.generation.text import filled_in
 from jaxllm.run.spans import SpanCounts, count_spans
 
 SENTINELS = np.array([99, 98, 97])
@@ -46,8 +48,11 @@ def test_blanks_are_sentinels_and_filled_where_they_stand(tokenizer: Tokenizer) 
     ids = encode_blanks("def <extra_id_0>(self): return <extra_id_1>", tokenizer)
     first, second = tokenizer.sentinel_ids[:2]
     assert ids[-1] == tokenizer.eos_id and [i for i in ids if i in (first, second)] == [first, second]
-    answer = [second, *tokenizer.encode("self.x"), first, *tokenizer.encode("name"), second, 5, tokenizer.eos_id]
-    assert filled_in(ids, np.array(answer), tokenizer) == "def «name»(self): return «self.x»"
-    assert filled_in(ids, np.array([], np.int32), tokenizer) == "def «»(self): return «»"
+    written = [second, *tokenizer.encode("self.x"), first, *tokenizer.encode("name"), second, 5, tokenizer.eos_id]
+    answer = np.array(written)
+    marked = functools.partial(filled_in, tokenizer=tokenizer, marks=("«", "»"))
+    assert marked(ids, answer) == "def «name»(self): return «self.x»"
+    assert marked(ids, []) == "def «»(self): return «»"
+    assert filled_in(ids, answer, tokenizer) == "def name(self): return self.x"
     with pytest.raises(ValueError, match="the prompt has <extra_id_100>, the tokenizer has 100 sentinels"):
         encode_blanks("<extra_id_100>", tokenizer)
