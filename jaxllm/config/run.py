@@ -13,7 +13,7 @@ from jaxllm.config.model import ModelConfig, Objective
 from jaxllm.config.setting import above, at_least, at_most, below, positive, require, settings
 
 Float = Literal["float32", "bfloat16", "float16"]
-# What may be computed in another dtype than `precision.compute`; `jaxllm.models.layers.Islands` says what each is.
+# What may be computed in another dtype than `precision.compute`; `jaxllm.models.layers.Islands` describes each.
 Island = Literal["norms", "softmax", "rope", "relative_bias", "mlp_output", "residual", "logits"]
 
 
@@ -96,7 +96,7 @@ class DataConfig:
         float, above(0), at_most(0.5), "fraction of the documents held out, by a hash of their content"
     ] = 0.05
     on_bad_text: Annotated[
-        Literal["stop", "skip"], "what a document that is not UTF-8 does: stop or skip (counted and named)"
+        Literal["stop", "skip"], "for a document that is not UTF-8: stop, or skip it (counted and named)"
     ] = "stop"
     tokenizer: Annotated[
         str, "train (byte-level BPE on the training split) or a tokenizer.json or SentencePiece .model file"
@@ -115,7 +115,7 @@ class DataConfig:
     ] = None
     too_long: Annotated[
         Literal["stop", "truncate"],
-        "what a pair of seq2seq that does not fit a row does: stop or truncate (its end stays an end)",
+        "for a seq2seq pair that does not fit a row: stop, or truncate it (its end stays an end)",
     ] = "stop"
     document_mask: Annotated[
         bool,
@@ -129,7 +129,7 @@ class DataConfig:
         int,
         at_least(0),
         "processes that prepare batches; 0 prepares them in the main process. A script of your own then needs "
-        '`if __name__ == "__main__":` around what it does, since they import it',
+        '`if __name__ == "__main__":` around what it does, because the processes import it',
     ] = 0
     cache_dir: Annotated[str | None, "where prepared datasets are kept; null keeps them in the run folder"] = None
 

@@ -154,7 +154,7 @@ def test_pairs_are_halves_not_neighbours() -> None:
 
 
 def test_unknown_kinds_raise() -> None:
-    with pytest.raises(ValueError, match="rope type must be one of default, linear"):
+    with pytest.raises(ValueError, match=r"RopeConfig\.type must be one of default, linear"):
         RopeConfig(type="proportional")
     config = RopeConfig()
     object.__setattr__(config, "type", "axial")
