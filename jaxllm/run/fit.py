@@ -72,8 +72,8 @@ def estimate_fit(program: Program, *, devices: int = 1) -> Fit:
     )
 
 
-def announce_fit(program: Program, device: Device) -> Callable[[int], None] | None:
-    """Logs the estimate, and returns what checks the compiler's figure: None where memory is not known, as on CPUs.
+def announce_fit(program: Program, device: Device) -> Callable[[int], None]:
+    """Logs the estimate, and returns what checks the compiler's figure; nothing of it where memory is not known (CPU).
 
     An estimate above the device's memory is a warning, since it errs on the safe side.
 
@@ -81,7 +81,7 @@ def announce_fit(program: Program, device: Device) -> Callable[[int], None] | No
         FitError: when parameters and moments alone, which no compiler makes smaller, exceed it.
     """
     if device.memory is None:
-        return None
+        return lambda needed: None
     fit = estimate_fit(program, devices=device.count)
     _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, device.memory / 1e9, fit.table())
     masters = device_bytes(abstract_params(program.model), device.count)

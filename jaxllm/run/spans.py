@@ -1,7 +1,7 @@
-"""How many masked spans an encoder-decoder guesses whole, under teacher forcing.
+"""How many masked spans an encoder-decoder predicts whole, under teacher forcing.
 
 A span counts when each of its tokens and the mark that ends it (the next sentinel, or the end) is the most likely one
-given the true tokens before it. Where nothing is hidden by sentinels, a whole answer is one span.
+given the true tokens before it. Where nothing is masked by sentinels, a whole answer is one span.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from jaxllm.data.packing import segments_of
-from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.models import Model, family_of
+from jaxllm.models import family_of
 from jaxllm.models.layers import apply
 from jaxllm.ops.sampling import most_probable
-from jaxllm.run.compiled import CompiledOnce
 from jaxllm.training.loss import Batch
 from jaxllm.training.precision import cast_floating
+from jaxllm.training.program import Program
 from jaxllm.training.sharding import map_rows
 
 
@@ -38,10 +36,9 @@ class SpanCounts(NamedTuple):
     total: int
 
 
-def make_predict_step(
-    model: Model, *, dtype: Any, mesh: Mesh | None = None
-) -> Callable[[Any, Batch], Int[Array, "B T"]]:
+def make_predict_step(program: Program, mesh: Mesh | None) -> Callable[[Any, Batch], Int[Array, "B T"]]:
     """The most likely token at every decoder position, given the true ones before; logits exist row by row."""
+    model = program.model
 
     def on_rows(cast: Any, batch: Batch) -> Int[Array, "B T"]:
         head = apply(model, cast, method="head")
@@ -51,7 +48,7 @@ def make_predict_step(
     spread = map_rows(on_rows, mesh, summed=False)
 
     def predict(params: Any, batch: Batch) -> Int[Array, "B T"]:
-        return spread(cast_floating(params, dtype), batch)
+        return spread(cast_floating(params, program.dtype), batch)
 
     return predict
 
@@ -68,40 +65,7 @@ def count_spans(
     first = np.diff(owner, prepend=-1) != 0
     begins = first | np.roll(marks, 1)
     number = np.cumsum(begins) - 1
-    # What only announces the first span is none itself.
+    # The sentinel before the first span of an answer is not a span.
     real = ~(first & marks)[begins]
     whole = np.bincount(number, weights=~right, minlength=len(real)) == 0
     return SpanCounts(int((whole & real).sum()), int(real.sum()))
-
-
-class SpanEvaluation:
-    """Adds up `spans_exact` over batches; of a decoder-only model, nothing."""
-
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, dtype: Any, mesh: Mesh | None = None) -> None:
-        """`dtype` is that of the computation, `mesh` the devices that parameters and batches lie on."""
-        self._predict = None
-        if model.config.encoder_decoder:
-            self._predict = CompiledOnce(make_predict_step(model, dtype=dtype, mesh=mesh), name="span evaluation")
-        self._sentinels = tokenizer.sentinel_ids
-        self.reset()
-
-    def prepare(self, params: Any, placed: Batch) -> None:
-        """Compiles what `add` will run on batches like this one."""
-        if self._predict is not None:
-            self._predict.prepare(params, placed)
-
-    def reset(self) -> None:
-        """Forgets earlier batches."""
-        self._counts = SpanCounts(0, 0)
-
-    def add(self, params: Any, batch: dict[str, np.ndarray], placed: Batch) -> None:
-        """Counts the spans of one batch; `placed` is the same one where the step wants it."""
-        if self._predict is None:
-            return
-        predicted = np.asarray(self._predict(params, placed))
-        found = count_spans(predicted, batch["targets"], segments_of(batch)[1], self._sentinels)
-        self._counts = SpanCounts(self._counts.exact + found.exact, self._counts.total + found.total)
-
-    def result(self) -> dict[str, float]:
-        """`spans_exact`: the share of spans guessed whole."""
-        return {"spans_exact": self._counts.exact / self._counts.total} if self._counts.total else {}

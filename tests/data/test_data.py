@@ -22,10 +22,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.builders import is_held_out
-from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.records import texts
 from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxllm.run.feed import build_pipeline
 
 
 @pytest.fixture(scope="session")
