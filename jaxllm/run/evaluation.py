@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.run.spans import count_spans
 from jaxllm.run.steps import Steps
 from jaxllm.training.sharding import place_rows
+from jaxllm.training.spans import count_spans
 
 
 def evaluate(steps: Steps, params: Any, pipeline: Pipeline, *, mesh: Mesh | None) -> dict[str, float]:

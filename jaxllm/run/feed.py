@@ -17,8 +17,7 @@ from jaxllm.config import DataConfig, RunConfig
 from jaxllm.data import DataError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.sources import open_source
-from jaxllm.run.folder import DATA, check_apart
-from jaxllm.run.tokenizer import settle_tokenizer
+from jaxllm.run.folder import DATA, check_apart, settle_tokenizer
 from jaxllm.training.sharding import place_rows
 
 

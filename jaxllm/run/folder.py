@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import enum
 import fcntl
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,18 @@ from typing import Any
 from jaxllm.config import DataConfig, RunConfig
 from jaxllm.config.file import ConfigError, config_differences, dump_config, load_config
 from jaxllm.data import DataError
-from jaxllm.data.tokenizer import tokenizers_in
+from jaxllm.data.sources import Source
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
+from jaxllm.data.tokenizer_choice import (
+    Choice,
+    Kept,
+    Origin,
+    Refuse,
+    decide,
+    given_tokenizer,
+    make_tokenizer,
+    origin_of,
+)
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.run.device import has_bfloat16
 
@@ -188,6 +200,43 @@ def check_apart(config: DataConfig, run_dir: Path) -> None:
             f"the run's folder {run_dir} lies in data.path {root}, whose documents would then be its {METRICS} and "
             f"{SAMPLE} too; choose a training.run_dir outside, or put the documents into a folder of their own"
         )
+
+
+def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, folder: Path) -> Tokenizer:
+    """The tokenizer of the run of `folder`, which keeps it from now on.
+
+    Raises:
+        DataError: when the config describes another one than the folder must keep, or one that cannot be made.
+    """
+    file = next(iter(tokenizers_in(folder)), None)
+    given = given_tokenizer(config)
+    wanted = origin_of(given, config, source, vocab_size=vocab_size)
+    kept = None if file is None else _kept(file, wanted)
+    decision = decide(kept, wanted, begun=has_begun(folder))
+    if isinstance(decision, Refuse):
+        raise DataError(f"{file or folder} {decision.reason}; choose another training.run_dir")
+    if file is not None and decision is Choice.KEEP:
+        return given or load_tokenizer(file)
+    made = given or make_tokenizer(config, source, vocab_size=vocab_size)
+    if file is not None:
+        file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TOKENIZER_ORIGIN).write_text(json.dumps(wanted), encoding="utf-8")  # first: alone it means nothing
+    made.save(folder / TOKENIZER)
+    return made
+
+
+def _kept(file: Path, wanted: Origin | None) -> Kept:
+    record = file.with_name(TOKENIZER_ORIGIN)
+    by_run = record.exists()
+    if wanted is None:
+        return Kept(None, by_run)
+    if "fingerprint" in wanted:
+        return Kept({"fingerprint": load_tokenizer(file).fingerprint}, by_run)
+    try:
+        return Kept(dict(json.loads(record.read_text(encoding="utf-8"))) if by_run else None, by_run)
+    except (ValueError, TypeError):
+        raise DataError(f"{record} is damaged; remove it if {file} is the run's own") from None
 
 
 def check_target(target: str | Path) -> None:

@@ -17,10 +17,10 @@ from jaxtyping import Array, Int
 from jaxllm.config import RunConfig
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
-from jaxllm.run.spans import make_predict_step
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import state_shardings
+from jaxllm.training.spans import make_predict_step
 from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)

@@ -1,24 +1,21 @@
-"""The tokenizer of a run: which one its folder keeps, and when another may take its place.
+"""Which tokenizer a config describes, and whether it may take the place of one that is kept already.
 
-A run that has made a step never gets another tokenizer, since its parameters belong to these ids. Before that its
-folder follows the config, except that a tokenizer which a person put there is not replaced.
+A run that has made a step never gets another tokenizer, since its parameters belong to these ids. Before that the
+config decides, except that a tokenizer which a person put there is not replaced.
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import DataConfig
-from jaxllm.data import DataError
 from jaxllm.data.records import texts
 from jaxllm.data.sources import Source
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in, train_tokenizer
-from jaxllm.run.folder import TOKENIZER, TOKENIZER_ORIGIN, has_begun
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +24,7 @@ Origin = dict[str, Any]
 
 
 class Kept(NamedTuple):
-    """The tokenizer that a run folder holds.
+    """A tokenizer that is kept for a run.
 
     Attributes:
         origin: its origin, with the keys of the wanted one; None where no file records it.
@@ -39,7 +36,7 @@ class Kept(NamedTuple):
 
 
 class Choice(enum.Enum):
-    """What to do with the tokenizer of a run folder."""
+    """What to do about the tokenizer."""
 
     KEEP = enum.auto()
     MAKE = enum.auto()
@@ -49,14 +46,14 @@ class Refuse(NamedTuple):
     """Neither is right.
 
     Attributes:
-        reason: predicate of an error message about the tokenizer, or about the folder where it holds none.
+        reason: predicate of an error message about the kept tokenizer, or where there is none about its folder.
     """
 
     reason: str
 
 
 def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice | Refuse:
-    """Keeps the tokenizer of a folder, makes the one that the config describes, or refuses the config.
+    """Keeps a tokenizer, makes the one that the config describes, or refuses the config.
 
     | kept                            | wanted                     | begun | decision                          |
     |---------------------------------|----------------------------|-------|-----------------------------------|
@@ -71,7 +68,7 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     | of another origin, by a run     | any                        | yes   | refuse                            |
 
     Args:
-        kept: the tokenizer of the folder, None where it holds none.
+        kept: the tokenizer that is there, if any.
         wanted: the origin that the config describes, None where the file that it names is missing.
         begun: whether the run has made a step.
     """
@@ -91,61 +88,31 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     return Choice.MAKE
 
 
-def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, folder: Path) -> Tokenizer:
-    """The tokenizer of the run of `folder`, which keeps it from now on.
-
-    Raises:
-        DataError: when the config describes another one than the folder must keep, or one that cannot be made.
-    """
-    file = next(iter(tokenizers_in(folder)), None)
-    given = _given(config)
-    wanted = _origin(config, source, vocab_size) if given is None else {"fingerprint": given.fingerprint}
-    kept = None if file is None else _kept(file, wanted)
-    decision = decide(kept, wanted, begun=has_begun(folder))
-    if isinstance(decision, Refuse):
-        raise DataError(f"{file or folder} {decision.reason}; choose another training.run_dir")
-    if file is not None and decision is Choice.KEEP:
-        return given or load_tokenizer(file)
-    made = given or _make(config, source, vocab_size)
-    if file is not None:
-        file.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER_ORIGIN).write_text(json.dumps(wanted), encoding="utf-8")  # first: alone it means nothing
-    made.save(folder / TOKENIZER)
-    return made
-
-
-def _given(config: DataConfig) -> Tokenizer | None:
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
     """The tokenizer of the file that the config names; None where it names none, or one that is missing."""
     if config.tokenizer == "train" or not Path(config.tokenizer).expanduser().exists():
         return None
     return load_tokenizer(config.tokenizer)
 
 
-def _origin(config: DataConfig, source: Source, vocab_size: int) -> Origin | None:
-    """What a tokenizer is trained for; None where the config names a file instead."""
+def origin_of(given: Tokenizer | None, config: DataConfig, source: Source, *, vocab_size: int) -> Origin | None:
+    """The origin that the config describes; `given` is that of `given_tokenizer`."""
+    if given is not None:
+        return {"fingerprint": given.fingerprint}
     if config.tokenizer != "train":
         return None
     documents = len(source.train)
     return {"source": source.name, "documents": documents, "fields": _fields(config), "vocab_size": vocab_size}
 
 
-def _kept(file: Path, wanted: Origin | None) -> Kept:
-    record = file.with_name(TOKENIZER_ORIGIN)
-    by_run = record.exists()
-    if wanted is None:
-        return Kept(None, by_run)
-    if "fingerprint" in wanted:
-        return Kept({"fingerprint": load_tokenizer(file).fingerprint}, by_run)
-    try:
-        return Kept(dict(json.loads(record.read_text(encoding="utf-8"))) if by_run else None, by_run)
-    except (ValueError, TypeError):
-        raise DataError(f"{record} is damaged; remove it if {file} is the run's own") from None
+def make_tokenizer(config: DataConfig, source: Source, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer that the config describes, loaded or trained on the corpus.
 
-
-def _make(config: DataConfig, source: Source, vocab_size: int) -> Tokenizer:
+    Raises:
+        DataError: when its file is missing, or it cannot be trained.
+    """
     if config.tokenizer != "train":
-        return load_tokenizer(config.tokenizer)  # raises, since the file is missing
+        return load_tokenizer(config.tokenizer)
     every = itertools.chain.from_iterable(texts(source.train, key) for key in _fields(config))
     made = train_tokenizer(every, vocab_size=vocab_size)
     _log.info("trained a tokenizer of %d ids on %d documents", made.vocab_size, len(source.train))
