@@ -26,7 +26,7 @@ from sides import environment, save
 from jaxllm.config import DataConfig
 from jaxllm.data.objectives import Denoiser, fill_spans, noise_of, span_corruption
 from jaxllm.data.packing import unpack_pairs
-from jaxllm.data.pipeline import build_pipeline
+from jaxllm.run.feed import build_pipeline
 
 RAW, ROWS = 568, 256
 T5 = Denoiser(0.15, 3.0)

@@ -29,8 +29,8 @@ from sides import environment, save
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
-from jaxllm.data.pipeline import open_run_pipeline
 from jaxllm.models import build, init_params
+from jaxllm.run.feed import open_run_pipeline
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.loss_scale import Retries

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from jaxllm.interop.hf import save_hf
 from jaxllm.interop.meta import load_meta
-from jaxllm.run.convert import check_target, export_run, import_run
+from jaxllm.run.convert import export_run, import_run
+from jaxllm.run.folder import Kind, check_target, kind_of
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def _convert(source: Path, target: Path, *, dtype: str | None, max_length: int |
         return
     if max_length is not None:
         raise ValueError(f"--max-length is for Meta's layout (params.json), which {source} is not")
-    if (source / "config.yaml").is_file():
+    if kind_of(source) is Kind.RUN:
         export_run(source, target, dtype=dtype)
         return
     if dtype is not None:

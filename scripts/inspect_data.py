@@ -30,7 +30,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     from jaxllm.data.inspect import audit, report, view
     from jaxllm.data.packing import unpack_pairs
-    from jaxllm.data.pipeline import open_run_pipeline
+    from jaxllm.run.feed import open_run_pipeline
     from jaxllm.run.folder import check_in_place
 
     console = Console()

@@ -41,10 +41,10 @@ def main() -> int:
     from jaxllm.run.trainer import TrainingStopped, pretrain
 
     prepare_process()
-    with training_console(config):
+    with training_console(config) as show_step:
         try:
             check_in_place(config, arguments.config, arguments.overrides)
-            pretrain(config)
+            pretrain(config, on_progress=show_step)
         except KeyboardInterrupt:
             return 130  # as a shell reports it
         except (ValueError, OSError, CheckpointError, DeviceError, TrainingStopped) as error:

@@ -83,11 +83,14 @@ def test_no_function_hides_a_module_of_its_package() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_and_functions_stay_readable(path: Path) -> None:
+    """Docstrings do not count for a function: those of public ones hold errors and an example."""
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno} {node.name}"
+            described = ast.get_docstring(node, clean=False)
+            lines = node.end_lineno - node.lineno - len((described or "").splitlines())
+            assert lines < 60, f"{path}:{node.lineno} {node.name}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)

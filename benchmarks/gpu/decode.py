@@ -19,7 +19,7 @@ from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.requests import Request, make_request
 from jaxllm.models import abstract_params, build, decoder_of
 from jaxllm.models.decoder import Decoder
-from jaxllm.run.fit import tree_bytes
+from jaxllm.training.fit import tree_bytes
 
 
 class Case(NamedTuple):

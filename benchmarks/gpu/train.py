@@ -17,8 +17,8 @@ from jaxllm.config.file import with_overrides
 from jaxllm.ops.cudnn_calls import refused
 from jaxllm.run.compiled import by_blocks
 from jaxllm.run.device import detect_device
-from jaxllm.run.fit import estimate_fit
 from jaxllm.run.record import train_flops
+from jaxllm.training.fit import estimate_fit
 from jaxllm.training.program import Program, program_of
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,14 +83,22 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
-def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Keys whose values differ, as `key.path: old -> new`."""
-    left, right = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+def config_differences(old: Any, new: Any, *, ignored: Collection[str] = (), prefix: str = "") -> list[str]:
+    """Keys whose values differ between two configs, or two sections of them, as `key.path: old -> new`.
+
+    Args:
+        old: a config dataclass.
+        new: another, of any class.
+        ignored: keys that may differ, with those below them.
+        prefix: of the keys of a section, such as "model.".
+    """
+    left, right = (_flatten(dataclasses.asdict(config), prefix) for config in (old, new))
     missing = "(absent)"
     return [
         f"{key}: {left.get(key, missing)} -> {right.get(key, missing)}"
         for key in dict.fromkeys([*left, *right])
         if left.get(key, missing) != right.get(key, missing)
+        and not any(f"{key}.".startswith(f"{name}.") for name in ignored)
     ]
 
 

@@ -8,16 +8,11 @@ an objective does is in one `Recipe`; the pipeline knows none of them.
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
-import lzma
 import math
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -30,15 +25,14 @@ from grain.experimental import (
     WindowShuffleIterDataset,
 )
 
-from jaxllm.config import DataConfig, RunConfig
+from jaxllm.config import DataConfig
 from jaxllm.data import DataError
+from jaxllm.data.baselines import simple_baselines
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import RECIPES
-from jaxllm.data.records import field, texts
-from jaxllm.data.sources import Source, check_apart, open_source
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in, train_tokenizer
-
-_log = logging.getLogger(__name__)
+from jaxllm.data.records import field, sample_texts
+from jaxllm.data.sources import Source
+from jaxllm.data.tokenizer import Tokenizer
 
 # Rows of one document follow each other out of packing; a batch should mix documents. At most this many rows and tokens
 # are shuffled together: they are all read before the first batch, and again on resume.
@@ -75,10 +69,23 @@ class Pipeline:
         *,
         batch_size: int,
         seed: int,
-        shard: slice,
-        decoder_start_id: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        decoder_start_id: int = 0,
     ) -> None:
-        """Opens the training iterator; see `build_pipeline`."""
+        """Opens the training iterator.
+
+        Args:
+            config: objective, fields and lengths.
+            source: documents.
+            tokenizer: text to ids.
+            batch_size: rows of a batch of this process.
+            seed: of the order.
+            process_index: which fraction of the documents this process reads.
+            process_count: of how many.
+            decoder_start_id: first decoder token of an example, for an encoder-decoder.
+        """
+        shard = slice(process_index, None, process_count)
         self.tokenizer, self.source_name = tokenizer, source.name
         self._config, self._source, self._batch_size = config, source, batch_size
         self.recipe = RECIPES[config.objective].recipe(config, tokenizer, decoder_start_id)
@@ -86,10 +93,10 @@ class Pipeline:
             "source": source.name,
             "tokenizer": tokenizer.fingerprint,
             "workers": config.workers,
-            "shard": f"{shard.start}/{shard.step}",
+            "shard": f"{process_index}/{process_count}",
         }
         documents = grain.MapDataset.source(source.train)[shard].seed(seed).shuffle().repeat()
-        own = int(np.random.SeedSequence([seed, shard.start or 0]).generate_state(1)[0])
+        own = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
         window = _rows_of_an_epoch(source.train, shard, config.text_key, self.recipe.lengths[0])
         batches = self._rows(documents, seed=own, window=window).batch(batch_size, drop_remainder=True)
         if config.workers:
@@ -143,23 +150,9 @@ class Pipeline:
             yield from (self.tokenizer.encode(field(self._source.train[i], key)) for key in keys)
 
     def baselines(self) -> dict[str, float]:
-        """Bits per byte of the validation text under two models that know no order, or no other text.
-
-        unigram: each token at its add-one frequency in a sample of the training text; lzma: each document
-        compressed alone by xz at its strongest preset. Of pairs, the answers.
-        """
+        """See `jaxllm.data.baselines.simple_baselines`; of pairs, of the answers."""
         key = self._config.target_key or self._config.text_key
-        counts = np.ones(self.tokenizer.vocab_size)
-        for text in _sample(self._source.train, key):
-            counts += np.bincount(self.tokenizer.encode(text), minlength=len(counts))
-        surprise = -np.log2(counts / counts.sum())
-        bits = size = packed = 0.0
-        for text in _sample(self._source.validation, key):
-            data = text.encode()
-            bits += float(surprise[self.tokenizer.encode(text)].sum())
-            packed += 8 * _xz_bytes(data)
-            size += len(data)
-        return {"unigram": bits / max(size, 1), "lzma": packed / max(size, 1)}
+        return simple_baselines(self._source, self.tokenizer, key)
 
     def close(self) -> None:
         """Stops worker processes."""
@@ -180,151 +173,14 @@ class Pipeline:
         return WindowShuffleIterDataset(rows, window_size=window, seed=seed)
 
 
-# A unigram on this much is within one percent of one on 5 MB, and does not hold up a start.
-_SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 400, 2**20
-
-
-def open_run_pipeline(config: RunConfig, run_dir: Path) -> Pipeline:
-    """The pipeline of a run on one process; raises what `build_pipeline` does."""
-    return build_pipeline(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        run_dir=run_dir,
-        decoder_start_id=config.model.decoder_start_id if config.model.encoder_decoder else 0,
-    )
-
-
-def build_pipeline(
-    config: DataConfig,
-    *,
-    vocab_size: int,
-    batch_size: int,
-    seed: int,
-    run_dir: str | Path,
-    process_index: int = 0,
-    process_count: int = 1,
-    decoder_start_id: int = 0,
-) -> Pipeline:
-    """Opens the corpus and the tokenizer of a run.
-
-    Args:
-        config: source, tokenizer, objective and lengths.
-        vocab_size: rows of the model's embedding.
-        batch_size: rows of a batch of this process.
-        seed: of the order.
-        run_dir: where the tokenizer, and unless `cache_dir` is set the prepared data, are kept; made where it is new.
-        process_index: which part of the documents this process reads.
-        process_count: of how many parts.
-        decoder_start_id: first decoder token of an example, for an encoder-decoder.
-
-    Raises:
-        DataError: naming what is missing or does not fit, and the fix.
-    """
-    run_dir = Path(run_dir).expanduser()
-    check_apart(config, run_dir)
-    source = open_source(config, cache_dir=Path(config.cache_dir or run_dir / "data").expanduser())
-    tokenizer = _tokenizer(config, source, vocab_size, run_dir)
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {vocab_size}; raise it to at least "
-            f"{tokenizer.vocab_size}"
-        )
-    shard = slice(process_index, None, process_count)
-    return Pipeline(
-        config,
-        source,
-        tokenizer,
-        batch_size=batch_size,
-        seed=seed,
-        shard=shard,
-        decoder_start_id=decoder_start_id,
-    )
-
-
-# What a tokenizer was made from, next to it: one that was made for other settings would pass for this run's.
-_ORIGIN = "tokenizer_origin.json"
-
-
-def has_begun(run_dir: Path) -> bool:
-    """Whether the run of a folder has made a step."""
-    metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
-    return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
-
-
-def _tokenizer(config: DataConfig, source: Source, vocab_size: int, run_dir: Path) -> Tokenizer:
-    """The tokenizer that `run_dir` keeps: from the run's first step on it is never another."""
-    kept, begun = next(iter(tokenizers_in(run_dir)), None), has_begun(run_dir)
-    if kept is not None and begun and config.tokenizer != "train" and not Path(config.tokenizer).expanduser().exists():
-        return load_tokenizer(kept)  # the run has moved, or what it was given
-    keys = [key for key in (config.text_key, config.target_key) if key is not None]
-    given = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
-    if given is not None:
-        origin: dict[str, Any] = {"fingerprint": given.fingerprint}
-    else:
-        origin = {"source": source.name, "documents": len(source.train), "fields": keys, "vocab_size": vocab_size}
-    if kept is not None:
-        differing = _differences(kept, origin)
-        if not differing:
-            return given or load_tokenizer(kept)
-        if begun or not (run_dir / _ORIGIN).exists():  # whoever put it there without one wants it
-            raise DataError(
-                f"{kept} is not the tokenizer of this config ({differing}; files of a corpus count with their names, "
-                f"sizes and times); choose another training.run_dir"
-            )
-        kept.unlink()
-    elif begun:
-        raise DataError(f"{run_dir} holds a run whose tokenizer is not there any more; choose another training.run_dir")
-    if given is None:
-        every = itertools.chain.from_iterable(texts(source.train, key) for key in keys)
-        given = train_tokenizer(every, vocab_size=vocab_size)
-        _log.info("trained a tokenizer of %d ids on %d documents", given.vocab_size, len(source.train))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / _ORIGIN).write_text(json.dumps(origin), encoding="utf-8")  # first: alone it means nothing
-    given.save(run_dir / "tokenizer.json")
-    return given
-
-
-def _differences(kept: Path, wanted: dict[str, Any]) -> str:
-    """How what a kept tokenizer was made from differs from what is wanted; empty when it does not, or nobody knows."""
-    if "fingerprint" in wanted:
-        before: Any = {"fingerprint": load_tokenizer(kept).fingerprint}
-    elif not (file := kept.with_name(_ORIGIN)).exists():
-        return ""
-    else:
-        try:
-            before = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise DataError(f"{file} is damaged; remove it if {kept} is the run's own") from None
-    return ", ".join(f"{key} {before.get(key)} -> {new}" for key, new in wanted.items() if before.get(key) != new)
-
-
 def _rows_of_an_epoch(records: Sequence[Any], shard: slice, key: str, length: int) -> int:
     """At most how many rows the documents fill once, since no token is shorter than a byte.
 
     To shuffle more than these together would take minutes to read three short documents again and again.
     """
-    sizes = [len(text.encode()) + 1 for text in _sample(records, key)]
+    sizes = [len(text.encode()) + 1 for text in sample_texts(records, key)]
     documents = len(range(*shard.indices(len(records))))
     return max(math.ceil(documents * sum(sizes) / len(sizes) / length), 1)
-
-
-def _sample(records: Sequence[Any], key: str) -> Iterator[str]:
-    """Documents from all over the corpus, in a fixed order without one, until there is enough text."""
-    stride = max(math.ceil(len(records) / _SAMPLE_DOCUMENTS), 1)
-    characters = 0
-    for i in np.random.default_rng(0).permutation(np.arange(0, len(records), stride)):
-        yield (text := field(records[int(i)], key))
-        characters += len(text)
-        if characters >= _SAMPLE_CHARACTERS:
-            return
-
-
-def _xz_bytes(data: bytes) -> int:
-    # A dictionary longer than the document finds nothing more in it, and costs its memory's first touch.
-    preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(len(data), 4096)}
-    return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[preset]))
 
 
 def _ignore_interrupts(index: int, count: int) -> None:

@@ -71,20 +71,6 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
     return Source(builder.info.full_name, train, validation)
 
 
-def check_apart(config: DataConfig, run_dir: Path) -> None:
-    """Refuses a run folder among the user's documents: what the run writes would be some of them.
-
-    Raises:
-        DataError: naming both folders.
-    """
-    root = Path(config.path or "").expanduser()
-    if config.source == "files" and run_dir.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"the run's folder {run_dir} lies in data.path {root}, whose documents would then be its metrics.jsonl and "
-            f"sample.txt too; choose a training.run_dir outside, or put the documents into a folder of their own"
-        )
-
-
 def _tfds_builder(name: str, cache_dir: Path) -> Any:
     import tensorflow_datasets as tfds
 

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: orbax behind the four things a trainer needs.
+"""Checkpoints: everything that orbax does for a run, and for parameters alone.
 
 A checkpoint is atomic (written next to and renamed), written in the background, and holds the train state, the data
 iterator's state and a small record. The newest `keep` stay, and the best by validation loss. What orbax would
-silently cast or leave half restored is compared here. Restoring skips a damaged checkpoint for the newest whole one,
-and sets it aside: a disk that fails for a moment must cost no checkpoint.
+silently cast or leave half restored is compared here. Reading takes the newest whole checkpoint. Restoring a run also
+sets newer, damaged ones aside: a disk that fails for a moment must cost no checkpoint.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,22 @@ from jaxllm.data import first_line
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+# Items of a checkpoint, each a folder in it, and the key of the parameters in the first.
+_STATE, _DATA, _PARAMS = "state", "data", "params"
+# The key of the custom metadata that lets another process find the best checkpoint.
+_LOSS = "validation_loss"
+# orbax and tensorstore raise these for missing, truncated or garbled files.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which and why."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held.
+    """Contents of a checkpoint.
 
     Attributes:
         step: optimizer steps done.
@@ -43,10 +52,6 @@ class Restored(NamedTuple):
     state: Any
     data: dict[str, Any]
     skipped: tuple[int, ...]
-
-
-# Where a checkpoint's own description says how good it is, so that another process knows the best one, too.
-_LOSS = "validation_loss"
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -76,13 +81,13 @@ class Checkpoints:
         )
         try:
             # Named here, so that a new process can read what a checkpoint holds before restoring it.
-            handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+            handlers = {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
         for step in self.steps():
-            with contextlib.suppress(*UNREADABLE):  # `restore` says so, if it is asked for this one
+            with contextlib.suppress(*_UNREADABLE):  # `restore` says so, if it is asked for this one
                 self._note_loss(step, (self._manager.metadata(step).custom_metadata or {}).get(_LOSS))
 
     def steps(self) -> list[int]:
@@ -92,7 +97,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> None:
         """Starts writing a checkpoint; an error of the previous one surfaces here."""
         self._note_loss(step, validation_loss)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _DATA: ocp.args.JsonSave(data)})
         try:
             self._manager.save(step, args=items, custom_metadata={_LOSS: validation_loss}, force=True)
         except (OSError, ValueError) as error:
@@ -112,19 +117,14 @@ class Checkpoints:
             CheckpointError: when checkpoints exist and all are damaged, one does not fit `abstract_state`, or a damaged
                 one cannot be moved.
         """
-        skipped: list[int] = []
-        for step in reversed(self.steps()):
-            try:
-                state, data = self._read(step, abstract_state)
-            except UNREADABLE as error:
-                _log.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, first_line(error))
-                skipped.append(step)
-                continue
-            self._set_aside(skipped)
-            return Restored(step, state, data, tuple(skipped))
-        if skipped:
+        found, damaged = _newest_whole(self.folder, self.steps(), lambda step: self._read(step, abstract_state))
+        if found is not None:
+            self._set_aside(damaged)
+            step, (state, data) = found
+            return Restored(step, state, data, tuple(damaged))
+        if damaged:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be read (tried steps {skipped}); "
+                f"no checkpoint in {self.folder} can be read (tried steps {damaged}); "
                 f"restore the folder from a backup or start again in another run_dir"
             )
         return None
@@ -156,16 +156,16 @@ class Checkpoints:
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         self._check_dtypes(step, abstract_state)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["data"]
+        state, data = ocp.args.StandardRestore(abstract_state), ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**{_STATE: state, _DATA: data}))
+        return restored[_STATE], restored[_DATA]
 
     def _check_dtypes(self, step: int, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
-        found = self._manager.item_metadata(step)["state"]
+        found = self._manager.item_metadata(step)[_STATE]
         if found is None:
             raise FileNotFoundError("its description is missing")
-        if set(found) == {"params"}:
+        if set(found) == {_PARAMS}:  # of `save_params`
             raise CheckpointError(
                 f"checkpoint {step} in {self.folder} holds parameters alone; choose another training.run_dir, with "
                 f"training.init_from={self.folder.parent}"
@@ -182,8 +182,48 @@ class Checkpoints:
                 )
 
 
-# orbax and tensorstore raise these for missing, truncated or garbled files.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+def save_params(folder: Path, params: Any) -> None:
+    """Writes parameters alone as the checkpoint of step 0: a start for other runs, which no run resumes."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save((folder / "0" / _STATE).absolute(), args=ocp.args.PyTreeSave({_PARAMS: params}))
+
+
+def load_params(folder: Path, abstract_params: Any) -> Any:
+    """Parameters of the newest whole checkpoint in a folder, which is left as it is.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    folder = folder.absolute()
+    wanted = {_PARAMS: abstract_params}
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+
+    def read(step: int) -> Any:
+        options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return jax.device_put(reader.restore(folder / str(step) / _STATE, args=options)[_PARAMS])
+
+    steps = sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
+    found, damaged = _newest_whole(folder, steps, read)
+    if found is not None:
+        return found[1]
+    if damaged:
+        raise CheckpointError(f"no readable checkpoint in {folder} (tried steps {damaged})")
+    raise CheckpointError(f"no checkpoint in {folder} yet; train the run until its first (training.save_every)")
+
+
+def _newest_whole(
+    folder: Path, steps: Sequence[int], read: Callable[[int], T]
+) -> tuple[tuple[int, T] | None, list[int]]:
+    """The newest of `steps` (oldest first) that can be read, with its contents, and the newer ones that cannot."""
+    damaged: list[int] = []
+    for step in reversed(steps):
+        try:
+            return (step, read(step)), damaged
+        except _UNREADABLE as error:
+            _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, first_line(error))
+            damaged.append(step)
+    return None, damaged
 
 
 def _name(path: tuple[Any, ...]) -> str:

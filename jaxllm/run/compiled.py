@@ -64,22 +64,24 @@ def by_blocks(config: RunConfig) -> RunConfig:
 
 
 class CompiledOnce(Generic[P, R]):
-    """A pure function behind one executable, compiled for the arguments of its first call."""
+    """A pure function behind one executable, compiled for the arguments of its first call.
 
-    def __init__(
-        self, function: Callable[P, R], *, name: str, check: Callable[[int], None] | None = None, **options: Any
-    ) -> None:
+    Attributes:
+        needed: bytes of each device, arguments included; 0 before it is compiled or where the compiler gives none.
+    """
+
+    def __init__(self, function: Callable[P, R], *, name: str, **options: Any) -> None:
         """Compiles nothing yet.
 
         Args:
             function: pure.
             name: for messages.
-            check: told how many bytes of each device it needs, arguments included, before it runs for the first time.
             options: of `jax.jit`, such as donate_argnums.
         """
         self._jitted = jax.jit(function, **options)
-        self._name, self._check = name, check
+        self._name = name
         self._executable: jax.stages.Compiled | None = None
+        self.needed = 0
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the executable.
@@ -120,8 +122,6 @@ class CompiledOnce(Generic[P, R]):
                 raise
         seconds = time.perf_counter() - start
         memory = executable.memory_analysis()
-        needed = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        _log.info("%s compiled in %.1f s, %.2f GB with its arguments", self._name, seconds, needed / 1e9)
-        if self._check is not None:
-            self._check(needed)
+        self.needed = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        _log.info("%s compiled in %.1f s, %.2f GB with its arguments", self._name, seconds, self.needed / 1e9)
         return executable

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -13,44 +12,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxllm.config import RunConfig
 
-_STEP = re.compile(r"step (\d+)")
-
-
-class _Advance(logging.Handler):
-    """Moves the bar to the step that a log line names, so that the trainer knows nothing of bars."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        super().__init__()
-        self._progress = progress
-        self._task = progress.add_task("training", total=total)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = _STEP.match(record.getMessage())
-        if found:
-            self._progress.update(self._task, completed=int(found.group(1)))
-
 
 @contextlib.contextmanager
-def training_console(config: RunConfig) -> Iterator[None]:
-    """Shows the log of `jaxllm` while the block runs."""
+def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
+    """Shows the log of `jaxllm` while the block runs; yields what moves the bar to a step, for `pretrain`."""
     console = Console(soft_wrap=True)
-    handlers: list[logging.Handler] = [
-        RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
-    ]
+    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    handlers.append(_Advance(progress, config.training.steps))
+    task = progress.add_task("training", total=config.training.steps)
     logger = logging.getLogger("jaxllm")
     before, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.propagate = False  # absl, which grain brings, would print every line again
-    for handler in handlers:
-        logger.addHandler(handler)
+    logger.addHandler(handler)
     try:
         with progress:
-            yield
+            yield lambda step: progress.update(task, completed=step)
     finally:
         logger.setLevel(before)
         logger.propagate = propagate
-        for handler in handlers:
-            logger.removeHandler(handler)
+        logger.removeHandler(handler)

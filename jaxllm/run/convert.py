@@ -1,7 +1,7 @@
 """Run folders to Hugging Face directories and back: what `scripts/convert_hf.py` does.
 
-A conversion that fails leaves neither behind. Not here: reading a run's parameters (`initial_params`), names of tensors
-(`jaxllm.interop`).
+A conversion that fails leaves neither behind. Out of scope: reading a run's parameters (`jaxllm.run.start`), names of
+tensors (`jaxllm.interop`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from jaxllm.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from jaxllm.config.file import dump_config
 from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
-from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.models import build
+from jaxllm.run.checkpoint import save_params
+from jaxllm.run.folder import CHECKPOINTS, CONFIG, check_target
 from jaxllm.run.start import load_run
 
 
@@ -61,30 +60,10 @@ def import_run(source: str | Path, target: str | Path) -> None:
     kept = {file.name.replace("spiece", "tokenizer"): file for file in tokenizers_in(source)}
     config = _run_config(model.config, folder, tokenizer=str(folder / next(iter(kept))) if kept else "train")
     with _beside(folder) as partial:
-        state = (partial / "checkpoints" / "0" / "state").absolute()
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(state, args=ocp.args.PyTreeSave({"params": params}))
+        save_params(partial / CHECKPOINTS, params)
         for name, file in kept.items():
             shutil.copy(file, partial / name)
-        (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-
-
-def check_target(target: str | Path) -> None:
-    """Refuses a folder to convert into that holds a model: it would be lost, or the folder would be two things.
-
-    Raises:
-        FileExistsError: naming what is there.
-    """
-    folder = Path(target).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another folder")
-    if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
-        raise FileExistsError(f"{folder} already holds a run; choose another folder")
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} is a Hugging Face directory; choose another folder")
-    others = [file.name for file in tokenizers_in(folder)] + [n for n in (SINGLE, INDEX) if (folder / n).exists()]
-    if others:
-        raise FileExistsError(f"{folder} already holds {', '.join(others)}; choose another folder")
+        (partial / CONFIG).write_text(dump_config(config), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Floating-point work of a model, and the record of a run (JSONL, TensorBoard, a PNG).
+"""The record of a run: rows of metrics (JSONL, TensorBoard), lines of the log, a curve; and the work of a train step.
 
 JSONL is the record; everything else can be made from it.
 """
@@ -6,14 +6,19 @@ JSONL is the record; everything else can be made from it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.models.family import FAMILIES
 from jaxllm.models.flops import Flops
 from jaxllm.run.event_file import EventFile
+from jaxllm.run.folder import CURVE, METRICS, TENSORBOARD
+from jaxllm.training.train_step import StepMetrics
+
+_log = logging.getLogger(__name__)
 
 
 def train_flops(config: ModelConfig, *, batch: int, length: int, target_length: int = 0) -> Flops:
@@ -21,12 +26,56 @@ def train_flops(config: ModelConfig, *, batch: int, length: int, target_length: 
     return FAMILIES[config.family].flops(config, batch, length, target_length)
 
 
+def step_row(
+    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float, speed: dict[str, float]
+) -> dict[str, Any]:
+    """The row of a training step in metrics.jsonl, without headroom.
+
+    Args:
+        config: the run.
+        values: metrics of the step, as numbers.
+        size: bytes of text that its batch predicts.
+        learning_rate: of the step.
+        speed: of `Throughput.read`.
+    """
+    row = {
+        "loss": values.loss,
+        config.model.metric: values.nll * values.weight / math.log(2) / max(size, 1.0),
+        "accuracy": values.accuracy,
+        "grad_norm": values.grad_norm,
+        "learning_rate": learning_rate,
+        **speed,
+    }
+    if config.precision.loss_scale != "none":
+        row |= {"loss_scale": values.loss_scale, "skipped": values.skipped, "retried": values.retried}
+    return row
+
+
+def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
+    """Shows the row of a training step."""
+    _log.info(
+        "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s",
+        step,
+        config.training.steps,
+        row["loss"],
+        row[config.model.metric],
+        row["grad_norm"],
+        row["learning_rate"],
+        row["tokens_per_second"],
+    )
+
+
+def log_validation(step: int, values: dict[str, float]) -> None:
+    """Shows an evaluation."""
+    _log.info("step %d  validation %s", step, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+
+
 class MetricsWriter:
     """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, flushed line by line."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -36,7 +85,7 @@ class MetricsWriter:
                 partial.write_text(text, encoding="utf-8")
                 partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = EventFile(folder / "tensorboard", resume_step=resume_step)
+        self._board = EventFile(folder / TENSORBOARD, resume_step=resume_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
@@ -67,7 +116,7 @@ def plot_curve(folder: Path, *, baselines: dict[str, float], name: str = "bits_p
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_metrics(folder / METRICS)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -81,5 +130,5 @@ def plot_curve(folder: Path, *, baselines: dict[str, float], name: str = "bits_p
     axes.set_ylabel(name.replace("_", " "))
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
-    figure.savefig(folder / "loss.png", dpi=130)
-    return folder / "loss.png"
+    figure.savefig(folder / CURVE, dpi=130)
+    return folder / CURVE

@@ -1,7 +1,8 @@
-"""Parameters that a run starts from: another run's newest checkpoint, or a Hugging Face directory.
+"""The state that a run starts from: its newest checkpoint, parameters from elsewhere, or new ones.
 
-The run's own config describes the model; what it was trained as must agree, because another epsilon or RoPE base would
-load without complaint and quietly be another function. Out of scope: resuming, which restores a whole state.
+Parameters come from another run's newest checkpoint or from a Hugging Face directory. The run's own config describes
+the model; what it was trained as must agree, because another epsilon or RoPE base would load without complaint and
+quietly be another function.
 """
 
 from __future__ import annotations
@@ -9,24 +10,68 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from jaxllm.config import ModelConfig, RunConfig
-from jaxllm.config.file import ConfigError, load_config
-from jaxllm.data import DataError, first_line
+from jaxllm.config.file import ConfigError, config_differences, load_config
+from jaxllm.data import DataError
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
-from jaxllm.run.checkpoint import UNREADABLE, CheckpointError
+from jaxllm.run.checkpoint import Checkpoints, load_params
+from jaxllm.run.compiled import explained
+from jaxllm.run.folder import CHECKPOINTS, CONFIG, Kind, kind_of
+from jaxllm.training.program import Program
+from jaxllm.training.sharding import state_shardings, with_shardings
+from jaxllm.training.train_step import TrainState
 
 _log = logging.getLogger(__name__)
 
 # Settings that change no output for given parameters, or only what happens in training.
-_FREE = ("layers", "remat", "attention", "init_std", "init_factor", "dropout_rate")
+_NO_OUTPUT = ("layers", "remat", "attention", "init_std", "init_factor", "dropout_rate")
+
+
+class Start(NamedTuple):
+    """Where a run starts.
+
+    Attributes:
+        step: optimizer steps done.
+        state: train state on its devices.
+        data: position in the data; None for a new run, which reads from the beginning.
+        skipped: number of newer checkpoints that were damaged.
+    """
+
+    step: int
+    state: TrainState
+    data: dict[str, Any] | None
+    skipped: int
+
+
+def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None, tokenizer: Tokenizer) -> Start:
+    """The newest checkpoint of the run; without one, step 0 with parameters of `training.init_from` or new ones.
+
+    Raises:
+        CheckpointError: as `Checkpoints.restore`.
+        ConfigError, CheckpointError, InteropError: as `load_initial_params`.
+        DeviceError: when the device has no room for the state.
+    """
+    abstract = program.abstract_state()
+    layout = None if mesh is None else state_shardings(abstract, mesh)
+    source = program.config.training.init_from
+    with explained("initial state"):
+        restored = checkpoints.restore(with_shardings(abstract, mesh))
+        if restored is not None:
+            return Start(restored.step, restored.state, restored.data, len(restored.skipped))
+        if not source:
+            return Start(0, jax.jit(program.fresh_state, out_shardings=layout)(), None, 0)
+        params = load_initial_params(source, program.model, tokenizer=tokenizer)
+        if mesh is not None:
+            params = jax.device_put(params, state_shardings(params, mesh))
+        return Start(0, jax.jit(program.state_of, out_shardings=layout)(params), None, 0)
 
 
 def load_initial_params(path: str | Path, model: Model, *, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
@@ -39,10 +84,11 @@ def load_initial_params(path: str | Path, model: Model, *, tokenizer: Tokenizer 
         CheckpointError, InteropError: when its weights cannot be read.
     """
     folder = Path(path).expanduser()
-    if (folder / "config.yaml").is_file():
+    kind = kind_of(folder)
+    if kind is Kind.RUN:
         found, params = load_run(folder)
         _check_same(folder, found.model, model.config)
-    elif (folder / "config.json").is_file():
+    elif kind is Kind.HUGGING_FACE:
         source, params = load_hf(folder, dtype=jnp.float32)
         _check_same(folder, source.config, model.config)
     else:
@@ -79,34 +125,14 @@ def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
         CheckpointError: when it has no readable checkpoint.
     """
     folder = Path(folder).expanduser()
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / CONFIG)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    checkpoints = folder.absolute() / "checkpoints"
-    steps = sorted((int(item.name) for item in checkpoints.glob("*") if item.name.isdigit()), reverse=True)
-    abstract = {"params": abstract_params(build(config.model))}
-    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    for step in steps:
-        wanted = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return config, jax.device_put(reader.restore(checkpoints / str(step) / "state", args=wanted)["params"])
-        except UNREADABLE as error:
-            _log.warning("checkpoint %d in %s is damaged (%s)", step, checkpoints, first_line(error))
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {checkpoints} yet; train the run until its first (training.save_every)"
-        )
-    raise CheckpointError(f"no readable checkpoint in {checkpoints} (tried steps {steps})")
+    return config, load_params(folder / CHECKPOINTS, abstract_params(build(config.model)))
 
 
 def _check_same(folder: Path, there: ModelConfig, here: ModelConfig) -> None:
-    old, new = dataclasses.asdict(there), dataclasses.asdict(here)
-    ignored = {*_FREE, *there.resizable}
-    differing = [
-        f"model.{key}: {old.get(key)} -> {new.get(key)}"
-        for key in dict.fromkeys([*old, *new])
-        if key not in ignored and old.get(key) != new.get(key)
-    ]
+    ignored = [f"model.{key}" for key in (*_NO_OUTPUT, *there.resizable)]
+    differing = config_differences(there, here, ignored=ignored, prefix="model.")
     if differing:
         listed = "\n  ".join(differing)
         raise ConfigError(

@@ -1,85 +1,97 @@
 """The compiled steps of a run: train step, evaluation step and span evaluation, all with one path of attention.
 
-Where `model.attention: auto` may choose cuDNN, they are compiled before the first step, so that a plan that cuDNN
-refuses changes the path of the whole run and not of what comes after. Out of scope: samples, which decode
-(`jaxllm.generation.fallback`).
+Where `model.attention: auto` may choose cuDNN, all are compiled before the first step, so that a plan that cuDNN
+refuses changes the path of the whole run. Elsewhere evaluations are compiled when they are first used. Out of scope:
+samples, which decode (`jaxllm.generation.fallback`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from jaxllm.config import RunConfig
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.ops.losses import LossSums
 from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
-from jaxllm.run.spans import SpanEvaluation
 from jaxllm.training.loss import Batch
-from jaxllm.training.program import program_of
+from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import state_shardings
+from jaxllm.training.spans import make_predict_step
+from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
 
 
-class Steps:
+class Steps(NamedTuple):
     """What a run compiles.
 
     Attributes:
-        program: the pure functions; after `compile`, with the attention that the run takes.
-        train_step: updates the state in place.
-        eval_step: sums over one batch.
-        spans: spans of an encoder-decoder that are predicted whole.
+        program: the pure functions.
+        train_step: (state, batch) -> (state, metrics), in place.
+        eval_step: (params, batch) -> sums.
+        predict: (params, batch) -> the most likely targets, of an encoder-decoder.
     """
 
-    def __init__(
-        self, config: RunConfig, tokenizer: Tokenizer, *, mesh: Mesh | None, check: Callable[[int], None]
-    ) -> None:
-        """Compiles nothing yet; `check` is told how many bytes the train step needs before it runs."""
-        self._tokenizer, self._mesh, self._check = tokenizer, mesh, check
-        self._build(config)
+    program: Program
+    train_step: CompiledOnce[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    eval_step: CompiledOnce[[Any, Batch], LossSums]
+    predict: CompiledOnce[[Any, Batch], Int[Array, "B T"]] | None
 
-    def compile(self, state: Any, batch: Callable[[], Batch]) -> None:
-        """Compiles all, where cuDNN might refuse an attention; then all take blocks in plain JAX instead.
 
-        Elsewhere each is compiled when it is first used. `batch` gives arrays such as those that come.
+def make_steps(program: Program, mesh: Mesh | None) -> Steps:
+    """The steps of a program on the devices of a mesh; each compiles when it is first used, unless `compile_steps`."""
+    layout: dict[str, Any] = {}
+    if mesh is not None:  # a step's new state stays where the old one is, whatever XLA would prefer
+        layout = {"out_shardings": (state_shardings(program.abstract_state(), mesh), None)}
+    predict = None
+    if program.config.model.encoder_decoder:
+        predict = CompiledOnce(make_predict_step(program, mesh), name="span evaluation")
+    return Steps(
+        program,
+        CompiledOnce(program.train_step, name="train step", donate_argnums=0, **layout),
+        CompiledOnce(program.eval_step, name="evaluation step"),
+        predict,
+    )
 
-        Raises:
-            AttentionRefused: when `model.attention: cudnn` is refused.
-            FitError: when the device has too little memory.
-        """
-        config = self.program.config
-        if not _may_be_refused(config):
-            return
-        placed = batch()
-        try:
-            self._compile(state, placed)
-        except AttentionRefused as error:
-            if config.model.attention != "auto":
-                raise
-            _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
-            self._build(by_blocks(config))
-            self._compile(state, placed)
 
-    def _build(self, config: RunConfig) -> None:
-        self.program = program = program_of(config, self._mesh)
-        layout: dict[str, Any] = {}
-        if self._mesh is not None:  # a step's new state stays where the old one is, whatever XLA would prefer
-            layout = {"out_shardings": (state_shardings(program.abstract_state(), self._mesh), None)}
-        self.train_step = CompiledOnce(
-            program.train_step, name="train step", check=self._check, donate_argnums=0, **layout
-        )
-        self.eval_step = CompiledOnce(program.eval_step, name="evaluation step")
-        self.spans = SpanEvaluation(program.model, self._tokenizer, dtype=program.dtype, mesh=self._mesh)
+def compile_steps(steps: Steps, mesh: Mesh | None, state: TrainState, batch: Batch) -> Steps:
+    """Compiles the train step, and all steps where cuDNN might refuse an attention.
 
-    def _compile(self, state: Any, batch: Batch) -> None:
-        """The train step last: its check is the last that can refuse the run."""
-        self.eval_step.prepare(state.params, batch)
-        self.spans.prepare(state.params, batch)
-        self.train_step.prepare(state, batch)
+    Args:
+        steps: of `make_steps`.
+        mesh: as there.
+        state: as it will be given to the train step; it is only read.
+        batch: such as all that come.
+
+    Returns:
+        The same steps, or others with attention by blocks in plain JAX where cuDNN refused one of `attention: auto`.
+
+    Raises:
+        AttentionRefused: when `model.attention: cudnn` is refused.
+        DeviceError: when the device cannot run a step.
+    """
+    config = steps.program.config
+    try:
+        _compile(steps, state, batch)
+    except AttentionRefused as error:
+        if config.model.attention != "auto":
+            raise
+        _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
+        steps = make_steps(program_of(by_blocks(config), mesh), mesh)
+        _compile(steps, state, batch)
+    return steps
+
+
+def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
+    if _may_be_refused(steps.program.config):
+        steps.eval_step.prepare(state.params, batch)
+        if steps.predict is not None:
+            steps.predict.prepare(state.params, batch)
+    steps.train_step.prepare(state, batch)
 
 
 def _may_be_refused(config: RunConfig) -> bool:

@@ -7,17 +7,17 @@ import time
 from collections.abc import Iterator
 
 from jaxllm.config import RunConfig
-from jaxllm.run.device import detect_device
+from jaxllm.run.device import Device
 from jaxllm.run.record import train_flops
 
 
 class Throughput:
     """Tokens per second, utilisation and the host's share of waiting for data, since the last reading."""
 
-    def __init__(self, config: RunConfig, lengths: tuple[int, int]) -> None:
+    def __init__(self, config: RunConfig, lengths: tuple[int, int], device: Device) -> None:
+        """`lengths` are those of a row on both sides, as `Recipe.lengths`."""
         batch = config.training.batch_size
         self._flops = train_flops(config.model, batch=batch, length=lengths[0], target_length=lengths[1])
-        device = detect_device()
         self._peak = None if device.flops is None else device.flops * device.count
         self._reset()
 

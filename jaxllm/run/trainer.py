@@ -1,4 +1,4 @@
-"""The host loop: moves time, and does nothing that a pure function could.
+"""A run, from its config to its last step: `pretrain` opens, builds, restores, compiles, checks, trains and finishes.
 
 Step n is dispatched before the metrics of step n-1 are read, and batch n+1 is copied to the device while it runs, so
 that the device never waits for the host. A stop signal is answered between steps, with a checkpoint. A loss that is
@@ -8,39 +8,39 @@ not finite, or a loss scale that can't shrink any more, stops the run before any
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.data.packing import segments_of
-from jaxllm.data.pipeline import Pipeline, open_run_pipeline
-from jaxllm.data.tokenizer import encode_blanks
+from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.tokenizer import Tokenizer, encode_blanks
 from jaxllm.models import count_params
-from jaxllm.run.checkpoint import Checkpoints, Restored
-from jaxllm.run.compiled import explained
+from jaxllm.run.checkpoint import Checkpoints
 from jaxllm.run.device import compilation_cache, detect_device
+from jaxllm.run.evaluation import evaluate, target_bytes
+from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
-from jaxllm.run.folder import open_run_folder, settle_residual, write_config
+from jaxllm.run.folder import CHECKPOINTS, open_run_folder, settle_residual, write_config
 from jaxllm.run.overflow import OverflowWatch
-from jaxllm.run.prefetch import Prefetch
-from jaxllm.run.record import MetricsWriter, plot_curve
+from jaxllm.run.record import MetricsWriter, log_step, log_validation, plot_curve, step_row
 from jaxllm.run.samples import write_sample
-from jaxllm.run.start import load_initial_params
-from jaxllm.run.steps import Steps
+from jaxllm.run.signals import stop_signals
+from jaxllm.run.start import find_start
+from jaxllm.run.steps import Steps, compile_steps, make_steps
 from jaxllm.run.throughput import Throughput
 from jaxllm.training.optimizer import build_schedule
-from jaxllm.training.sharding import check_rows, make_mesh, place_rows, state_shardings, with_shardings
-from jaxllm.training.train_step import (
-    StepMetrics,
-    TrainState,
-)
+from jaxllm.training.program import Program, program_of
+from jaxllm.training.sharding import check_rows, make_mesh
+from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -67,12 +67,75 @@ class Summary(NamedTuple):
     folder: Path
 
 
-def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
+class Parts(NamedTuple):
+    """What a run works with; none of it is replaced after the steps are compiled.
+
+    Attributes:
+        folder: the run folder.
+        mesh: the devices, None for one.
+        pipeline: the data.
+        feed: training batches on their way to the devices.
+        steps: the compiled steps, and the program and config that they are of.
+        checkpoints: those of the folder.
+        writer: rows of metrics.
+        overflow: attribution of values that are not finite.
+        meter: tokens per second.
+        on_progress: called with each step whose metrics have been read.
+    """
+
+    folder: Path
+    mesh: Mesh | None
+    pipeline: Pipeline
+    feed: Prefetch
+    steps: Steps
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    overflow: OverflowWatch
+    meter: Throughput
+    on_progress: Callable[[int], None]
+
+    @property
+    def config(self) -> RunConfig:
+        """The config as it is in the run folder."""
+        return self.steps.program.config
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: what changes from step to step.
+
+    Attributes:
+        state: train state on the devices; each step replaces it in place.
+        step: optimizer steps dispatched.
+        position: position in the data after the batch of that step.
+        saved: step of the newest checkpoint, -1 without one.
+        validation: the newest evaluation, and its step.
+    """
+
+    state: TrainState
+    step: int
+    position: dict[str, Any]
+    saved: int
+    validation: dict[str, float]
+
+
+class Pending(NamedTuple):
+    """A dispatched step whose metrics have not been read."""
+
+    step: int
+    metrics: StepMetrics
+    batch: dict[str, np.ndarray]
+
+
+def pretrain(
+    config: RunConfig, *, stop_at: int | None = None, on_progress: Callable[[int], None] | None = None
+) -> Summary:
     """Trains, or continues training, the run of `config.training.run_dir`.
 
     Args:
         config: the run.
         stop_at: save and return after this step, for sessions of limited length.
+        on_progress: called with each step that is done, such as the function that `training_console` yields.
 
     Raises:
         ValueError (ConfigError, DataError, FitError), CheckpointError, DeviceError: before training, naming the value
@@ -85,281 +148,202 @@ def pretrain(config: RunConfig, *, stop_at: int | None = None) -> Summary:
     check_rows(batch_size=training.batch_size, accumulation=training.accumulation, devices=jax.device_count())
     until = training.steps if stop_at is None else min(training.steps, stop_at)
     config = settle_residual(config)
-    with (
-        compilation_cache(training.compilation_cache),
-        open_run_folder(config) as folder,
-        contextlib.closing(open_run_pipeline(config, folder)) as pipeline,
-        contextlib.closing(_Run(config, folder, pipeline)) as run,
-    ):
-        with _stop_signals() as stopped:
-            if run.step < until:
-                run.compile()
-            run.train(until=until, stopped=stopped)
-        if run.step == training.steps:
-            run.finish()
-        return Summary(run.step, run.resumed_from, run.step == training.steps, run.validation, folder)
+    with contextlib.ExitStack() as stack:
+        # Open.
+        stack.enter_context(compilation_cache(training.compilation_cache))
+        folder = stack.enter_context(open_run_folder(config))
+        pipeline = stack.enter_context(contextlib.closing(open_run_pipeline(config, folder)))
+        # Build.
+        device = detect_device()
+        mesh = make_mesh()
+        program = program_of(config, mesh)
+        _check_prompt(config, pipeline.tokenizer)
+        check_memory = announce_fit(program, device)
+        meter = Throughput(config, pipeline.recipe.lengths, device)
+        # Restore.
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / CHECKPOINTS, keep=training.keep)))
+        progress = _restore(program, checkpoints, pipeline, mesh)
+        resumed_from = progress.step
+        baselines = pipeline.baselines()
+        _announce(program, pipeline, baselines)
+        feed = Prefetch(pipeline, mesh)
+        steps = make_steps(program, mesh)
+        with stop_signals() as stopped:
+            if progress.step < until:
+                # Compile, check memory: the last that can refuse the run.
+                steps = compile_steps(steps, mesh, progress.state, feed.read_ahead().placed)
+                check_memory(steps.train_step.needed)
+            writer = stack.enter_context(contextlib.closing(MetricsWriter(folder, resume_step=progress.step)))
+            if progress.step < until:
+                write_config(steps.program.config, folder)
+            # Loop.
+            overflow = OverflowWatch(steps.program.config, progress.state.params, mesh=mesh)
+            report = on_progress or (lambda step: None)
+            parts = Parts(folder, mesh, pipeline, feed, steps, checkpoints, writer, overflow, meter, report)
+            _loop(parts, progress, until=until, stopped=stopped)
+        if progress.step == training.steps:
+            _finish(parts, progress, baselines)
+        return Summary(progress.step, resumed_from, progress.step == training.steps, progress.validation, folder)
 
 
-class _Pending(NamedTuple):
-    """A dispatched step whose metrics have not been read."""
-
-    step: int
-    metrics: StepMetrics
-    batch: dict[str, np.ndarray]
+def _check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a sample prompt with a blank that the tokenizer lacks, before the run instead of after it."""
+    if config.model.encoder_decoder and config.training.sample_tokens:
+        encode_blanks(config.training.sample_prompt, tokenizer)
 
 
-class _Run:
-    """State of the host: everything a step needs, made once."""
+def _restore(program: Program, checkpoints: Checkpoints, pipeline: Pipeline, mesh: Mesh | None) -> Progress:
+    """The run's newest checkpoint, or its beginning, with the pipeline at the same place."""
+    start = find_start(program, checkpoints, mesh=mesh, tokenizer=pipeline.tokenizer)
+    saved = -1
+    if start.data is not None:
+        pipeline.set_state(start.data)
+        saved = start.step
+        note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
+        _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
+    return Progress(start.state, start.step, pipeline.get_state(), saved, validation={})
 
-    def __init__(self, config: RunConfig, folder: Path, pipeline: Pipeline) -> None:
-        self.config, self.folder, self.pipeline = config, folder, pipeline
-        training = config.training
-        self._mesh = mesh = make_mesh()
-        self.schedule = build_schedule(config.optimizer, steps=training.steps)
-        self.steps = Steps(config, pipeline.tokenizer, mesh=mesh, check=self._begin)
-        self._bits = config.model.metric
-        if config.model.encoder_decoder and training.sample_tokens:
-            # A blank that the tokenizer lacks is better found now than at the end.
-            encode_blanks(training.sample_prompt, pipeline.tokenizer)
-        self._check_fit = announce_fit(self.steps.program, detect_device())
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
-        self.validation: dict[str, float] = {}
-        self.resumed_from = 0
-        self.state = self._initial_state()
-        self.step = self.resumed_from
-        self._batches, self._position = Prefetch(pipeline, mesh), pipeline.get_state()
-        self.overflow = OverflowWatch(config, self.state.params, mesh=mesh)
-        self.writer = MetricsWriter(folder, resume_step=self.step)
-        self.baselines = pipeline.baselines()
-        self._meter = Throughput(config, pipeline.recipe.lengths)
-        _log.info(
-            "%s, %.2fM parameters, %s in %s, tokenizer of %d",
-            config.model.family,
-            count_params(self.steps.program.model) / 1e6,
-            pipeline.source_name,
-            config.precision.compute,
-            pipeline.tokenizer.vocab_size,
-        )
-        _log.info("baselines: %s", ", ".join(f"{k} {v:.3f}" for k, v in self.baselines.items()))
 
-    def _begin(self, needed: int) -> None:
-        """The step is compiled: the last that can refuse the run, and then the folder is its."""
-        if self._check_fit is not None:
-            self._check_fit(needed)
-        write_config(self.steps.program.config, self.folder)
+def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
+    _log.info(
+        "%s, %.2fM parameters, %s in %s, tokenizer of %d",
+        program.config.model.family,
+        count_params(program.model) / 1e6,
+        pipeline.source_name,
+        program.config.precision.compute,
+        pipeline.tokenizer.vocab_size,
+    )
+    _log.info("baselines: %s", ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()))
 
-    def compile(self) -> None:
-        """Settles the path of attention, where a library could refuse it, before the first step."""
-        self.steps.compile(self.state, lambda: self._batches.read_ahead().placed)
-        if self.steps.program.config != self.config:
-            self.config = self.steps.program.config
-            self.overflow = OverflowWatch(self.config, self.state.params, mesh=self._mesh)
 
-    def _initial_state(self) -> TrainState:
-        with explained("initial state"):
-            state, restored = self._newest_state()
-        if restored is not None:
-            self.resumed_from = restored.step
-            self.pipeline.set_state(restored.data)
-            note = f"; {len(restored.skipped)} newer damaged ones set aside" if restored.skipped else ""
-            _log.info("resuming %s from step %d%s", self.folder, restored.step, note)
-        return state
+def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[], bool]) -> None:
+    """Steps up to `until`, or to the next step border after a stop signal, and saves there."""
+    training = parts.config.training
+    pending: Pending | None = None
+    while progress.step < until and not stopped():
+        previous, pending = pending, _dispatch(parts, progress, until=until)
+        if previous is not None:
+            _read(parts, progress, previous)
+        evaluates = progress.step % training.eval_every == 0
+        saves = progress.step % training.save_every == 0
+        if evaluates or saves or progress.step == until:
+            _read(parts, progress, pending)
+            pending = None
+        if evaluates or progress.step == training.steps:
+            _evaluate(parts, progress)
+        if saves:
+            _save(parts, progress)
+    if pending is not None:
+        _read(parts, progress, pending)
+    if progress.step > progress.saved:
+        _save(parts, progress)
+    parts.checkpoints.wait()
+    if progress.step < training.steps:
+        _log.info("stopped at step %d; the same command goes on from there", progress.step)
 
-    def _newest_state(self) -> tuple[TrainState, Restored | None]:
-        """The state of the newest checkpoint, or the one that the run starts from."""
-        program, mesh = self.steps.program, self._mesh
-        abstract = program.abstract_state()
-        restored = self.checkpoints.restore(with_shardings(abstract, mesh))
-        layout = None if mesh is None else state_shardings(abstract, mesh)
-        if restored is None and self.config.training.init_from:
-            params = load_initial_params(
-                self.config.training.init_from, program.model, tokenizer=self.pipeline.tokenizer
-            )
-            if mesh is not None:
-                params = jax.device_put(params, state_shardings(params, mesh))
-            return jax.jit(program.state_of, out_shardings=layout)(params), None
-        if restored is None:
-            return jax.jit(program.fresh_state, out_shardings=layout)(), None
-        return restored.state, restored
 
-    def train(self, *, until: int, stopped: Callable[[], bool]) -> None:
-        """Steps up to `until`, or to the next step border after a stop signal, and saves there."""
-        training = self.config.training
-        pending: _Pending | None = None
-        saved = self.step if self.resumed_from else -1
-        while self.step < until and not stopped():
-            with self._meter.waiting():
-                batch, placed, self._position = self._batches.take()
-            self.state, metrics = self.steps.train_step(self.state, placed)
-            self.step += 1
-            if self.step < until:
-                with self._meter.waiting():
-                    self._batches.read_ahead()
-            previous, pending = pending, _Pending(self.step, metrics, batch)
-            if previous is not None:
-                self._record(previous)
-            evaluate, save = self.step % training.eval_every == 0, self.step % training.save_every == 0
-            if evaluate or save or self.step == until:
-                self._record(pending)
-                pending = None
-            if evaluate or self.step == training.steps:
-                self._evaluate()
-            if save:
-                saved = self._save()
-        if pending is not None:
-            self._record(pending)
-        if self.step > saved:
-            self._save()
-        self.checkpoints.wait()
-        if self.step < training.steps:
-            _log.info("stopped at step %d; the same command goes on from there", self.step)
+def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
+    """Starts the next step, and the copy of the batch after it."""
+    with parts.meter.waiting():
+        batch, placed, progress.position = parts.feed.take()
+    progress.state, metrics = parts.steps.train_step(progress.state, placed)
+    progress.step += 1
+    if progress.step < until:
+        with parts.meter.waiting():
+            parts.feed.read_ahead()
+    return Pending(progress.step, metrics, batch)
 
-    def _save(self) -> int:
-        loss = self.validation.get("loss") if self.validation.get("step") == self.step else None
-        self.checkpoints.save(self.step, self.state, self._position, validation_loss=loss)
-        return self.step
 
-    def _bytes(self, batch: dict[str, np.ndarray]) -> float:
-        return float(np.sum(self.pipeline.tokenizer.token_bytes[batch["targets"]] * batch["weights"]))
+def _read(parts: Parts, progress: Progress, pending: Pending) -> None:
+    """Reads the metrics of a step: stops the run where they forbid to continue, and records them."""
+    config = parts.config
+    values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
+    scaling = config.precision.loss_scale != "none"
+    if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
+        cause = _first_bad_value(parts, progress, pending)
+        _stop(parts, pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}")
+    with parts.meter.paused():
+        reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
+    if reason is not None:
+        _stop(parts, pending.step, reason)
+    parts.meter.add(_tokens(pending.batch))
+    if pending.step % config.training.log_every == 0 or pending.step == 1:
+        _record(parts, progress, pending, values)
+    parts.on_progress(pending.step)
 
-    def _record(self, pending: _Pending) -> None:
-        values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
-        scaling = self.config.precision.loss_scale != "none"
-        if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-            self._stop(pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {self._culprit(pending)}")
-        with self._meter.paused():
-            reason = self.overflow.check(pending.step, values, self.state, pending.batch)
-        if reason is not None:
-            self._stop(pending.step, reason)
-        self._meter.add(_tokens(pending.batch))
-        if pending.step % self.config.training.log_every and pending.step != 1:
-            return
-        row = {
-            "loss": values.loss,
-            self._bits: values.nll * values.weight / math.log(2) / max(self._bytes(pending.batch), 1.0),
-            "accuracy": values.accuracy,
-            "grad_norm": values.grad_norm,
-            "learning_rate": np.asarray(self.schedule(pending.step - 1 - int(values.skipped))).item(),
-            **self._meter.read(),
-        }
-        if scaling:
-            row |= {"loss_scale": values.loss_scale, "skipped": values.skipped, "retried": values.retried}
-        with self._meter.paused():
-            row |= self.overflow.headroom(pending.step, self.state, pending.batch)
-        self.writer.write(pending.step, row)
-        _log.info(
-            "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s",
-            pending.step,
-            self.config.training.steps,
-            row["loss"],
-            row[self._bits],
-            row["grad_norm"],
-            row["learning_rate"],
-            row["tokens_per_second"],
-        )
 
-    def _culprit(self, pending: _Pending) -> str:
-        """Where the step first left the finite numbers, by computing its batch again.
+def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetrics) -> None:
+    """Writes the row of a step."""
+    config = parts.config
+    schedule = build_schedule(config.optimizer, steps=config.training.steps)
+    rate = np.asarray(schedule(pending.step - 1 - int(values.skipped))).item()
+    size = target_bytes(pending.batch, parts.pipeline.tokenizer)
+    row = step_row(config, values, size=size, learning_rate=rate, speed=parts.meter.read())
+    with parts.meter.paused():
+        row |= parts.overflow.headroom(pending.step, progress.state, pending.batch)
+    parts.writer.write(pending.step, row)
+    log_step(config, pending.step, row)
 
-        Without a loss scale nothing is skipped, so that its own parameters are spoiled: the last checkpoint's are next.
-        """
-        del self.state  # room for the other
-        self.checkpoints.wait()
-        state, restored = self._newest_state()
-        value = self.overflow.first_value(pending.step, state, pending.batch)
-        return f"first non-finite value: {value} (with the parameters of step {restored.step if restored else 0})"
 
-    def _stop(self, step: int, reason: str) -> NoReturn:
-        good = self._last_good()
-        again = "anew" if good is None else f"anew or with training.init_from={self.folder}"
-        raise TrainingStopped(
-            f"{reason} at step {step}; the last good checkpoint is {good or 'none yet'}. Lower "
-            f"optimizer.learning_rate, lengthen warmup_steps or tighten clip_norm, and start another training.run_dir, "
-            f"{again}"
-        )
+def _evaluate(parts: Parts, progress: Progress) -> None:
+    with parts.meter.paused():
+        values = evaluate(parts.steps, progress.state.params, parts.pipeline, mesh=parts.mesh)
+    progress.validation = {"step": progress.step, **values}
+    parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
+    log_validation(progress.step, values)
 
-    def _last_good(self) -> str | None:
-        self.checkpoints.wait()
-        steps = self.checkpoints.steps()
-        return f"step {steps[-1]} in {self.checkpoints.folder}" if steps else None
 
-    def _evaluate(self) -> None:
-        with self._meter.paused():
-            self.validation = {"step": self.step, **self.evaluate()}
-        row = {f"validation/{k}": v for k, v in self.validation.items() if k != "step"}
-        self.writer.write(self.step, row)
-        shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.validation.items() if k != "step")
-        _log.info("step %d  validation %s", self.step, shown)
+def _save(parts: Parts, progress: Progress) -> None:
+    loss = progress.validation.get("loss") if progress.validation.get("step") == progress.step else None
+    parts.checkpoints.save(progress.step, progress.state, progress.position, validation_loss=loss)
+    progress.saved = progress.step
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss per token, bits per byte, accuracy and T5's spans on the first validation batches, always the same."""
-        self.steps.spans.reset()
-        nll = weight = correct = size = 0.0
-        for batch in self.pipeline.validation(self.config.training.eval_batches):
-            placed = place_rows(batch, self._mesh)
-            sums = jax.device_get(self.steps.eval_step(self.state.params, placed))
-            nll, weight, correct = (
-                nll + float(sums.nll),
-                weight + float(sums.weight),
-                correct + float(sums.correct),
-            )
-            size += self._bytes(batch)
-            self.steps.spans.add(self.state.params, batch, placed)
-        weight = max(weight, 1.0)
-        return {
-            "loss": nll / weight,
-            self._bits: nll / math.log(2) / max(size, 1.0),
-            "accuracy": correct / weight,
-            **self.steps.spans.result(),
-        }
 
-    def finish(self) -> None:
-        """Writes a sample of what the model says and draws the curve."""
-        if self._bits in self.validation:
-            compared = ", ".join(f"{name} {value:.3f}" for name, value in self.baselines.items())
-            _log.info("validation %s %.3f (%s)", self._bits.replace("_", " "), self.validation[self._bits], compared)
-        # Decoding is for one device: a few tokens are not worth a layout of their own.
-        params = self.state.params if self._mesh is None else jax.device_put(self.state.params, jax.devices()[0])
-        text = write_sample(self.folder, self.steps.program.model, params, self.pipeline, self.config.training)
-        if text:
-            _log.info("sample:\n%s", text)
-        try:
-            curve = plot_curve(self.folder, baselines=self.baselines, name=self._bits)
-            _log.info("curve in %s, everything else beside it", curve)
-        except ModuleNotFoundError as error:  # a finished run must not fail for a picture
-            _log.warning("no curve is drawn: %s; its numbers are in metrics.jsonl", error)
+def _first_bad_value(parts: Parts, progress: Progress, pending: Pending) -> str:
+    """Where a step first left the finite numbers, by computing it again with the parameters of the last checkpoint.
 
-    def close(self) -> None:
-        """Waits for checkpoints and closes the records."""
-        if hasattr(self, "writer"):
-            self.writer.close()
-        self.checkpoints.close()
+    Without a loss scale no step is skipped, so that the step has spoiled its own parameters.
+    """
+    for leaf in jax.tree.leaves(progress.state):
+        leaf.delete()  # a device may have no room for two states
+    parts.checkpoints.wait()
+    start = find_start(parts.steps.program, parts.checkpoints, mesh=parts.mesh, tokenizer=parts.pipeline.tokenizer)
+    value = parts.overflow.first_value(pending.step, start.state, pending.batch)
+    return f"first non-finite value: {value} (with the parameters of step {start.step})"
+
+
+def _stop(parts: Parts, step: int, reason: str) -> NoReturn:
+    parts.checkpoints.wait()
+    steps = parts.checkpoints.steps()
+    good = f"step {steps[-1]} in {parts.checkpoints.folder}" if steps else "none yet"
+    again = f"anew or with training.init_from={parts.folder}" if steps else "anew"
+    raise TrainingStopped(
+        f"{reason} at step {step}; the last good checkpoint is {good}. Lower "
+        f"optimizer.learning_rate, lengthen warmup_steps or tighten clip_norm, and start another training.run_dir, "
+        f"{again}"
+    )
+
+
+def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> None:
+    """Writes a sample of the model's text and draws the curve."""
+    config, metric = parts.config, parts.config.model.metric
+    if metric in progress.validation:
+        compared = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+        _log.info("validation %s %.3f (%s)", metric.replace("_", " "), progress.validation[metric], compared)
+    params = progress.state.params
+    if parts.mesh is not None:  # decoding is for one device: a few tokens are not worth a layout of their own
+        params = jax.device_put(params, jax.devices()[0])
+    text = write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
+    if text:
+        _log.info("sample:\n%s", text)
+    try:
+        curve = plot_curve(parts.folder, baselines=baselines, name=metric)
+        _log.info("curve in %s, everything else beside it", curve)
+    except ModuleNotFoundError as error:  # a finished run must not fail for a picture
+        _log.warning("no curve is drawn: %s; its numbers are in metrics.jsonl", error)
 
 
 def _tokens(batch: dict[str, np.ndarray]) -> float:
     """Tokens that are not padding, on both sides of an encoder-decoder."""
     source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
     return float(np.count_nonzero(batch["weights"]) + source)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGTERM or Ctrl-C into a flag; a second one acts as usual."""
-    received: list[int] = []
-    try:
-        previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def handle(number: int, _: Any) -> None:
-            received.append(number)
-            signal.signal(number, previous[number])
-            _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
-
-        for number in previous:
-            signal.signal(number, handle)
-    except ValueError:  # not in the main thread: the caller owns the signals
-        previous = {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

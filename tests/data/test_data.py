@@ -22,10 +22,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.builders import is_held_out
-from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.records import texts
 from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxllm.run.feed import build_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -161,59 +162,6 @@ def test_state_of_other_data_is_refused(corpus: Path, tmp_path: Path, change: di
     state = open_pipeline(corpus, tmp_path / "run").get_state()
     with pytest.raises(DataError, match="the checkpoint was made with"):
         open_pipeline(corpus, tmp_path / "other", **change).set_state(state)
-
-
-@pytest.mark.parametrize("first", ["train", "given", "by hand"])
-def test_a_run_keeps_its_tokenizer(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, first: str) -> None:
-    """A look at data with other settings must not leave its tokenizer to a run, nor replace the run's."""
-    tokenizer.save(tmp_path / "given.json")
-    train_tokenizer(["some other text"], vocab_size=400).save(tmp_path / "other.json")
-    settings = {"cache_dir": str(tmp_path / "cache"), "source": "files", "path": str(corpus)}
-    run_dir = tmp_path / "run"
-
-    def opened(vocab_size: int = 448, **changes: object) -> str:
-        config = DataConfig(**settings, **changes)
-        pipeline = build_pipeline(config, vocab_size=vocab_size, batch_size=4, seed=0, run_dir=run_dir)
-        return pipeline.tokenizer.fingerprint
-
-    own = {"tokenizer": str(tmp_path / "given.json")} if first == "given" else {}
-    others = {
-        r"fingerprint \w+ -> \w+": lambda: opened(tokenizer=str(tmp_path / "other.json")),
-        "vocab_size 448 -> 440": lambda: opened(440),
-        r"source files_text/files-\w+/1.0.0 -> files_text/files-\w+/1.0.0, doc": lambda: opened(
-            validation_fraction=0.4
-        ),
-        "source None -> files_text/": lambda: opened(),
-    }
-    expected = {"train": [0, 1, 2], "given": [0, 3], "by hand": [0]}[first]
-    if first == "by hand":
-        tokenizer.save(run_dir / "tokenizer.json")
-    made = opened(**own)
-    if first != "by hand":
-        for i in expected:  # until the run has made a step its folder follows the config
-            before = (run_dir / "tokenizer_origin.json").read_text()
-            list(others.values())[i]()
-            assert (run_dir / "tokenizer_origin.json").read_text() != before
-            assert opened(**own) == made
-        (run_dir / "metrics.jsonl").write_text('{"step": 1}')
-    for i in expected:
-        with pytest.raises(DataError, match=rf"tokenizer.json is not the tokenizer of this config \({list(others)[i]}"):
-            list(others.values())[i]()
-    assert load_tokenizer(run_dir / "tokenizer.json").fingerprint == made == opened(**own)
-    assert opened(tokenizer=str(run_dir / "tokenizer.json")) == made
-    if first == "given":  # which it outlives
-        (tmp_path / "given.json").unlink()
-        assert opened(**own) == made
-    if first == "train":
-        (run_dir / "tokenizer_origin.json").write_text("{")
-        with pytest.raises(DataError, match=r"tokenizer_origin.json is damaged; remove it if"):
-            opened()
-
-
-def test_no_tokenizer_is_trained_for_checkpoints_that_know_one(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "run" / "checkpoints" / "0").mkdir(parents=True)
-    with pytest.raises(DataError, match="holds a run whose tokenizer is not there any more"):
-        open_pipeline(corpus, tmp_path / "run")
 
 
 def test_split_is_by_content_and_complete(corpus: Path, tmp_path: Path) -> None:

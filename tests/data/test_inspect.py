@@ -13,7 +13,8 @@ import pytest
 from jaxllm.config import DataConfig
 from jaxllm.data.inspect import audit, report, total_variation, view
 from jaxllm.data.packing import unpack_pairs
-from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.pipeline import Pipeline
+from jaxllm.run.feed import build_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 

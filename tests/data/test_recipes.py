@@ -12,9 +12,10 @@ from jaxllm.config import DataConfig
 from jaxllm.config.file import ConfigError, parse_config
 from jaxllm.data import DataError
 from jaxllm.data.packing import unpack_pairs
-from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.records import texts
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jaxllm.run.feed import build_pipeline
 
 SHAPES = {
     "span_corruption": {"sequence_length": 64},

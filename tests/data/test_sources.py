@@ -11,9 +11,9 @@ import pytest
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.builders import FilesText
-from jaxllm.data.pipeline import build_pipeline
 from jaxllm.data.records import texts
 from jaxllm.data.sources import open_source
+from jaxllm.run.feed import build_pipeline
 from tests.conftest import full_disk
 
 

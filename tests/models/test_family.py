@@ -16,12 +16,12 @@ from jaxllm.generation import BeamSettings, beam_search, generate, score
 from jaxllm.interop.safetensors_dir import InteropError
 from jaxllm.models import FAMILIES, build, init_params
 from jaxllm.run.convert import export_run
-from jaxllm.run.fit import estimate_fit
 from jaxllm.run.load import load_text_model
 from jaxllm.run.start import load_run
 from jaxllm.run.trainer import pretrain
 from jaxllm.study.ledger import train_step_ledger, violations
 from jaxllm.training.attribution import gradient_groups
+from jaxllm.training.fit import estimate_fit
 from jaxllm.training.program import program_of
 from tests.run.test_pretrain import final_params, losses, write_corpus
 from tests.toy_family import TOY, Toy, ToyConfig

@@ -22,11 +22,13 @@ import pytest
 from jaxllm.config import RunConfig
 from jaxllm.config.file import dump_config, load_config, parse_config
 from jaxllm.models import build, init_params
+from jaxllm.run import console, trainer
 from jaxllm.run.checkpoint import CheckpointError, Checkpoints
 from jaxllm.run.device import Device
-from jaxllm.run.fit import Fit, FitError, check_fit
 from jaxllm.run.folder import RunFolderError, check_in_place, open_run_folder
+from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import Summary, TrainingStopped, pretrain
+from jaxllm.training.fit import Fit, FitError, check_fit
 from tests.conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
@@ -99,9 +101,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole: tuple[RunConfig, Summar
     run, summary = whole
     parts = config(shared / "parts", shared / "corpus")
     assert (summary.step, summary.finished, summary.resumed_from) == (8, True, 0)
-    first = pretrain(parts, stop_at=4)
+    shown: list[int] = []
+    first = pretrain(parts, stop_at=4, on_progress=shown.append)
     assert (first.step, first.finished) == (4, False)
-    second = pretrain(parts)
+    second = pretrain(parts, on_progress=shown.append)
+    assert shown == list(range(1, 9))
     assert (second.step, second.finished, second.resumed_from) == (8, True, 4)
     for a, b in zip(final_params(run), final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -146,6 +150,32 @@ def test_a_killed_process_goes_on_where_it_was(
     assert summary.finished and 0 < summary.resumed_from < 200
     for a, b in zip(long, final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_stop_while_compiling_keeps_the_beginning(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path / "run", shared / "corpus")
+    compile_steps = trainer.compile_steps
+
+    def stopped(*arguments: object) -> Steps:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compile_steps(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "compile_steps", stopped)
+        for _ in range(2):  # the second finds the checkpoint of step 0
+            summary = pretrain(run)
+            assert (summary.step, summary.finished) == (0, False)
+    assert pretrain(run).finished and losses(run) == losses(whole[0])
+
+
+def test_the_bar_is_moved_by_the_trainer(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(console.Progress, "update", lambda self, task, completed: moved.append(completed))
+    with console.training_console(config(tmp_path, corpus)) as show_step:
+        show_step(3)
+    assert moved == [3]
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(

@@ -9,7 +9,7 @@ import pytest
 
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
 from jaxllm.generation.text import filled_in
-from jaxllm.run.spans import SpanCounts, count_spans
+from jaxllm.training.spans import SpanCounts, count_spans
 
 SENTINELS = np.array([99, 98, 97])
 #                    S0  a  b  S1  c end | S0 d  end pad

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from jaxllm.config import RunConfig
 from jaxllm.data.builders import LocalInfo, is_held_out
 from jaxllm.data.packing import unpack_pairs
-from jaxllm.data.pipeline import open_run_pipeline
+from jaxllm.run.feed import open_run_pipeline
 from jaxllm.run.trainer import pretrain
 from tests.run.test_pretrain_t5 import config, final_params
 

@@ -19,7 +19,7 @@ from jaxllm.models import abstract_params, build
 from jaxllm.models.cache import init_cache
 from jaxllm.models.llama import decode as llama_decode
 from jaxllm.models.t5 import decode as t5_decode
-from jaxllm.run.fit import tree_bytes
+from jaxllm.training.fit import tree_bytes
 from tests.structure.programs import equations, pretend_gpu
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

@@ -14,7 +14,7 @@ from jaxllm.config import DataConfig, LlamaConfig, OptimizerConfig, PrecisionCon
 from jaxllm.config.file import load_config
 from jaxllm.models import build, count_params
 from jaxllm.ops.losses import chunked_cross_entropy
-from jaxllm.run.fit import FitError, check_fit, estimate_fit
+from jaxllm.training.fit import FitError, check_fit, estimate_fit
 from jaxllm.training.program import program_of
 from tests.structure.programs import pretend_gpu, traced_train_step
 

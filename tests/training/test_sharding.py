@@ -18,10 +18,10 @@ import pytest
 from jaxllm.config import LlamaConfig, RunConfig, TrainingConfig
 from jaxllm.config.file import dump_config, parse_config
 from jaxllm.models import build, count_params, init_params
-from jaxllm.run.fit import estimate_fit
 from jaxllm.run.start import load_run
 from jaxllm.run.trainer import pretrain
 from jaxllm.training import sharding
+from jaxllm.training.fit import estimate_fit
 from jaxllm.training.loss import build_loss
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import check_rows, make_mesh

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import DataConfig
-from jaxllm.data.pipeline import build_pipeline
-from jaxllm.run.prefetch import Prefetch
+from jaxllm.run.feed import Prefetch, build_pipeline
 
 
 class Counting:

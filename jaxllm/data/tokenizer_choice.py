@@ -1,0 +1,123 @@
+"""Which tokenizer a config describes, and whether it may take the place of one that is kept already.
+
+A run that has made a step never gets another tokenizer, since its parameters belong to these ids. Before that the
+config decides, except that a tokenizer which a person put there is not replaced.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxllm.config import DataConfig
+from jaxllm.data.records import texts
+from jaxllm.data.sources import Source
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+_log = logging.getLogger(__name__)
+
+# What determines a tokenizer: the fingerprint of a given file, or the corpus and size that one is trained for.
+Origin = dict[str, Any]
+
+
+class Kept(NamedTuple):
+    """A tokenizer that is kept for a run.
+
+    Attributes:
+        origin: its origin, with the keys of the wanted one; None where no file records it.
+        by_run: whether a run made it; otherwise a person put it there.
+    """
+
+    origin: Origin | None
+    by_run: bool
+
+
+class Choice(enum.Enum):
+    """What to do about the tokenizer."""
+
+    KEEP = enum.auto()
+    MAKE = enum.auto()
+
+
+class Refuse(NamedTuple):
+    """Neither is right.
+
+    Attributes:
+        reason: predicate of an error message about the kept tokenizer, or where there is none about its folder.
+    """
+
+    reason: str
+
+
+def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice | Refuse:
+    """Keeps a tokenizer, makes the one that the config describes, or refuses the config.
+
+    | kept                            | wanted                     | begun | decision                          |
+    |---------------------------------|----------------------------|-------|-----------------------------------|
+    | none                            | any                        | no    | make                              |
+    | none                            | any                        | yes   | refuse: the ids are lost          |
+    | any                             | its file is missing (None) | no    | make, which names the file        |
+    | any                             | its file is missing (None) | yes   | keep: the run or the file moved   |
+    | of the same origin              | any                        | any   | keep                              |
+    | of no recorded origin           | trained                    | any   | keep                              |
+    | of another origin, by a person  | any                        | any   | refuse                            |
+    | of another origin, by a run     | any                        | no    | make, which replaces it           |
+    | of another origin, by a run     | any                        | yes   | refuse                            |
+
+    Args:
+        kept: the tokenizer that is there, if any.
+        wanted: the origin that the config describes, None where the file that it names is missing.
+        begun: whether the run has made a step.
+    """
+    if kept is None:
+        return Refuse("holds a run whose tokenizer is not there any more") if begun else Choice.MAKE
+    if wanted is None:
+        return Choice.KEEP if begun else Choice.MAKE
+    before = wanted if kept.origin is None else kept.origin
+    changed = ", ".join(f"{key} {before.get(key)} -> {new}" for key, new in wanted.items() if before.get(key) != new)
+    if not changed:
+        return Choice.KEEP
+    if begun or not kept.by_run:
+        return Refuse(
+            f"is not the tokenizer of this config ({changed}; files of a corpus count with their names, sizes and "
+            f"times)"
+        )
+    return Choice.MAKE
+
+
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer of the file that the config names; None where it names none, or one that is missing."""
+    if config.tokenizer == "train" or not Path(config.tokenizer).expanduser().exists():
+        return None
+    return load_tokenizer(config.tokenizer)
+
+
+def origin_of(given: Tokenizer | None, config: DataConfig, source: Source, *, vocab_size: int) -> Origin | None:
+    """The origin that the config describes; `given` is that of `given_tokenizer`."""
+    if given is not None:
+        return {"fingerprint": given.fingerprint}
+    if config.tokenizer != "train":
+        return None
+    documents = len(source.train)
+    return {"source": source.name, "documents": documents, "fields": _fields(config), "vocab_size": vocab_size}
+
+
+def make_tokenizer(config: DataConfig, source: Source, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer that the config describes, loaded or trained on the corpus.
+
+    Raises:
+        DataError: when its file is missing, or it cannot be trained.
+    """
+    if config.tokenizer != "train":
+        return load_tokenizer(config.tokenizer)
+    every = itertools.chain.from_iterable(texts(source.train, key) for key in _fields(config))
+    made = train_tokenizer(every, vocab_size=vocab_size)
+    _log.info("trained a tokenizer of %d ids on %d documents", made.vocab_size, len(source.train))
+    return made
+
+
+def _fields(config: DataConfig) -> list[str]:
+    return [key for key in (config.text_key, config.target_key) if key is not None]

@@ -1,0 +1,52 @@
+"""The validation of a run: loss, bits per byte, accuracy, and the spans that an encoder-decoder predicts whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.data.packing import segments_of
+from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.run.steps import Steps
+from jaxllm.training.sharding import place_rows
+from jaxllm.training.spans import count_spans
+
+
+def evaluate(steps: Steps, params: Any, pipeline: Pipeline, *, mesh: Mesh | None) -> dict[str, float]:
+    """Metrics of the first `training.eval_batches` validation batches, which are always the same.
+
+    Returns:
+        loss (per token), bits_per_byte (T5: bits_per_target_byte), accuracy, and spans_exact where there are spans.
+    """
+    config, tokenizer = steps.program.config, pipeline.tokenizer
+    nll = weight = correct = size = 0.0
+    exact = spans = 0
+    for batch in pipeline.validation(config.training.eval_batches):
+        placed = place_rows(batch, mesh)
+        sums = jax.device_get(steps.eval_step(params, placed))
+        nll += float(sums.nll)
+        weight += float(sums.weight)
+        correct += float(sums.correct)
+        size += target_bytes(batch, tokenizer)
+        if steps.predict is not None:
+            predicted = np.asarray(steps.predict(params, placed))
+            found = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)
+            exact += found.exact
+            spans += found.total
+    weight = max(weight, 1.0)
+    return {
+        "loss": nll / weight,
+        config.model.metric: nll / math.log(2) / max(size, 1.0),
+        "accuracy": correct / weight,
+        **({"spans_exact": exact / spans} if spans else {}),
+    }
+
+
+def target_bytes(batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes of the text that a batch predicts."""
+    return float(np.sum(tokenizer.token_bytes[batch["targets"]] * batch["weights"]))

@@ -1,0 +1,34 @@
+"""Stop signals become a flag that the loop reads between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGTERM or Ctrl-C into a flag; a second one acts as usual."""
+    received: list[int] = []
+    try:
+        previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def handle(number: int, _: Any) -> None:
+            received.append(number)
+            signal.signal(number, previous[number])
+            _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
+
+        for number in previous:
+            signal.signal(number, handle)
+    except ValueError:  # not in the main thread: the caller owns the signals
+        previous = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,0 +1,132 @@
+"""Memory that a run needs on each device: an estimate before anything is allocated, and the check of a figure.
+
+Parameters, moments and gradients are counted leaf by leaf. Activations are what the traced backward pass asks the
+forward pass to keep, so the remat policy is in them. XLA may fuse some of it away: the estimate errs on the safe side,
+and what the compiled step needs decides, before it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+
+from jaxllm.config import RunConfig
+from jaxllm.models import abstract_params
+from jaxllm.training.precision import cast_floating
+from jaxllm.training.program import Program, program_of
+from jaxllm.training.sharding import device_bytes
+
+
+class FitError(ValueError):
+    """A run that is too large for its device; the message says what to change."""
+
+
+class Fit(NamedTuple):
+    """Bytes that a run needs on each device.
+
+    Attributes:
+        parameters: this device's share of the float32 master weights, and all of their copy in the compute dtype.
+        moments: its share of the optimizer's state.
+        gradients: one set in the compute dtype, and its share of the float32 sums over microbatches and devices.
+        activations: kept for the backward pass of one microbatch, and one layer's share again while it is used.
+        logits: the chunk of the vocabulary loss, as logits, probabilities and gradient.
+    """
+
+    parameters: int
+    moments: int
+    gradients: int
+    activations: int
+    logits: int
+
+    def table(self) -> str:
+        """The parts and their sum in one line."""
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self._asdict().items())
+        return f"{parts}; {sum(self) / 1e9:.1f} GB in all"
+
+
+def estimate_fit(program: Program, *, devices: int = 1) -> Fit:
+    """Memory of a run on each of `devices`, laid out by `jaxllm.training.sharding`."""
+    training = program.config.training
+    params = abstract_params(program.model)
+    compute = jax.eval_shape(lambda tree: cast_floating(tree, program.dtype), params)
+    rows = -(-training.batch_size // (training.accumulation * devices))
+    masters, copy = device_bytes(params, devices), tree_bytes(compute)
+    size = jnp.dtype(program.dtype).itemsize
+    loss_rows = program.abstract_batch(rows)["targets"].size
+    return Fit(
+        parameters=masters + (copy if copy != masters else 0),
+        moments=device_bytes(jax.eval_shape(program.optimizer.init, params), devices),
+        gradients=copy + (masters if training.accumulation > 1 or devices > 1 else 0),
+        activations=_activations(program.config, rows),
+        logits=min(training.loss_chunk, loss_rows) * program.config.model.vocab_size * (8 + size),
+    )
+
+
+def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
+    """Refuses a run that needs more than `limit` bytes.
+
+    Raises:
+        FitError: with the estimate's parts and what makes the largest of them smaller.
+    """
+    if needed <= limit:
+        return
+    advice = {
+        "activations": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
+        "moments": "set optimizer.moment_dtype=bfloat16 or optimizer.name=adafactor",
+        "logits": "lower training.loss_chunk",
+        "parameters": "choose a smaller model",
+        "gradients": "choose a smaller model, or training.accumulation=1 if its activations then fit",
+    }
+    largest = sorted(fit._asdict().items(), key=lambda part: -part[1])[:2]
+    raise FitError(
+        f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB; by the estimate: "
+        f"{fit.table()}. " + "; ".join(f"{name}: {advice[name]}" for name, _ in largest)
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all leaves, abstract or not."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _activations(config: RunConfig, rows: int) -> int:
+    layer = _kept(_with(config, remat="none", layers="scan", num_layers=2), rows) - _kept(
+        _with(config, remat="none", layers="scan", num_layers=1), rows
+    )
+    return _kept(config, rows) + max(layer, 0)
+
+
+def _with(config: RunConfig, **changes: Any) -> RunConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def _kept(config: RunConfig, rows: int) -> int:
+    """Bytes that the backward pass of a microbatch needs beyond its arguments."""
+    program = program_of(config)
+    params = jax.eval_shape(lambda tree: cast_floating(tree, program.dtype), abstract_params(program.model))
+    return residual_bytes(
+        lambda tree, batch: program.loss(tree, batch, jax.random.key(0)).loss, params, program.abstract_batch(rows)
+    )
+
+
+def residual_bytes(function: Callable[[Any, Any], jax.Array], params: Any, batch: Any) -> int:
+    """Bytes of what `jax.vjp` of a function keeps, the arguments and parts of them left out."""
+
+    def kept(tree: Any, data: Any) -> Any:
+        return jax.vjp(lambda part: function(part, data), tree)[1]
+
+    closed, shapes = jax.make_jaxpr(kept, return_shape=True)(params, batch)
+    # Layers that are not a loop keep their part of the stacked parameters, which the copy in the compute dtype is.
+    given = set(closed.jaxpr.invars)
+    for equation in closed.jaxpr.eqns:
+        first = equation.invars[0] if equation.primitive.name in ("slice", "split", "squeeze") else None
+        if isinstance(first, Var) and first in given:
+            given.update(equation.outvars)
+    outputs = zip(closed.jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
+    kept_once = {var: shape for var, shape in outputs if isinstance(var, Var) and var not in given}
+    return tree_bytes(list(kept_once.values()))

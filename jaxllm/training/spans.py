@@ -1,0 +1,71 @@
+"""How many masked spans an encoder-decoder predicts whole, under teacher forcing.
+
+A span counts when each of its tokens and the mark that ends it (the next sentinel, or the end) is the most likely one
+given the true tokens before it. Where nothing is masked by sentinels, a whole answer is one span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from jaxllm.models import family_of
+from jaxllm.models.layers import apply
+from jaxllm.ops.sampling import most_probable
+from jaxllm.training.loss import Batch
+from jaxllm.training.precision import cast_floating
+from jaxllm.training.program import Program
+from jaxllm.training.sharding import map_rows
+
+
+class SpanCounts(NamedTuple):
+    """Spans of a batch.
+
+    Attributes:
+        exact: spans guessed whole.
+        total: all of them.
+    """
+
+    exact: int
+    total: int
+
+
+def make_predict_step(program: Program, mesh: Mesh | None) -> Callable[[Any, Batch], Int[Array, "B T"]]:
+    """The most likely token at every decoder position, given the true ones before; logits exist row by row."""
+    model = program.model
+
+    def on_rows(cast: Any, batch: Batch) -> Int[Array, "B T"]:
+        head = apply(model, cast, method="head")
+        hidden = family_of(model).hidden(model, cast, batch)
+        return jax.lax.map(lambda row: most_probable(jnp.einsum("td,vd->tv", row, head)), hidden)
+
+    spread = map_rows(on_rows, mesh, summed=False)
+
+    def predict(params: Any, batch: Batch) -> Int[Array, "B T"]:
+        return spread(cast_floating(params, program.dtype), batch)
+
+    return predict
+
+
+def count_spans(
+    predicted: np.ndarray, targets: np.ndarray, segment_ids: np.ndarray, sentinels: np.ndarray
+) -> SpanCounts:
+    """Spans of rows [B, T]; one begins after a sentinel, or with an answer that does not begin with a sentinel."""
+    inside = segment_ids.ravel() > 0
+    row = np.repeat(np.arange(len(targets)), targets.shape[1])
+    owner = (row * (1 + segment_ids.max(initial=0)) + segment_ids.ravel())[inside]
+    tokens, right = targets.ravel()[inside], (predicted == targets).ravel()[inside]
+    marks = np.isin(tokens, sentinels)
+    first = np.diff(owner, prepend=-1) != 0
+    begins = first | np.roll(marks, 1)
+    number = np.cumsum(begins) - 1
+    # The sentinel before the first span of an answer is not a span.
+    real = ~(first & marks)[begins]
+    whole = np.bincount(number, weights=~right, minlength=len(real)) == 0
+    return SpanCounts(int((whole & real).sum()), int(real.sum()))
