@@ -39,7 +39,6 @@ class PrecisionConfig:
         min_scale: floor; an overflow at the floor counts towards stopping the run.
         max_scale: ceiling of a dynamic scale.
         hysteresis: overflows in a row before a dynamic scale is halved.
-        retries: recompute an overflowed batch with a smaller scale up to this many times instead of dropping it.
         max_overflows: overflows in a row at the floor that stop the run.
     """
 
@@ -53,7 +52,6 @@ class PrecisionConfig:
     min_scale: float = 1.0
     max_scale: float = 2.0**24
     hysteresis: int = 1
-    retries: int = 0
     max_overflows: int = 20
 
     def __post_init__(self) -> None:
@@ -72,11 +70,6 @@ class PrecisionConfig:
             self.islands.get("rope", "float32") == "float32",
             f"islands.rope must be float32, got {self.islands.get('rope')}: in 16 bits position 2049 is no number of "
             f"its own (in bfloat16 not even 257), and neighbours would share an angle",
-        )
-        require(self.retries >= 0, f"retries must not be negative, got {self.retries}")
-        require(
-            self.retries == 0 or self.loss_scale == "dynamic",
-            "retries needs a scale that can shrink; set precision.loss_scale: dynamic or retries: 0",
         )
 
 

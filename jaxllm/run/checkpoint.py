@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
+from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 
 _log = logging.getLogger(__name__)
 
@@ -155,14 +156,14 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        self._check_dtypes(step, abstract_state)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["data"]
-
-    def _check_dtypes(self, step: int, abstract_state: Any) -> None:
-        """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
         found = self._manager.item_metadata(step)["state"]
+        self._check_dtypes(step, found, abstract_state)
+        wanted = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=wanted, data=ocp.args.JsonRestore()))
+        return without_dropped_leaf(restored["state"]), restored["data"]
+
+    def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
+        """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
         if found is None:
             raise FileNotFoundError("its description is missing")
         if set(found) == {"params"}:

@@ -243,7 +243,7 @@ class _Run:
             **self._meter.read(),
         }
         if scaling:
-            row |= {"loss_scale": values.loss_scale, "skipped": values.skipped, "retried": values.retried}
+            row |= {"loss_scale": values.loss_scale, "skipped": values.skipped}
         with self._meter.paused():
             row |= self.overflow.headroom(pending.step, self.state, pending.batch)
         self.writer.write(pending.step, row)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxllm.training.loss_scale import all_finite, finite_rows
+from jaxllm.training.finite import all_finite, finite_rows
 
 # Names of modules and parameters of both families in forward order; names that are not in it come last.
 FORWARD_ORDER = (

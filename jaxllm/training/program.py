@@ -17,7 +17,6 @@ from jaxllm.data.recipes import RECIPES
 from jaxllm.models import Model, abstract_params, init_params
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.loss import Batch, LossFunction, build_loss
-from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
 from jaxllm.training.precision import build_model, compute_dtype
 from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step
@@ -85,7 +84,6 @@ def program_of(config: RunConfig, mesh: Mesh | None = None) -> Program:
     dtype, model = compute_dtype(precision), build_model(config)
     loss = build_loss(model, training)
     optimizer = build_optimizer(config.optimizer, precision, steps=training.steps)
-    retries = Retries(precision.retries, min_scale=precision.min_scale)
-    step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, retries=retries, mesh=mesh)
+    step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, mesh=mesh)
     evaluate = make_eval_step(loss, dtype=dtype, mesh=mesh)
     return Program(config, model, dtype, loss, optimizer, step, evaluate)
