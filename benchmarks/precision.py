@@ -34,7 +34,7 @@ from jaxllm.models import build, init_params
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import build_model, cast_floating, compute_dtype
+from jaxllm.training.precision import build_model, cast_floating
 from jaxllm.training.train_step import accumulate_gradients, init_train_state, make_eval_step, make_train_step
 
 matplotlib.use("Agg")
@@ -122,7 +122,7 @@ def measure_family(family: str, steps: int, full: bool, work: Path) -> tuple[dic
 
 def train(config: RunConfig, batches: list[Any], validation: list[Any], *, moved: int | None = None) -> dict[str, Any]:
     """One run over the batches: rows of metrics, the validation loss per token, seconds per step, parameters."""
-    model, dtype = build_model(config), compute_dtype(config.precision)
+    model, dtype = build_model(config), jnp.dtype(config.precision.compute)
     rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
     loss = build_loss(model, config.training)
     step = jax.jit(make_train_step(loss, rule, accumulation=1, dtype=dtype), donate_argnums=0)

@@ -81,14 +81,29 @@ def make_train_step(
     dtype: Any,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The pure step of a run.
+    """The pure step of a run: forward, backward, update.
+
+    >>> def loss(params, batch, key):  # of a line through the origin
+    ...     squares = batch["weights"] * (params["slope"] * batch["x"] - batch["y"]) ** 2
+    ...     return LossSums(squares.sum(), squares.sum(), batch["weights"].sum(), jnp.zeros(()))
+    >>> rule = optax.sgd(0.1)
+    >>> step = jax.jit(make_train_step(loss, rule, accumulation=2, dtype=jnp.float32))
+    >>> state = init_train_state({"slope": jnp.zeros(())}, rule, jax.random.key(0))
+    >>> x = jnp.arange(4.0)
+    >>> state, metrics = step(state, {"x": x, "y": 2 * x, "weights": jnp.ones(4)})
+    >>> print(metrics.loss, metrics.weight, state.params["slope"])
+    14.0 4.0 1.4
 
     Args:
         loss_function: (parameters in `dtype`, microbatch, key) -> `LossSums`.
         optimizer: takes gradients scaled by its own loss scale, if it has one.
         accumulation: microbatches the leading axis of a batch is split into.
         dtype: compute dtype.
-        mesh: devices that state and batch lie on, see `jaxllm.training.sharding`; None is one.
+        mesh: devices that hold state and batch, see `jaxllm.training.sharding`; None is one.
+
+    Returns:
+        (state, batch) -> (state, metrics). The leading axis of every array in a batch must be a multiple of
+        `accumulation`; `weights` is one of them.
     """
     accumulate = functools.partial(accumulate_gradients, loss_function, accumulation=accumulation)
     accumulate = sum_gradients(accumulate, mesh)
@@ -171,7 +186,15 @@ def accumulate_gradients(
 def make_eval_step(
     loss_function: LossFunction, *, dtype: Any, mesh: Mesh | None = None
 ) -> Callable[[Any, Batch], LossSums]:
-    """The loss sums of a batch, without gradients and without dropout."""
+    """(parameters, batch) -> the loss sums of a batch, without gradients and without dropout.
+
+    >>> def loss(params, batch, key):
+    ...     total = jnp.sum(params["w"] * batch["x"])
+    ...     return LossSums(total, total, jnp.float32(batch["x"].size), jnp.zeros(()))
+    >>> sums = make_eval_step(loss, dtype=jnp.bfloat16)({"w": jnp.float32(2)}, {"x": jnp.ones(3)})
+    >>> print(sums.loss / sums.weight)
+    2.0
+    """
     sums = map_rows(lambda params, batch: loss_function(params, batch, None), mesh, summed=True)
 
     def eval_step(params: Any, batch: Batch) -> LossSums:
