@@ -33,9 +33,8 @@ from jaxllm.models import build, init_params
 from jaxllm.run.feed import open_run_pipeline
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.training.loss import build_loss
-from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import build_model, cast_floating, compute_dtype
+from jaxllm.training.precision import build_model, cast_floating
 from jaxllm.training.train_step import accumulate_gradients, init_train_state, make_eval_step, make_train_step
 
 matplotlib.use("Agg")
@@ -49,7 +48,6 @@ RUNS = {
     "float32": ("precision.compute=float32",),
     "bfloat16": ("precision.compute=bfloat16",),
     "float16, dynamic scale": DYNAMIC,
-    "float16, dynamic scale, retries": (*DYNAMIC, "precision.retries=4"),
     "float16, scale 1": ("precision.compute=float16", "precision.loss_scale=static", "precision.initial_scale=1"),
 }
 MOVED = {f"float32, start moved ({seed})": seed for seed in (1, 2, 3)}
@@ -124,11 +122,10 @@ def measure_family(family: str, steps: int, full: bool, work: Path) -> tuple[dic
 
 def train(config: RunConfig, batches: list[Any], validation: list[Any], *, moved: int | None = None) -> dict[str, Any]:
     """One run over the batches: rows of metrics, the validation loss per token, seconds per step, parameters."""
-    model, dtype = build_model(config), compute_dtype(config.precision)
+    model, dtype = build_model(config), jnp.dtype(config.precision.compute)
     rule = build_optimizer(config.optimizer, config.precision, steps=config.training.steps)
     loss = build_loss(model, config.training)
-    retries = Retries(config.precision.retries, min_scale=config.precision.min_scale)
-    step = jax.jit(make_train_step(loss, rule, accumulation=1, dtype=dtype, retries=retries), donate_argnums=0)
+    step = jax.jit(make_train_step(loss, rule, accumulation=1, dtype=dtype), donate_argnums=0)
     evaluate = jax.jit(make_eval_step(loss, dtype=dtype))
     key, run_key = jax.random.split(jax.random.key(config.training.seed))
     params = init_params(model, key)
@@ -191,7 +188,7 @@ def summary(runs: dict[str, Any], lost: dict[str, Any]) -> dict[str, Any]:
         name: {
             "validation_loss": run["validation"],
             "ratio_to_float32": run["validation"] / base,
-            **{key: run["rows"][-1][key] for key in ("loss_scale", "skipped", "retried")},
+            **{key: run["rows"][-1][key] for key in ("loss_scale", "skipped")},
             "step_seconds": run["step_seconds"],
             "seconds": run["seconds"],
         }

@@ -123,10 +123,9 @@ def run_jaxllm(shape: str, dtype: Any, steps: int, work: Path) -> dict[str, Any]
     from jaxllm.models.layers import apply
     from jaxllm.training.loss import build_loss
     from jaxllm.training.optimizer import build_optimizer
-    from jaxllm.training.precision import compute_dtype
     from jaxllm.training.train_step import init_train_state, make_train_step
 
-    compute = compute_dtype(PrecisionConfig(compute=dtype))
+    compute = jax.numpy.dtype(dtype)
     model = build(_config(shape), dtype=compute)
     params = init_params(model, jax.random.key(0))
     batch = _batch(shape)

@@ -19,7 +19,7 @@ from jaxllm.config.setting import SettingError, nearest, settings_of, type_name
 
 # Settings that no longer exist, as section.key, with the default they had. The config.yaml of an older run holds all
 # settings of its time: one of these at its default is dropped, another value is an error.
-RETIRED: dict[str, Any] = {}
+RETIRED: dict[str, Any] = {"precision.retries": 0}
 
 
 class ConfigError(ValueError):

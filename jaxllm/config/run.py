@@ -32,11 +32,6 @@ class PrecisionConfig:
     min_scale: Annotated[float, positive, "floor; an overflow at the floor counts towards stopping the run"] = 1.0
     max_scale: Annotated[float, positive, "ceiling of a dynamic scale"] = 2.0**24
     hysteresis: Annotated[int, at_least(1), "overflows in a row before a dynamic scale is halved"] = 1
-    retries: Annotated[
-        int,
-        at_least(0),
-        "recompute an overflowed batch with a smaller scale up to this many times instead of dropping it",
-    ] = 0
     max_overflows: Annotated[int, at_least(1), "overflows in a row at the floor that stop the run"] = 20
 
     def __post_init__(self) -> None:
@@ -53,10 +48,6 @@ class PrecisionConfig:
             self.islands.get("rope", "float32") == "float32",
             f"islands.rope must be float32, got {self.islands.get('rope')}: 16 bits cannot tell long positions apart "
             f"(float16 above 2048, bfloat16 above 256), so neighbouring positions would get the same angle",
-        )
-        require(
-            self.retries == 0 or self.loss_scale == "dynamic",
-            "retries needs a scale that can shrink; set precision.loss_scale: dynamic or retries: 0",
         )
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
+from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 
 _log = logging.getLogger(__name__)
 
@@ -155,14 +156,15 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        self._check_dtypes(step, abstract_state)
-        state, data = ocp.args.StandardRestore(abstract_state), ocp.args.JsonRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**{_STATE: state, _DATA: data}))
-        return restored[_STATE], restored[_DATA]
-
-    def _check_dtypes(self, step: int, abstract_state: Any) -> None:
-        """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
         found = self._manager.item_metadata(step)[_STATE]
+        self._check_dtypes(step, found, abstract_state)
+        state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
+        wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
+        restored = self._manager.restore(step, args=wanted)
+        return without_dropped_leaf(restored[_STATE]), restored[_DATA]
+
+    def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
+        """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
         if found is None:
             raise FileNotFoundError("its description is missing")
         if set(found) == {_PARAMS}:  # of `save_params`

@@ -3,7 +3,7 @@
 The step itself says which gradient overflowed; the rest is found by computing the same batch again and observing it
 (`jaxllm.jaxprs.observe`). The host reads a step while the next one runs, so the parameters are those of at most one
 step later, and the very same when the steps between were skipped. Without a loss scale nothing is skipped and they are
-spoiled, so the trainer passes its last checkpoint's. Out of scope: skipping and retrying.
+spoiled, so the trainer passes its last checkpoint's. Out of scope: skipping.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def step_row(
         **speed,
     }
     if config.precision.loss_scale != "none":
-        row |= {"loss_scale": values.loss_scale, "skipped": values.skipped, "retried": values.retried}
+        row |= {"loss_scale": values.loss_scale, "skipped": values.skipped}
     return row
 
 

@@ -1,7 +1,7 @@
 """Which gradient overflowed first: names of parameter groups in the order in which the backward pass reaches them.
 
-An infinity that arises in layer k spoils the gradients of every layer below, so the first group in backward order is
-the one to name. A layer of a stack is a group of its own. Out of scope: activations (`jaxllm.jaxprs.observe`).
+An infinity that arises in layer k spoils the gradients of every layer below. So the first group in backward order names
+the origin. A layer of a stack is a group of its own. Out of scope: activations (`jaxllm.jaxprs.observe`).
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxllm.training.loss_scale import all_finite, finite_rows
-
-# Names of modules and parameters of both families in forward order; names that are not in it come last.
-FORWARD_ORDER = (
-    *("embed", "encoder", "decoder", "relative_bias", "layers"),
-    *("attn_norm", "attention", "cross_norm", "cross_attention"),
-    *("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj"),
-    *("mlp_norm", "mlp", "gate_proj", "up_proj", "down_proj", "final_norm", "lm_head"),
-)
-_RANK = {name: rank for rank, name in enumerate(FORWARD_ORDER)}
+from jaxllm.training.finite import all_finite, finite_rows
+from jaxllm.training.names import forward_rank, is_stacked
 
 
 def gradient_groups(params: Any) -> tuple[str, ...]:
-    """Names such as layers/2/down_proj/kernel, in the order of the backward pass."""
+    """Names such as layers/2/down_proj/kernel, in the order of the backward pass.
+
+    >>> params = {"embed": jnp.ones((3, 2)), "layers": {"q_proj": {"kernel": jnp.ones((2, 2, 2))}}}
+    >>> gradient_groups(params)
+    ('layers/1/q_proj/kernel', 'layers/0/q_proj/kernel', 'embed')
+    """
     return tuple(name for name, _, _ in _groups(params))
 
 
@@ -38,11 +35,6 @@ def first_nonfinite(grads: Any) -> Int[Array, ""]:
     index = [starts[leaf] + (row or 0) for _, leaf, row in _groups(grads)]
     bad = ~jnp.concatenate(flags)[np.array(index)]
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
-
-
-def is_stacked(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of the parameters holds all layers of a stack on its first axis, by its path."""
-    return any(getattr(part, "key", None) == "layers" for part in path)
 
 
 def _groups(params: Any) -> list[tuple[str, int, int | None]]:
@@ -57,7 +49,7 @@ def _groups(params: Any) -> list[tuple[str, int, int | None]]:
 
 
 def _order(names: list[str], row: int | None) -> tuple[tuple[int, str], ...]:
-    keys = [(_RANK.get(name, len(_RANK)), name) for name in names]
+    keys = [(forward_rank(name), name) for name in names]
     if row is not None:
         keys.insert(names.index("layers") + 1, (row, ""))
     return tuple(keys)

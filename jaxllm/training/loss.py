@@ -1,6 +1,6 @@
 """What a family minimises on a batch: hidden states through the chunked vocabulary loss.
 
-A loss function maps (compute parameters, batch, key) to `LossSums`; the train step knows nothing else of a model.
+A loss function maps (compute parameters, batch, key) to `LossSums`; nothing else of a model reaches the train step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,26 @@ LossFunction = Callable[[Any, Batch, jax.Array | None], LossSums]
 def build_loss(model: Model, config: TrainingConfig) -> LossFunction:
     """The training loss of a model, per `config.z_loss` and `config.loss_chunk`; key None is no dropout.
 
-    Batches hold `targets` and `weights` [B, T], and `tokens` [B, T] with `positions` and `segment_ids` where wanted (a
-    decoder), or `encoder_tokens` [B, S] and `decoder_tokens` [B, T] with `encoder_segment_ids` and
-    `decoder_segment_ids`, or `encoder_lengths` [B], where wanted (an encoder-decoder). Divide the sums once:
-    `sums.loss / sums.weight`.
+    >>> import jaxllm
+    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=1, num_heads=2)
+    >>> model = jaxllm.build(config)
+    >>> params = jaxllm.init_params(model, jax.random.key(0))
+    >>> tokens = jax.numpy.arange(12).reshape(2, 6)
+    >>> batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jax.numpy.ones((2, 5))}
+    >>> sums = build_loss(model, TrainingConfig())(params, batch, None)
+    >>> print(f"{sums.loss / sums.weight:.1f} nats per token")
+    2.8 nats per token
+
+    Batches hold `targets` and `weights` [B, T], and these arrays, of which those in brackets may be left out:
+
+    * decoder: `tokens` [B, T] (`positions`, `segment_ids`)
+    * encoder-decoder: `encoder_tokens` [B, S], `decoder_tokens` [B, T] (`encoder_segment_ids`, `decoder_segment_ids`,
+      or `encoder_lengths` [B])
+
+    Divide the sums once, after all microbatches and devices.
+
+    Raises:
+        ValueError: when called, for arrays of another shape, naming the array.
     """
     hidden = family_of(model).hidden
 

@@ -1,7 +1,7 @@
 """Learning-rate schedules and the chain clip -> moments -> weight decay -> learning rate, from `OptimizerConfig`.
 
-optax does the work; what is decided here is the order and which parameters decay. The loss scale goes around the
-whole chain, so that clipping sees unscaled gradients.
+optax has the rules; the order and the choice of parameters that decay are made here. The loss scale goes around the
+whole chain, so that clipping applies to unscaled gradients.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.config import OptimizerConfig, PrecisionConfig
-from jaxllm.training.attribution import is_stacked
 from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
+from jaxllm.training.names import is_stacked, role_of
 
 
 def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then the configured shape, down to its floor at `steps`.
+
+    >>> schedule = build_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=2, schedule="cosine"), steps=10)
+    >>> [round(float(schedule(step)), 2) for step in (0, 1, 6, 10)]
+    [0.5, 1.0, 0.55, 0.1]
 
     Raises:
         ValueError: for a name that is not in `SCHEDULES`.
@@ -64,17 +68,22 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices that weight decay shrinks; norms, biases and relative bias tables are spared."""
+    """True for matrices, which weight decay shrinks; norms, biases and relative bias tables are spared.
 
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        name = getattr(path[-1], "key", str(path[-1]))
-        return name in ("kernel", "embed", "lm_head")
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    >>> decay_mask({"lm_head": jnp.ones((2, 2)), "final_norm": {"weight": jnp.ones(2)}})
+    {'final_norm': {'weight': False}, 'lm_head': True}
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: role_of(path).decayed, params)
 
 
 def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, steps: int) -> optax.GradientTransformation:
-    """The update rule of a run, with its loss scale around it.
+    """The update rule of a run over `steps` steps, with its loss scale around it.
+
+    >>> rule = build_optimizer(OptimizerConfig(learning_rate=0.5, schedule="constant"), PrecisionConfig(), steps=10)
+    >>> params = {"lm_head": jnp.ones((2, 2))}
+    >>> updates, state = rule.update({"lm_head": jnp.full((2, 2), 3.0)}, rule.init(params), params)
+    >>> print(f"{updates['lm_head'][0, 0]:.2f}")  # -0.5 * (Adam's 1 + weight decay's 0.1)
+    -0.55
 
     Raises:
         ValueError: for a name that is not in `OPTIMIZERS` or `SCHEDULES`.
@@ -130,8 +139,8 @@ def _named(table: Mapping[str, Any], name: str, setting: str) -> Any:
 def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
     """Adam that keeps its first moment in `dtype` between steps and computes with it in float32.
 
-    optax's own `mu_dtype` multiplies the stored moment by b1 in that dtype: bfloat16 has 0.9883 for a b1 of 0.99, which
-    makes every update an eighth too small, and 1 for 0.999, which never forgets.
+    optax's own `mu_dtype` multiplies the stored moment by b1 in that dtype. In bfloat16 a b1 of 0.99 is 0.9883, so
+    every update is an eighth too small, and 0.999 is 1, so old gradients never decay.
     """
     if dtype == "float32":
         return adam
@@ -149,7 +158,7 @@ def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> opta
 def _clip_by_rms(largest: float) -> optax.GradientTransformation:
     """Scales each tensor's update down to an RMS of `largest`, each layer of a stack by itself (1804.04235 section 6).
 
-    optax's clip_by_block_rms would take a stack for one tensor, in which a single layer's outbreak goes under.
+    optax.clip_by_block_rms would clip the stacked tensor as a whole and hide one layer's spike.
     """
 
     def clip(path: tuple[Any, ...], update: jax.Array) -> jax.Array:

@@ -1,6 +1,26 @@
 """A run's pure functions, assembled once from its config: model, loss, optimizer, train step, first state.
 
-Everything that trains, measures or inspects a run takes them from here, so that all of them see the same program.
+Everything that trains, measures or inspects a run takes them from here, so that all of them see the same program. A
+training loop of your own needs no more (`jaxllm.training.sharding` has it for several devices):
+
+>>> import numpy as np
+>>> from jaxllm.config import LlamaConfig, OptimizerConfig, RunConfig, TrainingConfig
+>>> config = RunConfig(
+...     model=LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=1, num_heads=2),
+...     optimizer=OptimizerConfig(learning_rate=0.05),
+...     training=TrainingConfig(steps=20),
+... )
+>>> program = program_of(config)
+>>> state = jax.jit(program.fresh_state)()
+>>> step = jax.jit(program.train_step, donate_argnums=0)
+>>> text = np.tile(np.arange(9, dtype=np.int32), (4, 1))
+>>> batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "weights": np.ones((4, 8), np.float32)}
+>>> for _ in range(config.training.steps):
+...     state, metrics = step(state, batch)
+>>> int(state.step), bool(metrics.loss < 1)
+(20, True)
+
+`build_loss` describes batches, and `jaxllm.training.train_step` takes a loss or an optimizer of your own.
 """
 
 from __future__ import annotations
@@ -9,6 +29,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -17,9 +38,8 @@ from jaxllm.data.recipes import RECIPES
 from jaxllm.models import Model, abstract_params, init_params
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.loss import Batch, LossFunction, build_loss
-from jaxllm.training.loss_scale import Retries
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import build_model, compute_dtype
+from jaxllm.training.precision import build_model
 from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -82,10 +102,9 @@ def program_of(config: RunConfig, mesh: Mesh | None = None) -> Program:
     (8, 256)
     """
     training, precision = config.training, config.precision
-    dtype, model = compute_dtype(precision), build_model(config)
+    dtype, model = jnp.dtype(precision.compute), build_model(config)
     loss = build_loss(model, training)
     optimizer = build_optimizer(config.optimizer, precision, steps=training.steps)
-    retries = Retries(precision.retries, min_scale=precision.min_scale)
-    step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, retries=retries, mesh=mesh)
+    step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, mesh=mesh)
     evaluate = make_eval_step(loss, dtype=dtype, mesh=mesh)
     return Program(config, model, dtype, loss, optimizer, step, evaluate)

@@ -1,26 +1,24 @@
 """How a run is laid out over the devices of one process: rows of a batch, parameters and moments over one axis.
 
-One table of rules by the name of a leaf, so that models know nothing of devices. The optimizer's trees end in the
-parameters' paths and follow the same rules. What a model computes runs on every device as it would on one, on that
-device's rows and with whole parameters, which are gathered in the compute dtype once per step; gradients are summed
-in float32, and every device keeps its share of the sums. That is written out here: left to XLA's partitioner, the
-scans over chunks of the loss and over microbatches would move activations. The loss scale sees the sums, so its
-decision is one. Out of scope: several processes, tensor or pipeline parallelism.
+The name of a leaf decides which of its axes is split (`jaxllm.training.names`), so models name no devices. The
+optimizer's trees end in the parameters' paths and follow the same rule. Every device computes its own rows as it would
+alone, with whole parameters that are gathered in the compute dtype once per step. Gradients are summed in float32, and
+every device keeps its share of the sums. This is written out here: XLA's partitioner would move activations in the
+scans over chunks of the loss and over microbatches. The loss scale sees the sums, so there is one decision for all
+devices. Out of scope: several processes, tensor or pipeline parallelism.
 
-A loop of your own, on one device or several, where `batches` are dicts of NumPy rows (see `build_loss`):
+The loop of `jaxllm.training.program`, on all devices:
 
-    mesh = make_mesh()  # all devices
-    start = lambda: init_train_state(init_params(model, key), optimizer, key)
-    layout = state_shardings(jax.eval_shape(start), mesh)
-    state = jax.jit(start, out_shardings=layout)()  # no device ever holds it all
-    loss = build_loss(model, TrainingConfig())
-    step = make_train_step(loss, optimizer, accumulation=1, dtype=model.dtype, mesh=mesh)
-    step = jax.jit(step, donate_argnums=0)
+    mesh = make_mesh()
+    program = program_of(config, mesh)
+    layout = state_shardings(program.abstract_state(), mesh)
+    state = jax.jit(program.fresh_state, out_shardings=layout)()  # no device ever holds it all
+    step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(layout, None))
     for batch in batches:
         state, metrics = step(state, place_rows(batch, mesh))
-    params = jax.device_put(state.params, jax.devices()[0])  # decoding is for one device
+    params = jax.device_put(state.params, jax.devices()[0])  # decoding uses one device
 
-`Checkpoints.restore(with_shardings(jax.eval_shape(start), mesh))` brings a state back onto another number of devices.
+`Checkpoints.restore(with_shardings(program.abstract_state(), mesh))` restores a state onto another number of devices.
 """
 
 from __future__ import annotations
@@ -32,8 +30,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-# Axis, counted from the end, over which a leaf is split; other leaves (norms, biases, scalars) are copied.
-RULES = {"embed": 2, "lm_head": 2, "kernel": 2}
+from jaxllm.training.names import role_of
 
 _AXIS = "devices"
 _COPIED, _ROWS = PartitionSpec(), PartitionSpec(_AXIS)
@@ -73,7 +70,7 @@ def state_specs(tree: Any, devices: int) -> Any:
 
 
 def _spec(path: tuple[Any, ...], leaf: Any, devices: int) -> PartitionSpec:
-    axis = RULES.get(getattr(path[-1], "key", "")) if path else None
+    axis = role_of(path).split
     # Factored moments bear the names of matrices without having their shapes, and not every size divides.
     if devices == 1 or axis is None or leaf.ndim < axis or leaf.shape[-axis] % devices:
         return _COPIED

@@ -2,8 +2,8 @@
 
 Loss functions return sums; they are divided once, by the weight of the whole batch, so that accumulating microbatches
 of different weight is exact. Parameters are cast to the compute dtype once per step, outside the accumulation scan;
-gradients are accumulated in float32. A batch whose gradients overflow is skipped by the optimizer's loss scale, or
-recomputed here with a smaller one. jit, donation and layout happen at the caller, which names its mesh here.
+gradients are accumulated in float32. A batch whose gradients overflow is skipped by the optimizer's loss scale. The
+caller applies jit, donation and layout; its mesh is an argument. `jaxllm.training.program` has an example.
 """
 
 from __future__ import annotations
@@ -21,15 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.attribution import first_nonfinite
 from jaxllm.training.loss import Batch, LossFunction
-from jaxllm.training.loss_scale import (
-    NO_RETRIES,
-    Retries,
-    loss_scale_of,
-    loss_scale_state,
-    replace_loss_scale,
-    retry,
-    unscale,
-)
+from jaxllm.training.loss_scale import loss_scale_of, loss_scale_state, unscale
 from jaxllm.training.precision import cast_floating
 from jaxllm.training.sharding import map_rows, sum_gradients
 
@@ -56,12 +48,11 @@ class StepMetrics(NamedTuple):
     Attributes:
         loss: what was minimised, per unit of weight.
         nll: cross-entropy in nats per unit of weight.
-        accuracy: part of the weight whose target had the largest logit.
+        accuracy: fraction of the weight whose target had the largest logit.
         weight: sum of the weights.
         grad_norm: global norm of the unscaled gradient, before clipping.
         loss_scale: scale that this step's gradients carried.
         skipped: steps skipped since the start, this one included.
-        retried: recomputations since the start, those of this step included.
         at_floor: overflows in a row with the scale at its floor.
         culprit: number of the first non-finite group in `gradient_groups`, -1 when all were finite or none scaled.
     """
@@ -73,7 +64,6 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     loss_scale: Float[Array, ""]
     skipped: Float[Array, ""]
-    retried: Float[Array, ""]
     at_floor: Float[Array, ""]
     culprit: Float[Array, ""]
 
@@ -89,18 +79,31 @@ def make_train_step(
     *,
     accumulation: int,
     dtype: Any,
-    retries: Retries = NO_RETRIES,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The pure step of a run.
+    """The pure step of a run: forward, backward, update.
+
+    >>> def loss(params, batch, key):  # of a line through the origin
+    ...     squares = batch["weights"] * (params["slope"] * batch["x"] - batch["y"]) ** 2
+    ...     return LossSums(squares.sum(), squares.sum(), batch["weights"].sum(), jnp.zeros(()))
+    >>> rule = optax.sgd(0.1)
+    >>> step = jax.jit(make_train_step(loss, rule, accumulation=2, dtype=jnp.float32))
+    >>> state = init_train_state({"slope": jnp.zeros(())}, rule, jax.random.key(0))
+    >>> x = jnp.arange(4.0)
+    >>> state, metrics = step(state, {"x": x, "y": 2 * x, "weights": jnp.ones(4)})
+    >>> print(metrics.loss, metrics.weight, state.params["slope"])
+    14.0 4.0 1.4
 
     Args:
         loss_function: (parameters in `dtype`, microbatch, key) -> `LossSums`.
         optimizer: takes gradients scaled by its own loss scale, if it has one.
         accumulation: microbatches the leading axis of a batch is split into.
         dtype: compute dtype.
-        retries: how often an overflowing batch is computed again before it is skipped.
-        mesh: devices that state and batch lie on, see `jaxllm.training.sharding`; None is one.
+        mesh: devices that hold state and batch, see `jaxllm.training.sharding`; None is one.
+
+    Returns:
+        (state, batch) -> (state, metrics). The leading axis of every array in a batch must be a multiple of
+        `accumulation`; `weights` is one of them.
     """
     accumulate = functools.partial(accumulate_gradients, loss_function, accumulation=accumulation)
     accumulate = sum_gradients(accumulate, mesh)
@@ -109,52 +112,26 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         weight = jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
+        scale = loss_scale_of(state.opt_state)
         params = cast_floating(state.params, dtype)
-
-        def gradients(scale: Array) -> tuple[LossSums, Any]:
-            return accumulate(params, batch, key, factor=scale / weight)
-
-        first, culprit, (sums, grads), opt_state = _finite_gradients(gradients, state.opt_state, retries)
-        scale = loss_scale_of(opt_state)
-        # Only a loss scale asks; knowing saves it a pass over the gradients.
-        known = {} if loss_scale_state(opt_state) is None else {"finite": culprit < 0}
-        updates, opt_state = rule.update(grads, opt_state, state.params, **known)
-        metrics = _metrics(sums, weight, global_norm(unscale(grads, scale)), scale, opt_state, first)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key)
-        return new, metrics
+        sums, grads = accumulate(params, batch, key, factor=scale / weight)
+        culprit, known = jnp.full((), -1, jnp.int32), {}
+        if loss_scale_state(state.opt_state) is not None:
+            culprit = first_nonfinite(unscale(grads, scale))
+            known = {"finite": culprit < 0}  # spares the loss scale a pass over the gradients
+        updates, opt_state = rule.update(grads, state.opt_state, state.params, **known)
+        metrics = _metrics(sums, weight, global_norm(unscale(grads, scale)), scale, opt_state, culprit)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key), metrics
 
     return train_step
-
-
-def _finite_gradients(
-    gradients: Callable[[Array], tuple[LossSums, Any]], opt_state: Any, retries: Retries
-) -> tuple[Int[Array, ""], Int[Array, ""], tuple[LossSums, Any], Any]:
-    """First and last attempt's culprit, sums and gradients, and the state whose scale they carry.
-
-    Only a loss scale asks for a culprit.
-    """
-    scaling = loss_scale_state(opt_state)
-    if scaling is None:
-        none = jnp.full((), -1, jnp.int32)
-        return none, none, gradients(jnp.ones((), jnp.float32)), opt_state
-
-    def attempt(scale: Array) -> tuple[Array, tuple[LossSums, Any]]:
-        sums, grads = gradients(scale)
-        return first_nonfinite(unscale(grads, scale)), (sums, grads)
-
-    if retries.limit == 0:
-        culprit, value = attempt(scaling.scale)
-        return culprit, culprit, value, opt_state
-    first, last, value, scaling = retry(attempt, scaling, retries)
-    return first, last, value, replace_loss_scale(opt_state, scaling)
 
 
 def _metrics(
     sums: LossSums, weight: Array, grad_norm: Array, scale: Array, opt_state: Any, culprit: Array
 ) -> StepMetrics:
     scaling = loss_scale_state(opt_state)
-    counts = (0, 0, 0) if scaling is None else (scaling.skipped, scaling.retried, scaling.at_floor)
-    skipped, retried, at_floor, number = (jnp.asarray(count, jnp.float32) for count in (*counts, culprit))
+    counts = (0, 0) if scaling is None else (scaling.skipped, scaling.at_floor)
+    skipped, at_floor, number = (jnp.asarray(count, jnp.float32) for count in (*counts, culprit))
     return StepMetrics(
         loss=sums.loss / weight,
         nll=sums.nll / weight,
@@ -163,7 +140,6 @@ def _metrics(
         grad_norm=grad_norm,
         loss_scale=scale,
         skipped=skipped,
-        retried=retried,
         at_floor=at_floor,
         culprit=number,
     )
@@ -210,7 +186,15 @@ def accumulate_gradients(
 def make_eval_step(
     loss_function: LossFunction, *, dtype: Any, mesh: Mesh | None = None
 ) -> Callable[[Any, Batch], LossSums]:
-    """The loss sums of a batch, without gradients and without dropout."""
+    """(parameters, batch) -> the loss sums of a batch, without gradients and without dropout.
+
+    >>> def loss(params, batch, key):
+    ...     total = jnp.sum(params["w"] * batch["x"])
+    ...     return LossSums(total, total, jnp.float32(batch["x"].size), jnp.zeros(()))
+    >>> sums = make_eval_step(loss, dtype=jnp.bfloat16)({"w": jnp.float32(2)}, {"x": jnp.ones(3)})
+    >>> print(sums.loss / sums.weight)
+    2.0
+    """
     sums = map_rows(lambda params, batch: loss_function(params, batch, None), mesh, summed=True)
 
     def eval_step(params: Any, batch: Batch) -> LossSums:

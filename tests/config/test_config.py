@@ -114,7 +114,7 @@ BAD = [
         {"model": {**SMALL["model"], "attention": "chunked"}, "precision": {"islands": {"softmax": "bfloat16"}}},
         "model.attention 'chunked' computes its softmax in float32",
     ),
-    ({"precision": {"retries": 2}}, "loss_scale: dynamic or retries: 0"),
+    ({"precision": {"retries": 2}}, "precision.retries no longer exists; 0 is the only value"),
     ({"data": {"sequence_length": 1}}, "sequence_length must be at least 2, got 1"),
     ({"data": {"source": "files"}}, "source: files needs path"),
     ({"data": {"objective": "span_corruption"}}, "does not fit model.family 'llama'"),

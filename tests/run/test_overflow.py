@@ -1,4 +1,4 @@
-"""float16 in whole steps and runs: batches are retried, overflows are named by layer, and hopeless runs stop."""
+"""float16 in whole steps and runs: batches are dropped, overflows are named by layer, and hopeless runs stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxllm.run.trainer import TrainingStopped, pretrain
 from jaxllm.training.attribution import first_nonfinite as first_group
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import build_loss
-from jaxllm.training.loss_scale import Retries, loss_scale_state
+from jaxllm.training.loss_scale import loss_scale_state
 from jaxllm.training.optimizer import build_optimizer
 from jaxllm.training.precision import cast_floating
 from jaxllm.training.train_step import init_train_state, make_train_step
@@ -30,19 +30,15 @@ MODEL = LlamaConfig(vocab_size=97, d_model=16, d_ff=32, num_layers=3, num_heads=
 TOO_LARGE = 2.0**40
 
 
-def start(retries: int):
+@pytest.fixture(scope="module")
+def dropping():
     """A jitted float16 step and its first state."""
     model = build(MODEL, dtype=jnp.float16)
     precision = PrecisionConfig(compute="float16", loss_scale="dynamic", max_scale=TOO_LARGE)
     rule = build_optimizer(OptimizerConfig(), precision, steps=100)
     loss = build_loss(model, TrainingConfig(loss_chunk=8))
-    step = make_train_step(loss, rule, accumulation=2, dtype=jnp.float16, retries=Retries(retries))
+    step = make_train_step(loss, rule, accumulation=2, dtype=jnp.float16)
     return jax.jit(step), init_train_state(init_params(model, jax.random.key(0)), rule, jax.random.key(1))
-
-
-@pytest.fixture(scope="module")
-def dropping():
-    return start(0)
 
 
 def at_scale(state, scale: float):
@@ -64,26 +60,28 @@ def test_an_overflow_drops_the_batch_and_names_the_gradient(dropping) -> None:
     assert gradient_groups(state.params)[int(metrics.culprit)] == "lm_head"
 
 
-def test_a_retried_batch_equals_one_at_the_scale_that_fits(dropping) -> None:
-    retrying, state = start(30)
-    after, metrics = retrying(at_scale(state, TOO_LARGE), batch())
-    assert float(metrics.skipped) == 0 and float(metrics.retried) > 10
-    want, _ = dropping[0](at_scale(state, float(metrics.loss_scale)), batch())
-    assert same_bits(after.params, want.params)
-    again, metrics = retrying(after, batch())
-    assert float(metrics.culprit) == -1 and float(metrics.retried) == float(loss_scale_state(after.opt_state).retried)
-    assert not same_bits(again.params, after.params)
+def test_a_dropped_batch_fits_when_the_scale_has_fallen_far_enough(dropping) -> None:
+    step, state = dropping
+    before, dropped = at_scale(state, TOO_LARGE), 0
+    after, metrics = step(before, batch())
+    while metrics.culprit >= 0:
+        assert same_bits(after.params, state.params)
+        before, dropped = after, dropped + 1
+        after, metrics = step(before, batch())
+    assert dropped > 10 and float(metrics.skipped) == dropped
+    assert float(metrics.loss_scale) == TOO_LARGE / 2**dropped
+    assert not same_bits(after.params, state.params)
 
 
 def test_the_compiled_step_looks_at_each_gradient_once(dropping) -> None:
-    """One look for the decision and the culprit, fused with the unscaling; the state is six scalars more."""
+    """One look for the decision and the culprit, fused with the unscaling; the state is five scalars more."""
     step, state = dropping
     text = step.lower(state, batch()).compile().as_text()
     looks = [line for line in text.splitlines() if " is-finite(" in line]
     assert len(looks) == len(jax.tree.leaves(state.params))
     inner = jax.tree.leaves(state.opt_state.inner)
     extra = jax.tree.leaves(state.opt_state)[: -len(inner)]
-    assert sum(x.nbytes for x in extra) == 24
+    assert sum(x.nbytes for x in extra) == 20
 
 
 def test_first_group_is_the_first_of_the_backward_pass() -> None:

@@ -30,7 +30,7 @@ FAMILIES = {
 
 
 def run(family: str, compute: str, **precision: object) -> RunConfig:
-    scale = {"loss_scale": "dynamic", "retries": 2} if compute == "float16" else {}
+    scale = {"loss_scale": "dynamic"} if compute == "float16" else {}
     objective = {"objective": "span_corruption"} if family == "t5" else {}
     return parse_config(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,20 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxllm.config import LlamaConfig, RunConfig, TrainingConfig
+from jaxllm.config import LlamaConfig, RunConfig
 from jaxllm.config.file import dump_config, parse_config
-from jaxllm.models import build, count_params, init_params
+from jaxllm.models import build, count_params
 from jaxllm.run.start import load_run
 from jaxllm.run.trainer import pretrain
 from jaxllm.training import sharding
 from jaxllm.training.fit import estimate_fit
-from jaxllm.training.loss import build_loss
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import check_rows, make_mesh
-from jaxllm.training.train_step import init_train_state, make_train_step
 
 # Trains to step 4, copies the folder for the parent, continues to the end; then one step of which one device overflows.
 RUN = """
@@ -165,9 +163,8 @@ def test_the_loop_that_the_docstring_shows_runs(tiny: LlamaConfig) -> None:
     lines = [line[4:] for line in (sharding.__doc__ or "").splitlines() if line.startswith("    ")]
     rows = jnp.arange(32).reshape(4, 8)
     batch = {"tokens": rows, "targets": rows, "weights": jnp.ones((4, 8))}
-    names = {**vars(sharding), "init_train_state": init_train_state, "make_train_step": make_train_step}
-    names |= {"build_loss": build_loss, "init_params": init_params, "TrainingConfig": TrainingConfig}
-    names |= {"model": build(tiny), "optimizer": optax.sgd(0.1), "key": jax.random.key(0), "batches": [batch, batch]}
+    config = RunConfig(model=dataclasses.replace(tiny, max_length=256))
+    names = {**vars(sharding), "program_of": program_of, "config": config, "batches": [batch, batch]}
     exec("\n".join(lines), names)
     assert int(names["state"].step) == 2 and np.isfinite(names["metrics"].loss)
     assert names["params"]["embed"].sharding.device_set == {jax.devices()[0]}
