@@ -18,7 +18,16 @@ from jaxllm.jaxprs.programs import programs
 def forward_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function of trees of arrays for `jax.jvp`, `jacfwd`, `linearize`, `hessian`, and `jvp` of `grad`.
 
-    >>> curvature = jax.jvp(jax.grad(forward_mode(loss)), (params,), (direction,))[1]  # Hessian times direction
+    >>> import jax, jaxllm
+    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=1, num_heads=2)
+    >>> model = jaxllm.build(config)
+    >>> params = jaxllm.init_params(model, jax.random.key(0))
+    >>> def score(params):
+    ...     return model.apply({"params": params}, jax.numpy.array([[1, 2, 3]]))[0, -1, 7]
+    >>> direction = jax.grad(score)(params)
+    >>> _, curvature = jax.jvp(jax.grad(forward_mode(score)), (params,), (direction,))  # Hessian times direction
+    >>> jax.tree.structure(curvature) == jax.tree.structure(params)
+    True
 
     In float32 derivatives are the models' own up to rounding; in 16 bits they are rounded more often. A backward pass
     through it keeps what jax keeps by itself, such as attention's weights. A `custom_vjp` of your own is left out as
