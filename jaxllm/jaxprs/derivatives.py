@@ -18,18 +18,21 @@ from jaxllm.jaxprs.programs import programs
 def forward_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function of trees of arrays for `jax.jvp`, `jacfwd`, `linearize`, `hessian`, and `jvp` of `grad`.
 
+    >>> import jax, jaxllm
+    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=1, num_heads=2)
+    >>> model = jaxllm.build(config)
+    >>> params = jaxllm.init_params(model, jax.random.key(0))
+    >>> def score(params):
+    ...     return model.apply({"params": params}, jax.numpy.array([[1, 2, 3]]))[0, -1, 7]
+    >>> direction = jax.grad(score)(params)
+    >>> _, curvature = jax.jvp(jax.grad(forward_mode(score)), (params,), (direction,))  # Hessian times direction
+    >>> jax.tree.structure(curvature) == jax.tree.structure(params)
+    True
+
     In float32 derivatives are the models' own up to rounding; in 16 bits they are rounded more often. A backward pass
     through it keeps what jax keeps by itself, such as attention's weights. A `custom_vjp` of your own is left out as
     well, a `custom_jvp` stays. What is in a condition, a `while` loop or a `shard_map` stays as it is, and so does a
     fused attention of a GPU.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from jaxllm.study import forward_mode
-        >>> loss = forward_mode(lambda x: jnp.sum(x**3))
-        >>> gradient, curvature = jax.jvp(jax.grad(loss), (jnp.ones(2),), (jnp.ones(2),))
-        >>> curvature.tolist()  # Hessian times direction
-        [6.0, 6.0]
     """
 
     @functools.wraps(function)

@@ -1,9 +1,9 @@
-"""Values inside a function by name: `capture` hands them out, `edit` replaces them in place, `sites` lists them.
+"""Values inside a function by name: `capture` returns them, `edit` replaces them in place, `sites` lists them.
 
-A site is a value that a layer marks with `jax.ad_checkpoint.checkpoint_name`; its path follows the parameter tree,
-such as layers/heads or decoder/layers/cross_attention/query, and the number of the layer comes next to it. All three
-are transformations of functions, as `jax.grad` is one: they compose with it, with jit, vmap and each other. Not here:
-what the models mark, see docs/study.md.
+A hook point is a value that a layer marks with `jax.ad_checkpoint.checkpoint_name`. Its path follows the parameter
+tree, such as layers/heads or decoder/layers/cross_attention/query, and the number of the layer comes next to it. All
+three are transformations of functions, as `jax.grad` is one: they compose with it, with jit, vmap and each other. Out
+of scope: what the models mark, see docs/study.md.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ Edit = Callable[[Array, Any], Any]
 def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[Any, dict[str, Array]]]:
     """A function that returns (function's own result, {path: values of all layers [L, ...]}).
 
+    >>> import jaxllm
+    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2)
+    >>> model = jaxllm.build(config)
+    >>> params = jaxllm.init_params(model, jax.random.key(0))
+    >>> def forward(params, tokens):
+    ...     return model.apply({"params": params}, tokens)
+    >>> logits, seen = jax.jit(capture(forward, "after_mlp", "heads"))(params, jnp.array([[1, 2, 3]]))
+    >>> {path: value.shape for path, value in seen.items()}  # [L, B, T, N, H] and [L, B, T, D]
+    {'layers/after_mlp': (2, 1, 3, 8), 'layers/heads': (2, 1, 3, 2, 4)}
+
     Args:
         function: any function of arrays that runs a model once.
-        names: paths, or their ends: `query` is every query, `cross_attention/query` those of cross-attention. None
-            means every site, which can be a great deal of memory.
+        names: paths, or their ends: `query` is every query, `cross_attention/query` those of cross-attention. Without
+            names every hook point is captured, which can take much memory.
 
     Raises:
-        ValueError: when called, for a name that is no site of the function, or a site in the backward pass, in a
-            loop or condition of the caller's, or in a function with derivatives of its own: capture inside it.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from jax.ad_checkpoint import checkpoint_name
-        >>> from jaxllm.study import capture
-        >>> def forward(x):
-        ...     return checkpoint_name(jnp.sin(x), "hidden").sum()
-        >>> result, seen = jax.jit(capture(forward, "hidden"))(jnp.ones(3))
-        >>> {path: values.shape for path, values in seen.items()}
-        {'hidden': (1, 3)}
+        ValueError: when called, for a name that is not a hook point of the function, or a hook point in the backward
+            pass, in a loop or condition of the caller's, or in a function with its own derivatives: capture inside it.
     """
 
     @functools.wraps(function)
@@ -63,30 +63,29 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
 
 
 def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: bool = True) -> Callable[..., Any]:
-    """The function with values replaced at its sites.
+    """The function with values replaced at its hook points.
+
+    >>> import jaxllm
+    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2)
+    >>> model = jaxllm.build(config)
+    >>> params = jaxllm.init_params(model, jax.random.key(0))
+    >>> def forward(params, tokens):
+    ...     return model.apply({"params": params}, tokens)
+    >>> def without_a_head(heads, layer):  # head 0 of layer 1
+    ...     return jnp.where(layer == 1, heads.at[:, :, 0].set(0), heads)
+    >>> edited, tokens = edit(forward, {"heads": without_a_head}), jnp.array([[1, 2, 3]])
+    >>> edited(params, tokens).shape, bool(jnp.all(edited(params, tokens) == forward(params, tokens)))
+    ((1, 3, 16), False)
 
     Args:
         function: any function of arrays that runs a model once.
         edits: by path or its end (as in `capture`), functions of (value, layer) to a new value of the same shape,
             which is cast to the old one's dtype. `layer` is an integer or, where layers are a loop, a traced one:
             choose by `jnp.where`. What they close over may be traced too, to differentiate or vmap over it.
-        strict: whether a name that is no site of the function is an error.
+        strict: whether a name that is not a hook point of the function is an error.
 
     Raises:
         ValueError: when called, as `capture`, and for a new value of another shape.
-
-    Example:
-        >>> import jax, jaxllm
-        >>> import jax.numpy as jnp
-        >>> from jaxllm.study import edit
-        >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=2, num_heads=2)
-        >>> model = jaxllm.build(config)
-        >>> params = jaxllm.init_params(model, jax.random.key(0))
-        >>> def forward(params, tokens):
-        ...     return model.apply({"params": params}, tokens)
-        >>> without = edit(forward, {"heads": lambda x, layer: jnp.where(layer == 1, x.at[:, :, 0].set(0), x)})
-        >>> without(params, jnp.array([[1, 2, 3]])).shape  # head 0 of layer 1 is cut off
-        (1, 3, 20)
     """
 
     @functools.wraps(function)
@@ -109,7 +108,16 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
 
 
 def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtypeStruct]]:
-    """A function of the same arguments that returns {path: shape and dtype over all layers}, computing nothing."""
+    """A function of the same arguments that returns {path: shape and dtype over all layers}, computing nothing.
+
+    >>> import jaxllm
+    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2)
+    >>> model = jaxllm.build(config)
+    >>> params = jaxllm.init_params(model, jax.random.key(0))
+    >>> found = sites(lambda tokens: model.apply({"params": params}, tokens))(jnp.array([[1, 2, 3]]))
+    >>> found["layers/query"].shape, "layers/mlp_output" in found
+    ((2, 1, 3, 2, 4), True)
+    """
 
     @functools.wraps(function)
     def listed(*args: Any, **kwargs: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,6 +12,7 @@ from jaxllm.ops import backend
 from jaxllm.ops.broadcast import rows_of
 
 
+@jax.named_scope("norms")  # the precision ledger reads it
 def rms_norm(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float, inside: Any = None
 ) -> Float[Array, "*B D"]:

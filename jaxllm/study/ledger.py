@@ -1,9 +1,15 @@
-"""The precision ledger: every operation of the real train step whose dtypes matter, read from its jaxpr.
+"""The precision ledger: every operation of a run's train step whose dtypes matter, read from its jaxpr.
 
-Matrix products, reductions, exponentials, norms and casts, by the dtypes they read, accumulate in and return. A sum
-accumulated below float32 and an island's function computed below it are errors, unless the config moves that island
-(`allowed`). Nothing is compiled and no array is made. Not here: what a backend does inside a kernel (`kernel` rows name
-those).
+Matmuls, reductions, exponentials, norms and casts, by the dtypes they read, accumulate in and return. A sum accumulated
+below float32 and an island's function computed below it are errors, unless the config moves that island (`allowed`).
+Nothing is compiled and no array is made. Out of scope: the inside of a kernel (`kernel` rows name those).
+
+>>> from jaxllm.config import LlamaConfig
+>>> model = LlamaConfig(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
+>>> config = RunConfig(model=model, precision=PrecisionConfig(compute="bfloat16"))
+>>> entries = train_step_ledger(config)
+>>> sorted({entry.accumulation for entry in entries if entry.kind == "matmul"}), violations(entries)
+(['float32'], [])
 """
 
 from __future__ import annotations
@@ -49,19 +55,19 @@ class Entry(NamedTuple):
 
 _BACKWARD = " (backward)"
 _ISLAND_FUNCTIONS = ("exp", "exp2", "log", "log1p", "rsqrt", "sqrt", "sin", "cos")
-# What an island below float32 may do, as (scope, operation): its function, and sums of its gradient. The scopes are
-# modules that end in _norm, and `jax.named_scope`s where the models and the loss compute the other three.
+# What an island below float32 may do: its function, and sums of its gradient. The island is a `jax.named_scope` of that
+# name around its mathematics; those of logits and the residual stream compute nothing below float32.
 _MOVED = {
-    "norms": (("norm", "rsqrt"), ("norm", "reduce_sum")),
-    "softmax": (("softmax", "exp"), ("softmax", "reduce_sum")),
-    "relative_bias": (("relative_bias", "reduce_sum"),),
+    "norms": ("rsqrt", "reduce_sum"),
+    "softmax": ("exp", "reduce_sum"),
+    "relative_bias": ("reduce_sum",),
 }
 
 
 def allowed(config: PrecisionConfig) -> set[tuple[str, str]]:
-    """(scope, operation) pairs that may be below float32 because the config moves their island."""
+    """(island, operation) pairs that may be below float32 because the config moves the island."""
     low = [island for island, dtype in config.islands.items() if dtype != "float32"]
-    return {pair for island in low for pair in _MOVED.get(island, ())}
+    return {(island, operation) for island in low for operation in _MOVED.get(island, ())}
 
 
 _KINDS = {
@@ -87,17 +93,11 @@ def ledger(jaxpr: Any) -> Counter[Entry]:
 
 
 def violations(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> list[Entry]:
-    """Entries below float32 that are not `excused` by a (scope, operation) pair, see `allowed`.
-
-    A scope is a whole name in the path `where`, or a name that ends in _scope: `norm` covers encoder/attn_norm.
-    """
+    """Entries below float32 that no (island, operation) pair of `excused` covers, see `allowed`."""
 
     def ok(entry: Entry) -> bool:
-        names = entry.where.removesuffix(_BACKWARD).split("/")
-        return any(
-            operation == entry.operation and any(name == scope or name.endswith(f"_{scope}") for name in names)
-            for scope, operation in excused
-        )
+        scopes = entry.where.removesuffix(_BACKWARD).split("/")
+        return any(operation == entry.operation and island in scopes for island, operation in excused)
 
     return [entry for entry in entries if entry.low and not ok(entry)]
 

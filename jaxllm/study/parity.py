@@ -1,8 +1,9 @@
-"""Where two implementations part: python -m jaxllm.study.parity DIR [--length 64] [--tolerance 1e-4].
+"""The first sublayer that differs from transformers: `python -m jaxllm.study.parity DIR [--tolerance 1e-4]`.
 
-Walks a Hugging Face directory of the Llama family through transformers and through this library, sublayer by
-sublayer. Every layer of ours is given what transformers gave its own, so that an error shows where it arises instead
-of everywhere after it. Needs the extra `parity` (torch and transformers). Out of scope: T5, gradients, decoding.
+Runs a Hugging Face directory of the Llama family through transformers and through this library, sublayer by sublayer.
+Each of our layers takes the input of transformers' layer, so that an error shows where it arises and not in every layer
+after it. Needs the extra `parity` (torch and transformers). Out of scope: other families (refused by name), gradients,
+decoding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 from jaxllm.config import LlamaConfig
 from jaxllm.interop import InteropError
 from jaxllm.interop.hf import load_hf, load_hf_config
-from jaxllm.models.llama.model import Llama, LlamaLayer
+from jaxllm.models import Model
+from jaxllm.models.llama.model import LlamaLayer
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.norms import rms_norm
 from jaxllm.ops.rope import rope_cos_sin, rope_frequencies
@@ -67,13 +69,14 @@ def walk(path: str | Path, tokens: np.ndarray) -> Iterator[Row]:
     Raises:
         InteropError: for a directory of another family, or where torch or transformers are missing.
     """
+    config = load_hf_config(path)
+    if not isinstance(config, LlamaConfig):
+        raise InteropError(f"{path} is a {config.family}; only sublayers of the Llama family have counterparts here")
     model, params = load_hf(path, dtype="float32")
-    if not isinstance(model, Llama):
-        raise InteropError(f"{path} is a {model.config.family}; the walk knows the Llama family only")
     yield from compare(model, params, _reference(path, tokens), tokens)
 
 
-def compare(model: Llama, params: Any, reference: dict[str, np.ndarray], tokens: np.ndarray) -> Iterator[Row]:
+def compare(model: Model, params: Any, reference: dict[str, np.ndarray], tokens: np.ndarray) -> Iterator[Row]:
     """Rows for our model against recorded sublayers of transformers (see `_reference` for their names)."""
     c = model.config
     length = tokens.shape[1]
