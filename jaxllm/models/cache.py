@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.models.functions import Attend, Pairs
 from jaxllm.ops import backend
 from jaxllm.ops.attention import masked_attention
 from jaxllm.ops.quantize import Quantized, quantize
 
 # Keys or values of one layer, quantised over H; [B, N, S, H] in a cross cache, which is only read.
 Store = Float[Array, "R S H"] | Float[Array, "B N S H"] | Quantized
+Stores = tuple[Store, Store | None]  # of keys and of values; None where the first holds both
 Read = tuple[Array, Array | None]  # [R, A, H], and its scales [R, A] where it is quantised
 
 
@@ -39,6 +41,20 @@ class KVCache(NamedTuple):
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
+    positions: Int[Array, "B S"]
+    slot: Int[Array, ""]
+
+
+class Update(NamedTuple):
+    """What one call changes in a cache.
+
+    Attributes:
+        write: a store and new entries [B, T, K, H] to the store that holds them.
+        positions: of the cache, afterwards.
+        slot: of the cache, afterwards.
+    """
+
+    write: Callable[[Store, Array], Store]
     positions: Int[Array, "B S"]
     slot: Int[Array, ""]
 
@@ -75,13 +91,57 @@ def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int,
     )
 
 
+def fill(cache: KVCache, lengths: Int[Array, " B"], count: int, *, window: int | None = None) -> Update:
+    """Prompts into an empty cache: `count` columns, of which the first `lengths` are real.
+
+    A cache that is no wider than the window may wrap around. It holds each prompt's last tokens, oldest first, so that
+    the oldest is replaced first.
+
+    Raises:
+        ValueError: when the prompts exceed the capacity and no window lets their beginning go.
+    """
+    capacity = cache.positions.shape[1]
+    if count > capacity and capacity != window:
+        raise ValueError(f"prompt of {count} tokens exceeds the cache's capacity of {capacity}; raise capacity")
+    wraps = window is not None and capacity <= window
+    held = min(count, capacity)
+    kept = jnp.arange(held, dtype=jnp.int32)[None] + jnp.where(wraps, lengths - held, 0)[:, None]
+    columns = jnp.maximum(kept, 0)
+
+    def write_last(store: Store, new: Array) -> Store:
+        last = jnp.take_along_axis(new, columns[:, :, None, None], axis=1) if wraps else new
+        return write(store, last, cache.slot)
+
+    real = (kept >= 0) & (kept < lengths[:, None])
+    positions = cache.positions.at[:, :held].set(jnp.where(real, kept, -1))
+    return Update(write_last, positions, jnp.asarray(held, jnp.int32))
+
+
+def append(cache: KVCache, positions: Int[Array, " B"], *, wraps: bool = False) -> Update:
+    """One token per row, all in the next slot; after the last slot comes the first, if it `wraps` around."""
+    slot = cache.slot % cache.positions.shape[1] if wraps else cache.slot
+    held = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], slot, axis=1)
+    return Update(lambda store, new: write(store, new, slot), held, cache.slot + 1)
+
+
+def extend(cache: KVCache, positions: Int[Array, "B T"]) -> Update:
+    """T tokens per row, each in the slot of its own position; the cache must not wrap around.
+
+    Rows may advance by different counts: what a later call feeds at a position replaces what was there, and nothing
+    sees beyond its own position.
+    """
+    rows = jnp.arange(positions.shape[0])[:, None]
+    held = cache.positions.at[rows, positions].set(positions, mode="drop")
+    return Update(lambda store, new: write_at(store, new, positions), held, cache.slot)
+
+
 def put(
     write_one: Callable[[Store, Array], Store],
     keys: Store,
     values: Store | None,
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-) -> tuple[Store, Store | None]:
+) -> Stores:
     """A layer's stores after `write_one(store, new)` on each, or on the one that holds both."""
     if values is None:
         return write_one(keys, jnp.concatenate([key, value], axis=2)), None
@@ -108,40 +168,26 @@ def _entries(store: Store, new: Float[Array, "B T K H"]) -> Float[Array, "R T H"
     return quantize(heads_first, axis=-1) if isinstance(store, Quantized) else heads_first.astype(store.dtype)
 
 
-def attend(
-    query: Float[Array, "B N H"],
-    keys: Store,
-    values: Store | None,
-    *,
-    visible: Bool[Array, "B A"],
-    scale: float,
-    bias: Float[Array, "#B N A"] | None = None,
-) -> Float[Array, "B N H"]:
-    """Attention of one query per row over the first A slots where `visible` is True.
+def attend_one(
+    query: Float[Array, "B 1 N H"], keys: Store, values: Store | None, pairs: Pairs, *, scale: float
+) -> Float[Array, "B 1 N H"]:
+    """Attention of one query per row over the first A slots, those of the mask.
 
-    Both products are bound by reading the cache: multiply-and-sum, which XLA fuses with the conversion of a narrow
+    Both matmuls are bound by reading the cache: multiply-and-sum, which XLA fuses with the conversion of a narrow
     cache, or for float32 on a CPU a dot, which is 2 to 5 times as fast there.
     """
-    batch, heads, width = query.shape
-    (keys, key_scale), (values, value_scale) = _read_both(keys, values, batch, visible.shape[1])
+    batch, _, heads, width = query.shape
+    (keys, key_scale), (values, value_scale) = _read_both(keys, values, batch, pairs.mask.shape[2])
     kv_heads = keys.shape[0] // batch
     by_row = (batch, kv_heads, heads // kv_heads, -1)
     grouped = query.reshape(keys.shape[0], -1, width).astype(jnp.float32)  # [R, G, H]
     dots = keys.dtype == values.dtype == jnp.float32 and backend.on_cpu()
-    if dots and grouped.shape[1] <= 2:
-        # A product for each of so few query heads is up to 1.8 times as fast as one for both.
-        scores = jnp.stack([jnp.einsum("rsh,rh->rs", keys, one) for one in jnp.unstack(grouped, axis=1)], axis=1)
-    elif dots:
-        # The keys first, as in `ops.matrices`.
-        scores = jax.lax.optimization_barrier(jnp.einsum("rsh,rgh->rsg", keys, grouped)).swapaxes(1, 2)
-    else:
-        scores = jnp.sum(grouped[:, :, None] * keys[:, None].astype(jnp.float32), axis=-1)  # [R, G, S]
-    scores = scale * scores.reshape(by_row)
+    scores = scale * (_scores_by_dot if dots else _scores_by_sum)(grouped, keys).reshape(by_row)
     if key_scale is not None:
         scores *= key_scale.reshape(batch, kv_heads, 1, -1)
-    if bias is not None:
-        scores += bias.reshape(bias.shape[0], *by_row[1:]).astype(jnp.float32)
-    mask = visible[:, None, None]
+    if pairs.bias is not None:
+        scores += pairs.bias.reshape(pairs.bias.shape[0], *by_row[1:]).astype(jnp.float32)
+    mask = pairs.mask[:, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = jnp.where(mask, weights, 0).astype(query.dtype).astype(jnp.float32)
     weights = weights.reshape(keys.shape[0], heads // kv_heads, -1)
@@ -151,25 +197,51 @@ def attend(
         mixed = jnp.einsum("rgs,rsh->rgh", weights, values)
     else:
         mixed = jnp.sum(weights[..., None] * values[:, None].astype(jnp.float32), axis=-2)  # [R, G, H]
-    return mixed.astype(query.dtype).reshape(batch, heads, width)
+    return mixed.astype(query.dtype).reshape(query.shape)
+
+
+def _scores_by_sum(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) -> Float[Array, "R G A"]:
+    return jnp.sum(query[:, :, None] * keys[:, None].astype(jnp.float32), axis=-1)
+
+
+def _scores_by_dot(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) -> Float[Array, "R G A"]:
+    if query.shape[1] <= 2:
+        # A matmul for each of so few query heads is up to 1.8 times as fast as one for both.
+        return jnp.stack([jnp.einsum("rsh,rh->rs", keys, one) for one in jnp.unstack(query, axis=1)], axis=1)
+    # The keys first, as in `ops.matrices`.
+    return jax.lax.optimization_barrier(jnp.einsum("rsh,rgh->rsg", keys, query)).swapaxes(1, 2)
 
 
 def attend_many(
-    query: Float[Array, "B T N H"],
-    keys: Store,
-    values: Store | None,
-    *,
-    visible: Bool[Array, "B T A"],
-    scale: float,
-    bias: Float[Array, "#B N T A"] | None = None,
+    query: Float[Array, "B T N H"], keys: Store, values: Store | None, pairs: Pairs, *, scale: float
 ) -> Float[Array, "B T N H"]:
-    """Attention of T queries per row over the first A slots, each where its `visible` is True."""
-    plain = []
-    for part, part_scale in _read_both(keys, values, query.shape[0], visible.shape[2]):
-        if part_scale is not None:
-            part = part.astype(jnp.float32) * part_scale[..., None]
-        plain.append(jnp.swapaxes(part.reshape(query.shape[0], -1, *part.shape[1:]), 1, 2).astype(query.dtype))
-    return masked_attention(query, *plain, mask=visible, scale=scale, bias=bias)
+    """Attention of T queries per row over the first A slots, those of the mask of each."""
+    key, value = _plain(keys, values, query, pairs)
+    return masked_attention(query, key, value, mask=pairs.mask, scale=scale, bias=pairs.bias)
+
+
+def attend_by(own: Attend | None, default: Callable[..., Array]) -> Callable[..., Array]:
+    """`default`, which is `attend_one` or `attend_many`, or a model's own attention in its place."""
+    if own is None:
+        return default
+
+    def attend(query: Array, keys: Store, values: Store | None, pairs: Pairs, *, scale: float) -> Array:
+        del scale  # an own attention includes one
+        return own(query, *_plain(keys, values, query, pairs), pairs)
+
+    return attend
+
+
+def _plain(keys: Store, values: Store | None, query: Array, pairs: Pairs) -> tuple[Array, Array]:
+    """Keys and values [B, A, K, H] in the query's dtype."""
+
+    def plain(store: Array, scale: Array | None) -> Array:
+        if scale is not None:
+            store = store.astype(jnp.float32) * scale[..., None]
+        return jnp.swapaxes(store.reshape(query.shape[0], -1, *store.shape[1:]), 1, 2).astype(query.dtype)
+
+    key, value = _read_both(keys, values, query.shape[0], pairs.mask.shape[2])
+    return plain(*key), plain(*value)
 
 
 def _read_both(keys: Store, values: Store | None, batch: int, count: int) -> tuple[Read, Read]:
@@ -190,13 +262,13 @@ def _read(store: Store, count: int) -> Read:
     return store.reshape(-1, *store.shape[-2:])[:, :count], None
 
 
-def visible_slots(
-    positions: Int[Array, "B S"], query: Int[Array, "*Q"], *, window: int | None = None
-) -> Bool[Array, "*Q S"]:
-    """Slots that hold a token not after the query's position ([B] or [B, T]), and within the window."""
-    slots = positions if query.ndim == 1 else positions[:, None]
+def visible_pairs(positions: Int[Array, "B S"], query: Int[Array, "B T"], *, window: int | None = None) -> Pairs:
+    """Queries at positions, and the slots whose token is not after theirs and is within the window."""
+    slots = positions[:, None]
     seen = (slots >= 0) & (slots <= query[..., None])
-    return seen if window is None else seen & (query[..., None] - slots < window)
+    if window is not None:
+        seen &= query[..., None] - slots < window
+    return Pairs(seen, query, positions)
 
 
 def repeat_rows(cache: KVCache, times: int) -> KVCache:

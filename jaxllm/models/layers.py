@@ -1,23 +1,18 @@
-"""What both families are built from: modules that hold parameters, and the loop over a stack of equal layers.
+"""What the families are built from: modules that hold parameters, and the dtypes that do not follow the model's.
 
-Parameters of all layers of a stack are one tree with a leading axis L, whichever way the loop is compiled: `scan`
-compiles a layer once, `unroll` compiles them all and lets XLA fuse across them. The tree is a plain dict that a
-layer's `apply` takes slice by slice; prefill and decoding rearrange the same tree and have layer functions of their own
-(`llama_decode`, `t5_decode`). Out of scope: mathematics (`jaxllm.ops`), families, caches.
+Out of scope: mathematics (`jaxllm.ops`), loops over layers (`jaxllm.models.stack`), families, caches.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxllm.models.checks import refuse
 from jaxllm.ops import norms
 from jaxllm.ops.linear import biased_linear, linear
 
@@ -28,7 +23,7 @@ class Islands(NamedTuple):
     """Dtypes of what a model does not compute in its compute dtype; None is the default.
 
     Below float32 an island takes sums inside it along, in the backward pass most of all: the precision ledger shows
-    which. Decoding (`llama_decode`, `t5_decode`) keeps the defaults.
+    which. Prefill and decoding keep the defaults.
 
     Attributes:
         norms: squares, root and quotient of RMSNorm; float32.
@@ -52,43 +47,6 @@ DEFAULT_ISLANDS = Islands()
 
 # Of parameters when they are created; left to jax, they would be float64 under jax_enable_x64.
 MASTER = jnp.float32
-
-
-def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """An elementwise function computed in float32 and rounded once, in both passes; kept for the second is x alone.
-
-    Step by step in 16 bits its slope is 2 to 8 times as wrong, and in float16 the cube in GELU is infinite from 41 on,
-    its slope NaN from 148 on, which no loss scale mends.
-    """
-
-    @jax.custom_vjp
-    def low(x: Array) -> Array:
-        return function(x.astype(jnp.float32)).astype(x.dtype)
-
-    def backward(x: Array, grad: Array) -> tuple[Array]:
-        (slope,) = jax.vjp(function, x.astype(jnp.float32))[1](grad.astype(jnp.float32))
-        return (slope.astype(x.dtype),)
-
-    low.defvjp(lambda x: (low(x), x), backward)
-    return lambda x: low(x) if x.dtype in (jnp.bfloat16, jnp.float16) else function(x)
-
-
-def _gelu_tanh(x: Array) -> Array:
-    """0.5 x (1 + tanh(u)) as x * sigmoid(2 u): XLA:CPU takes 1.4 times as long for a gated MLP with the tanh."""
-    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": _in_float32(jax.nn.silu),
-    "gelu_tanh": _in_float32(_gelu_tanh),
-    "gelu": _in_float32(lambda x: jax.nn.gelu(x, approximate=False)),
-    "relu": jax.nn.relu,
-}
-
-# Saved by remat: elementwise, so that no matmul runs twice and only cheap products are recomputed.
-_SAVED = ("query", "key", "value", "heads", "gate", "up", "after_attention", "after_cross_attention")
-# Named for `jaxllm.study` alone.
-_OTHERS = ("input", "attention_output", "cross_attention_output", "neurons", "mlp_output", "after_mlp")
 
 
 def apply(module: nn.Module, params: Params, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
@@ -134,40 +92,6 @@ class RMSNorm(nn.Module):
         return norms.rms_norm(x, self.weight.astype(x.dtype), eps=self.eps, inside=self.inside)
 
 
-def refuse(module: nn.Module, *names: str) -> None:
-    """Raises ValueError for parameters that the module would leave unread, since they are another model's."""
-    found = [name for name in names if module.has_variable("params", name)]
-    if found:
-        raise ValueError(
-            f"the parameters hold {', '.join(found)} in {type(module).__name__}, which the model's config does not "
-            f"have: they are another model's"
-        )
-
-
-def check_depth(params: Params, num_layers: int) -> None:
-    """Raises ValueError for a stack of another depth, which would run without a word."""
-    found = jax.tree.leaves(params)[0].shape[0]
-    if found != num_layers:
-        raise ValueError(f"the parameters hold {found} layers, the model's config has {num_layers}: use the same model")
-
-
-def check_tokens(tokens: Any, name: str) -> None:
-    """Raises ValueError unless tokens are an integer array [B, T], neither of them 0."""
-    shape, dtype = getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
-    if shape is None or dtype is None:
-        raise ValueError(f"{name} must be an integer array [B, T], got {type(tokens).__name__}; use jnp.asarray")
-    if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
-        fix = f"; a single row is {name}[None]" if len(shape) == 1 else ""
-        raise ValueError(f"{name} must be an integer array [B, T], got {dtype}{list(shape)}{fix}")
-
-
-def check_shape(value: Any, name: str, *shapes: tuple[int, ...]) -> None:
-    """Raises ValueError unless the value is None or has one of the shapes."""
-    if value is not None and value.shape not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-        raise ValueError(f"{name} must be of shape {wanted}, got {list(value.shape)}")
-
-
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
     """Rows of the table in the compute dtype, NaN for ids outside it; the gradient sums a token's uses in float32."""
     return _lookup(jnp.asarray(table, dtype), tokens)  # parameters may be NumPy's
@@ -192,70 +116,3 @@ def _lookup_backward(saved_values: tuple[Array, Array], grad: Array) -> tuple[Ar
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
-
-
-def site(x: Array, name: str) -> Array:
-    """Marks a value by a name, for `jaxllm.study` to find and for `remat: elementwise` to keep; no operation."""
-    if name not in (*_SAVED, *_OTHERS):
-        raise ValueError(f"{name!r} is no name of a site; known: {', '.join((*_SAVED, *_OTHERS))}")
-    return checkpoint_name(x, name)
-
-
-def init_stack(key: Array, init_layer: Callable[[Array], Params], num_layers: int) -> Params:
-    """Parameters of `num_layers` equal layers, stacked on a new leading axis."""
-    return jax.vmap(init_layer)(jax.random.split(key, num_layers))
-
-
-def unstack(params: Any) -> list[Any]:
-    """The single layers of a stacked tree; `lax.split`, because its transpose is one concatenation."""
-    leaves, structure = jax.tree.flatten(params)
-    count = leaves[0].shape[0]
-    parts = [jax.lax.split(leaf, [1] * count, axis=0) for leaf in leaves]
-    return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count)]
-
-
-def apply_stack(
-    layer: Callable[..., Array],
-    params: Params,
-    x: Float[Array, "B T D"],
-    per_layer: Any = None,
-    *,
-    mode: str,
-    remat: str,
-) -> Float[Array, "B T D"]:
-    """Runs x through `layer(params[i], x, per_layer[i])` for every i.
-
-    Args:
-        layer: pure function of one layer's parameters, the residual stream, and what is its own (such as a key).
-        params: stacked parameters, leading axis L.
-        x: residual stream.
-        per_layer: tree with a leading axis L, or None.
-        mode: scan or unroll.
-        remat: none, elementwise, dots or full.
-    """
-    body = _rematerialised(layer, remat)
-    if mode == "scan":
-        return jax.lax.scan(lambda h, part: (body(part[0], h, part[1]), None), x, (params, per_layer))[0]
-    count = jax.tree.leaves(params)[0].shape[0]
-    extras = unstack(per_layer) if per_layer is not None else [None] * count
-    for i, (layer_params, extra) in enumerate(zip(unstack(params), extras, strict=True)):
-        with jax.named_scope(str(i)):  # profiles and `jaxllm.study` read it
-            x = body(layer_params, x, extra)
-    return x
-
-
-def _rematerialised(layer: Callable[..., Array], remat: str) -> Callable[..., Array]:
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return layer
-    policy = {
-        "elementwise": policies.save_from_both_policies(policies.save_only_these_names(*_SAVED), _is_fused_attention),
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _is_fused_attention),
-        "full": policies.nothing_saveable,
-    }[remat]
-    return jax.checkpoint(layer, policy=policy)
-
-
-def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A fused kernel's output and softmax statistics: neither a dot nor named, and without them it would run twice."""
-    return primitive.name.startswith("dot_product_attention_fwd")

@@ -17,7 +17,6 @@ Axes in signatures (jaxtyping) and docstrings of the whole package; the first se
     I  inputs of a module; width of a head together with its document code
     O  outputs of a module
     P  pairs of a rotary head, H / 2
-    Q  axes of query positions, B or B T
     R  rows: B * K of a cache, buckets of a relative bias, tokens so far of a text
     W  another width, named where it is used
     k  drafted tokens of speculative decoding

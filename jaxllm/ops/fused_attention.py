@@ -66,11 +66,12 @@ def call_of(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -
 def _lengths_for_cudnn(pattern: Pattern) -> Array | None:
     """Real keys of each row, at least one: cuDNN 9.22 gives NaN for a row without keys (cudnn-frontend#943).
 
-    None for a causal row, where padding comes after all that its real queries see.
+    None for a causal row, where padding comes after all that its real queries see. A model bounds its lengths once and
+    says so by `some_keys`: bounded here, they would be computed again in every layer, and in its backward pass.
     """
     if pattern.key_lengths is None or (pattern.causal and pattern.query_lengths is not None):
         return None
-    return jnp.maximum(pattern.key_lengths, 1)
+    return pattern.key_lengths if pattern.some_keys else jnp.maximum(pattern.key_lengths, 1)
 
 
 def _limit(query: Array, key: Array, call: Call, bias: Array | None) -> str | None:

@@ -48,6 +48,7 @@ class Pattern(NamedTuple):
         key_segments: document of each key [B, S], 0 = padding.
         query_lengths: real queries of each row [B], the rest is padding on the right; None is all.
         key_lengths: real keys of each row [B]; of a causal pattern with query_lengths, these.
+        some_keys: every row has a real key: `key_lengths` are at least 1, which no kernel needs to make sure of.
     """
 
     causal: bool = False
@@ -56,6 +57,7 @@ class Pattern(NamedTuple):
     key_segments: Int[Array, "B S"] | None = None
     query_lengths: Int[Array, " B"] | None = None
     key_lengths: Int[Array, " B"] | None = None
+    some_keys: bool = False
 
     def mask(self, queries: range, keys: range) -> Array | None:
         """The mask of a block of queries and keys, [T, S] or [B, T, S] or what broadcasts to it; None hides nothing."""

@@ -23,10 +23,10 @@ from jaxllm.config import LlamaConfig
 from jaxllm.interop import InteropError
 from jaxllm.interop.hf import load_hf, load_hf_config
 from jaxllm.models import Model
+from jaxllm.models.llama.layer import whole_attention
 from jaxllm.models.llama.model import LlamaLayer
-from jaxllm.ops.masks import Pattern
 from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.rope import rope_cos_sin, rope_frequencies
+from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
 
 # Sublayers in the order they run: our name, transformers' module in a layer, and whether its input is meant.
 _SUBLAYERS = (
@@ -115,8 +115,9 @@ def _sublayers(config: LlamaConfig, params: Any, x: jax.Array, rope: Any) -> dic
         return output
 
     with nn.intercept_methods(record):
-        pattern = Pattern(causal=True, window=config.sliding_window)
-        output = LlamaLayer(config, x.dtype).apply({"params": params}, x, rope, pattern)
+        attend = whole_attention(config, None, jnp.arange(x.shape[1])[None])
+        layer = LlamaLayer(config, x.dtype)
+        output = layer.apply({"params": params}, x, attend, lambda heads: apply_rope(heads, *rope))
     assert isinstance(output, jax.Array)
     return {**found, "output": output}
 

@@ -126,9 +126,9 @@ def test_logits_agree_at_every_step_to_the_last_slot_and_for_a_second_batch(plai
     model, params = plain
     prepared = llama_decode.prepare_for_decode(params, dtype=jnp.float32)
     full = jax.jit(lambda ids: model.apply({"params": params}, ids))
-    prefill = jax.jit(lambda ids: llama_decode.prefill(CONFIG, prepared, ids, jnp.array([4, 4]), capacity=12))
-    step = jax.jit(lambda c, t, p: llama_decode.decode_step(CONFIG, prepared, c, t, p), donate_argnums=0)
-    extend = jax.jit(lambda c, t, p: llama_decode.extend(CONFIG, prepared, c, t, p))
+    prefill = jax.jit(lambda ids: llama_decode.prefill(model, prepared, ids, jnp.array([4, 4]), capacity=12))
+    step = jax.jit(lambda c, t, p: llama_decode.decode_step(model, prepared, c, t, p), donate_argnums=0)
+    extend = jax.jit(lambda c, t, p: llama_decode.extend(model, prepared, c, t, p))
     close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE["float32"])
     for seed in (3, 4):
         ids = jax.random.randint(jax.random.key(seed), (2, 12), 0, 97)
@@ -169,8 +169,8 @@ def test_int8_stays_close(plain, layout: str) -> None:
 
     @jax.jit
     def run(prepared, dtype_of_cache):
-        _, cache = llama_decode.prefill(CONFIG, prepared, ids[:, :8], lengths, capacity=12, dtype=dtype_of_cache.dtype)
-        return llama_decode.decode_step(CONFIG, prepared, cache, ids[:, 8], lengths)[0]
+        _, cache = llama_decode.prefill(model, prepared, ids[:, :8], lengths, capacity=12, dtype=dtype_of_cache.dtype)
+        return llama_decode.decode_step(model, prepared, cache, ids[:, 8], lengths)[0]
 
     want = run(prepare(), jnp.zeros((), jnp.float32))
     got = run(prepare(int8=layout == "weights"), jnp.zeros((), jnp.int8 if layout == "cache" else jnp.float32))

@@ -20,6 +20,7 @@ from jaxllm.config import T5Config, TrainingConfig
 from jaxllm.models import T5, abstract_params, build, init_params
 from jaxllm.models.layers import apply
 from jaxllm.models.t5 import decode as t5_decode
+from jaxllm.models.t5.documents import Documents
 from jaxllm.models.t5.layer import scale_output
 from jaxllm.training.loss import build_loss
 from tests.conftest import TOLERANCE
@@ -181,7 +182,7 @@ def test_one_source_for_all_targets_is_that_source_in_each(attention: Literal["r
     lengths = jnp.array([4])
 
     def loss(source: jax.Array, lengths: jax.Array) -> jax.Array:
-        hidden = apply(model, params, targets, source, encoder_lengths=lengths, method="decode")
+        hidden = apply(model, params, targets, source, Documents(encoder_lengths=lengths), method="decode")
         return jnp.sum(jnp.sin(hidden))
 
     gradient = jax.jit(jax.value_and_grad(loss))
@@ -213,7 +214,7 @@ def test_rows_of_a_batch_never_see_each_other(t5: Compiled) -> None:
 
 @pytest.mark.parametrize("method", ["__call__", "hidden", "encode", "decode"])
 def test_a_training_call_accepts_no_cache(method: str) -> None:
-    allowed = {"self", "encoder_tokens", "decoder_tokens", "encoded", *SEGMENTS, "encoder_lengths", "key"}
+    allowed = {"self", "encoder_tokens", "decoder_tokens", "encoded", *Documents._fields, "documents", "key"}
     assert set(inspect.signature(getattr(T5, method)).parameters) <= allowed
 
 
@@ -278,10 +279,11 @@ def test_dropout_on_a_path_without_it_is_an_error() -> None:
 def test_cached_equals_uncached(config: T5Config, t5: Compiled) -> None:
     """Two batches through the same compiled functions, rows of different lengths, up to the last slot."""
     runner = t5 if config is CONFIG else Compiled(config)
+    model = runner.model
     params = t5_decode.prepare_for_decode(runner.params, dtype=jnp.float32)
-    prefill = jax.jit(lambda p, source, lengths: t5_decode.prefill(config, p, source, lengths, capacity=TARGET))
-    step = jax.jit(lambda p, *state: t5_decode.decode_step(config, p, *state))
-    extend = jax.jit(lambda p, *state: t5_decode.extend(config, p, *state))
+    prefill = jax.jit(lambda p, source, lengths: t5_decode.prefill(model, p, source, lengths, capacity=TARGET))
+    step = jax.jit(lambda p, *state: t5_decode.decode_step(model, p, *state))
+    extend = jax.jit(lambda p, *state: t5_decode.extend(model, p, *state))
     for seed in (20, 30):
         source, target = draw(seed, 2, SOURCE), draw(seed + 1, 2, TARGET)
         lengths = np.array([SOURCE, 5], np.int32)

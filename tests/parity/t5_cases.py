@@ -151,12 +151,12 @@ def our_greedy(folder: Path) -> list[list[int]]:
 
     @jax.jit
     def run(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        cross, cache = t5_decode.prefill(c, params, tokens, lengths, capacity=NEW)
+        cross, cache = t5_decode.prefill(model, params, tokens, lengths, capacity=NEW)
 
         def step(carry: Any, position: jax.Array) -> Any:
             cache, last = carry
             places = jnp.full_like(last, position)
-            logits, cache = t5_decode.decode_step(c, params, cross, cache, last, places)
+            logits, cache = t5_decode.decode_step(model, params, cross, cache, last, places)
             chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             return (cache, chosen), chosen
 

@@ -14,6 +14,7 @@ import jaxllm
 from jaxllm.interop.hf import SpecialIds, load_hf_config
 from jaxllm.models.t5 import layer as t5_layers
 from jaxllm.models.t5 import model as t5
+from jaxllm.models.t5.documents import Documents
 from jaxllm.ops.relative_bias import relative_bucket
 from jaxllm.study import capture
 from tests.parity import t5_cases as cases
@@ -67,8 +68,9 @@ def test_hidden_states_and_attention_maps(name: str, t5_directory: Callable[[str
     want, real = theirs.inside(theirs.build(name)), cases.source_mask()
     vocab = model.config.vocab_size
     tokens = cases.source(vocab), cases.decoder_tokens(model.config.decoder_start_id, vocab)
-    last, options = want.pop("last"), {"encoder_segment_ids": jnp.asarray(real), "method": "hidden"}
-    found, seen = jax.jit(capture(lambda p, a, b: model.apply({"params": p}, a, b, **options), *want))(params, *tokens)
+    last, documents = want.pop("last"), Documents(jnp.asarray(real))
+    hidden = capture(lambda p, a, b: model.apply({"params": p}, a, b, documents, method="hidden"), *want)
+    found, seen = jax.jit(hidden)(params, *tokens)
     scaled = model.config.d_model**-0.5 if model.config.scale_logits else 1
     assert cases.logit_error(found, scaled * last) < cases.LOGITS * scaled
     assert seen.keys() == want.keys()

@@ -13,7 +13,8 @@ import pytest
 from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, T5Config, TrainingConfig
 from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.models import build, init_params
-from jaxllm.models.layers import ACTIVATIONS, Islands
+from jaxllm.models.layers import Islands
+from jaxllm.ops.activations import ACTIVATIONS
 from jaxllm.run.trainer import TrainingStopped, pretrain
 from jaxllm.training.attribution import first_nonfinite as first_group
 from jaxllm.training.attribution import gradient_groups

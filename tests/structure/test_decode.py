@@ -31,13 +31,13 @@ def traced_decode_step(config: LlamaConfig | T5Config, dtype: Any, *, batch: int
     params = abstract_params(build(config, dtype=dtype))
     params = jax.eval_shape(functools.partial(decode.prepare_for_decode, dtype=dtype), params)
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    step = functools.partial(decode.decode_step, config)
+    step = functools.partial(decode.decode_step, build(config, dtype=dtype))
     if isinstance(config, LlamaConfig):
         shape = {"num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         cache = jax.eval_shape(lambda: init_cache(batch=batch, capacity=capacity, dtype=dtype, **shape))
         return jax.jit(step, donate_argnums=1).trace(params, cache, row, row), cache
     cross, cache = jax.eval_shape(
-        functools.partial(t5_decode.prefill, config, capacity=capacity),
+        functools.partial(t5_decode.prefill, build(config, dtype=dtype), capacity=capacity),
         params,
         jax.ShapeDtypeStruct((batch, 64), jnp.int32),
         row,
@@ -116,7 +116,7 @@ def test_prefill_lowers_with_fused_attention(name: str, monkeypatch: pytest.Monk
     params = abstract_params(build(config, dtype=jnp.bfloat16))
     params = jax.eval_shape(functools.partial(t5_decode.prepare_for_decode, dtype=jnp.bfloat16), params)
     inputs = jax.ShapeDtypeStruct((8, 512), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
-    prefill = jax.jit(functools.partial(t5_decode.prefill, config, capacity=128))
+    prefill = jax.jit(functools.partial(t5_decode.prefill, build(config, dtype=jnp.bfloat16), capacity=128))
     text = prefill.trace(params, *inputs).lower(lowering_platforms=("cuda",)).as_text()
     # One kernel a layer, given lengths and a bias that all rows share: no scores of rows exist.
     assert text.count("@__cudnn$fmha") == config.num_layers

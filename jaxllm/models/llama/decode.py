@@ -11,22 +11,19 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
-from jaxllm.models.layers import ACTIVATIONS, site, unstack
-from jaxllm.ops.attention import attention
-from jaxllm.ops.masks import Pattern
+from jaxllm.models.functions import Pairs
+from jaxllm.models.llama.layer import Parts, layer_body, rotation, whole_attention
+from jaxllm.models.llama.model import Llama
+from jaxllm.models.stack import Hold, decode_stack, unstack
+from jaxllm.ops.activations import ACTIVATIONS
 from jaxllm.ops.matrices import Matrix, Rows, project, stored
 from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
-
-Rope = tuple[Float[Array, "#B T P"], Float[Array, "#B T P"]]
-Mix = Callable[[Array, Array, Array], Array]  # query, new keys, new values -> mixed values
 
 
 class Projection(NamedTuple):
@@ -102,7 +99,7 @@ def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False
 
 
 def prefill(
-    config: LlamaConfig,
+    model: Llama,
     params: LlamaParams,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -114,7 +111,7 @@ def prefill(
     """Logits of the token after each prompt, and the cache.
 
     Args:
-        config: architecture.
+        model: its config, and its own attention and positions where it has them.
         params: decoding layout.
         tokens: prompts, padded on the right.
         lengths: real tokens of each row, at least 1.
@@ -125,13 +122,8 @@ def prefill(
     Raises:
         ValueError: when the prompt exceeds the capacity and no window lets its beginning go.
     """
-    c = config
-    batch, count = tokens.shape
-    if count > capacity and (c.sliding_window is None or capacity != c.sliding_window):
-        raise ValueError(f"prompt of {count} tokens exceeds the cache's capacity of {capacity}; raise capacity")
-    index = jnp.arange(count)[None]
-    pattern = Pattern(causal=True, window=c.sliding_window, query_lengths=lengths, key_lengths=lengths)
-    rope = _rope(c, index, length or capacity)
+    c, (batch, count) = model.config, tokens.shape
+    positions = jnp.arange(count)[None]
     cache = kv.init_cache(
         batch=batch,
         capacity=capacity,
@@ -140,29 +132,24 @@ def prefill(
         head_dim=c.head_dim,
         dtype=dtype or params.embed.dtype,
     )
-    # A cache that may wrap around holds each prompt's last tokens, oldest first, so that the oldest is replaced first.
-    wraps = c.sliding_window is not None and capacity <= c.sliding_window
-    held = min(count, capacity)
-    kept = jnp.arange(held, dtype=jnp.int32)[None] + jnp.where(wraps, lengths - held, 0)[:, None]
-    columns = jnp.maximum(kept, 0)
+    update = kv.fill(cache, lengths, count, window=c.sliding_window)
+    attend = whole_attention(c, model.attend, positions, lengths=lengths)
+    rotate = rotation(c, model.rotate, positions, length=length or capacity)
 
-    def put(store: kv.Store, new: Array) -> kv.Store:
-        last = jnp.take_along_axis(new, columns[:, :, None, None], axis=1) if wraps else new
-        return kv.write(store, last, cache.slot)
+    def layer(part: LayerParams, x: Array, hold: Hold) -> Array:
+        def attend_new(query: Array, key: Array, value: Array) -> Array:
+            hold(key, value)
+            return attend(query, key, value)
 
-    def look(query: Array, key: Array, value: Array, *_: kv.Store | None) -> Array:
-        return attention(query, key, value, pattern=pattern, scale=c.head_dim**-0.5, implementation=c.attention)
+        return layer_body(_parts(c, part), x, attend_new, rotate)
 
-    x, keys, values = _through_cache(c, params, cache, tokens, rope, put, look)
-    real = (kept >= 0) & (kept < lengths[:, None])
-    seen = cache.positions.at[:, : kept.shape[1]].set(jnp.where(real, kept, -1))
+    x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, update, scope="layers")
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    cache = KVCache(keys, values, seen, jnp.asarray(kept.shape[1], jnp.int32))
     return _logits(c, params, last)[:, 0], cache
 
 
 def decode_step(
-    config: LlamaConfig,
+    model: Llama,
     params: LlamaParams,
     cache: KVCache,
     tokens: Int[Array, " B"],
@@ -174,7 +161,7 @@ def decode_step(
     """Appends one token per row, all in the same slot, and returns the logits of the next.
 
     Args:
-        config: architecture.
+        model: as in `prefill`.
         params: decoding layout.
         cache: from `prefill` or an earlier step.
         tokens: one per row.
@@ -182,24 +169,15 @@ def decode_step(
         length: as in `prefill`.
         attended: read only so many first slots; the caller knows that the rest is empty. None reads all.
     """
-    capacity = cache.positions.shape[1]
-    slot = cache.slot % capacity
-    seen = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], slot, axis=1)
-    visible = kv.visible_slots(seen[:, :attended], positions, window=config.sliding_window)
-
-    def put(store: kv.Store, new: Array) -> kv.Store:
-        return kv.write(store, new, slot)
-
-    def look(query: Array, key: Array, value: Array, keys: kv.Store, values: kv.Store | None) -> Array:
-        return kv.attend(query[:, 0], keys, values, visible=visible, scale=config.head_dim**-0.5)[:, None]
-
-    rope = _rope(config, positions[:, None], length or capacity)
-    x, keys, values = _through_cache(config, params, cache, tokens[:, None], rope, put, look)
-    return _logits(config, params, x)[:, 0], KVCache(keys, values, seen, cache.slot + 1)
+    update, columns = kv.append(cache, positions, wraps=True), positions[:, None]
+    pairs = kv.visible_pairs(update.positions[:, :attended], columns, window=model.config.sliding_window)
+    look = kv.attend_by(model.attend, kv.attend_one)
+    logits, cache = _through_cache(model, params, cache, tokens[:, None], update, pairs, look, length)
+    return logits[:, 0], cache
 
 
 def extend(
-    config: LlamaConfig,
+    model: Llama,
     params: LlamaParams,
     cache: KVCache,
     tokens: Int[Array, "B T"],
@@ -207,65 +185,60 @@ def extend(
     *,
     length: int | None = None,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Appends T tokens per row, each in the slot of its own position, and returns the logits after each.
-
-    Rows may advance by different counts: what a later call feeds at a position replaces what was there, and nothing
-    sees beyond its own position. Needs a cache that does not wrap around.
-    """
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    seen = cache.positions.at[rows, positions].set(positions, mode="drop")
-    visible = kv.visible_slots(seen, positions, window=config.sliding_window)
-
-    def put(store: kv.Store, new: Array) -> kv.Store:
-        return kv.write_at(store, new, positions)
-
-    def look(query: Array, key: Array, value: Array, keys: kv.Store, values: kv.Store | None) -> Array:
-        return kv.attend_many(query, keys, values, visible=visible, scale=config.head_dim**-0.5)
-
-    rope = _rope(config, positions, length or cache.positions.shape[1])
-    x, keys, values = _through_cache(config, params, cache, tokens, rope, put, look)
-    return _logits(config, params, x), KVCache(keys, values, seen, cache.slot)
+    """Appends T tokens per row as `kv.extend` does, and returns the logits after each."""
+    update = kv.extend(cache, positions)
+    pairs = kv.visible_pairs(update.positions, positions, window=model.config.sliding_window)
+    look = kv.attend_by(model.attend, kv.attend_many)
+    return _through_cache(model, params, cache, tokens, update, pairs, look, length)
 
 
 def _through_cache(
-    config: LlamaConfig, params: LlamaParams, cache: KVCache, tokens: Array, rope: Rope, put: Callable, look: Callable
-) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
-    """Hidden states, keys and values; `look` gets a layer's new query, key and value and what the cache then holds."""
-    x, keys, values = params.embed[tokens], [], []
-    for i, layer in enumerate(params.layers):
+    model: Llama,
+    params: LlamaParams,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    update: kv.Update,
+    pairs: Pairs,
+    look: Callable[..., Array],
+    length: int | None,
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    c = model.config
+    rotate = rotation(c, model.rotate, pairs.query_positions, length=length or cache.positions.shape[1])
 
-        def mix(query: Array, key: Array, value: Array, i: int = i) -> Array:
-            both = kv.put(put, cache.keys[i], cache.values[i], key, value)
-            keys.append(both[0])
-            values.append(both[1])
-            return look(query, key, value, *both)
+    def layer(part: LayerParams, x: Array, hold: Hold) -> Array:
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            return look(query, *hold(key, value), pairs, scale=c.head_dim**-0.5)
 
-        with jax.named_scope(f"layers/{i}"):
-            x = _layer(config, layer, x, rope, mix)
-    return x, tuple(keys), tuple(values)
+        return layer_body(_parts(c, part), x, attend, rotate)
+
+    x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, update, scope="layers")
+    return _logits(c, params, x), cache
 
 
-def _layer(config: LlamaConfig, layer: LayerParams, x: Float[Array, "B T D"], rope: Rope, mix: Mix) -> Array:
-    c, x = config, site(x, "input")
-    fused = layer.qkv(rms_norm(x, layer.attn_norm, eps=c.norm_eps))
-    heads = fused.reshape(*x.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-    query, key, value = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        query, key = rms_norm(query, layer.q_norm, eps=c.norm_eps), rms_norm(key, layer.k_norm, eps=c.norm_eps)
-    query, key = site(apply_rope(query, *rope), "query"), site(apply_rope(key, *rope), "key")
-    mixed = site(mix(query, key, site(value, "value")), "heads")
-    x = site(x + site(layer.out(mixed.reshape(*x.shape[:2], -1)), "attention_output"), "after_attention")
-    gate, up = jnp.split(layer.gate_up(rms_norm(x, layer.mlp_norm, eps=c.norm_eps)), 2, axis=-1)
-    neurons = site(ACTIVATIONS[c.activation](site(gate, "gate")) * site(up, "up"), "neurons")
-    return site(x + site(layer.down(neurons), "mlp_output"), "after_mlp")
+def _parts(c: LlamaConfig, layer: LayerParams) -> Parts:
+    norm = functools.partial(rms_norm, eps=c.norm_eps)
+
+    def qkv(h: Array) -> tuple[Array, Array, Array]:
+        heads = layer.qkv(h).reshape(*h.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        query, key, value = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, key = norm(query, layer.q_norm), norm(key, layer.k_norm)
+        return query, key, value
+
+    def gate_up(h: Array) -> tuple[Array, Array]:
+        gate, up = jnp.split(layer.gate_up(h), 2, axis=-1)
+        return gate, up
+
+    return Parts(
+        attn_norm=lambda x: norm(x, layer.attn_norm),
+        qkv=qkv,
+        out=layer.out,
+        mlp_norm=lambda x: norm(x, layer.mlp_norm),
+        gate_up=gate_up,
+        activation=ACTIVATIONS[c.activation],
+        down=layer.down,
+    )
 
 
 def _logits(config: LlamaConfig, params: LlamaParams, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     return project(rms_norm(x, params.final_norm, eps=config.norm_eps), params.head, dtype=jnp.float32)
-
-
-def _rope(config: LlamaConfig, positions: Int[Array, "#B T"], length: int) -> Rope:
-    frequencies, scaling = rope_frequencies(
-        config.rope, head_dim=config.head_dim, max_length=config.max_length, length=length
-    )
-    return rope_cos_sin(positions, frequencies, scaling)

@@ -63,7 +63,7 @@ class LlamaDecoder:
         """See `Decoder`."""
         dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
         logits, cache = llama_decode.prefill(
-            self.model.config, params, tokens, lengths, capacity=plan.slots, length=plan.length, dtype=dtype
+            self.model, params, tokens, lengths, capacity=plan.slots, length=plan.length, dtype=dtype
         )
         return None, logits, cache, lengths
 
@@ -71,14 +71,14 @@ class LlamaDecoder:
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
-        config = self.model.config
-        return llama_decode.decode_step(config, params, cache, tokens, positions, length=plan.length, attended=attended)
+        options = {"length": plan.length, "attended": attended}
+        return llama_decode.decode_step(self.model, params, cache, tokens, positions, **options)
 
     def extend(
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
-        return llama_decode.extend(self.model.config, params, cache, tokens, positions, length=plan.length)
+        return llama_decode.extend(self.model, params, cache, tokens, positions, length=plan.length)
 
     def history(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]

@@ -5,7 +5,7 @@ For training and scoring, whole sequences and no cache at all; decoding is `jaxl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,34 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
+from jaxllm.models.checks import check_depth, check_shape, check_tokens, refuse
 from jaxllm.models.flops import Flops
-from jaxllm.models.layers import (
-    ACTIVATIONS,
-    DEFAULT_ISLANDS,
-    MASTER,
-    Islands,
-    Linear,
-    Params,
-    RMSNorm,
-    apply,
-    apply_stack,
-    check_depth,
-    check_shape,
-    check_tokens,
-    embed,
-    init_stack,
-    refuse,
-    site,
-)
-from jaxllm.ops.attention import attention
-from jaxllm.ops.masks import Pattern
-from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
-
-Rope = tuple[Float[Array, "#B T P"], Float[Array, "#B T P"]]  # cos and sin of each pair's angle
+from jaxllm.models.functions import Attend, Rotate
+from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Params, RMSNorm, apply, embed
+from jaxllm.models.llama.layer import Map, Parts, layer_body, rotation, whole_attention
+from jaxllm.models.stack import apply_stack, init_stack
+from jaxllm.ops.activations import ACTIVATIONS
 
 
 class LlamaLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """The parameters of one layer, for training and scoring.
 
     Attributes:
         config: architecture.
@@ -72,39 +55,28 @@ class LlamaLayer(nn.Module):
         self.up_proj = Linear(c.d_model, c.d_ff, c.init_std, c.mlp_bias)
         self.down_proj = Linear(c.d_ff, c.d_model, residual_std, c.mlp_bias)
 
-    def __call__(self, x: Float[Array, "B T D"], rope: Rope, pattern: Pattern) -> Float[Array, "B T D"]:
-        """One layer over whole sequences."""
-        c = self.config
-        x = site(x, "input")
-        query, key, value = self._project(self.attn_norm(x).astype(self.dtype), rope)
-        mixed = attention(
-            query,
-            key,
-            value,
-            pattern=pattern,
-            scale=c.head_dim**-0.5,
-            implementation=c.attention,
-            softmax_dtype=self.islands.softmax,
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], rotate: Map
+    ) -> Float[Array, "B T D"]:
+        """One layer over whole sequences; `attend` and `rotate` as `layer_body` takes them."""
+        parts = Parts(
+            attn_norm=lambda h: self.attn_norm(h).astype(self.dtype),
+            qkv=self._qkv,
+            out=self.o_proj,
+            mlp_norm=lambda h: self.mlp_norm(h).astype(self.dtype),
+            gate_up=lambda h: (self.gate_proj(h), self.up_proj(h)),
+            activation=ACTIVATIONS[self.config.activation],
+            down=self.down_proj,
         )
-        return self._finish(x, site(mixed, "heads"))
+        return layer_body(parts, x, attend, rotate)
 
-    def _project(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
+    def _qkv(self, h: Array) -> tuple[Array, Array, Array]:
         c = self.config
-        heads = (*x.shape[:2], -1, c.head_dim)
-        query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (*h.shape[:2], -1, c.head_dim)
+        query, key, value = (proj(h).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if c.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-        return site(query, "query"), site(key, "key"), site(value, "value")
-
-    def _finish(self, x: Array, mixed: Array) -> Array:
-        update = site(self.o_proj(mixed.reshape(*x.shape[:2], -1)), "attention_output")
-        x = site(x + update.astype(x.dtype), "after_attention")
-        h = self.mlp_norm(x).astype(self.dtype)
-        gate, up = site(self.gate_proj(h), "gate"), site(self.up_proj(h), "up")
-        neurons = site(ACTIVATIONS[self.config.activation](gate) * up, "neurons")
-        update = site(self.down_proj(neurons), "mlp_output")
-        return site(x + update.astype(x.dtype), "after_mlp")
+        return query, key, value
 
 
 class Llama(nn.Module):
@@ -114,11 +86,15 @@ class Llama(nn.Module):
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
         islands: dtypes of what does not follow `dtype`.
+        attend: attention of its own (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
+        rotate: positions of its own in queries and keys, here and in decoding; None is RoPE.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     islands: Islands = DEFAULT_ISLANDS
+    attend: Attend | None = None
+    rotate: Rotate | None = None
 
     def setup(self) -> None:
         """Creates the embedding, the stacked layers, the last norm and the head."""
@@ -172,11 +148,11 @@ class Llama(nn.Module):
         check_shape(segment_ids, "segment_ids", tokens.shape)
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        rope = self._rope(positions, length or tokens.shape[1])
-        pattern = self._pattern(segment_ids)
+        attend = whole_attention(c, self.attend, positions, segment_ids=segment_ids, softmax_dtype=self.islands.softmax)
+        rotate = self._rotation(positions, length or tokens.shape[1])
         layer = LlamaLayer(c, self.dtype, self.islands, parent=None)
         x = apply_stack(
-            lambda params, h, _: apply(layer, params, h, rope, pattern),
+            lambda params, h, _: apply(layer, params, h, attend, rotate),
             self._layers(),
             embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or self.dtype),
             mode=c.layers,
@@ -199,24 +175,13 @@ class Llama(nn.Module):
     def _layers(self) -> Any:
         return self.get_variable("params", "layers")
 
-    def _rope(self, positions: Array, length: int) -> Rope:
-        c = self.config
-        frequencies, scaling = rope_frequencies(c.rope, head_dim=c.head_dim, max_length=c.max_length, length=length)
-        return rope_cos_sin(positions, frequencies, scaling)
-
-    def _pattern(self, segment_ids: Array | None) -> Pattern:
-        return Pattern(
-            causal=True,
-            window=self.config.sliding_window,
-            query_segments=segment_ids,
-            key_segments=segment_ids,
-        )
+    def _rotation(self, positions: Array, length: int) -> Map:
+        return rotation(self.config, self.rotate, positions, length=length)
 
     def _init_layer(self, key: Array) -> Params:
         c = self.config
-        pair = jnp.zeros((1, 1, c.head_dim // 2))
-        x = jnp.zeros((1, 1, c.d_model))
-        variables: Any = LlamaLayer(c, self.dtype, parent=None).init(key, x, (pair, pair), Pattern(causal=True))
+        layer = LlamaLayer(c, self.dtype, parent=None)
+        variables: Any = layer.init(key, jnp.zeros((1, 1, c.d_model)), lambda query, key, value: query, lambda x: x)
         return variables["params"]
 
 

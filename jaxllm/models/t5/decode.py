@@ -18,16 +18,26 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import T5Config
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
-from jaxllm.models.layers import ACTIVATIONS, site, unstack
-from jaxllm.models.t5.layer import scale_output, stream_dtype
-from jaxllm.ops.attention import attention
+from jaxllm.models.functions import Pairs
+from jaxllm.models.stack import Hold, decode_stack, unstack
+from jaxllm.models.t5.layer import (
+    CrossParts,
+    Parts,
+    layer_body,
+    own_or_shared,
+    scale_output,
+    source_keys_values,
+    stream_dtype,
+    whole_attention,
+)
+from jaxllm.models.t5.model import T5
+from jaxllm.ops.activations import ACTIVATIONS
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.matrices import Matrix, Rows, project, stored
 from jaxllm.ops.norms import rms_norm
 from jaxllm.ops.relative_bias import relative_bias, relative_bias_at
 
 Table = Float[Array, "R N"]
-BiasOf = Callable[[Table], Array]
 
 
 class AttentionParams(NamedTuple):
@@ -56,25 +66,18 @@ class MLPParams(NamedTuple):
     down: Matrix
 
 
-class EncoderLayerParams(NamedTuple):
-    """One layer of the encoder."""
+class LayerParams(NamedTuple):
+    """One layer; `cross` is None in the encoder."""
 
     attention: AttentionParams
-    mlp: MLPParams
-
-
-class DecoderLayerParams(NamedTuple):
-    """One layer of the decoder."""
-
-    attention: AttentionParams
-    cross: CrossParams
+    cross: CrossParams | None
     mlp: MLPParams
 
 
 class StackParams(NamedTuple):
     """One stack; `table` is the relative bias that its layers share, or None."""
 
-    layers: tuple[Any, ...]
+    layers: tuple[LayerParams, ...]
     table: Table | None
     final_norm: Array
 
@@ -122,24 +125,21 @@ def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False
         part = tree["mlp"]
         return MLPParams(norm(tree, "mlp_norm"), joined(part, "gate_proj", "up_proj"), joined(part, "down_proj"))
 
-    def encoder_layer(tree: dict[str, Any]) -> EncoderLayerParams:
-        return EncoderLayerParams(attention_of(tree), mlp_of(tree))
+    def layer_of(tree: dict[str, Any]) -> LayerParams:
+        cross = cross_of(tree) if "cross_attention" in tree else None
+        return LayerParams(attention_of(tree), cross, mlp_of(tree))
 
-    def decoder_layer(tree: dict[str, Any]) -> DecoderLayerParams:
-        return DecoderLayerParams(attention_of(tree), cross_of(tree), mlp_of(tree))
-
-    def stack_of(tree: dict[str, Any], layer_of: Callable[[dict[str, Any]], Any]) -> StackParams:
+    def stack_of(tree: dict[str, Any]) -> StackParams:
         layers = tuple(layer_of(layer) for layer in unstack(tree["layers"]))
         return StackParams(layers, cast(tree, "relative_bias"), norm(tree, "final_norm"))
 
     embed, tied = params["embed"].astype(dtype), "lm_head" not in params
     head = Rows(embed) if tied and not int8 else store(params["embed" if tied else "lm_head"].T)
-    encoder, decoder = stack_of(params["encoder"], encoder_layer), stack_of(params["decoder"], decoder_layer)
-    return T5Params(embed, encoder, decoder, head)
+    return T5Params(embed, stack_of(params["encoder"]), stack_of(params["decoder"]), head)
 
 
 def prefill(
-    config: T5Config,
+    model: T5,
     params: T5Params,
     encoder_tokens: Int[Array, "B S"],
     encoder_lengths: Int[Array, " B"],
@@ -150,38 +150,22 @@ def prefill(
     """Encodes the sources and makes an empty cache; the first token to feed is `config.decoder_start_id`.
 
     Args:
-        config: architecture.
+        model: its config, and its own attention and bias where it has them.
         params: decoding layout.
         encoder_tokens: sources, padded on the right.
         encoder_lengths: real tokens of each row.
         capacity: slots of the cache, at least the number of tokens that will be fed.
         dtype: of the cache; None is that of the parameters.
     """
-    c, (batch, count) = config, encoder_tokens.shape
-    pattern = Pattern(query_lengths=encoder_lengths, key_lengths=encoder_lengths)
-
-    def bias_of(table: Table) -> Array:
-        options = {"max_distance": c.relative_max_distance, "bidirectional": True}
-        return relative_bias(table, queries=count, keys=count, **options).astype(params.embed.dtype)
-
-    def mix(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
-        return attention(query, key, value, pattern=pattern, scale=1.0, bias=bias, implementation=c.attention)
-
-    x = _embed(params, encoder_tokens)
-    shared = None if params.encoder.table is None else bias_of(params.encoder.table)
-    for i, layer in enumerate(params.encoder.layers):
-        own = layer.attention.table
-        bias = shared if own is None else bias_of(own)
-        with jax.named_scope(f"encoder/layers/{i}"):
-            x = _attend_self(c, layer.attention, site(x, "input"), lambda q, k, v, bias=bias: mix(q, k, v, bias))
-            x = _mlp(c, layer.mlp, x)
-    encoded = _norm(c, x, params.encoder.final_norm)
+    c, (batch, count) = model.config, encoder_tokens.shape
+    encoded = _encode(model, params, encoder_tokens, encoder_lengths)
     keys, values = [], []
-    for i, layer in enumerate(params.decoder.layers):
+    layers = [layer.cross for layer in params.decoder.layers if layer.cross is not None]
+    for i, layer in enumerate(layers):
         with jax.named_scope(f"decoder/layers/{i}"):
-            key, value = _cross_keys_values(c, layer.cross, encoded)
-        keys.append(key)
-        values.append(value)
+            key, value = source_keys_values(_cross_parts(c, layer), encoded, rows=batch)
+        keys.append(jnp.swapaxes(key, 1, 2))
+        values.append(jnp.swapaxes(value, 1, 2))
     cache = kv.init_cache(
         batch=batch,
         capacity=capacity,
@@ -193,8 +177,31 @@ def prefill(
     return CrossCache(tuple(keys), tuple(values), jnp.arange(count)[None] < encoder_lengths[:, None]), cache
 
 
+def _encode(model: T5, params: T5Params, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Array:
+    c, count = model.config, tokens.shape[1]
+    pattern = Pattern(query_lengths=lengths, key_lengths=lengths)
+    attend = whole_attention(c, model.attend, pattern, queries=count, keys=count)
+
+    def build(table: Table) -> Array:
+        if model.position_bias is not None:
+            positions = jnp.arange(count)[None]
+            bias = model.position_bias(table, positions, positions, bidirectional=True)
+        else:
+            options = {"max_distance": c.relative_max_distance, "bidirectional": True}
+            bias = relative_bias(table, queries=count, keys=count, **options)
+        return bias.astype(params.embed.dtype)
+
+    bias_of = own_or_shared(build, params.encoder.table)
+    x = _embed(params, tokens)
+    for i, layer in enumerate(params.encoder.layers):
+        with jax.named_scope(f"encoder/layers/{i}"):
+            own = functools.partial(attend, bias=bias_of(layer.attention.table), drop=None)
+            x = layer_body(_parts(c, layer), x, own)
+    return _norm(c, x, params.encoder.final_norm)
+
+
 def decode_step(
-    config: T5Config,
+    model: T5,
     params: T5Params,
     cross: CrossCache,
     cache: KVCache,
@@ -206,7 +213,7 @@ def decode_step(
     """Appends one token per row, all in the same slot, and returns the logits of the next.
 
     Args:
-        config: architecture.
+        model: as in `prefill`.
         params: decoding layout.
         cross: of the same call of `prefill` as the cache.
         cache: from `prefill` or an earlier step.
@@ -214,128 +221,110 @@ def decode_step(
         positions: of those tokens in their rows, from 0.
         attended: read only so many first slots; the caller knows that the rest is empty. None reads all.
     """
-    seen = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], cache.slot, axis=1)
-
-    def put(store: kv.Store, new: Array) -> kv.Store:
-        return kv.write(store, new, cache.slot)
-
-    logits, keys, values = _through_cache(
-        config, params, cross, cache, tokens[:, None], positions[:, None], seen[:, :attended], put
-    )
-    return logits[:, 0], KVCache(keys, values, seen, cache.slot + 1)
+    update = kv.append(cache, positions)
+    pairs = kv.visible_pairs(update.positions[:, :attended], positions[:, None])
+    look = kv.attend_by(model.attend, kv.attend_one)
+    logits, cache = _through_cache(model, params, cross, cache, tokens[:, None], update, pairs, look)
+    return logits[:, 0], cache
 
 
 def extend(
-    config: T5Config,
+    model: T5,
     params: T5Params,
     cross: CrossCache,
     cache: KVCache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Appends T tokens per row, each in the slot of its own position, and returns the logits after each.
-
-    Rows may advance by different counts: what a later call feeds at a position replaces what was there, and nothing
-    sees beyond its own position.
-    """
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    seen = cache.positions.at[rows, positions].set(positions, mode="drop")
-
-    def put(store: kv.Store, new: Array) -> kv.Store:
-        return kv.write_at(store, new, positions)
-
-    logits, keys, values = _through_cache(config, params, cross, cache, tokens, positions, seen, put)
-    return logits, KVCache(keys, values, seen, cache.slot)
+    """Appends T tokens per row as `kv.extend` does, and returns the logits after each."""
+    update = kv.extend(cache, positions)
+    pairs = kv.visible_pairs(update.positions, positions)
+    look = kv.attend_by(model.attend, kv.attend_many)
+    return _through_cache(model, params, cross, cache, tokens, update, pairs, look)
 
 
 def _through_cache(
-    config: T5Config,
+    model: T5,
     params: T5Params,
     cross: CrossCache,
     cache: KVCache,
-    tokens: Array,
-    positions: Array,
-    seen: Array,
-    put: Callable[[kv.Store, Array], kv.Store],
-) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
-    c, count = config, tokens.shape[1]
-    capacity = cache.positions.shape[1]
-    visible = kv.visible_slots(seen, positions)
-    cross_visible = jnp.broadcast_to(cross.visible[:, None], (*tokens.shape, cross.visible.shape[1]))
+    tokens: Int[Array, "B T"],
+    update: kv.Update,
+    pairs: Pairs,
+    look: Callable[..., Array],
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    c, sources = model.config, cross.visible.shape[1]
+    source_mask = jnp.broadcast_to(cross.visible[:, None], (*tokens.shape, sources))
+    source_pairs = Pairs(source_mask, pairs.query_positions, jnp.arange(sources)[None])
 
-    def bias_of(table: Table) -> Array:
-        return relative_bias_at(table, positions, seen, max_distance=c.relative_max_distance, capacity=capacity)
+    def build(table: Table) -> Array:
+        places = pairs.query_positions, pairs.key_positions
+        if model.position_bias is not None:
+            return model.position_bias(table, *places, bidirectional=False)
+        capacity = cache.positions.shape[1]
+        return relative_bias_at(table, *places, max_distance=c.relative_max_distance, capacity=capacity)
 
-    def look(query: Array, keys: Any, values: Any, mask: Array, bias: Array | None) -> Array:
-        if count > 1:
-            return kv.attend_many(query, keys, values, visible=mask, scale=1.0, bias=bias)
-        bias = None if bias is None else bias[:, :, 0]
-        return kv.attend(query[:, 0], keys, values, visible=mask[:, 0], scale=1.0, bias=bias)[:, None]
+    bias_of = own_or_shared(build, params.decoder.table)
 
-    x, keys, values = _embed(params, tokens), [], []
-    shared = None if params.decoder.table is None else bias_of(params.decoder.table)
-    for i, layer in enumerate(params.decoder.layers):
-        own = layer.attention.table
-        bias = shared if own is None else bias_of(own)
+    def layer(part: tuple[LayerParams, kv.Store, kv.Store], x: Array, hold: Hold) -> Array:
+        own, source_keys, source_values = part
+        seen = pairs._replace(bias=bias_of(own.attention.table))
 
-        def mix(query: Array, key: Array, value: Array, i: int = i, bias: Array | None = bias) -> Array:
-            both = kv.put(put, cache.keys[i], cache.values[i], key, value)
-            keys.append(both[0])
-            values.append(both[1])
-            return look(query, keys[-1], values[-1], visible, bias)
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            return look(query, *hold(key, value), seen, scale=1.0)
 
-        def mix_cross(query: Array, i: int = i) -> Array:
-            return look(query, cross.keys[i], cross.values[i], cross_visible, None)
+        def attend_source(query: Array) -> Array:
+            return look(query, source_keys, source_values, source_pairs, scale=1.0)
 
-        with jax.named_scope(f"decoder/layers/{i}"):
-            x = _attend_self(c, layer.attention, site(x, "input"), mix)
-            x = _attend_cross(c, layer.cross, x, mix_cross)
-            x = _mlp(c, layer.mlp, x)
-    return _logits(c, params, _norm(c, x, params.decoder.final_norm)), tuple(keys), tuple(values)
+        return layer_body(_parts(c, own), x, attend, attend_source)
+
+    layers = list(zip(params.decoder.layers, cross.keys, cross.values, strict=True))
+    x, cache = decode_stack(layer, layers, _embed(params, tokens), cache, update, scope="decoder/layers")
+    return _logits(c, params, _norm(c, x, params.decoder.final_norm)), cache
 
 
-def _attend_self(c: T5Config, p: AttentionParams, x: Array, mix: Callable[[Array, Array, Array], Array]) -> Array:
-    with jax.named_scope("attention"):
-        joined = project(_norm(c, x, p.norm), p.qkv).reshape(*x.shape[:2], 3, c.num_heads, c.head_dim)
-        query, key, value = site(joined[:, :, 0], "query"), site(joined[:, :, 1], "key"), site(joined[:, :, 2], "value")
-        update = _out(p.out, mix(query, key, value))
-    return _add(x, update, "attention")
+def _parts(c: T5Config, layer: LayerParams) -> Parts:
+    attention, cross, mlp = layer
+
+    def qkv(h: Array) -> tuple[Array, Array, Array]:
+        joined = _heads(c, project(h, attention.qkv), 3)
+        return joined[:, :, 0], joined[:, :, 1], joined[:, :, 2]
+
+    def gate_up(h: Array) -> tuple[Array | None, Array]:
+        up = project(h, mlp.up)
+        if not c.gated:
+            return None, up
+        gate, up = jnp.split(up, 2, axis=-1)
+        return gate, up
+
+    return Parts(
+        attn_norm=lambda x: _norm(c, x, attention.norm),
+        qkv=qkv,
+        out=lambda mixed: project(mixed, attention.out),
+        cross=None if cross is None else _cross_parts(c, cross),
+        mlp_norm=lambda x: _norm(c, x, mlp.norm),
+        gate_up=gate_up,
+        activation=ACTIVATIONS[c.activation],
+        # The sum that overflows float16, see `T5MLP.down`.
+        down=lambda neurons: project(neurons, mlp.down, dtype=stream_dtype(neurons.dtype)),
+    )
 
 
-def _attend_cross(c: T5Config, p: CrossParams, x: Array, mix: Callable[[Array], Array]) -> Array:
-    with jax.named_scope("cross_attention"):
-        query = project(_norm(c, x, p.norm), p.query).reshape(*x.shape[:2], c.num_heads, c.head_dim)
-        update = _out(p.out, mix(site(query, "query")))
-    return _add(x, update, "cross_attention")
+def _cross_parts(c: T5Config, cross: CrossParams) -> CrossParts:
+    def keys_values(source: Array) -> tuple[Array, Array]:
+        joined = _heads(c, project(source, cross.key_value), 2)
+        return joined[:, :, 0], joined[:, :, 1]
+
+    return CrossParts(
+        norm=lambda x: _norm(c, x, cross.norm),
+        query=lambda h: project(h, cross.query).reshape(*h.shape[:2], c.num_heads, c.head_dim),
+        keys_values=keys_values,
+        out=lambda mixed: project(mixed, cross.out),
+    )
 
 
-def _out(out: Matrix, mixed: Array) -> Array:
-    mixed = site(mixed, "heads")
-    return project(mixed.reshape(*mixed.shape[:2], -1), out)
-
-
-@jax.named_scope("cross_attention")
-def _cross_keys_values(c: T5Config, p: CrossParams, encoded: Array) -> tuple[Array, Array]:
-    joined = project(encoded, p.key_value).reshape(*encoded.shape[:2], 2, c.num_heads, c.head_dim)
-    key, value = site(joined[:, :, 0], "key"), site(joined[:, :, 1], "value")
-    return jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-
-
-def _mlp(c: T5Config, p: MLPParams, x: Array) -> Array:
-    activation = ACTIVATIONS[c.activation]
-    with jax.named_scope("mlp"):
-        h = project(_norm(c, x, p.norm), p.up)
-        if c.gated:
-            gate, up = jnp.split(h, 2, axis=-1)
-            h = activation(site(gate, "gate")) * site(up, "up")
-        else:
-            h = activation(site(h, "up"))
-        update = project(site(h, "neurons"), p.down, dtype=x.dtype)  # the sum that overflows float16, see `T5MLP`
-    return _add(x, update, "mlp")
-
-
-def _add(x: Array, update: Array, name: str) -> Array:
-    return site(x + site(update, f"{name}_output").astype(x.dtype), f"after_{name}")
+def _heads(c: T5Config, x: Array, count: int) -> Float[Array, "B T W N H"]:
+    return x.reshape(*x.shape[:2], count, c.num_heads, c.head_dim)
 
 
 def _norm(c: T5Config, x: Array, weight: Array) -> Array:

@@ -51,24 +51,24 @@ class T5Decoder:
 
     def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
         """See `Decoder`."""
-        c = self.model.config
         dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
-        cross, cache = t5_decode.prefill(c, params, tokens, lengths, capacity=plan.slots, dtype=dtype)
+        cross, cache = t5_decode.prefill(self.model, params, tokens, lengths, capacity=plan.slots, dtype=dtype)
         zeros = jnp.zeros_like(lengths)
-        logits, cache = t5_decode.decode_step(c, params, cross, cache, zeros + c.decoder_start_id, zeros, attended=1)
+        start = zeros + self.model.config.decoder_start_id
+        logits, cache = t5_decode.decode_step(self.model, params, cross, cache, start, zeros, attended=1)
         return cross, logits, cache, zeros + 1
 
     def step(
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
-        return t5_decode.decode_step(self.model.config, params, context, cache, tokens, positions, attended=attended)
+        return t5_decode.decode_step(self.model, params, context, cache, tokens, positions, attended=attended)
 
     def extend(
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
-        return t5_decode.extend(self.model.config, params, context, cache, tokens, positions)
+        return t5_decode.extend(self.model, params, context, cache, tokens, positions)
 
     def history(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]

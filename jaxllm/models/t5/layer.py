@@ -1,28 +1,149 @@
-"""One layer of T5's encoder and of its decoder, with dropout at T5's places and each bias from its stack or its own.
+"""One layer of T5's encoder or decoder: the same body for training, scoring, encoding of prompts and decoding.
 
-A layer works in the compute dtype; the residual stream has a dtype of its own, because T5's outgrows float16. Scores
-are not divided by sqrt(head_dim): T5 puts that into q's initial size. Out of scope: the stacks (`jaxllm.models.t5`).
+What differs comes as arguments: the maps of the layer's parameters in either layout (`Parts`), attention with its
+relative bias, and dropout. A layer works in the compute dtype; the residual stream has a dtype of its own, because T5's
+outgrows float16. Scores are not divided by sqrt(head_dim): T5 puts that into q's initial size.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
-from jaxllm.models.layers import ACTIVATIONS, DEFAULT_ISLANDS, MASTER, Islands, Linear, RMSNorm, refuse, site
+from jaxllm.models.functions import Attend, Pairs, dense_mask
+from jaxllm.models.hook_points import Drop, add, mark
 from jaxllm.ops.attention import attention
-from jaxllm.ops.dropout import dropout, split_keys
-from jaxllm.ops.linear import linear_float32
 from jaxllm.ops.masks import Pattern
 
+Map = Callable[[Array], Array]
 # Gives a layer its bias, from its own table where it has one (UMT5) or else the one that its stack shares.
 BiasOf = Callable[[Array | None], Array | None]
+
+
+class CrossParts(NamedTuple):
+    """The maps of a decoder layer's attention over the encoder's output.
+
+    Attributes:
+        norm: in front of it, into the compute dtype.
+        query: queries [B, T, N, H].
+        keys_values: keys and values [B, S, N, H] of the encoder's output.
+        out: of all heads [B, T, N * H].
+    """
+
+    norm: Map
+    query: Map
+    keys_values: Callable[[Array], tuple[Array, Array]]
+    out: Map
+
+
+class Parts(NamedTuple):
+    """A layer's maps, each from its own parameters.
+
+    Attributes:
+        attn_norm: in front of attention, into the compute dtype.
+        qkv: queries, keys and values [B, T, N, H].
+        out: of all heads [B, T, N * H].
+        cross: of the attention over the encoder's output; None in an encoder.
+        mlp_norm: in front of the MLP, into the compute dtype.
+        gate_up: the MLP's gate, None without one, and its factor, both [B, T, F].
+        activation: of the gate, or of the factor alone.
+        down: of the MLP's neurons [B, T, F], in the dtype that their sum needs.
+    """
+
+    attn_norm: Map
+    qkv: Callable[[Array], tuple[Array, Array, Array]]
+    out: Map
+    cross: CrossParts | None
+    mlp_norm: Map
+    gate_up: Callable[[Array], tuple[Array | None, Array]]
+    activation: Map
+    down: Map
+
+
+def layer_body(
+    parts: Parts,
+    x: Float[Array, "B T D"],
+    attend: Callable[[Array, Array, Array], Array],
+    attend_source: Map | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, "B T D"]:
+    """One pre-norm layer: x + attention(norm(x)), in a decoder cross-attention the same way, then x + mlp(norm(x)).
+
+    Args:
+        parts: the layer's maps.
+        x: residual stream.
+        attend: queries, keys and values of these tokens to the mixed values [B, T, N, H].
+        attend_source: queries of these tokens to the mixed values of the encoder's output; None in an encoder.
+        drop: dropout of a value at a place named as its sublayer, or `neurons`; None is no dropout.
+    """
+    x = mark(x, "input")
+    x = add(x, _attention(parts, parts.attn_norm(x), attend), "attention", drop)
+    if parts.cross is not None and attend_source is not None:
+        update = _cross_attention(parts.cross, parts.cross.norm(x), attend_source)
+        x = add(x, update, "cross_attention", drop)
+    return add(x, _mlp(parts, parts.mlp_norm(x), drop), "mlp", drop)
+
+
+@jax.named_scope("attention")
+def _attention(parts: Parts, h: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
+    query, key, value = parts.qkv(h)
+    mixed = attend(mark(query, "query"), mark(key, "key"), mark(value, "value"))
+    return parts.out(_joined(mark(mixed, "heads")))
+
+
+@jax.named_scope("cross_attention")
+def _cross_attention(parts: CrossParts, h: Array, attend: Map) -> Array:
+    query = mark(parts.query(h), "query")
+    mixed = mark(attend(query), "heads")
+    return parts.out(_joined(mixed))
+
+
+@jax.named_scope("mlp")
+def _mlp(parts: Parts, h: Array, drop: Drop | None) -> Array:
+    gate, up = parts.gate_up(h)
+    up = mark(up, "up")
+    neurons = parts.activation(up) if gate is None else parts.activation(mark(gate, "gate")) * up
+    neurons = mark(neurons, "neurons")
+    return parts.down(neurons if drop is None else drop(neurons, "neurons"))
+
+
+def _joined(heads: Float[Array, "B T N H"]) -> Float[Array, "B T I"]:
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+@jax.named_scope("cross_attention")
+def source_keys_values(
+    parts: CrossParts, encoded: Float[Array, "#B S D"], *, rows: int
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+    """What the encoder's output offers to the queries of a layer; one source may be that of all rows."""
+    key, value = (jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts.keys_values(encoded))
+    return mark(key, "key"), mark(value, "value")
+
+
+def whole_attention(
+    config: T5Config, own: Attend | None, pattern: Pattern, *, queries: int, keys: int, softmax_dtype: Any = None
+) -> Callable[..., Array]:
+    """Attention over whole sequences, or a model's own: (query, key, value, bias=, drop=) to the mixed values."""
+    if own is not None:
+        pairs = Pairs(dense_mask(pattern, queries, keys), jnp.arange(queries)[None], jnp.arange(keys)[None])
+        return lambda query, key, value, **found: own(query, key, value, pairs._replace(**found))
+    return functools.partial(
+        attention, pattern=pattern, scale=1.0, implementation=config.attention, softmax_dtype=softmax_dtype
+    )
+
+
+def own_or_shared(build: Map, table: Array | None) -> BiasOf:
+    """The bias of each layer's own table, or that of the one which a stack shares, built once."""
+    if table is None:
+        return lambda own: None if own is None else build(own)
+    shared = build(table)
+    return lambda _: shared
 
 
 def stream_dtype(dtype: Any) -> Any:
@@ -35,171 +156,3 @@ def scale_output(config: T5Config, x: Array) -> Array:
     if not config.scale_logits:
         return x
     return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * config.d_model**-0.5).astype(x.dtype)
-
-
-class T5Attention(nn.Module):
-    """Attention of x over a source, which is x itself or the encoder's output."""
-
-    config: T5Config
-    islands: Islands = DEFAULT_ISLANDS
-
-    def setup(self) -> None:
-        """Creates the four projections."""
-        c = self.config
-        inner, std = c.num_heads * c.head_dim, c.init_factor * c.d_model**-0.5
-        self.q_proj = Linear(c.d_model, inner, std * c.head_dim**-0.5)
-        self.k_proj = Linear(c.d_model, inner, std)
-        self.v_proj = Linear(c.d_model, inner, std)
-        self.o_proj = Linear(inner, c.d_model, c.init_factor * inner**-0.5)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], source: Float[Array, "#B S D"], pattern: Pattern, bias: Any, key: Array | None
-    ) -> Float[Array, "B T D"]:
-        """Attention over whole sequences; `key` is for dropout on its weights."""
-        c = self.config
-        drop = None if key is None else functools.partial(dropout, key=key, rate=c.dropout_rate)
-        # One source may be that of all rows.
-        keys, values = (jnp.broadcast_to(part, (x.shape[0], *part.shape[1:])) for part in self.keys_values(source))
-        mixed = attention(
-            site(self._heads(self.q_proj(x)), "query"),
-            site(keys, "key"),
-            site(values, "value"),
-            pattern=pattern,
-            scale=1.0,
-            bias=bias,
-            implementation=c.attention,
-            drop=drop,
-            softmax_dtype=self.islands.softmax,
-        )
-        return self.o_proj(site(mixed, "heads").reshape(*x.shape[:2], -1))
-
-    def keys_values(self, source: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
-        """What the source offers to queries."""
-        return self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
-
-
-class T5MLP(nn.Module):
-    """down(act(gate x) * up x), or down(act(up x)) when not gated."""
-
-    config: T5Config
-    islands: Islands = DEFAULT_ISLANDS
-
-    def setup(self) -> None:
-        """Creates two or three projections."""
-        c = self.config
-        std = c.init_factor * c.d_model**-0.5
-        if c.gated:
-            self.gate_proj = Linear(c.d_model, c.d_ff, std)
-        else:
-            refuse(self, "gate_proj")
-        self.up_proj = Linear(c.d_model, c.d_ff, std)
-        self.down_proj = Linear(c.d_ff, c.d_model, c.init_factor * c.d_ff**-0.5)
-
-    def __call__(self, x: Float[Array, "B T D"], key: Array | None) -> Float[Array, "B T D"]:
-        """Maps each position by itself; float16 in, float32 out, because this sum is what overflows in T5.
-
-        `islands.mlp_output` makes it another dtype.
-        """
-        c = self.config
-        activation, up = ACTIVATIONS[c.activation], site(self.up_proj(x), "up")
-        h = activation(site(self.gate_proj(x), "gate")) * up if c.gated else activation(up)
-        h = dropout(site(h, "neurons"), key, rate=c.dropout_rate)
-        wide = self.islands.mlp_output or stream_dtype(h.dtype)
-        if wide == h.dtype:
-            return self.down_proj(h)
-        return linear_float32(h, self.down_proj.kernel.astype(h.dtype)).astype(wide)
-
-
-class EncoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Attributes:
-        config: architecture.
-        dtype: of the sublayers; the residual stream keeps its own (`stream_dtype`).
-        islands: dtypes of what does not follow it.
-    """
-
-    config: T5Config
-    dtype: Any
-    islands: Islands = DEFAULT_ISLANDS
-
-    def setup(self) -> None:
-        """Creates the sublayers, their norms, and the bias table where each layer has its own."""
-        c = self.config
-        self.attn_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
-        self.attention = T5Attention(c, self.islands)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
-        self.mlp = T5MLP(c, self.islands)
-        self.relative_bias = create_table(self, c) if c.relative_per_layer else None
-
-    def __call__(
-        self, x: Float[Array, "B S D"], pattern: Pattern, bias_of: BiasOf, key: Array | None
-    ) -> Float[Array, "B S D"]:
-        """One layer over whole sequences."""
-        c, x = self.config, site(x, "input")
-        weights_key, attention_key, inner_key, mlp_key = split_keys(key, 4)
-        h = self.attn_norm(x).astype(self.dtype)
-        bias = bias_of(self.relative_bias)
-        x = _add(c, x, self.attention(h, h, pattern, bias, weights_key), attention_key, "attention")
-        h = self.mlp_norm(x).astype(self.dtype)
-        return _add(c, x, self.mlp(h, inner_key), mlp_key, "mlp")
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + cross_attention(norm(x), encoded), then x + mlp(norm(x)).
-
-    Attributes:
-        config: architecture.
-        dtype: of the sublayers; the residual stream keeps its own (`stream_dtype`).
-        islands: dtypes of what does not follow it.
-    """
-
-    config: T5Config
-    dtype: Any
-    islands: Islands = DEFAULT_ISLANDS
-
-    def setup(self) -> None:
-        """Creates the sublayers, their norms, and the bias table where each layer has its own."""
-        c = self.config
-        self.attn_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
-        self.attention = T5Attention(c, self.islands)
-        self.cross_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
-        self.cross_attention = T5Attention(c, self.islands)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
-        self.mlp = T5MLP(c, self.islands)
-        self.relative_bias = create_table(self, c) if c.relative_per_layer else None
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        encoded: Float[Array, "#B S D"],
-        pattern: Pattern,
-        cross_pattern: Pattern,
-        bias_of: BiasOf,
-        key: Array | None,
-    ) -> Float[Array, "B T D"]:
-        """One layer over whole sequences."""
-        c, x = self.config, site(x, "input")
-        weights_key, attention_key, cross_weights_key, cross_key, inner_key, mlp_key = split_keys(key, 6)
-        h = self.attn_norm(x).astype(self.dtype)
-        bias = bias_of(self.relative_bias)
-        x = _add(c, x, self.attention(h, h, pattern, bias, weights_key), attention_key, "attention")
-        h = self.cross_norm(x).astype(self.dtype)
-        mixed = self.cross_attention(h, encoded, cross_pattern, None, cross_weights_key)
-        x = _add(c, x, mixed, cross_key, "cross_attention")
-        h = self.mlp_norm(x).astype(self.dtype)
-        return _add(c, x, self.mlp(h, inner_key), mlp_key, "mlp")
-
-
-def _add(c: T5Config, x: Array, update: Array, key: Array | None, name: str) -> Array:
-    update = dropout(site(update, f"{name}_output"), key, rate=c.dropout_rate)
-    return site(x + update.astype(x.dtype), f"after_{name}")
-
-
-def create_table(module: nn.Module, c: T5Config) -> Float[Array, "R N"]:
-    """The relative bias of a layer or of a stack."""
-    std = c.init_factor * c.d_model**-0.5
-    return module.param("relative_bias", nn.initializers.normal(std), (c.relative_buckets, c.num_heads), MASTER)

@@ -6,7 +6,6 @@ halves. None takes a cache; decoding is `jaxllm.models.t5.decode`. Out of scope:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,23 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import T5Config
+from jaxllm.models.checks import check_depth, check_shape, check_tokens, refuse
 from jaxllm.models.flops import Flops
-from jaxllm.models.layers import (
-    DEFAULT_ISLANDS,
-    MASTER,
-    Islands,
-    Params,
-    RMSNorm,
-    apply,
-    apply_stack,
-    check_depth,
-    check_shape,
-    check_tokens,
-    embed,
-    init_stack,
-    refuse,
-)
-from jaxllm.models.t5.layer import BiasOf, DecoderLayer, EncoderLayer, create_table, scale_output, stream_dtype
+from jaxllm.models.functions import Attend, PositionBias
+from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Params, RMSNorm, apply, embed
+from jaxllm.models.stack import apply_stack, init_stack
+from jaxllm.models.t5.documents import ONE_A_ROW, Documents
+from jaxllm.models.t5.layer import BiasOf, own_or_shared, scale_output, stream_dtype, whole_attention
+from jaxllm.models.t5.modules import DecoderLayer, EncoderLayer, create_table
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.relative_bias import relative_bias
@@ -44,6 +34,8 @@ class _Stack(nn.Module):
     config: T5Config
     dtype: Any
     islands: Islands = DEFAULT_ISLANDS
+    attend: Attend | None = None
+    position_bias: PositionBias | None = None
 
     def _create(self, num_layers: int, init_layer: Callable[[Array], Params]) -> None:
         """Creates the layers, the shared bias table and the last norm."""
@@ -67,11 +59,20 @@ class _Stack(nn.Module):
         x = apply_stack(layer, layers, x, keys, mode=c.layers, remat=c.remat)
         return dropout(self.final_norm(x).astype(self.dtype), last_key, rate=c.dropout_rate)
 
+    def _attention(self, pattern: Pattern, queries: int, keys: int) -> Callable[..., Array]:
+        softmax_dtype = self.islands.softmax
+        return whole_attention(
+            self.config, self.attend, pattern, queries=queries, keys=keys, softmax_dtype=softmax_dtype
+        )
+
     def _bias_of(self, length: int, *, bidirectional: bool) -> BiasOf:
-        c = self.config
+        c, own = self.config, self.position_bias
 
         @jax.named_scope("relative_bias")  # the precision ledger reads it
         def build(table: Array) -> Array:
+            if own is not None:
+                positions = jnp.arange(length)[None]
+                return own(table, positions, positions, bidirectional=bidirectional).astype(self.dtype)
             bias = relative_bias(
                 table,
                 queries=length,
@@ -82,26 +83,7 @@ class _Stack(nn.Module):
             )
             return bias.astype(self.dtype)
 
-        return _own_or_shared(build, self.relative_bias)
-
-
-def _key_lengths(lengths: Array | None, sources: int, rows: int, *segments: Array | None) -> Int[Array, " B"] | None:
-    """Real keys of each row, for a kernel that must see one: the output of an empty row means nothing anyway."""
-    if lengths is None:
-        return None
-    if any(each is not None for each in segments):
-        raise ValueError("encoder_lengths say that a row is one document: give them or segment ids, not both")
-    check_shape(lengths, "encoder_lengths", (sources,))
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(f"encoder_lengths must be integers, got {lengths.dtype}")
-    return jnp.broadcast_to(jnp.maximum(lengths, 1).astype(jnp.int32), (rows,))
-
-
-def _own_or_shared(build: Callable[[Array], Array], table: Array | None) -> BiasOf:
-    if table is None:
-        return lambda own: None if own is None else build(own)
-    shared = build(table)
-    return lambda _: shared
+        return own_or_shared(build, self.relative_bias)
 
 
 class Encoder(_Stack):
@@ -114,13 +96,14 @@ class Encoder(_Stack):
     def __call__(self, x: Float[Array, "B S D"], pattern: Pattern, key: Array | None) -> Float[Array, "B S D"]:
         """Embedded tokens to the output that decoders attend to."""
         layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
+        attend = self._attention(pattern, x.shape[1], x.shape[1])
         bias_of = self._bias_of(x.shape[1], bidirectional=True)
-        return self._run(lambda params, h, own_key: apply(layer, params, h, pattern, bias_of, own_key), x, key)
+        return self._run(lambda params, h, own_key: apply(layer, params, h, attend, bias_of, own_key), x, key)
 
     def _init_layer(self, key: Array) -> Params:
         x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
         layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
-        variables: Any = layer.init(key, x, Pattern(), lambda _: None, None)
+        variables: Any = layer.init(key, x, _first, lambda _: None, None)
         return variables["params"]
 
 
@@ -141,18 +124,25 @@ class Decoder(_Stack):
     ) -> Float[Array, "B T D"]:
         """Embedded tokens to the normalised last hidden state."""
         layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
+        attend = self._attention(pattern, x.shape[1], x.shape[1])
+        attend_cross = self._attention(cross_pattern, x.shape[1], encoded.shape[1])
         bias_of = self._bias_of(x.shape[1], bidirectional=False)
 
         def run(params: Params, h: Array, own_key: Array | None) -> Array:
-            return apply(layer, params, h, encoded, pattern, cross_pattern, bias_of, own_key)
+            return apply(layer, params, h, encoded, attend, attend_cross, bias_of, own_key)
 
         return self._run(run, x, key)
 
     def _init_layer(self, key: Array) -> Params:
         x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
         layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
-        variables: Any = layer.init(key, x, x, Pattern(), Pattern(), lambda _: None, None)
+        variables: Any = layer.init(key, x, x, _first, _first, lambda _: None, None)
         return variables["params"]
+
+
+def _first(query: Array, *_: Array, **__: Any) -> Array:
+    """In place of attention where only the parameters are wanted."""
+    return query
 
 
 class T5(nn.Module):
@@ -162,11 +152,15 @@ class T5(nn.Module):
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
         islands: dtypes of what does not follow `dtype`.
+        attend: attention of its own (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
+        position_bias: of its own from each table, here and in decoding; None is T5's relative bias.
     """
 
     config: T5Config
     dtype: Any = jnp.float32
     islands: Islands = DEFAULT_ISLANDS
+    attend: Attend | None = None
+    position_bias: PositionBias | None = None
 
     def setup(self) -> None:
         """Creates the embedding that both stacks share, the stacks, and the head."""
@@ -174,8 +168,8 @@ class T5(nn.Module):
         if self.has_rng("dropout") and not self.is_initializing():
             raise ValueError("dropout takes key=, not rngs: model.apply(..., key=jax.random.key(0))")
         self.embed = self.param("embed", nn.initializers.normal(c.init_factor), (c.vocab_size, c.d_model), MASTER)
-        self.encoder = Encoder(c, self.dtype, self.islands)
-        self.decoder = Decoder(c, self.dtype, self.islands)
+        self.encoder = Encoder(c, self.dtype, self.islands, self.attend, self.position_bias)
+        self.decoder = Decoder(c, self.dtype, self.islands, self.attend, self.position_bias)
         if c.tie_embeddings:
             refuse(self, "lm_head")
         else:
@@ -205,80 +199,48 @@ class T5(nn.Module):
             key: of dropout; None is no dropout.
 
         Raises:
-            ValueError: while tracing, for tokens that are no integers [B, T], lengths beside segment ids, or parameters
-                of another model.
+            ValueError: while tracing, for tokens that are not integers [B, T], lengths together with segment ids, or
+                parameters of another model.
         """
-        hidden = self.hidden(
-            encoder_tokens,
-            decoder_tokens,
-            encoder_segment_ids=encoder_segment_ids,
-            decoder_segment_ids=decoder_segment_ids,
-            encoder_lengths=encoder_lengths,
-            key=key,
-        )
-        return self.logits(hidden)
+        documents = Documents(encoder_segment_ids, decoder_segment_ids, encoder_lengths)
+        return self.logits(self.hidden(encoder_tokens, decoder_tokens, documents, key=key))
 
     def hidden(
         self,
         encoder_tokens: Int[Array, "B S"],
         decoder_tokens: Int[Array, "B T"],
+        documents: Documents = ONE_A_ROW,
         *,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
-        decoder_segment_ids: Int[Array, "B T"] | None = None,
-        encoder_lengths: Int[Array, " B"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head multiplies, for losses that never build all logits; arguments as `__call__`."""
         encoder_key, decoder_key = split_keys(key, 2)
-        source = {"encoder_segment_ids": encoder_segment_ids, "encoder_lengths": encoder_lengths}
-        encoded = self.encode(encoder_tokens, **source, key=encoder_key)
-        return self.decode(decoder_tokens, encoded, **source, decoder_segment_ids=decoder_segment_ids, key=decoder_key)
+        encoded = self.encode(encoder_tokens, documents, key=encoder_key)
+        return self.decode(decoder_tokens, encoded, documents, key=decoder_key)
 
     def encode(
-        self,
-        encoder_tokens: Int[Array, "B S"],
-        *,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
-        encoder_lengths: Int[Array, " B"] | None = None,
-        key: Array | None = None,
+        self, encoder_tokens: Int[Array, "B S"], documents: Documents = ONE_A_ROW, *, key: Array | None = None
     ) -> Float[Array, "B S D"]:
         """The encoder's output; at padding it means nothing."""
         check_tokens(encoder_tokens, "encoder_tokens")
-        check_shape(encoder_segment_ids, "encoder_segment_ids", encoder_tokens.shape)
-        rows = encoder_tokens.shape[0]
-        key_lengths = _key_lengths(encoder_lengths, rows, rows, encoder_segment_ids)
-        pattern = Pattern(query_segments=encoder_segment_ids, key_segments=encoder_segment_ids, key_lengths=key_lengths)
-        return self.encoder(self._embed(encoder_tokens), pattern, key)
+        return self.encoder(self._embed(encoder_tokens), documents.encoder(*encoder_tokens.shape), key)
 
     def decode(
         self,
         decoder_tokens: Int[Array, "B T"],
         encoded: Float[Array, "#B S D"],
+        documents: Documents = ONE_A_ROW,
         *,
-        encoder_segment_ids: Int[Array, "#B S"] | None = None,
-        decoder_segment_ids: Int[Array, "B T"] | None = None,
-        encoder_lengths: Int[Array, "#B"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """The decoder's hidden state over an encoder's output, as `hidden` returns it."""
-        c = self.config
         check_tokens(decoder_tokens, "decoder_tokens")
-        check_shape(decoder_segment_ids, "decoder_segment_ids", decoder_tokens.shape)
-        check_shape(encoder_segment_ids, "encoder_segment_ids", encoded.shape[:2])
-        one = (1, *encoded.shape[1:])  # one source for all targets
-        check_shape(encoded, "the encoder's output", (decoder_tokens.shape[0], *one[1:]), one)
-        pattern = Pattern(causal=True, query_segments=decoder_segment_ids, key_segments=decoder_segment_ids)
-        segments = encoder_segment_ids, decoder_segment_ids
-        rows = decoder_tokens.shape[0]
-        cross_pattern = Pattern(key_lengths=_key_lengths(encoder_lengths, encoded.shape[0], rows, *segments))
-        if encoder_segment_ids is not None or decoder_segment_ids is not None:
-            ones = functools.partial(jnp.ones, dtype=jnp.int32)
-            cross_pattern = Pattern(
-                query_segments=ones(decoder_tokens.shape) if decoder_segment_ids is None else decoder_segment_ids,
-                key_segments=ones(encoded.shape[:2]) if encoder_segment_ids is None else encoder_segment_ids,
-            )
+        rows, (_, length, width) = decoder_tokens.shape[0], encoded.shape
+        check_shape(encoded, "the encoder's output", (rows, length, width), (1, length, width))
+        pattern = documents.decoder(*decoder_tokens.shape)
+        cross_pattern = documents.cross(decoder_tokens.shape, encoded.shape[:2])
         x = self.decoder(self._embed(decoder_tokens), encoded, pattern, cross_pattern, key)
-        return scale_output(c, x)
+        return scale_output(self.config, x)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """X @ head.T, accumulated and returned in float32."""
@@ -297,15 +259,12 @@ class T5(nn.Module):
 
 
 def hidden(model: T5, params: Any, batch: Mapping[str, Any], key: Array | None = None) -> Float[Array, "B T D"]:
-    """The decoder's hidden states of a training batch, whichever way its rows name their documents.
+    """The decoder's hidden states of a training batch.
 
-    `encoder_tokens` [B, S] and `decoder_tokens` [B, T], with `encoder_segment_ids` and `decoder_segment_ids`, or
-    `encoder_lengths` [B], where wanted.
+    It holds `encoder_tokens` [B, S], `decoder_tokens` [B, T], and the fields of `Documents` that apply.
     """
-    names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_lengths")
-    documents = {name: batch[name] for name in names if name in batch}
     tokens = batch["encoder_tokens"], batch["decoder_tokens"]
-    return apply(model, params, *tokens, **documents, key=key, method="hidden")
+    return apply(model, params, *tokens, Documents.of(batch), key=key, method="hidden")
 
 
 def train_flops(c: T5Config, batch: int, length: int, target_length: int) -> Flops:
