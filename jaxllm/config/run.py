@@ -147,8 +147,9 @@ class DataConfig:
         objective: causal, prefix_lm, span_corruption, ul2 or seq2seq.
         noise_density: part of the tokens that span corruption hides.
         mean_span_length: mean length of a masked span.
-        workers: processes that prepare batches; 0 prepares them in the main process. A script of your own then needs
-            `if __name__ == "__main__":` around what it does, since they import it.
+        workers: processes that tokenise; 0 tokenises in threads of the main process. They change no batch, and the
+            number may differ at a resume. A script of your own then needs `if __name__ == "__main__":` around what it
+            does, since they import it.
         cache_dir: where prepared datasets are kept; null keeps them in the run folder.
     """
 

@@ -21,7 +21,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from jaxllm.config import DataConfig
-from jaxllm.data import DataError, first_line
+from jaxllm.data import DataError
+from jaxllm.data.records import damaged
 
 # Tests, generated tables of code points, and what ships next to the library proper.
 _NOT_LIBRARY = {
@@ -72,9 +73,7 @@ def undamaged(folder: Path) -> Iterator[None]:
     except (DataError, OSError):
         raise
     except Exception as error:
-        raise DataError(
-            f"what was prepared in {folder} is damaged ({first_line(error)}); remove that folder, to be prepared again"
-        ) from error
+        raise damaged(folder, error) from error
 
 
 class LocalInfo(tfds.core.DatasetInfo):

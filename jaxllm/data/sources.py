@@ -12,13 +12,14 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
+from jaxllm.data.records import Records
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Source(NamedTuple):
     """
 
     name: str
-    train: Sequence[Any]
-    validation: Sequence[Any]
+    train: Records
+    validation: Records
 
 
 def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
@@ -140,7 +141,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[Any]]:
+def _splits(builder: Any, config: DataConfig) -> tuple[Records, Records]:
     import tensorflow_datasets as tfds
 
     # Read from the folder alone: that reader can be sent to worker processes, a builder with its own arguments can't.
@@ -149,7 +150,7 @@ def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
         return _opened(builder, config)
 
 
-def _opened(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[Any]]:
+def _opened(builder: Any, config: DataConfig) -> tuple[Records, Records]:
     known = builder.info.splits
     held_out = next((name for name in ("validation", "test") if name in known), None)
     if held_out is not None:
@@ -157,7 +158,9 @@ def _opened(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
     else:
         percent = max(round(100 * config.validation_fraction), 1)
         names = (f"train[{percent}%:]", f"train[:{percent}%]")
-    train, validation = (builder.as_data_source(split=name) for name in names)
+    for name in {name.partition("[")[0] for name in names}:
+        _check_lengths(known[name])
+    train, validation = (_records(builder, name) for name in names)
     if not len(train) or not len(validation):
         raise DataError(
             f"{builder.info.full_name} has {len(train)} training and {len(validation)} validation documents; both "
@@ -165,3 +168,24 @@ def _opened(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
         )
     _ = train[0], validation[0]  # what can't be read is better found now
     return train, validation
+
+
+def _records(builder: Any, split: str) -> Records:
+    files = [(str(each.filename), each.take) for each in builder.info.splits[split].file_instructions]
+    return Records(builder.as_data_source(split=split), files)
+
+
+def _check_lengths(split: Any) -> None:
+    """Compares dataset_info.json with the files: with fewer documents there, the rest would never be read.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for path, count in zip(split.filepaths, split.shard_lengths, strict=True):
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+        if found != count:
+            raise ValueError(f"{path.name} holds {found} documents, dataset_info.json has {count}")

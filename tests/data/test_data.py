@@ -156,11 +156,10 @@ def test_resume_is_exact(corpus: Path, tmp_path: Path, workers: int) -> None:
     resumed.close()
 
 
-@pytest.mark.parametrize("change", [{"workers": 1}, {"validation_fraction": 0.3}])
-def test_state_of_other_data_is_refused(corpus: Path, tmp_path: Path, change: dict) -> None:
+def test_state_of_other_data_is_refused(corpus: Path, tmp_path: Path) -> None:
     state = open_pipeline(corpus, tmp_path / "run").get_state()
     with pytest.raises(DataError, match="the checkpoint was made with"):
-        open_pipeline(corpus, tmp_path / "other", **change).set_state(state)
+        open_pipeline(corpus, tmp_path / "other", validation_fraction=0.3).set_state(state)
 
 
 @pytest.mark.parametrize("first", ["train", "given", "by hand"])
