@@ -48,18 +48,25 @@ class Records(Sequence[Any]):
 
 def damaged(folder: Path, error: Exception, where: str = "") -> DataError:
     """The complaint about prepared data: damaged, unless it is the system that does not let a file be read."""
-    try:
-        for path in folder.iterdir():
-            if path.is_file():
-                path.open("rb").close()
-    except OSError as refusal:
-        error = refusal
-    if isinstance(error, OSError):
-        return DataError(f"{error.filename or folder} cannot be read: {error.strerror or error}; make it readable")
+    refusal = refused(folder) or (error if isinstance(error, OSError) else None)
+    if refusal is not None:
+        reason = refusal.strerror or refusal
+        return DataError(f"{refusal.filename or folder} cannot be read: {reason}; make it readable")
     return DataError(
         f"what was prepared in {folder} is damaged ({where}{first_line(error)}); remove that folder, to be prepared "
         f"again"
     )
+
+
+def refused(folder: Path) -> OSError | None:
+    """Why the system does not open a file of a folder, or None: libraries tell that no better than damage."""
+    try:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.open("rb").close()
+    except OSError as error:
+        return error
+    return None
 
 
 def texts(records: Sequence[Any], key: str) -> Iterator[str]:

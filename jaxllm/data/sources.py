@@ -111,6 +111,11 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
             raise problems.first from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if isinstance(error, MemoryError):
+            raise DataError(
+                f"{builder.info.full_name} needs more memory to be prepared than this machine has free; end other "
+                f"programs, or split its largest documents"
+            ) from error
         no_space = next((words for words in _NO_SPACE if words in first_line(error)), None)
         if no_space is not None:
             raise OSError(errno.ENOSPC, no_space) from error
