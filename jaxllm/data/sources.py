@@ -157,6 +157,8 @@ def _splits(builder: Any, config: DataConfig) -> tuple[Records, Records]:
 
 def _opened(builder: Any, config: DataConfig) -> tuple[Records, Records]:
     known = builder.info.splits
+    if config.source in ("stdlib", "files") and set(known) != {"train", "validation"}:
+        raise ValueError(f"dataset_info.json has the splits {', '.join(known)}, not train and validation")
     held_out = next((name for name in ("validation", "test") if name in known), None)
     if held_out is not None:
         names = ("train", held_out)

@@ -104,6 +104,15 @@ def test_another_number_of_documents_than_the_files_hold_is_refused(corpus: Path
         open_source(files(corpus), cache_dir=tmp_path / "cache")
 
 
+def test_a_split_of_another_name_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Without the split of held-out documents, some of the others would be held out in their place."""
+    open_source(files(corpus), cache_dir=tmp_path / "cache")
+    (info,) = (tmp_path / "cache").rglob("dataset_info.json")
+    info.write_text(info.read_text().replace('"validation"', '"vilidation"'))
+    with pytest.raises(DataError, match=r"has the splits train, vilidation, not train and validation\); remove that"):
+        open_source(files(corpus), cache_dir=tmp_path / "cache")
+
+
 def test_what_may_not_be_read_is_not_called_damaged(open_folder: Path) -> None:
     write_corpus(corpus := open_folder / "corpus")
     (cache := open_folder / "cache").mkdir()
