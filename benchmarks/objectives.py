@@ -116,7 +116,7 @@ def whole_pipeline(folder: Path, name: str, *, workers: int) -> float:
     config = dataclasses.replace(CONFIGS[name], workers=workers, cache_dir=str(folder / "data"))
     pipeline = build_pipeline(config, vocab_size=8192, batch_size=BATCH, seed=0, run_dir=folder)
     with contextlib.closing(pipeline):
-        per_window = max(workers, 1) * WINDOW // BATCH
+        per_window = WINDOW // BATCH
         for _ in range(per_window):
             next(pipeline)
         before = time.perf_counter()

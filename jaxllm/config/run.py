@@ -119,8 +119,9 @@ class DataConfig:
     workers: Annotated[
         int,
         at_least(0),
-        "processes that prepare batches; 0 prepares them in the main process. A script of your own then needs "
-        '`if __name__ == "__main__":` around what it does, because the processes import it',
+        "processes that tokenise; 0 tokenises in threads of the main process. They change no batch, and a resume may "
+        "use another number. With workers, guard your own script's entry by "
+        '`if __name__ == "__main__":`, because the processes import it',
     ] = 0
     cache_dir: Annotated[str | None, "where prepared datasets are kept; null keeps them in the run folder"] = None
 

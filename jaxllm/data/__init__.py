@@ -9,6 +9,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message names it and the fix."""
 
 
+class BatchError(DataError):
+    """The next batch of a run that cannot be made; what was made before stays good, so that its step can be saved."""
+
+
 def first_line(error: BaseException) -> str:
     """What a person needs of an error; a library's can continue for thousands of characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

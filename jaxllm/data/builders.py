@@ -11,17 +11,19 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import platform
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tensorflow_datasets as tfds
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
+from jaxllm.data.records import damaged, refused
 
 # Tests, generated tables of code points, and what ships next to the library proper.
 _NOT_LIBRARY = {
@@ -65,16 +67,16 @@ def undamaged(folder: Path) -> Iterator[None]:
     """Names the folder of prepared data that can't be read: TFDS passes on errors of json, protobuf and array_record.
 
     Raises:
-        DataError: in place of those.
+        DataError: in place of those, and for a file that may not be read.
     """
     try:
         yield
-    except (DataError, OSError):
+    except DataError:
         raise
     except Exception as error:
-        raise DataError(
-            f"what was prepared in {folder} is damaged ({first_line(error)}); remove that folder, to be prepared again"
-        ) from error
+        if isinstance(error, OSError) and refused(folder) is None:
+            raise
+        raise damaged(folder, error) from error
 
 
 class LocalInfo(tfds.core.DatasetInfo):
@@ -156,7 +158,11 @@ class StdlibText(_TextBuilder):
 
 
 class FilesText(_TextBuilder):
-    """Documents of a file or folder: a .txt is one, a line of .jsonl or a row of .parquet is one."""
+    """Documents of a file or folder: a .txt is one, a line of .jsonl or a row of .parquet is one.
+
+    Damage that leaves text valid is found where the format has a checksum: always in .gz, at its end (with
+    on_bad_text=skip the documents before it are kept); in .zst and .parquet if the writer put one there.
+    """
 
     @classmethod
     def for_path(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> FilesText:
@@ -164,8 +170,7 @@ class FilesText(_TextBuilder):
         root = Path(config.path or "").expanduser()
         if not root.exists():
             raise DataError(f"data.path {root} does not exist")
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-        files = [path for path in files if path.name.endswith(_SUFFIXES)]
+        files = [path for path in files_below(root) if path.name.endswith(_SUFFIXES)]
         if not files:
             raise DataError(f"data.path {root} holds no file ending in {', '.join(_SUFFIXES)}")
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -184,7 +189,12 @@ class FilesText(_TextBuilder):
             reader = self._rows if path.name.endswith(".parquet") else self._lines
             if path.suffix == ".txt":
                 reader = self._whole
-            yield from reader(path)
+            try:
+                yield from reader(path)
+            except OSError as error:
+                self._problems.fail(f"{path} cannot be read: {error.strerror or error}; make it readable")
+            except MemoryError:
+                self._problems.fail(f"{path} holds a document too large for this machine's memory; split it")
 
     def _whole(self, path: Path) -> Iterator[_Document]:
         text = decode(path.read_bytes(), str(path), self._problems)
@@ -215,19 +225,29 @@ class FilesText(_TextBuilder):
     def _rows(self, path: Path) -> Iterator[_Document]:
         import pyarrow.parquet as pq
 
+        path.open("rb").close()  # what the system refuses is not damaged
         try:
-            table = pq.ParquetFile(path)
+            table = pq.ParquetFile(path, page_checksum_verification=True)
         except Exception as error:
-            self._problems.report(f"{path} is not a Parquet file ({str(error).splitlines()[0]})")
+            self._problems.report(f"{path} is not a Parquet file ({first_line(error)})")
             return
         missing = [key for key in self._keys if key not in table.schema_arrow.names]
         if missing:
             self._problems.fail(_missing_key(missing[0], str(path), table.schema_arrow.names))
+        for number, row in self._numbered(table, path):
+            yield from self._record(row, f"{path}:{number}")
+
+    def _numbered(self, table: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=self._keys):
-            for row in batch.to_pylist():
-                number += 1
-                yield from self._record(row, f"{path}:{number}")
+        try:
+            for batch in table.iter_batches(batch_size=1024, columns=self._keys):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+        except MemoryError:
+            raise
+        except Exception as error:  # of pyarrow, for a damaged page
+            self._problems.report(f"{path} cannot be read after row {number} ({first_line(error)})")
 
     def _record(self, record: Any, where: str) -> Iterator[_Document]:
         if not isinstance(record, dict):
@@ -250,6 +270,22 @@ class FilesText(_TextBuilder):
             yield where, fields
         elif len(empty) < len(fields):
             self._problems.report(f"{where}: {empty[0]!r} of the pair is empty")
+
+
+def files_below(root: Path) -> list[Path]:
+    """A file, or those of a folder and of all below it, sorted.
+
+    Raises:
+        DataError: for a folder that cannot be listed, whose documents would be missing silently.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; make it readable")
+
+    if root.is_file():
+        return [root]
+    found = (Path(folder) / name for folder, _, names in os.walk(root, onerror=refuse) for name in names)
+    return sorted(path for path in found if path.is_file())
 
 
 def stdlib_files(root: Path) -> list[Path]:

@@ -1,23 +1,21 @@
 """Batches of a run as an iterator whose whole state is a small JSON object.
 
-documents -> shuffle, repeat (grain, seeded) -> tokenise -> join and cut -> hide, pack into rows -> shuffle rows in a
-window -> batch. A batch is a pure function of (config, seed, step, process), so that a resumed run sees what an
-uninterrupted one would have: randomness is keyed by the seed and the number of the cut, which no epoch repeats. What
-an objective does is in one `Recipe`; the pipeline knows none of them.
+documents -> shuffle, repeat (grain, seeded) -> tokenise -> join and cut -> mask, pack into rows -> shuffle rows in a
+window -> batch. A batch is a pure function of (config, seed, step), so that a resumed run sees what an uninterrupted
+one would have: randomness is keyed by the seed and the number of the cut, which no epoch repeats. Worker processes
+tokenise and change no batch, see `jaxllm.data.workers`. What an objective does is in one `Recipe`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from grain.experimental import (
     ConcatThenSplitIterDataset,
     FlatMapIterDataset,
@@ -26,19 +24,22 @@ from grain.experimental import (
 )
 
 from jaxllm.config import DataConfig
-from jaxllm.data import DataError
+from jaxllm.data import BatchError, DataError
 from jaxllm.data.baselines import simple_baselines
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import RECIPES
 from jaxllm.data.records import field, sample_texts
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.workers import EncodedDocuments, Task
 
 # Rows of one document follow each other out of packing; a batch should mix documents. At most this many rows and tokens
 # are shuffled together: they are all read before the first batch, and again on resume.
 _WINDOW_ROWS, _WINDOW_TOKENS = 4096, 2**20
 # grain's own 16 threads and 500 documents cost more in bookkeeping than they read ahead.
 _READING = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=32)
+# Text that workers encode ahead: about a window, which is read at once.
+_BYTES_PER_TOKEN = 4
 # Documents that are packed together where they are not cut.
 _GROUP = 256
 
@@ -92,25 +93,36 @@ class Pipeline:
         self._identity = {
             "source": source.name,
             "tokenizer": tokenizer.fingerprint,
-            "workers": config.workers,
             "shard": f"{process_index}/{process_count}",
         }
-        documents = grain.MapDataset.source(source.train)[shard].seed(seed).shuffle().repeat()
-        own = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
-        window = _rows_of_an_epoch(source.train, shard, config.text_key, self.recipe.lengths[0])
-        batches = self._rows(documents, seed=own, window=window).batch(batch_size, drop_remainder=True)
+        numbers = range(len(source.train))[shard]
+        sizes = _sizes(source.train, config.text_key)
+        window = self._window(_rows_of_an_epoch(len(numbers), sizes, self.recipe.lengths[0]))
+        order: Any = grain.MapDataset.source(numbers).seed(seed).shuffle().repeat()
+        task = Task(order, source.train, config, tokenizer, decoder_start_id)
         if config.workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=config.workers)
-            batches = batches.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+            ahead = window * self.recipe.lengths[0] * _BYTES_PER_TOKEN
+            size = sum(sizes) / len(sizes)
+            encoded = EncodedDocuments(task, workers=config.workers, size=size, ahead=ahead)
+        else:
+            encoded = self._encoded(order.map(source.train.__getitem__))
+        own = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
+        batches = self._rows(encoded, seed=own, window=window).batch(batch_size, drop_remainder=True)
         self._iterator = iter(batches)
 
     def __iter__(self) -> Pipeline:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        """The next batch.
+
+        Raises:
+            BatchError: when none can be made, saying why; positions that `get_state` gave before stay good.
+        """
+        try:
+            return next(self._iterator)
+        except DataError as error:
+            raise BatchError(str(error)) from error
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able position in the data."""
@@ -120,8 +132,13 @@ class Pipeline:
         """Goes to a position that `get_state` gave.
 
         Raises:
-            DataError: when it belongs to other data, another tokenizer or another number of workers.
+            DataError: when it belongs to other data or another tokenizer, or to an earlier order of the data.
         """
+        if workers := state.get("workers", 0):  # until 2026-11, each worker read and batched documents of its own
+            raise DataError(
+                f"the checkpoint was made with data.workers={workers} by a version whose order depended on it; start "
+                f"another training.run_dir, with training.init_from for its parameters"
+            )
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise DataError(
@@ -134,14 +151,14 @@ class Pipeline:
         """The first `count` validation batches, the same ones every time; the last one may hold padding rows."""
         # Shuffled with a fixed seed, so that the first batches already come from many documents.
         documents = grain.MapDataset.source(self._source.validation).seed(0).shuffle()
-        batches = self._rows(documents, seed=0).batch(self._batch_size, drop_remainder=False)
+        batches = self._rows(self._encoded(documents), seed=0).batch(self._batch_size, drop_remainder=False)
         for _, batch in zip(range(count), batches, strict=False):
             yield {name: _pad_rows(value, self._batch_size) for name, value in batch.items()}
 
     def once(self, documents: int) -> Iterator[Batch]:
         """Batches made of the first training documents, each used once; the last may hold fewer rows."""
         chosen = grain.MapDataset.source(self._source.train)[:documents]
-        return iter(self._rows(chosen, seed=0).batch(self._batch_size, drop_remainder=False))
+        return iter(self._rows(self._encoded(chosen), seed=0).batch(self._batch_size, drop_remainder=False))
 
     def tokens(self, documents: int) -> Iterator[np.ndarray]:
         """Tokens of the same documents, before the objective does anything; of pairs, both fields."""
@@ -160,33 +177,36 @@ class Pipeline:
         if close is not None:
             close()
 
-    def _rows(self, documents: Any, *, seed: int, window: int = _WINDOW_ROWS) -> Any:
-        encoded = documents.map(self.recipe.encode).to_iter_dataset(_READING)
+    def _encoded(self, documents: Any) -> Any:
+        return documents.map(self.recipe.encode).to_iter_dataset(_READING)
+
+    def _window(self, rows: int = _WINDOW_ROWS) -> int:
+        """How many rows are shuffled together, of `rows` at most."""
+        window = min(rows, _WINDOW_ROWS, max(_WINDOW_TOKENS // self.recipe.lengths[0], 1))
+        if self.recipe.cut is None:  # whole documents, shuffled before: only packing has put them into an order
+            return min(window, _GROUP)
+        return window
+
+    def _rows(self, encoded: Any, *, seed: int, window: int | None = None) -> Any:
         if self.recipe.cut is None:
             cuts = encoded.batch(_GROUP, batch_fn=list)
         else:
             cuts = ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
         rows = FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
-        window = min(window, _WINDOW_ROWS, max(_WINDOW_TOKENS // self.recipe.lengths[0], 1))
-        if self.recipe.cut is None:  # whole documents, shuffled before: only packing has put them into an order
-            window = min(window, _GROUP)
-        return WindowShuffleIterDataset(rows, window_size=window, seed=seed)
+        return WindowShuffleIterDataset(rows, window_size=window or self._window(), seed=seed)
 
 
-def _rows_of_an_epoch(records: Sequence[Any], shard: slice, key: str, length: int) -> int:
+def _sizes(records: Sequence[Any], key: str) -> list[int]:
+    """Bytes of a sample of documents, each with its end."""
+    return [len(text.encode()) + 1 for text in sample_texts(records, key)]
+
+
+def _rows_of_an_epoch(documents: int, sizes: Sequence[int], length: int) -> int:
     """At most how many rows the documents fill once, since no token is shorter than a byte.
 
     To shuffle more than these together would take minutes to read three short documents again and again.
     """
-    sizes = [len(text.encode()) + 1 for text in sample_texts(records, key)]
-    documents = len(range(*shard.indices(len(records))))
     return max(math.ceil(documents * sum(sizes) / len(sizes) / length), 1)
-
-
-def _ignore_interrupts(index: int, count: int) -> None:
-    """Ctrl-C reaches the workers too; the main process needs them up to its next step border, and then ends them."""
-    del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _restore_tuples(state: Any) -> Any:

@@ -1,14 +1,76 @@
-"""Texts of the records of a source; imports no data library."""
+"""Records of a source and their texts; imports no data library."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
-from jaxllm.data import DataError
+from jaxllm.data import DataError, first_line
+
+
+class Records(Sequence[Any]):
+    """Records of a split by number; one that cannot be read is an error that names its file and the fix."""
+
+    def __init__(self, source: Sequence[Any], files: Sequence[tuple[str, int]]) -> None:
+        """`source` reads them; `files` are their paths, each with how many of the records it holds, in order."""
+        self._source = source
+        self._files = [path for path, _ in files]
+        self._ends = list(itertools.accumulate(count for _, count in files))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        """One record.
+
+        Raises:
+            DataError: when it is damaged or its file cannot be read.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        try:
+            return self._source[index]
+        except Exception as error:  # array_record and protobuf raise their own
+            path = Path(self.file_of(index))
+            raise damaged(path.parent, error, f"{path.name}: ") from error
+
+    def file_of(self, index: int) -> str:
+        """The file that holds a record."""
+        return self._files[bisect.bisect_right(self._ends, index % len(self))]
+
+
+def damaged(folder: Path, error: Exception, where: str = "") -> DataError:
+    """The complaint about prepared data: damaged, unless it is the system that does not let a file be read."""
+    refusal = refused(folder) or (error if isinstance(error, OSError) else None)
+    if refusal is not None:
+        reason = refusal.strerror or refusal
+        return DataError(f"{refusal.filename or folder} cannot be read: {reason}; make it readable")
+    return DataError(
+        f"what was prepared in {folder} is damaged ({where}{first_line(error)}); remove that folder, to be prepared "
+        f"again"
+    )
+
+
+def refused(folder: Path) -> OSError | None:
+    """Why the system does not open a file of a folder, or None: libraries tell that no better than damage."""
+    try:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.open("rb").close()
+    except OSError as error:
+        return error
+    return None
+
 
 # A unigram on this much is within one percent of one on 5 MB, and reading it does not hold up a start.
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 400, 2**20

@@ -12,13 +12,14 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
+from jaxllm.data.records import Records
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Source(NamedTuple):
     """
 
     name: str
-    train: Sequence[Any]
-    validation: Sequence[Any]
+    train: Records
+    validation: Records
 
 
 def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
@@ -96,6 +97,11 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
             raise problems.first from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if isinstance(error, MemoryError):
+            raise DataError(
+                f"{builder.info.full_name} needs more memory to be prepared than this machine has free; end other "
+                f"programs, or split its largest documents"
+            ) from error
         no_space = next((words for words in _NO_SPACE if words in first_line(error)), None)
         if no_space is not None:
             raise OSError(errno.ENOSPC, no_space) from error
@@ -126,7 +132,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[Any]]:
+def _splits(builder: Any, config: DataConfig) -> tuple[Records, Records]:
     import tensorflow_datasets as tfds
 
     # Read from the folder alone: that reader can be sent to worker processes, a builder with its own arguments can't.
@@ -135,15 +141,19 @@ def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
         return _opened(builder, config)
 
 
-def _opened(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[Any]]:
+def _opened(builder: Any, config: DataConfig) -> tuple[Records, Records]:
     known = builder.info.splits
+    if config.source in ("stdlib", "files") and set(known) != {"train", "validation"}:
+        raise ValueError(f"dataset_info.json has the splits {', '.join(known)}, not train and validation")
     held_out = next((name for name in ("validation", "test") if name in known), None)
     if held_out is not None:
         names = ("train", held_out)
     else:
         percent = max(round(100 * config.validation_fraction), 1)
         names = (f"train[{percent}%:]", f"train[:{percent}%]")
-    train, validation = (builder.as_data_source(split=name) for name in names)
+    for name in {name.partition("[")[0] for name in names}:
+        _check_lengths(known[name])
+    train, validation = (_records(builder, name) for name in names)
     if not len(train) or not len(validation):
         raise DataError(
             f"{builder.info.full_name} has {len(train)} training and {len(validation)} validation documents; both "
@@ -151,3 +161,24 @@ def _opened(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
         )
     _ = train[0], validation[0]  # what can't be read is better found now
     return train, validation
+
+
+def _records(builder: Any, split: str) -> Records:
+    files = [(str(each.filename), each.take) for each in builder.info.splits[split].file_instructions]
+    return Records(builder.as_data_source(split=split), files)
+
+
+def _check_lengths(split: Any) -> None:
+    """Compares dataset_info.json with the files: with fewer documents there, the rest would never be read.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for path, count in zip(split.filepaths, split.shard_lengths, strict=True):
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+        if found != count:
+            raise ValueError(f"{path.name} holds {found} documents, dataset_info.json has {count}")

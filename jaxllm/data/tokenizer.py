@@ -7,11 +7,12 @@ pickles and files, so it is set again in both places.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer as _Fast
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxllm.data import DataError
+from jaxllm.data import DataError, first_line
 
 NUM_SENTINELS = 100
 _PAD, _EOS, _UNK = "<pad>", "</s>", "<unk>"
@@ -50,11 +51,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32, without any special token."""
-        return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int32)
+        with _no_panic(f"text that begins with {text[:40]!r}"):
+            return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens are spelled out."""
-        return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _no_panic("ids"):
+            return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -97,6 +100,20 @@ class Tokenizer:
         if default is None:
             raise DataError(f"the tokenizer has no end-of-text token; one of {', '.join(names)} is needed")
         return default
+
+
+@contextlib.contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """Names what a tokenizer fails on: a panic of the library, as of a pattern without end, is not an `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"the tokenizer fails on {what} ({first_line(error)}); use another, or repair the patterns in its "
+            f"tokenizer.json"
+        ) from None
 
 
 def _byte_counter(fast: _Fast) -> Callable[[str], int]:
@@ -241,15 +258,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.json, or a SentencePiece .model.
 
     Raises:
-        DataError: when the file is missing or is neither.
+        DataError: when the file is missing, cannot be read or is neither.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"no tokenizer file {path}; give a tokenizer.json or .model, or data.tokenizer=train")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions and its disk") from None
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     try:
-        return Tokenizer(_Fast.from_file(str(path)))
+        with _no_panic(str(path)):
+            return Tokenizer(_Fast.from_file(str(path)))
     except DataError:
         raise
     except Exception as error:  # the library raises bare Exception for malformed files

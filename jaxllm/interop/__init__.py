@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,3 +27,15 @@ def weight_dtype(dtype: Any) -> Any:
     if found is None or found.name not in known:
         raise InteropError(f"weights cannot be {dtype}; use one of {', '.join(known)}")
     return found
+
+
+def check_readable(path: Path) -> None:
+    """Opens a file, since libraries call one that the system refuses missing or damaged.
+
+    Raises:
+        InteropError: with the system's reason.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InteropError(f"{path} cannot be read: {error.strerror}; check its permissions and its disk") from None

@@ -241,11 +241,12 @@ def _window(kind: str, value: dict[str, Any]) -> int | None:
     if kind == "llama" or not value["use_sliding_window"]:
         return None
     first, layers = value["max_window_layers"], value["num_hidden_layers"]
-    types = value.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    # Names of every layer would be a list as long as config.json wants it.
+    types = value.get("layer_types") or ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < layers)
     if len(set(types)) > 1:
         raise InteropError(
-            f"layers {types.index('sliding_attention')} and others differ: only some have a sliding window "
-            f"(max_window_layers {first} of {layers}); a model here has it in all layers or in none"
+            f"layers differ: only some have a sliding window (max_window_layers {first} of {layers}); a model here has "
+            f"it in all layers or in none"
         )
     return value["sliding_window"] if types[0] == "sliding_attention" else None
 

@@ -54,6 +54,8 @@ def load_meta(path: str | Path, *, max_length: int | None = None, dtype: Any = N
     ranks = [_open(file) for file in files]
     embed = _join(ranks, "tok_embeddings.weight", None)
     config = _config(raw, ranks, vocab_size=embed.shape[0], max_length=max_length)
+    if config.num_layers > len(ranks[0]):
+        raise InteropError(f"n_layers of {folder / 'params.json'} is {config.num_layers}; {files[0].name} holds fewer")
     layers: dict[str, Any] = {}
     for ours, (name, axis) in _KERNELS.items():
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(ours, 0)

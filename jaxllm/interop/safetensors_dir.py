@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.interop import InteropError
+from jaxllm.interop import InteropError, check_readable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -120,6 +120,11 @@ class TensorFiles:
             raise InteropError(f"{self.folder / INDEX} has no weight_map of tensor names to files")
         shards: dict[Path, list[str] | None] = {}
         for name, file in placed.items():
+            if file in ("", ".", "..") or "/" in file or "\\" in file:
+                raise InteropError(
+                    f"{self.folder / INDEX} places tensor {name} in {file!r}, which is not a file of its folder; files "
+                    f"elsewhere are not read"
+                )
             names = shards.setdefault(self.folder / file, [])
             assert names is not None
             names.append(name)
@@ -133,12 +138,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InteropError: when the file is missing or holds no object.
+        InteropError: when the file is missing, cannot be read or holds no object.
     """
+    if not path.exists():
+        raise InteropError(f"no {path.name} in {path.parent}; give the directory that save_pretrained wrote")
+    check_readable(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InteropError(f"no {path.name} in {path.parent}; give the directory that save_pretrained wrote") from None
     except ValueError as error:
         raise InteropError(f"{path} is not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -242,6 +248,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="numpy")
     except (SafetensorError, OSError) as error:
+        check_readable(path)
         raise InteropError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
 
 
@@ -265,6 +272,11 @@ def _hint(folder: Path) -> str:
 
 
 def _check(files: TensorFiles, entries: Sequence[Entry], abstract: Any, ignored: Sequence[str]) -> None:
+    layers = max(entry.layers for entry in entries)
+    if layers > len(files.info):  # names of so many would take minutes to make
+        raise InteropError(
+            f"config.json makes {layers} layers, but the files of {files.folder} hold {len(files.info)} tensors"
+        )
     wanted = {name: entry for entry in entries for name in entry.tensors()}
     unused = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
     missing = [name for name in wanted if name not in files.info]

@@ -67,6 +67,7 @@ _MAY_CHANGE = (
     "training.sample_tokens",
     "training.compilation_cache",
     "data.cache_dir",
+    "data.workers",
     "data.tokenizer",  # the folder keeps its own, and takes no other
     "model.layers",
     "model.remat",

@@ -27,6 +27,7 @@ from jaxllm.data.records import texts
 from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from jaxllm.run.feed import build_pipeline
+from tests.conftest import unreadable
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +70,29 @@ def test_paths_may_be_strings_and_folders_new(corpus: Path, tmp_path: Path, toke
     config = DataConfig(source="files", path=str(corpus), tokenizer=str(tmp_path / "new" / "tokenizer.json"))
     pipeline = build_pipeline(config, vocab_size=500, batch_size=4, seed=0, run_dir=str(tmp_path / "a" / "run"))
     assert pipeline.tokenizer.fingerprint == load_tokenizer(str(tmp_path / "a" / "run" / "tokenizer.json")).fingerprint
+
+
+def test_a_pattern_that_does_not_end_is_a_complaint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The library panics, which is a BaseException with a trace of Rust."""
+    tokenizer.save(path := tmp_path / "tokenizer.json")
+    raw = json.loads(path.read_text())
+    raw["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    path.write_text(json.dumps(raw))
+    with pytest.raises(
+        DataError, match=r"the tokenizer fails on text that begins with 'aaaa.*retry-limit.*; use another"
+    ):
+        load_tokenizer(path).encode("a" * 40 + "!")
+
+
+def test_a_tokenizer_that_may_not_be_read_is_not_called_damaged(open_folder: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(path := open_folder / "tokenizer.json")
+    with unreadable(path), pytest.raises(DataError, match=rf"{path} cannot be read: Permission denied; check its"):
+        load_tokenizer(path)
 
 
 def test_a_text_is_not_taken_for_texts() -> None:
@@ -157,11 +181,10 @@ def test_resume_is_exact(corpus: Path, tmp_path: Path, workers: int) -> None:
     resumed.close()
 
 
-@pytest.mark.parametrize("change", [{"workers": 1}, {"validation_fraction": 0.3}])
-def test_state_of_other_data_is_refused(corpus: Path, tmp_path: Path, change: dict) -> None:
+def test_state_of_other_data_is_refused(corpus: Path, tmp_path: Path) -> None:
     state = open_pipeline(corpus, tmp_path / "run").get_state()
     with pytest.raises(DataError, match="the checkpoint was made with"):
-        open_pipeline(corpus, tmp_path / "other", **change).set_state(state)
+        open_pipeline(corpus, tmp_path / "other", validation_fraction=0.3).set_state(state)
 
 
 def test_split_is_by_content_and_complete(corpus: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import struct
 import tracemalloc
 from pathlib import Path
@@ -19,6 +21,7 @@ from jaxllm.config import LlamaConfig, RopeConfig
 from jaxllm.interop import InteropError
 from jaxllm.interop.hf import SpecialIds, load_hf_config, special_ids
 from jaxllm.models import abstract_params, build
+from tests.conftest import unreadable
 
 TINY = LlamaConfig(
     vocab_size=97, d_model=24, d_ff=40, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=6, max_length=64
@@ -230,6 +233,42 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 3}}')
     with pytest.raises(InteropError, match=r"index.json has no weight_map of tensor names to files"):
         jaxllm.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["../elsewhere/{}", "{folder}/{}", "sub/{}", "..\\{}", "..", ""])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path, place: str) -> None:
+    folder, index = tmp_path / "model", tmp_path / "model" / "model.safetensors.index.json"
+    jaxllm.save_hf(folder, build(TINY), random_params(TINY), shard_bytes=20_000)
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    shutil.copytree(folder, folder / "sub")
+    placed = json.loads(index.read_text())["weight_map"]
+    file = place.format(placed["lm_head.weight"], folder=tmp_path / "elsewhere")
+    index.write_text(json.dumps({"weight_map": placed | {"lm_head.weight": file}}))
+    with pytest.raises(InteropError, match=rf"lm_head.weight in {re.escape(repr(file))}, which is not a file of its"):
+        jaxllm.load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [{}, {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}],
+)
+def test_layers_are_bounded_by_the_files(tmp_path: Path, window: dict) -> None:
+    """Names of a trillion layers would fill the memory before the first missing one was found."""
+    jaxllm.save_hf(tmp_path, build(TINY), random_params(TINY))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | window | {"num_hidden_layers": 10**12}))
+    with pytest.raises(InteropError, match=r"makes 1000000000000 layers, but the files of .* hold 21 tensors"):
+        jaxllm.load_hf(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(open_folder: Path) -> None:
+    jaxllm.save_hf(open_folder, build(TINY), random_params(TINY))
+    for name in ("model.safetensors", "config.json"):
+        with unreadable(open_folder / name):
+            with pytest.raises(
+                InteropError, match=rf"{open_folder / name} cannot be read: Permission denied; check its"
+            ):
+                jaxllm.load_hf(open_folder)
 
 
 def test_parameters_of_another_model_are_not_exported(tmp_path: Path) -> None:

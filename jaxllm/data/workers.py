@@ -1,0 +1,247 @@
+"""Documents encoded by worker processes and taken in the order of their numbers, so that workers change no batch.
+
+A worker encodes whole documents, each of them alone. What depends on several documents (joining, cutting, shuffling)
+stays in the main process. The position is the number of the next document, with any number of workers or none.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+import grain
+
+from jaxllm.config import DataConfig
+from jaxllm.data import DataError, first_line
+from jaxllm.data.packing import Batch
+from jaxllm.data.recipes import RECIPES
+from jaxllm.data.records import Records
+from jaxllm.data.tokenizer import Tokenizer
+
+# Seconds to wait for a worker: it needs milliseconds for a request, and at most a minute to start on a busy machine.
+TIME_LIMIT = 300.0
+_GRACE = 5.0  # seconds that a killed process may need to go
+# A request holds about this much text: enough to spare messages, little enough to share the work evenly.
+_REQUEST_BYTES, _REQUEST_DOCUMENTS = 2**16, 256
+
+
+class Task(NamedTuple):
+    """What a worker does; sent to it once.
+
+    Attributes:
+        order: number of a document -> number of its record.
+        records: of the corpus.
+        config: names the objective, whose recipe is made again in the worker.
+        tokenizer: text to ids.
+        start_id: first decoder token.
+    """
+
+    order: Sequence[int]
+    records: Records
+    config: DataConfig
+    tokenizer: Tokenizer
+    start_id: int
+
+    def encoder(self) -> Callable[[int], Batch]:
+        """The number of a document to its arrays."""
+        recipe = RECIPES[self.config.objective].recipe(self.config, self.tokenizer, self.start_id)
+        return lambda number: recipe.encode(self.records[self.order[number]])
+
+
+class EncodedDocuments(grain.IterDataset[Batch]):
+    """Documents in a given order, encoded by processes that start when the first one is read."""
+
+    def __init__(self, task: Task, *, workers: int, size: float, ahead: float) -> None:
+        """Starts nothing yet.
+
+        Args:
+            task: what the workers do.
+            workers: how many processes.
+            size: mean bytes of a document.
+            ahead: bytes of text that are encoded before they are needed.
+        """
+        super().__init__()
+        self._task, self._workers = task, workers
+        self._request = min(max(int(_REQUEST_BYTES / size), 1), _REQUEST_DOCUMENTS)
+        self._depth = max(int(ahead / (size * self._request)), 2 * workers)
+
+    def __iter__(self) -> _Iterator:
+        return _Iterator(_Pool(self._task, self._workers), request=self._request, depth=self._depth)
+
+
+class _Iterator(grain.DatasetIterator[Batch]):
+    """Its state is that of grain's own reader of documents, so that checkpoints hold nothing of workers."""
+
+    def __init__(self, pool: _Pool, *, request: int, depth: int) -> None:
+        super().__init__()
+        self._pool, self._request, self._depth = pool, request, depth
+        self._next = self._asked = 0
+        self._ready: collections.deque[Batch] = collections.deque()
+        self._jobs: collections.deque[_Job] = collections.deque()
+
+    def __next__(self) -> Batch:
+        if not self._ready:
+            while len(self._jobs) < self._depth:
+                self._jobs.append(self._pool.submit(range(self._asked, self._asked + self._request)))
+                self._asked += self._request
+            self._ready.extend(self._pool.result(self._jobs.popleft()))
+        self._next += 1
+        return self._ready.popleft()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next = self._asked = state["next_index"]
+        for job in self._jobs:
+            job.answer.cancel()
+        self._jobs.clear()
+        self._ready.clear()
+
+    def close(self) -> None:
+        super().close()
+        self._pool.close()
+
+
+class _Job:
+    """Numbers of documents, and what came of them."""
+
+    def __init__(self, numbers: range) -> None:
+        self.numbers = numbers
+        self.answer: Future[list[Batch]] = Future()
+        self.pid: int | None = None
+
+
+class _Pool:
+    """Worker processes, each with a thread here that hands it one job after the other.
+
+    The threads keep a worker that is stopped, even in the middle of an answer, from blocking the main thread.
+    """
+
+    def __init__(self, task: Task, workers: int) -> None:
+        self._task, self._workers = task, workers
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._processes: list[BaseProcess] = []
+
+    def submit(self, numbers: range) -> _Job:
+        """Puts a job behind those that wait; the first one starts the workers."""
+        job = _Job(numbers)
+        self._jobs.put(job)
+        if not self._processes:
+            atexit.register(self.close)  # before multiprocessing waits for processes that ignore SIGTERM
+            self._start()
+        return job
+
+    def result(self, job: _Job) -> list[Batch]:
+        """Encoded documents of a job, in the order of its numbers.
+
+        Raises:
+            DataError: when they cannot be made, the worker ended, or it does not answer.
+        """
+        try:
+            return job.answer.result(TIME_LIMIT)
+        except TimeoutError:
+            who = "no worker process" if job.pid is None else f"worker process {job.pid}"
+            raise DataError(
+                f"{who} has answered for {TIME_LIMIT:g} s; it was to read {self._where(job)}. It is stopped, or the "
+                f"file cannot be read: check its disk or network, then start the same command again"
+            ) from None
+
+    def close(self) -> None:
+        """Ends the workers, whatever they do; their threads end with them."""
+        atexit.unregister(self.close)
+        for process in self._processes:
+            process.kill()
+            self._jobs.put(None)
+        for process in self._processes:
+            process.join(_GRACE)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        # Ctrl-C and a stop signal reach the workers too. The main process needs them up to its next step border, and
+        # then ends them. A process inherits blocked signals, which covers its start as well.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for _ in range(self._workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, self._task), daemon=True)
+                process.start()
+                theirs.close()  # or the end of the worker would not end the connection
+                self._processes.append(process)
+                threading.Thread(target=self._attend, args=(process, ours), daemon=True).start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _attend(self, process: BaseProcess, connection: Connection) -> None:
+        with connection:
+            while (job := self._jobs.get()) is not None:
+                if not job.answer.set_running_or_notify_cancel():
+                    continue
+                job.pid = process.pid
+                try:
+                    connection.send(job.numbers)
+                    answer = connection.recv()
+                except (EOFError, OSError):
+                    process.join(_GRACE)
+                    job.answer.set_exception(DataError(_ended(process, self._where(job))))
+                    return
+                if isinstance(answer, str):
+                    job.answer.set_exception(DataError(answer))
+                else:
+                    job.answer.set_result(answer)
+
+    def _where(self, job: _Job) -> str:
+        order, records = self._task.order, self._task.records
+        files = dict.fromkeys(records.file_of(order[number]) for number in job.numbers)
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        return f"{len(job.numbers)} documents of {next(iter(files))}{more}"
+
+
+def _ended(process: BaseProcess, where: str) -> str:
+    code = process.exitcode
+    if code is not None and code < 0:
+        how = f"signal {-code}" + (", as when memory runs out" if code == -signal.SIGKILL else "")
+        fix = "start the same command again, with fewer data.workers if memory was short"
+    else:
+        how = f"exit code {code}"
+        fix = 'its own message is above; a script that uses data.workers needs `if __name__ == "__main__":`'
+    return f"worker process {process.pid} ended ({how}) while it read {where}; {fix}"
+
+
+def _work(connection: Connection, task: Task) -> None:
+    """Body of a worker: numbers in, encoded documents or a complaint out."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    encode = task.encoder()
+    while True:
+        try:
+            numbers = connection.recv()
+            connection.send(_answer(encode, numbers))
+        except (EOFError, OSError):  # the main process has gone
+            return
+
+
+def _answer(encode: Callable[[int], Batch], numbers: range) -> list[Batch] | str:
+    try:
+        return [encode(number) for number in numbers]
+    except DataError as error:
+        return str(error)
+    except Exception as error:
+        return f"documents cannot be encoded: {type(error).__name__}: {first_line(error)}"
+
+
+def _end_with_parent() -> None:
+    """Ends this process with the main one, however that ended and whatever this one waits for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
