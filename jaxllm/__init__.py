@@ -1,10 +1,18 @@
 """jaxllm: pretrain, decode and study Llama and T5 in JAX.
 
-Importing it loads jax, flax and optax, but no data library, checkpoint library or reference: those are imported where
-they are used. Besides what is named here: `jaxllm.generation` (streams, beams, scores, speculation, `Sampling`),
-`jaxllm.study` (hidden states, attention maps, interventions), `jaxllm.training.loss.build_loss` and
-`jaxllm.training.train_step` for loops of your own, and `jaxllm.data`.
+    jaxllm.pretrain(jaxllm.load_config("configs/llama_tiny.yaml"))
+    model, params = jaxllm.load_run("runs/llama_tiny")   # load_hf for a Hugging Face directory
+    text = jaxllm.load_text_model("runs/llama_tiny")     # with its tokenizer
+
+`import jaxllm` loads jax, flax and optax, but no library for data, checkpoints or comparison. Names of the host side,
+such as `pretrain`, load theirs at first use. Rooms: `config`, `ops`, `jaxprs`, `data`, `models`, `interop`,
+`generation`, `training`, `run` and `study`, whose modules are imported by name.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import (
     DataConfig,
@@ -17,17 +25,42 @@ from jaxllm.config import (
     TrainingConfig,
 )
 from jaxllm.config.file import ConfigError, load_config
-from jaxllm.generation import generate
+from jaxllm.generation import (
+    BeamSettings,
+    Sampling,
+    beam_search,
+    edited,
+    generate,
+    generate_speculative,
+    generate_stream,
+    score,
+)
 from jaxllm.interop.hf import load_hf, save_hf
-from jaxllm.models import build, count_params, init_params
-from jaxllm.models.llama import Llama
-from jaxllm.models.t5 import T5
+from jaxllm.models import T5, Llama, build, count_params, init_params
 from jaxllm.training.loss_scale import dynamic_loss_scale
+from jaxllm.training.program import program_of
+
+if TYPE_CHECKING:
+    from jaxllm.data.tokenizer import load_tokenizer
+    from jaxllm.generation.text import TextModel
+    from jaxllm.run.load import load_run, load_text_model
+    from jaxllm.run.trainer import pretrain
 
 __version__ = "0.1.0"
 
+# Names whose modules import libraries for data or checkpoints; each loads when it is first used.
+_LAZY = {
+    "TextModel": "jaxllm.generation.text",
+    "load_run": "jaxllm.run.load",
+    "load_text_model": "jaxllm.run.load",
+    "load_tokenizer": "jaxllm.data.tokenizer",
+    "pretrain": "jaxllm.run.trainer",
+}
+_ROOMS = ("config", "data", "generation", "interop", "jaxprs", "models", "ops", "run", "study", "training")
+
 __all__ = [
     "T5",
+    "BeamSettings",
     "ConfigError",
     "DataConfig",
     "Llama",
@@ -36,14 +69,42 @@ __all__ = [
     "PrecisionConfig",
     "RopeConfig",
     "RunConfig",
+    "Sampling",
     "T5Config",
+    "TextModel",
     "TrainingConfig",
+    "beam_search",
     "build",
     "count_params",
     "dynamic_loss_scale",
+    "edited",
     "generate",
+    "generate_speculative",
+    "generate_stream",
     "init_params",
     "load_config",
     "load_hf",
+    "load_run",
+    "load_text_model",
+    "load_tokenizer",
+    "pretrain",
+    "program_of",
     "save_hf",
+    "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `_LAZY`, or a room, at its first use."""
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"jaxllm.{name}")
+    else:
+        raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_ROOMS})

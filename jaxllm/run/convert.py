@@ -19,7 +19,7 @@ from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
 from jaxllm.models import build
 from jaxllm.run.checkpoint import save_params
 from jaxllm.run.folder import CHECKPOINTS, CONFIG, check_target
-from jaxllm.run.start import load_run
+from jaxllm.run.start import read_run
 
 
 def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
@@ -30,7 +30,7 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     check_target(target)
-    config, params = load_run(source)
+    config, params = read_run(source)
     files = tokenizers_in(source)
     ids = None
     if files:

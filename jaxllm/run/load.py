@@ -1,8 +1,9 @@
-"""Text models from disk: of a run folder, or of a Hugging Face directory."""
+"""Models from disk: of a run folder, or with their tokenizer of a run folder or a Hugging Face directory."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -10,8 +11,27 @@ from jaxllm.config.file import ConfigError
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.generation.text import TextModel
 from jaxllm.interop.hf import load_hf, special_ids
-from jaxllm.models import build
-from jaxllm.run.start import load_run
+from jaxllm.models import Model, build
+from jaxllm.run.start import read_run
+
+
+def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict[str, Any]]:
+    """Model and float32 parameters of a run's newest whole checkpoint, the counterpart of `load_hf` for a run folder.
+
+    Args:
+        folder: what `training.run_dir` of the run names.
+        dtype: of the computation.
+
+    Raises:
+        ConfigError: when the folder is not a run folder.
+        CheckpointError: when it has no readable checkpoint.
+
+    Example:
+        model, params = jaxllm.load_run("runs/llama_tiny")
+        logits = model.apply({"params": params}, tokens)
+    """
+    config, params = read_run(folder)
+    return build(config.model, dtype=jnp.dtype(dtype)), params
 
 
 def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = False) -> TextModel:
@@ -28,7 +48,7 @@ def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = Fa
     """
     folder = Path(path).expanduser()
     if (folder / "config.yaml").is_file():
-        config, params = load_run(folder)
+        config, params = read_run(folder)
         return TextModel.of(build(config.model, dtype=jnp.dtype(dtype)), params, _tokenizer(folder), int8=int8)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")

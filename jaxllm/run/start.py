@@ -86,7 +86,7 @@ def load_initial_params(path: str | Path, model: Model, *, tokenizer: Tokenizer 
     folder = Path(path).expanduser()
     kind = kind_of(folder)
     if kind is Kind.RUN:
-        found, params = load_run(folder)
+        found, params = read_run(folder)
         _check_same(folder, found.model, model.config)
     elif kind is Kind.HUGGING_FACE:
         source, params = load_hf(folder, dtype=jnp.float32)
@@ -115,7 +115,7 @@ def _is(tokenizer: Tokenizer, file: Path) -> bool:
         return False
 
 
-def load_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
+def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
     """Config and float32 parameters of a run's newest whole checkpoint; the folder is left as it is.
 
     The model's attention is `auto`: a kernel that training asked for by name may be another machine's.

@@ -17,7 +17,7 @@ from jaxllm.interop.safetensors_dir import InteropError
 from jaxllm.models import FAMILIES, build, init_params
 from jaxllm.run.convert import export_run
 from jaxllm.run.load import load_text_model
-from jaxllm.run.start import load_run
+from jaxllm.run.start import read_run
 from jaxllm.run.trainer import pretrain
 from jaxllm.study.ledger import train_step_ledger, violations
 from jaxllm.training.attribution import gradient_groups
@@ -61,7 +61,7 @@ def test_it_trains_resumes_and_is_read_again(tmp_path: Path) -> None:
     assert pretrain(parts).resumed_from == 4
     for a, b in zip(final_params(whole), final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
-    again, params = load_run(tmp_path / "whole" / "run")
+    again, params = read_run(tmp_path / "whole" / "run")
     assert again.model == whole.model and {"embed", "mixer", "half_life"} == set(params)
     text_model = load_text_model(tmp_path / "whole" / "run")
     assert isinstance(text_model.model, Toy) and text_model.encode("x")[0] == text_model.begin[0]

@@ -22,7 +22,7 @@ from jaxllm.interop.hf import SpecialIds, special_ids
 from jaxllm.models import abstract_params, build, init_params
 from jaxllm.run.convert import export_run, import_run
 from jaxllm.run.load import load_text_model
-from jaxllm.run.start import load_run
+from jaxllm.run.start import read_run
 from tests.conftest import full_disk
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_hf.py"
@@ -49,7 +49,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_exported_run_is_the_run(run: Path, exported: Path) -> None:
-    described, want = load_run(run)
+    described, want = read_run(run)
     model, params = jaxllm.load_hf(exported)
     assert_same_bits(params, want)
     ours, theirs = described.model, model.config
@@ -64,7 +64,7 @@ def test_transformers_computes_the_same_with_an_export(run: Path, exported: Path
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    described, params = load_run(run)
+    described, params = read_run(run)
     model = build(described.model)
     tokens = np.random.default_rng(0).integers(0, described.model.vocab_size, (2, 16))
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_an_imported_directory_is_a_run_of_the_same_parameters(
     tokenizer = train_tokenizer(iter(["the cat sat on the mat"] * 9), vocab_size=384)
     tokenizer.save(tmp_path / "hf" / "tokenizer.json")
     import_run(tmp_path / "hf", tmp_path / "run")
-    described, found = load_run(tmp_path / "run")
+    described, found = read_run(tmp_path / "run")
     assert described.model == shape
     assert_same_bits(found, jax.tree.map(lambda x: x.astype(jnp.float32), params))
     assert load_text_model(tmp_path / "run").tokenizer.fingerprint == tokenizer.fingerprint
@@ -174,7 +174,7 @@ def test_script_converts_a_run_and_names_what_it_cannot_do(
     assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'hf'}\n"), done.stderr
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     assert_same_bits(
-        jaxllm.load_hf(tmp_path / "hf")[1], jax.tree.map(lambda x: x.astype(jnp.bfloat16), load_run(run)[1])
+        jaxllm.load_hf(tmp_path / "hf")[1], jax.tree.map(lambda x: x.astype(jnp.bfloat16), read_run(run)[1])
     )
     main = runpy.run_path(str(SCRIPT))["main"]
 

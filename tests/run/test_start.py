@@ -18,7 +18,7 @@ from jaxllm.models import build
 from jaxllm.run.checkpoint import CheckpointError
 from jaxllm.run.convert import export_run, import_run
 from jaxllm.run.load import load_text_model
-from jaxllm.run.start import load_initial_params, load_run
+from jaxllm.run.start import load_initial_params, read_run
 from jaxllm.run.trainer import pretrain
 from tests.run.test_pretrain import config
 
@@ -48,13 +48,13 @@ def assert_close(ours, want) -> None:
 
 def test_a_run_starts_from_given_parameters(short_run: RunConfig, tmp_path: Path) -> None:
     source = Path(short_run.training.run_dir)
-    _, want = load_run(source)
+    _, want = read_run(source)
     assert_close(load_initial_params(source, build(short_run.model)), want)
     jaxllm.save_hf(tmp_path / "hf", build(short_run.model), want)
     run = starting_from(short_run, tmp_path / "hf", training={"run_dir": str(tmp_path / "second")})
     summary = pretrain(run)  # with a learning rate of nothing
     assert summary.step == 1 and summary.resumed_from == 0
-    assert_close(load_run(tmp_path / "second")[1], want)
+    assert_close(read_run(tmp_path / "second")[1], want)
     shutil.rmtree(tmp_path / "hf")
     assert pretrain(run).resumed_from == 1  # its own checkpoint goes before init_from
 

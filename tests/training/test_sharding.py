@@ -18,7 +18,7 @@ import pytest
 from jaxllm.config import LlamaConfig, RunConfig
 from jaxllm.config.file import dump_config, parse_config
 from jaxllm.models import build, count_params
-from jaxllm.run.start import load_run
+from jaxllm.run.start import read_run
 from jaxllm.run.trainer import pretrain
 from jaxllm.training import sharding
 from jaxllm.training.fit import estimate_fit
@@ -132,13 +132,13 @@ def test_sharded_equals_single_also_after_moving(runs: tuple[RunConfig, RunConfi
     one, *others, report = runs
     assert report["resumed"] == 4
     names = ("loss", "grad_norm", "accuracy", "loss_scale")
-    expected, (_, params) = record(one, *names), load_run(one.training.run_dir)
+    expected, (_, params) = record(one, *names), read_run(one.training.run_dir)
     assert expected.shape == (6, 4) and expected[-1, 3] > expected[0, 3]
     for run in others:
         np.testing.assert_allclose(record(run, *names), expected, rtol=1e-4)
         validation = ("validation/loss", "validation/spans_exact")
         np.testing.assert_allclose(record(run, *validation), record(one, *validation), rtol=1e-4)
-        for a, b in zip(jax.tree.leaves(load_run(run.training.run_dir)[1]), jax.tree.leaves(params), strict=True):
+        for a, b in zip(jax.tree.leaves(read_run(run.training.run_dir)[1]), jax.tree.leaves(params), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
