@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
@@ -17,7 +16,7 @@ from jaxllm.training.sharding import place_rows
 from jaxllm.training.spans import count_spans
 
 
-def evaluate(steps: Steps, params: Any, pipeline: Pipeline, *, mesh: Mesh | None) -> dict[str, float]:
+def evaluate(steps: Steps, params: Any, pipeline: Pipeline) -> dict[str, float]:
     """Metrics of the first `training.eval_batches` validation batches, which are always the same.
 
     Returns:
@@ -27,7 +26,7 @@ def evaluate(steps: Steps, params: Any, pipeline: Pipeline, *, mesh: Mesh | None
     nll = weight = correct = size = 0.0
     exact = spans = 0
     for batch in pipeline.validation(config.training.eval_batches):
-        placed = place_rows(batch, mesh)
+        placed = place_rows(batch, steps.mesh)
         sums = jax.device_get(steps.eval_step(params, placed))
         nll += float(sums.nll)
         weight += float(sums.weight)

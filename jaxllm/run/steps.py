@@ -31,12 +31,14 @@ class Steps(NamedTuple):
 
     Attributes:
         program: the pure functions.
+        mesh: the devices that they are compiled for, None for one.
         train_step: (state, batch) -> (state, metrics), in place.
         eval_step: (params, batch) -> sums.
         predict: (params, batch) -> the most likely targets, of an encoder-decoder.
     """
 
     program: Program
+    mesh: Mesh | None
     train_step: CompiledOnce[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     eval_step: CompiledOnce[[Any, Batch], LossSums]
     predict: CompiledOnce[[Any, Batch], Int[Array, "B T"]] | None
@@ -52,18 +54,18 @@ def make_steps(program: Program, mesh: Mesh | None) -> Steps:
         predict = CompiledOnce(make_predict_step(program, mesh), name="span evaluation")
     return Steps(
         program,
+        mesh,
         CompiledOnce(program.train_step, name="train step", donate_argnums=0, **layout),
         CompiledOnce(program.eval_step, name="evaluation step"),
         predict,
     )
 
 
-def compile_steps(steps: Steps, mesh: Mesh | None, state: TrainState, batch: Batch) -> Steps:
+def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
     """Compiles the train step, and all steps where cuDNN might refuse an attention.
 
     Args:
         steps: of `make_steps`.
-        mesh: as there.
         state: as it will be given to the train step; it is only read.
         batch: such as all that come.
 
@@ -81,7 +83,7 @@ def compile_steps(steps: Steps, mesh: Mesh | None, state: TrainState, batch: Bat
         if config.model.attention != "auto":
             raise
         _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
-        steps = make_steps(program_of(by_blocks(config), mesh), mesh)
+        steps = make_steps(program_of(by_blocks(config), steps.mesh), steps.mesh)
         _compile(steps, state, batch)
     return steps
 

@@ -7,17 +7,17 @@ not finite, or a loss scale that can't shrink any more, stops the run before any
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+import optax
 
 from jaxllm.config import RunConfig
 from jaxllm.data.packing import segments_of
@@ -72,10 +72,10 @@ class Parts(NamedTuple):
 
     Attributes:
         folder: the run folder.
-        mesh: the devices, None for one.
         pipeline: the data.
         feed: training batches on their way to the devices.
         steps: the compiled steps, and the program and config that they are of.
+        schedule: learning rate by the count of updates.
         checkpoints: those of the folder.
         writer: rows of metrics.
         overflow: attribution of values that are not finite.
@@ -84,10 +84,10 @@ class Parts(NamedTuple):
     """
 
     folder: Path
-    mesh: Mesh | None
     pipeline: Pipeline
     feed: Prefetch
     steps: Steps
+    schedule: optax.Schedule
     checkpoints: Checkpoints
     writer: MetricsWriter
     overflow: OverflowWatch
@@ -107,6 +107,7 @@ class Progress:
     Attributes:
         state: train state on the devices; each step replaces it in place.
         step: optimizer steps dispatched.
+        resumed_from: the step at which this call started.
         position: position in the data after the batch of that step.
         saved: step of the newest checkpoint, -1 without one.
         validation: the newest evaluation, and its step.
@@ -114,6 +115,7 @@ class Progress:
 
     state: TrainState
     step: int
+    resumed_from: int
     position: dict[str, Any]
     saved: int
     validation: dict[str, float]
@@ -142,48 +144,60 @@ def pretrain(
             and the fix; config, tokenizer and checkpoints of the folder are then as they were.
         TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
+    until = _last_step(config, stop_at)
+    config = settle_residual(config)
+    with ExitStack() as stack:
+        # Open.
+        stack.enter_context(compilation_cache(config.training.compilation_cache))
+        folder = stack.enter_context(open_run_folder(config))
+        pipeline = stack.enter_context(closing(open_run_pipeline(config, folder)))
+        # Build.
+        device = detect_device()
+        mesh = make_mesh()
+        steps = make_steps(program_of(config, mesh), mesh)
+        _check_prompt(config, pipeline.tokenizer)
+        check_memory = announce_fit(steps.program, device)
+        meter = Throughput(config, pipeline.recipe.lengths, device)
+        # Restore.
+        checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=config.training.keep)))
+        progress = _restore(steps, checkpoints, pipeline)
+        baselines = pipeline.baselines()
+        _announce(steps.program, pipeline, baselines)
+        feed = Prefetch(pipeline, mesh)
+        with stop_signals() as stopped:
+            # Compile and check memory; only then open the record and write the config.
+            if progress.step < until:
+                steps = compile_steps(steps, progress.state, feed.read_ahead().placed)
+                check_memory(steps.train_step.needed)
+            writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
+            if progress.step < until:
+                write_config(steps.program.config, folder)
+            # Loop.
+            parts = Parts(
+                folder=folder,
+                pipeline=pipeline,
+                feed=feed,
+                steps=steps,
+                schedule=build_schedule(config.optimizer, steps=config.training.steps),
+                checkpoints=checkpoints,
+                writer=writer,
+                overflow=OverflowWatch(steps.program.config, progress.state.params, mesh=mesh),
+                meter=meter,
+                on_progress=on_progress or (lambda step: None),
+            )
+            _loop(parts, progress, until=until, stopped=stopped)
+        if finished := progress.step == config.training.steps:
+            _finish(parts, progress, baselines)
+        return Summary(progress.step, progress.resumed_from, finished, progress.validation, folder)
+
+
+def _last_step(config: RunConfig, stop_at: int | None) -> int:
+    """The step to stop after; raises ValueError for what no run can do here."""
     training = config.training
     if stop_at is not None and stop_at < 1:
         raise ValueError(f"stop_at must be at least 1, got {stop_at}")
     check_rows(batch_size=training.batch_size, accumulation=training.accumulation, devices=jax.device_count())
-    until = training.steps if stop_at is None else min(training.steps, stop_at)
-    config = settle_residual(config)
-    with contextlib.ExitStack() as stack:
-        # Open.
-        stack.enter_context(compilation_cache(training.compilation_cache))
-        folder = stack.enter_context(open_run_folder(config))
-        pipeline = stack.enter_context(contextlib.closing(open_run_pipeline(config, folder)))
-        # Build.
-        device = detect_device()
-        mesh = make_mesh()
-        program = program_of(config, mesh)
-        _check_prompt(config, pipeline.tokenizer)
-        check_memory = announce_fit(program, device)
-        meter = Throughput(config, pipeline.recipe.lengths, device)
-        # Restore.
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / CHECKPOINTS, keep=training.keep)))
-        progress = _restore(program, checkpoints, pipeline, mesh)
-        resumed_from = progress.step
-        baselines = pipeline.baselines()
-        _announce(program, pipeline, baselines)
-        feed = Prefetch(pipeline, mesh)
-        steps = make_steps(program, mesh)
-        with stop_signals() as stopped:
-            if progress.step < until:
-                # Compile, check memory: the last that can refuse the run.
-                steps = compile_steps(steps, mesh, progress.state, feed.read_ahead().placed)
-                check_memory(steps.train_step.needed)
-            writer = stack.enter_context(contextlib.closing(MetricsWriter(folder, resume_step=progress.step)))
-            if progress.step < until:
-                write_config(steps.program.config, folder)
-            # Loop.
-            overflow = OverflowWatch(steps.program.config, progress.state.params, mesh=mesh)
-            report = on_progress or (lambda step: None)
-            parts = Parts(folder, mesh, pipeline, feed, steps, checkpoints, writer, overflow, meter, report)
-            _loop(parts, progress, until=until, stopped=stopped)
-        if progress.step == training.steps:
-            _finish(parts, progress, baselines)
-        return Summary(progress.step, resumed_from, progress.step == training.steps, progress.validation, folder)
+    return training.steps if stop_at is None else min(training.steps, stop_at)
 
 
 def _check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -192,16 +206,16 @@ def _check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
         encode_blanks(config.training.sample_prompt, tokenizer)
 
 
-def _restore(program: Program, checkpoints: Checkpoints, pipeline: Pipeline, mesh: Mesh | None) -> Progress:
+def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Progress:
     """The run's newest checkpoint, or its beginning, with the pipeline at the same place."""
-    start = find_start(program, checkpoints, mesh=mesh, tokenizer=pipeline.tokenizer)
+    start = find_start(steps.program, checkpoints, mesh=steps.mesh, tokenizer=pipeline.tokenizer)
     saved = -1
     if start.data is not None:
         pipeline.set_state(start.data)
         saved = start.step
         note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
         _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
-    return Progress(start.state, start.step, pipeline.get_state(), saved, validation={})
+    return Progress(start.state, start.step, start.step, pipeline.get_state(), saved, validation={})
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
@@ -275,8 +289,7 @@ def _read(parts: Parts, progress: Progress, pending: Pending) -> None:
 def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetrics) -> None:
     """Writes the row of a step."""
     config = parts.config
-    schedule = build_schedule(config.optimizer, steps=config.training.steps)
-    rate = np.asarray(schedule(pending.step - 1 - int(values.skipped))).item()
+    rate = np.asarray(parts.schedule(pending.step - 1 - int(values.skipped))).item()
     size = target_bytes(pending.batch, parts.pipeline.tokenizer)
     row = step_row(config, values, size=size, learning_rate=rate, speed=parts.meter.read())
     with parts.meter.paused():
@@ -287,7 +300,7 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
 
 def _evaluate(parts: Parts, progress: Progress) -> None:
     with parts.meter.paused():
-        values = evaluate(parts.steps, progress.state.params, parts.pipeline, mesh=parts.mesh)
+        values = evaluate(parts.steps, progress.state.params, parts.pipeline)
     progress.validation = {"step": progress.step, **values}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
     log_validation(progress.step, values)
@@ -307,7 +320,8 @@ def _first_bad_value(parts: Parts, progress: Progress, pending: Pending) -> str:
     for leaf in jax.tree.leaves(progress.state):
         leaf.delete()  # a device may have no room for two states
     parts.checkpoints.wait()
-    start = find_start(parts.steps.program, parts.checkpoints, mesh=parts.mesh, tokenizer=parts.pipeline.tokenizer)
+    steps, tokenizer = parts.steps, parts.pipeline.tokenizer
+    start = find_start(steps.program, parts.checkpoints, mesh=steps.mesh, tokenizer=tokenizer)
     value = parts.overflow.first_value(pending.step, start.state, pending.batch)
     return f"first non-finite value: {value} (with the parameters of step {start.step})"
 
@@ -331,7 +345,7 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
         compared = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         _log.info("validation %s %.3f (%s)", metric.replace("_", " "), progress.validation[metric], compared)
     params = progress.state.params
-    if parts.mesh is not None:  # decoding is for one device: a few tokens are not worth a layout of their own
+    if parts.steps.mesh is not None:  # decoding is for one device: a few tokens are not worth a layout of their own
         params = jax.device_put(params, jax.devices()[0])
     text = write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
     if text:
