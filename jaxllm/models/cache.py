@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxllm.models.functions import Attend, Pairs
 from jaxllm.ops import backend
@@ -200,7 +200,7 @@ def attend_one(
     return mixed.astype(query.dtype).reshape(query.shape)
 
 
-def _scores_by_sum(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) -> Float[Array, "R G A"]:
+def _scores_by_sum(query: Float[Array, "R G H"], keys: Num[Array, "R A H"]) -> Float[Array, "R G A"]:
     return jnp.sum(query[:, :, None] * keys[:, None].astype(jnp.float32), axis=-1)
 
 
