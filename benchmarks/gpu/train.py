@@ -143,7 +143,7 @@ def compile_step(config: RunConfig, batch: Any) -> Prepared:
         program, before = program_of(config), time.perf_counter()
         compiled = jax.jit(program.train_step, donate_argnums=0).lower(program.abstract_state(), batch).compile()
         return Prepared(program, compiled, time.perf_counter() - before)
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if config.model.attention != "auto" or not refused(error):
             raise
         print(f"attention: chunked, because cuDNN refused: {error}"[:2000], flush=True)

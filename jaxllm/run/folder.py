@@ -14,7 +14,7 @@ from typing import Any
 from jaxllm.config import RunConfig
 from jaxllm.config.file import ConfigError, config_differences, dump_config, load_config
 from jaxllm.data.pipeline import has_begun
-from jaxllm.run.device import has_bfloat16
+from jaxllm.ops.backend import has_bfloat16
 
 _log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.ops import backend
 from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
 from jaxllm.run.spans import SpanEvaluation
 from jaxllm.training.loss import Batch
@@ -83,4 +83,4 @@ class Steps:
 
 
 def _may_be_refused(config: RunConfig) -> bool:
-    return jax.default_backend() == "gpu" and config.model.attention in ("auto", "cudnn")
+    return backend.on_gpu() and config.model.attention in ("auto", "cudnn")
