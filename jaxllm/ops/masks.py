@@ -66,7 +66,6 @@ class Pattern(NamedTuple):
             window = window_mask(query_index, key_index, window=self.window)
         segments = None
         if self.query_segments is not None and self.key_segments is not None:
-            # `slices of documents` of `backend.FORMS`.
             queries_of = self.query_segments[:, queries.start : queries.stop]
             segments = segment_mask(queries_of, self.key_segments[:, keys.start : keys.stop])
         real_queries = None if self.query_lengths is None else (query_index < self.query_lengths[:, None])[:, :, None]
