@@ -1,6 +1,6 @@
 """Greedy decoding against transformers: same shapes, same random weights, outputs compared first.
 
-    python benchmarks/decode.py --shape A --batch 1          needs the extras `parity`
+    python -m benchmarks.decode --shape A --batch 1          needs the extras `parity`
 
 Sides are ours, `generate` of transformers with its growing cache (eager) and with its static cache (compiled), and a
 loop around a compiled token step (`torch_models.greedy_loop`). Each runs in its own process, in turns, because a
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import SHAPES, environment, ratios, run_side, save, shown
+
+from benchmarks.shapes import SHAPES
+from benchmarks.sides import environment, ratios, run_side, save, shown
 
 SIDES = ("jaxllm", "torch_dynamic", "torch_static", "torch_loop")
 
@@ -116,32 +118,14 @@ def run_jaxllm(arguments: argparse.Namespace) -> dict[str, Any]:
     np.save(arguments.work / "jaxllm.npy", np.array(rows))
     result = _result(times, arguments)
     bandwidth = _bandwidth()
-    needed = _bytes_per_step(model, prepared, arguments)
+    needs = _needs(model, prepared, prompts, arguments)
     steps_per_second = result["tokens_per_second"] / arguments.batch
     return result | {
-        "bytes_per_step": needed,
         "bandwidth_bytes_per_second": bandwidth,
-        "roofline_tokens_per_second": arguments.batch * bandwidth / needed,
-        "roofline_fraction": needed * steps_per_second / bandwidth,
-        **_memory(model, prepared, prompts, arguments),
+        "roofline_tokens_per_second": arguments.batch * bandwidth / needs["bytes_per_step"],
+        "roofline_fraction": needs["bytes_per_step"] * steps_per_second / bandwidth,
+        **needs,
     }
-
-
-def _bytes_per_step(model: Any, params: Any, arguments: argparse.Namespace) -> float:
-    """Weights of the decoder, head included, and the cache up to the mean length; of the embedding only rows."""
-    import jax
-
-    def size(tree: Any) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-    c, width = model.config, np.dtype(model.dtype).itemsize
-    mean = arguments.new / 2
-    if c.family == "t5":
-        pairs = 2 * c.num_decoder_layers * c.num_heads * c.head_dim * width
-        cross = sum(size(layer.cross.key_value) for layer in params.decoder.layers)
-        return size((params.decoder, params.head)) - cross + arguments.batch * pairs * (arguments.prompt + mean)
-    pairs = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width
-    return size((params.layers, params.head)) + arguments.batch * pairs * (arguments.prompt + mean)
 
 
 def _bandwidth() -> float:
@@ -161,21 +145,25 @@ def _bandwidth() -> float:
     return matrix.nbytes / min(times)
 
 
-def _memory(model: Any, params: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, int]:
-    """Bytes of parameters and cache, and what a chunk of steps needs above them."""
+def _needs(model: Any, params: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, float]:
+    """Bytes of parameters and cache, those that a step reads of them, and what a chunk of steps needs above them."""
     import jax
 
+    from benchmarks.gpu.decode import mean_filled, step_bytes
     from jaxllm.generation import loop
     from jaxllm.generation.requests import make_request
+    from jaxllm.training.fit import tree_bytes
 
     r = make_request(model, params, prompts, max_new_tokens=arguments.new)
     context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, r.lengths, r.keys)
     stopped, attended = np.zeros(arguments.batch, bool), r.settings.plan.slots
     lowered = loop.next_chunk.lower(r.decoder, r.settings, r.params, context, state, stopped, attended)
     memory: Any = lowered.compile().memory_analysis()
+    filled = mean_filled(model.config, arguments.prompt, arguments.new)
     return {
-        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-        "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves((context, state.cache))),
+        "bytes_per_step": step_bytes(r, context, jax.block_until_ready(state), filled=filled),
+        "parameter_bytes": tree_bytes(params),
+        "cache_bytes": tree_bytes((context, state.cache)),
         "bytes_above_parameters_and_cache": memory.temp_size_in_bytes,
     }
 
@@ -183,7 +171,8 @@ def _memory(model: Any, params: Any, prompts: list[list[int]], arguments: argpar
 def run_torch(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times transformers on the same weights."""
     import torch
-    import torch_models
+
+    from benchmarks import torch_models
 
     model = torch_models.model_of(arguments.work / "model", dtype=getattr(torch, arguments.dtype)).eval()
     tokens, new = torch_models.inputs_of([_prompts(arguments)])["input_ids"], arguments.new

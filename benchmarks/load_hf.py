@@ -1,6 +1,6 @@
 """Loading a Hugging Face directory against transformers' from_pretrained: seconds and peak memory.
 
-    python benchmarks/load_hf.py --shape 1B        needs the extras `parity`, 3 GB of disk and twice that of memory
+    python -m benchmarks.load_hf --shape 1B        needs the extras `parity`, 3 GB of disk and twice that of memory
 
 A random bfloat16 checkpoint is written to a temporary folder and read from the page cache. Each side runs in its own
 process, alternating (ours, transformers, ours, transformers); imports and the backend's start are not timed. Ours are
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import environment, run_side, save, spread
 
+from benchmarks.report import spread
+from benchmarks.sides import environment, run_side, save
 from jaxllm.config import LlamaConfig, RopeConfig
 
 ROPE = RopeConfig(type="llama3", theta=500000.0, factor=32.0, original_max_length=8192)

@@ -1,6 +1,6 @@
 """How fast text becomes training rows on one core: span corruption alone, next to simpler ways, and the whole pipeline.
 
-    python benchmarks/objectives.py
+    python -m benchmarks.objectives
 
 Alone: 568 tokens -> 512 inputs and 114 targets, tokens of text per second, the variants taking turns; each variant's
 examples are turned back into their text first. Pipeline: read, tokenise, hide, pack, shuffle and batch the embedded
@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from sides import environment, save
 
+from benchmarks.sides import environment, save
 from jaxllm.config import DataConfig
 from jaxllm.data.objectives import Denoiser, fill_spans, noise_of, span_corruption
 from jaxllm.data.packing import unpack_pairs

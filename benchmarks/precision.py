@@ -1,6 +1,6 @@
 """Does float16 or bfloat16 train as float32 does? Same seed, same batches, both families; curves, and what underflows.
 
-    python benchmarks/precision.py [--families llama t5] [--steps 300] [--full]
+    python -m benchmarks.precision [--families llama t5] [--steps 300] [--full]
 
 The models and rules are those of configs/llama_tiny.yaml and configs/t5_tiny.yaml, T5 as v1.0 (`ORIGINAL`), narrower
 and on shorter rows unless --full. All runs of a family take the very same arrays. Training amplifies any difference, so
@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from sides import environment, save
 
+from benchmarks.sides import environment, save
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
 from jaxllm.models import build, init_params

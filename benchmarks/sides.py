@@ -1,4 +1,4 @@
-"""What benchmarks against a reference share: shapes, each side in a process of its own, how a result was made.
+"""What benchmarks next to another library share: each side in a process of its own, and how a result was made.
 
 All sides start with glibc told to ask for huge pages, as `scripts/pretrain.py` does for itself, unless GLIBC_TUNABLES
 says otherwise.
@@ -6,11 +6,9 @@ says otherwise.
 
 from __future__ import annotations
 
-import importlib.metadata as metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -18,34 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import LlamaConfig, T5Config
+from benchmarks.gpu.record import RESULTS, ROOT, commit, versions
+from benchmarks.report import spread
 
-RESULTS = Path(__file__).parent / "results"
 _TUNABLES = "GLIBC_TUNABLES"
-_PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
-
-_A: dict[str, Any] = {"vocab_size": 8192, "d_model": 256, "d_ff": 688, "num_layers": 4, "num_heads": 8}
-_TOY: dict[str, Any] = {"vocab_size": 512, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-SHAPES: dict[str, LlamaConfig | T5Config] = {
-    "A": LlamaConfig(**_A, num_kv_heads=4),
-    "B": LlamaConfig(vocab_size=32000, d_model=512, d_ff=1376, num_layers=8, num_heads=8, num_kv_heads=4),
-    "TA": T5Config(**_A, head_dim=32),
-    "toy": LlamaConfig(**_TOY, num_kv_heads=2),
-    "toy_t5": T5Config(**_TOY, head_dim=16),
-}
 
 
 def run_side(side: str, work: str | Path) -> dict[str, Any]:
     """This process's own command line once more with --side and --work added; the JSON object on its last line."""
-    command = [sys.executable, *sys.argv, "--side", side, "--work", str(work)]
+    command = [sys.executable, "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    command += ["--side", side, "--work", str(work)]
     environment = {_TUNABLES: "glibc.malloc.hugetlb=1", **os.environ}
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, median and largest."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ratios(turns: list[dict[str, Any]], others: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -63,14 +46,11 @@ def environment() -> dict[str, Any]:
     """Device, processor, versions, commit and date of a result."""
     import jax
 
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip()
-    installed = {dist.metadata["Name"] for dist in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
         "processor": processor(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES if name in installed},
-        "commit": commit,
+        "versions": versions(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -16,7 +16,6 @@ import functools
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.gpu import decode, train
-from benchmarks.gpu.common import report, results_in
+from benchmarks.gpu.card import Sensors
+from benchmarks.report import report, results_in
 
 
 class Form(NamedTuple):
@@ -79,7 +79,6 @@ TOY_FORMS = {"train": 1, "decode": 2}  # forms in a dry run, each of which a CPU
 _SECONDS = 390.0
 _ONE = 180.0  # seconds that one process of theirs may take: a slow compilation must not eat the call
 _LEAST = 40.0  # seconds below which no process is started
-_SENSORS = ["clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"]
 
 
 class Turns:
@@ -278,37 +277,6 @@ def _process(module: str, *arguments: str, limit: float = _ONE) -> dict[str, Any
         found = results_in(output.read())
     result = found[-1] if found else {"error": f"{module} printed no result"}
     return {**result, **failed, "wall": round(time.monotonic() - before, 1), "gpu": sensors.readings()}
-
-
-class Sensors:
-    """Clocks, power and temperature of the GPU before, during and after a side, where there is an nvidia-smi."""
-
-    def __enter__(self) -> Sensors:
-        """Starts reading twice a second."""
-        command = ["nvidia-smi", f"--query-gpu={','.join(_SENSORS)}", "--format=csv,noheader,nounits", "-lms", "500"]
-        self._output = tempfile.TemporaryFile("w+")
-        try:
-            self._process = subprocess.Popen(command, stdout=self._output, stderr=subprocess.DEVNULL)
-        except FileNotFoundError:
-            self._process = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stops reading."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-
-    def readings(self) -> dict[str, list[float]]:
-        """MHz of cores and memory, W, degrees: first, at the highest power, and last."""
-        self._output.seek(0)
-        lines = self._output.read().splitlines()
-        self._output.close()
-        numbers = re.compile(rf"[\d.]+(, [\d.]+){{{len(_SENSORS) - 1}}}")  # a sensor that is missing reads [N/A]
-        rows = [[float(value) for value in line.split(",")] for line in lines if numbers.fullmatch(line.strip())]
-        if not rows:
-            return {}
-        return {"before": rows[0], "at_most_power": max(rows, key=lambda row: row[2]), "after": rows[-1]}
 
 
 def agree(folder: Path) -> float:

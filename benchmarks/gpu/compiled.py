@@ -32,10 +32,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks.gpu import decode, train
-from benchmarks.gpu.common import shape
 from benchmarks.gpu.program import Kernel, dimensions, kernels, nbytes
 from benchmarks.gpu.table import insert
 from benchmarks.gpu.variants import split
+from benchmarks.shapes import shape
 from jaxllm.config import RunConfig, T5Config
 from jaxllm.config.file import load_config
 from jaxllm.data.objectives import row_lengths
@@ -196,8 +196,7 @@ def decode_case(name: str, layers: int | None, card: Any) -> Traced:
     attended, _ = loop.read_lengths(request.settings.plan, request.settings.chunk)[-1]
     stopped = jax.ShapeDtypeStruct((batch,), bool)
     arguments = [place(tree, card) for tree in (params, context, state, stopped)]
-    cached = tree_bytes((state.cache.keys, state.cache.values)) / request.settings.plan.slots * attended
-    needed = decode.read_bytes(model.config, params) + tree_bytes(context) + cached
+    needed = decode.step_bytes(request, context, state, filled=attended)
     facts = {"state_gb": tree_bytes(state) / 1e9, "needed_gb": needed / 1e9}
     return Traced(loop.next_chunk.trace(*inputs, *arguments, attended), request.settings.chunk, facts)
 

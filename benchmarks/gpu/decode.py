@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.common import achievable, report, shape, spread
+from benchmarks.gpu.card import achievable
 from benchmarks.gpu.decode_check import first_chunk
 from benchmarks.gpu.profile import traced
 from benchmarks.gpu.variants import split
-from jaxllm.config import LlamaConfig
+from benchmarks.report import report, spread
+from benchmarks.shapes import shape
 from jaxllm.generation import loop
 from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.requests import Request, make_request
@@ -99,9 +100,7 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
     begin(request)
     prefill = time.perf_counter() - before
     state, step = decode(name, request, context, state, warm=not toy)
-    held = (case.prompt + case.new / 2) / request.settings.plan.slots  # mean part of the cache with something in it
-    moved = read_bytes(model.config, params) + tree_bytes(context)
-    moved += tree_bytes((state.cache.keys, state.cache.values)) * held
+    moved = step_bytes(request, context, state, filled=mean_filled(model.config, case.prompt, case.new))
     values = {
         "seconds": step,
         "tokens_per_second": case.batch / step["median"],
@@ -179,12 +178,23 @@ def traced_chunk(name: str, request: Request) -> dict[str, Any]:
     return traced("decode", name, run, steps=settings.chunk, program=program)
 
 
-def read_bytes(config: Any, params: Any) -> int:
-    """Bytes of the weights that one step reads: the layers and the head, and nothing that only prefill needs."""
-    if isinstance(config, LlamaConfig):
-        return tree_bytes((params.layers, params.head))
-    unread = tree_bytes([layer.cross.key_value for layer in params.decoder.layers])
-    return tree_bytes((params.decoder, params.head)) - unread
+def mean_filled(config: Any, prompt: int, new: int) -> float:
+    """Slots of the cache that hold a token at the middle of a generation; an encoder's tokens are in no slot."""
+    return new / 2 + (0 if config.encoder_decoder else prompt)
+
+
+def step_bytes(request: Request, context: Any, state: loop.GenerateState, *, filled: float) -> float:
+    """Bytes that one step reads: weights, what it reads of an encoder, and `filled` slots of the cache.
+
+    Weights are the layers and the head, and nothing that only prefill needs.
+    """
+    params, slots = request.params, request.settings.plan.slots
+    if request.decoder.model.config.encoder_decoder:
+        unread = [layer.cross.key_value for layer in params.decoder.layers]
+        weights = tree_bytes((params.decoder, params.head)) - tree_bytes(unread)
+    else:
+        weights = tree_bytes((params.layers, params.head))
+    return weights + tree_bytes(context) + tree_bytes((state.cache.keys, state.cache.values)) * filled / slots
 
 
 def _roof(moved: float, seconds: float) -> dict[str, float]:

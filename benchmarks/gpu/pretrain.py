@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.gpu.common import report
+from benchmarks.report import report
 
 ROOT = Path(__file__).parent.parent.parent
 CARRIED = ROOT / "carried"

@@ -25,8 +25,8 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.gpu.attention_calls import ATTENTION, attend, failed, prepare, row_of, small, timed
-from benchmarks.gpu.clocks import CLOCKS, gpu_clocks, smi
-from benchmarks.gpu.common import report
+from benchmarks.gpu.card import CLOCKS, smi
+from benchmarks.report import report
 
 # Seconds after which no further fact is begun.
 SECONDS = 80.0
@@ -133,7 +133,7 @@ def sustained(*, toy: bool) -> dict[str, Any]:
         for _ in range(50):
             out = step(a)
         if watch is None and now - start > seconds / 2:
-            watch = reader.submit(gpu_clocks)
+            watch = reader.submit(smi, *CLOCKS)
         out.block_until_ready()
         rates.append(50 * 2 * side**3 / (time.perf_counter() - now) / 1e12)
     clocks = watch.result() if watch is not None else {}

@@ -60,8 +60,13 @@ def find_gpu() -> Machine:
     backend, _, device = output.partition("|")
     if status != 0 or backend != "gpu":
         raise NoGpuError(f"jax uses no GPU here: {output or 'it did not start'}; is jax[cuda13] installed?")
+    return Machine(device, flags, versions(), commit())
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide, as far as they are installed."""
     installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    return Machine(device, flags, {name: installed[name] for name in _PACKAGES if name in installed}, commit())
+    return {name: installed[name] for name in _PACKAGES if name in installed}
 
 
 def commit() -> str:

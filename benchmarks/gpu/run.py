@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from benchmarks.gpu import cache
-from benchmarks.gpu.common import RESULT, results_in
+from benchmarks.gpu.card import smi
 from benchmarks.gpu.plan import EVERY, FIRST, FIRST_SECONDS, Planned, cases_of
-from benchmarks.gpu.record import RESULTS, ROOT, TOY, Machine, NoGpuError, Record, find_gpu, first_line
+from benchmarks.gpu.record import RESULTS, ROOT, TOY, Machine, NoGpuError, Record, find_gpu
 from benchmarks.gpu.table import table
 from benchmarks.gpu.variants import split
+from benchmarks.report import RESULT, results_in
 
 NO_GPU = 3
 _TOY_LIMIT = 600
@@ -191,10 +192,10 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 def _describe(log: Path, machine: Machine) -> None:
     """What the machine is, at the head of the log and on the console."""
-    facts = "name,driver_version,memory.total,clocks.sm,power.limit,temperature.gpu"
-    _, smi = first_line(["nvidia-smi", f"--query-gpu={facts}", "--format=csv,noheader"])
+    facts = smi("name", "driver_version", "memory.total", "clocks.sm", "power.limit", "temperature.gpu")
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    text = f"{machine.device} ({smi})\n{versions}\ncommit {machine.commit}, XLA_FLAGS {machine.flags}\n"
+    text = f"{machine.device} ({', '.join(facts.values())})\n{versions}\n"
+    text += f"commit {machine.commit}, XLA_FLAGS {machine.flags}\n"
     print(text, end="", flush=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(text)

@@ -22,8 +22,8 @@ import torch
 import torch._inductor.config as inductor
 
 from benchmarks import torch_models
-from benchmarks.gpu.common import report, shape, spread
-from jaxllm.config import T5Config
+from benchmarks.report import report, spread
+from benchmarks.shapes import shape
 
 _CHUNK = 4096  # positions of a chunked loss, as on our side
 _VOCABULARY = 8192  # enough for the agreement: 128,256 tokens would only make the files larger
@@ -33,7 +33,7 @@ def export(*, shape_name: str, toy: bool, folder: str) -> Iterator[dict[str, Any
     """Saves a shallow float32 model, tokens and logits."""
     config = shape(shape_name, toy=toy)
     config = dataclasses.replace(config, num_layers=2, vocab_size=min(config.vocab_size, _VOCABULARY))
-    if isinstance(config, T5Config):
+    if config.encoder_decoder:
         config = dataclasses.replace(config, num_decoder_layers=2)
     model = torch_models.model_of(config).eval()
     inputs = torch_models.inputs_of(_tokens(config, (2, 64), (2, 32)))
@@ -47,7 +47,7 @@ def export(*, shape_name: str, toy: bool, folder: str) -> Iterator[dict[str, Any
 
 def _tokens(config: Any, encoder: tuple[int, int], decoder: tuple[int, int]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = [encoder, decoder] if isinstance(config, T5Config) else [encoder]
+    shapes = [encoder, decoder] if config.encoder_decoder else [encoder]
     return [rng.integers(1, config.vocab_size, each) for each in shapes]
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from benchmarks.gpu.clocks import gpu_clocks
-from benchmarks.gpu.common import achievable, report, shape, spread, time_groups
+from benchmarks.gpu.card import CLOCKS, achievable, smi
 from benchmarks.gpu.profile import traced
 from benchmarks.gpu.variants import split
-from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
+from benchmarks.report import report, spread
+from benchmarks.shapes import shape
+from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainingConfig
 from jaxllm.config.file import with_overrides
 from jaxllm.ops.cudnn_calls import refused
 from jaxllm.run.compiled import by_blocks
@@ -44,7 +47,7 @@ class Case(NamedTuple):
     rows: int
     length: int
     targets: int = 0
-    compute: Literal["bfloat16", "float16"] = "bfloat16"
+    compute: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     documents: int = 1
     accumulation: int = 1
     remat: str = "elementwise"
@@ -79,7 +82,7 @@ def case_of(name: str) -> Case:
 def run_config(case: Case, *, toy: bool) -> RunConfig:
     """The run of a case."""
     model = shape(case.shape, toy=toy, remat=case.remat)
-    t5 = isinstance(model, T5Config)
+    t5 = model.encoder_decoder
     config = RunConfig(
         model=model,
         precision=PrecisionConfig(
@@ -143,7 +146,7 @@ def compile_step(config: RunConfig, batch: Any) -> Prepared:
         program, before = program_of(config), time.perf_counter()
         compiled = jax.jit(program.train_step, donate_argnums=0).lower(program.abstract_state(), batch).compile()
         return Prepared(program, compiled, time.perf_counter() - before)
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if config.model.attention != "auto" or not refused(error):
             raise
         print(f"attention: chunked, because cuDNN refused: {error}"[:2000], flush=True)
@@ -170,26 +173,33 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
         jax.block_until_ready(metrics[-1])
 
     run(1 if toy else 2)
-    before = gpu_clocks()
-    times = spread(time_groups(run, groups=1 if toy else _GROUPS, size=1 if toy else _SIZE))
-    after = gpu_clocks()
+    before = smi(*CLOCKS)
+    times = [_seconds_per_step(run, 1)] if toy else [_seconds_per_step(run, _SIZE) for _ in range(_GROUPS)]
+    after = smi(*CLOCKS)
     losses = [float(each.loss) for each in metrics]
     if not all(np.isfinite(losses)):
         raise SystemExit(f"{name}: the loss is not finite: {losses}")
     values = {
-        "seconds": times,
+        "seconds": spread(times),
         "compile_seconds": compile_seconds,
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "attention": program.config.model.attention,
         "clocks": [before, after],
         "estimated_gb": sum(estimate_fit(program)) / 1e9,
-        **speed(config, times["median"]),
+        **speed(config, statistics.median(times)),
         **memory(step),
     }
     report("train", name, **values)
     if profile:  # after the result, which it might cost; the last one printed counts
         report("train", name, **values, **traced("train", name, run, steps=2, program=step.as_text))
+
+
+def _seconds_per_step(run: Callable[[int], Any], count: int) -> float:
+    """Of a run of `count` steps, which returns when the device has done them."""
+    before = time.perf_counter()
+    run(count)
+    return (time.perf_counter() - before) / count
 
 
 def speed(config: RunConfig, seconds: float) -> dict[str, float]:

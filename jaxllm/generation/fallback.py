@@ -1,7 +1,7 @@
 """What happens when cuDNN refuses the attention of a prompt: `attention: auto` takes blocks in plain JAX instead.
 
-jax compiles when a function is first called, so the refusal comes out of that call; nothing is donated there. Steps
-after the prompt attend to a cache and never ask cuDNN.
+jax lowers and compiles when a function is first called, so that call raises the refusal; nothing is donated there.
+Steps after the prompt attend to a cache and never use cuDNN.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
-
-import jax
 
 from jaxllm.models.decoder import Decoder
 from jaxllm.ops.cudnn_calls import refused
@@ -23,15 +21,14 @@ R = TypeVar("R")
 
 
 def fall_back(function: Callable[..., R], *decoders: Decoder | None) -> R:
-    """`function(*decoders)`; where cuDNN refuses an attention, once more with decoders that do not ask it.
+    """`function(*decoders)`; where cuDNN refuses an attention, once more with decoders that do without cuDNN.
 
-    Raises:
-        JaxRuntimeError: for `attention: cudnn`, and for all other errors.
+    A refusal of `attention: cudnn`, and any other error, is raised as it is.
     """
     chosen = [_without_cudnn(decoder) if decoder in _refused else decoder for decoder in decoders]
     try:
         return function(*chosen)
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         willing = {decoder for decoder in chosen if decoder is not None and decoder.model.config.attention == "auto"}
         if not willing or not refused(error):
             raise

@@ -2,8 +2,8 @@
 
 `reference` builds all scores and is the definition. `chunked` does the same work by blocks of queries, leaving out
 the keys that a causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused kernel of NVIDIA GPUs
-(`jaxllm.ops.fused_attention`). Grouped heads are never repeated: query heads are folded as
-[K, G]. Out of scope: projections, RoPE, caches.
+(`jaxllm.ops.fused_attention`). `auto` takes `chunked` where jax refuses cuDNN while it traces. Grouped heads are never
+repeated: query heads are folded as [K, G]. Out of scope: projections, RoPE, caches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from jaxllm.ops import backend
 from jaxllm.ops import fused_attention as fused
 from jaxllm.ops.chunked_attention import QUERY_BLOCK, chunked_attention
+from jaxllm.ops.cudnn_calls import refused
 from jaxllm.ops.linear import einsum
 from jaxllm.ops.masks import Pattern
 
@@ -60,7 +61,13 @@ def attention(
         implementation = "reference"
     chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
     if chosen == "cudnn":
-        return fused.fused_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
+        try:
+            return fused.fused_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
+        except Exception as error:
+            if implementation != "auto" or not refused(error):
+                raise
+            _announce(f"attention: chunked ({str(error).splitlines()[0]})")
+            chosen = "chunked"
     if chosen == "chunked":
         return chunked_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
     mask = pattern.mask(range(query.shape[1]), range(key.shape[1]))
@@ -69,7 +76,7 @@ def attention(
 
 
 def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None) -> str:
-    """The path that `attention` takes, logged once by name; one query per row (initialisation) needs no kernel."""
+    """The path that `attention` takes, logged once by name; one query per row needs no kernel."""
     if query.shape[1] == 1:
         return "reference"
     packed = pattern.query_segments is not None
@@ -86,15 +93,20 @@ def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, b
     reason = obstacle if on_gpu else None
     if chosen == "cudnn" and packed:
         reason = "packed documents by codes in the heads"
-    note = f"attention: {chosen}" + (f" ({reason})" if reason else "")
-    if note not in _announced and query.shape[1] > _TRIVIAL:
-        _announced.add(note)
-        _log.info(note)
+    if query.shape[1] > _TRIVIAL:
+        _announce(f"attention: {chosen}" + (f" ({reason})" if reason else ""))
     return chosen
 
 
-# Initialisation and prompts of a few tokens say nothing about the path a run takes.
+# Initialisation and prompts of a few tokens may take another path than the run does.
 _TRIVIAL = 32
+
+
+def _announce(note: str) -> None:
+    """Logs a note once."""
+    if note not in _announced:
+        _announced.add(note)
+        _log.info(note)
 
 
 def masked_attention(
@@ -122,7 +134,7 @@ def masked_attention(
         if bias is not None:
             scores += bias.astype(wide).reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
         weights = _softmax(scores, mask).astype(query.dtype)
-    # A site of jaxllm.study, by query heads.
+    # A hook point of jaxllm.study, by query heads.
     shape = weights.shape
     weights = checkpoint_name(weights.reshape(batch, heads, *shape[3:]), "attention_weights").reshape(shape)
     if drop is not None:

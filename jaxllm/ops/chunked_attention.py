@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops import backend
 from jaxllm.ops.linear import sum_of_outer
 from jaxllm.ops.masks import Pattern
 
-# A block of scores is to stay near a core's cache and yet to be an efficient product: up to 128 queries, or a quarter
-# of a causal sequence, whose blocks leave out what they cannot see; for long sequences what makes 16 blocks.
+# A block of scores should fit a core's cache and still be an efficient matmul: up to 128 queries, or a quarter of a
+# causal sequence, whose blocks leave out the keys that they cannot see. Long sequences have 16 blocks.
 QUERY_BLOCK = 64
 _LARGE_BLOCK = 128
 _MOST_BLOCKS = 16
@@ -42,7 +43,7 @@ def chunked_attention(
     kv_heads = key.shape[2]
     groups = heads // kv_heads
     query = query.reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    # Both gradients of a key come from a product over queries: with S last, it transposes no scores.
+    # Both gradients of a key come from a matmul over queries: with S last, it transposes no scores.
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)  # [B, K, H, S]
     if bias is not None:
         bias = bias.reshape(-1, kv_heads, groups, *bias.shape[2:])  # [#B, K, G, T, S]
@@ -53,7 +54,7 @@ def chunked_attention(
 
 
 class _Rule(NamedTuple):
-    """What is known when the program is traced; `keep` says whether the backward pass is given the weights."""
+    """What is known when the program is traced; with `keep` the weights are saved for the backward pass."""
 
     scale: float
     causal: bool
@@ -79,9 +80,9 @@ def _blocks(rule: _Rule, length: int, keys: int) -> Iterator[tuple[slice, slice]
 
 
 def _scores(rule: _Rule, operands: _Operands, pattern: Pattern, rows: slice, columns: slice) -> Array:
-    """Scores [B, K, G * t, s] of a block; where nothing may be seen, the smallest number.
+    """Scores [B, K, G * t, s] of a block, the smallest number where a query must not see a key.
 
-    Four axes from here to the next product: over five, XLA:CPU makes a pass over memory of each of the softmax's steps.
+    Four axes from here to the next matmul: `four axes` of `backend.FORMS`.
     """
     query = operands.query[..., rows, :]
     scores = rule.scale * _dot("bkqh,bkhs->bkqs", _fold(query), operands.key[..., columns])
@@ -107,8 +108,8 @@ def _forward(rule: _Rule, operands: _Operands, pattern: Pattern) -> tuple[Array,
     outputs, largests, totals, kept = [], [], [], []
     for rows, columns in _blocks(rule, query.shape[3], key.shape[3]):
         scores = _scores(rule, operands, pattern, rows, columns)
-        # A query that sees nothing has the minimum everywhere: measured from half of it, all its weights vanish. Of
-        # one that sees something the largest weight is 1. XLA:CPU fuses both maxima, where selections cost a pass.
+        # A query that sees nothing has the minimum everywhere: measured from half of it, all its weights vanish. The
+        # largest weight of any other query is 1. Maxima instead of selections: `maxima` of `backend.FORMS`.
         largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min / 2)
         weights = jnp.exp(scores - largest)
         total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
@@ -119,48 +120,92 @@ def _forward(rule: _Rule, operands: _Operands, pattern: Pattern) -> tuple[Array,
         totals.append(unfold(total))
         kept.append(weights if rule.keep else None)
     out, largest, total = (jnp.concatenate(parts, axis=3) for parts in (outputs, largests, totals))
-    # The backward pass takes the output before it is rounded: all of a query's scores share the error of their mean,
-    # which keys with something in common do not average out (arXiv 2510.04212).
+    # The backward pass takes the output before it is rounded: all scores of a query share the error of their mean,
+    # and similar keys do not average it out (arXiv 2510.04212).
     return out.astype(query.dtype), (operands, pattern, out, largest, total, kept)
 
 
+class _Queries(NamedTuple):
+    """What the backward pass needs of each query, [B, K, G, T, *].
+
+    Attributes:
+        query: times `root`, in the compute dtype.
+        grad: the output's gradient times `before`, in the compute dtype.
+        mean: the mean of the weights' gradients under the softmax, sum(grad * out).
+        after: see `_split_normaliser`.
+        root: its square root.
+    """
+
+    query: Array
+    grad: Array
+    mean: Array
+    after: Array
+    root: Array
+
+    def block(self, rows: slice) -> _Queries:
+        return _Queries(*(_fold(x[..., rows, :]) for x in self))
+
+
+def _split_normaliser(total: Array, dtype: Any) -> tuple[Array, Array]:
+    """1 / total as two factors, `before` and `after`, one of which is 1.
+
+    The saved weights are unnormalised, so every gradient still needs 1 / total. `before` is applied to the output's
+    gradient. In float16 that would underflow. There `after` is applied to the weights for dV, and its square root to
+    the scores' gradients and to the queries for dK, because all of it could underflow in the queries too.
+    """
+    inverse, one = 1 / total, jnp.ones_like(total)
+    return (one, inverse) if dtype == jnp.float16 else (inverse, one)
+
+
+def _prepare_queries(query: Array, grad: Array, out: Array, total: Array) -> _Queries:
+    before, after = _split_normaliser(total, query.dtype)
+    root = jnp.sqrt(after)
+    scaled_query, scaled_grad = (query * root).astype(query.dtype), (grad * before).astype(query.dtype)
+    mean = jnp.sum(_fold(scaled_grad).astype(total.dtype) * _fold(out), axis=-1, keepdims=True)
+    return _Queries(scaled_query, scaled_grad, _unfold(query.shape[2], mean), after, root)
+
+
 def _backward(rule: _Rule, saved: Any, grad: Array) -> tuple[_Operands, None]:
+    """The gradients of all operands, by blocks of queries.
+
+    With the probabilities P = weights / total and mean = sum(dO * O) of each query:
+
+        dV = P^T dO          dS = P * (dO V^T - mean)     dbias = dS
+        dQ = scale * dS K    dK = scale * dS^T Q
+    """
     operands, pattern, out, largest, total, kept = saved
     query, key, value, bias = operands
-    unfold = functools.partial(_unfold, query.shape[2])
-    wide, dtype = total.dtype, query.dtype
-    # Someone must still divide by the sum of the weights, up to S: before the products the gradient that came; but
-    # that would leave float16's range, so there the weights for values, and for keys one half (its root) the scores'
-    # gradients and one the queries, which for all of it may be too small themselves.
-    early, late = 1 / total, jnp.ones_like(total)
-    if dtype == jnp.float16:
-        early, late = late, early
-    root = jnp.sqrt(late)
-    scaled_query, scaled_grad = (query * root).astype(dtype), (grad * early).astype(dtype)
-    means = unfold(jnp.sum(_fold(scaled_grad).astype(wide) * _fold(out), axis=-1, keepdims=True))
+    dtype, keys = query.dtype, key.shape[3]
+    queries = _prepare_queries(query, grad, out, total)
     query_grads, bias_grads = [], []
-    key_grad = value_grad = jnp.zeros(key.shape, wide)
-    for (rows, columns), weights in zip(_blocks(rule, query.shape[3], key.shape[3]), kept, strict=True):
+    key_grad = value_grad = jnp.zeros(key.shape, total.dtype)
+    for (rows, columns), weights in zip(_blocks(rule, query.shape[3], keys), kept, strict=True):
         if weights is None:
             scores = _scores(rule, operands, pattern, rows, columns)
             weights = jnp.exp(scores - _fold(largest[..., rows, :])).astype(dtype)
-        block = [_fold(x[..., rows, :]) for x in (scaled_query, scaled_grad, means, late, root)]
-        block_query, block_grad, block_means, block_late, block_root = block
-        value_weights = (weights * block_late).astype(dtype)
-        value_grad += _among_all(sum_of_outer(block_grad, value_weights), columns, key.shape[3])
-        weight_grad = _dot("bkqh,bkhs->bkqs", block_grad, value[..., columns])
-        score_grad = weights.astype(wide) * (weight_grad - block_means)
+        block = queries.block(rows)
+        value_weights = (weights * block.after).astype(dtype)
+        value_grad += _among_all(sum_of_outer(block.grad, value_weights), columns, keys)
+        weight_grad = _dot("bkqh,bkhs->bkqs", block.grad, value[..., columns])
+        score_grad = weights.astype(total.dtype) * (weight_grad - block.mean)
         if bias is not None:
-            share = score_grad * block_late
-            summed = share if bias.shape[0] == query.shape[0] else _sum_rows(share)
-            bias_grads.append(_among_all(unfold(summed), columns, key.shape[3]).astype(bias.dtype))
-        score_grad = (rule.scale * score_grad * block_root).astype(dtype)
-        query_grad = _dot("bkqs,bkhs->bkqh", score_grad, key[..., columns]) * block_root
-        query_grads.append(unfold(query_grad.astype(dtype)))
-        key_grad += _among_all(sum_of_outer(block_query, score_grad), columns, key.shape[3])
+            bias_grads.append(
+                _among_all(_bias_gradient(score_grad * block.after, bias), columns, keys).astype(bias.dtype)
+            )
+        score_grad = (rule.scale * score_grad * block.root).astype(dtype)
+        query_grad = _dot("bkqs,bkhs->bkqh", score_grad, key[..., columns]) * block.root
+        query_grads.append(_unfold(query.shape[2], query_grad.astype(dtype)))
+        key_grad += _among_all(sum_of_outer(block.query, score_grad), columns, keys)
     query_grad = jnp.concatenate(query_grads, axis=3)
     bias_grad = None if bias is None else jnp.concatenate(bias_grads, axis=3)
     return _Operands(query_grad, key_grad.astype(dtype), value_grad.astype(dtype), bias_grad), None
+
+
+def _bias_gradient(score_grad: Array, bias: Array) -> Array:
+    """The gradients of a block's scores, summed over the batch where the bias is broadcast over it."""
+    if bias.shape[0] != score_grad.shape[0]:
+        score_grad = backend.sum_by_matmul(score_grad, axis=0, keepdims=True)
+    return _unfold(bias.shape[2], score_grad)
 
 
 _attend.defvjp(_forward, _backward)
@@ -171,7 +216,7 @@ def _dot(equation: str, left: Array, right: Array) -> Array:
 
 
 def _fold(x: Array) -> Array:
-    """[B, K, G, t, *] -> [B, K, G * t, *]: one product for all query heads of a key head."""
+    """[B, K, G, t, *] -> [B, K, G * t, *]: one matmul for all query heads of a key head."""
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
@@ -181,10 +226,5 @@ def _unfold(groups: int, x: Array) -> Array:
 
 
 def _among_all(part: Array, columns: slice, keys: int) -> Array:
-    """What belongs to some keys, on the last axis, with zeros for all others: XLA fuses such sums over the blocks."""
+    """A block's columns among those of all keys, with zeros elsewhere: XLA fuses such sums over the blocks."""
     return jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(columns.start, keys - columns.stop)])
-
-
-def _sum_rows(x: Array) -> Array:
-    """The sum over the first axis, kept, as a product: XLA:CPU takes 50 times longer to reduce a major axis."""
-    return jnp.tensordot(jnp.ones((1, x.shape[0]), x.dtype), x, axes=1, precision=jax.lax.Precision.HIGHEST)

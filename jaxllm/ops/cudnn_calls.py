@@ -2,7 +2,7 @@
 
 `benchmarks/gpu/probe.py` compares a call of every class with float32 on a GPU and names the row that a bad answer
 changes. cuDNN's own limits are in `jaxllm.ops.fused_attention.obstacle`. What cuDNN refuses in spite of both is known
-when a program is compiled, by the compiler's message (`refused`).
+when a program is lowered or compiled, by the error's type and message (`refused`).
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def avoided(call: Call) -> CallClass | None:
 
 
 # What cuDNN's frontend and XLA's callers of it write, and what is wrong with the machine rather than with the call.
+# They are errors of the compiler.
 _REFUSED = ("cudnn", "fmha", "no valid engine", "execution plan")
 _OTHERS = (
     "resource_exhausted",
@@ -149,12 +150,43 @@ _OTHERS = (
 _HEAD = 600  # characters of a message that state its cause; programs and tables of buffers follow
 
 
+# What jax's checks of a cuDNN attention raise before there is a program to compile, in
+# jax/_src/cudnn/fused_attention_stablehlo.py of jax 0.10.2 and 0.11.2.
+_REFUSED_BEFORE: dict[type[BaseException], tuple[str, ...]] = {
+    RuntimeError: ("cudnn",),  # "cuDNN is not detected."
+    NotImplementedError: (
+        "cudnn version",
+        "q must be fp16/bf16",
+        "the head dim must be <=",
+        "unsupported sequence length q",
+        "packed layout requires a gpu",
+        "currently only support batch_dim",
+    ),
+    ValueError: (
+        "qkv rank must be same",
+        "qkv dtype must be same",
+        "q must have a rank of 4",
+        "qk must have same head dim",
+        "kv must have same",
+        "bias must have same seq length",
+        "q_seqlen must have",
+        "kv_seqlen must have",
+        "query, key and value should have same sharding",
+        "query and bias should have same sharding",
+        "sharding on sequence dim",
+        "sharding on head dim",
+        "sharding on bias sequence dim",
+    ),
+}
+
+
 def refused(error: BaseException) -> bool:
-    """Whether the compiler reports that cuDNN has no plan for an attention; no other XLA error counts."""
-    if not isinstance(error, jax.errors.JaxRuntimeError):
-        return False
+    """Whether an error says that cuDNN cannot run an attention, raised by the compiler or by jax's own checks."""
     text = str(error).lower()
-    return any(sign in text[:_HEAD] for sign in _REFUSED) and not any(sign in text for sign in _OTHERS)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return any(sign in text[:_HEAD] for sign in _REFUSED) and not any(sign in text for sign in _OTHERS)
+    # The exact class: errors of this package are subclasses.
+    return any(sign in text for sign in _REFUSED_BEFORE.get(type(error), ()))
 
 
 def calls_in(program: str) -> list[str]:

@@ -1,11 +1,16 @@
-"""jax's cuDNN attention, and how documents packed into one row reach a kernel that knows causality and lengths only.
+"""jax's cuDNN attention, and documents packed into one row for a kernel that has causality and lengths but no mask.
 
-A mask would become a [B, N, T, S] bias, read in both passes and differentiated. Instead each document gets a code of
-signs, appended to queries and keys as further dimensions of a head: equal codes add one constant to the score, which
-the softmax cancels, and different codes add `_MARGIN` less or, mostly, twice that, which it rounds to zero. The kernel
-stays the fused one, grouped heads and bias included; the price is a head wider by 8 or 16. jax has a packed layout for
-cuDNN as well: it is private, strides keys by the number of query heads and bounds the documents of a row, so it is not
-used.
+A mask would become a [B, N, T, S] bias, read in both passes and differentiated. Instead, `document_codes` gives each
+document d a vector of signs c(d), which is appended, times a size a, to the heads of its queries and keys:
+
+    c(d) in {-1, 1}^W
+    <c(d), c(e)> = W - 2 * (number of signs that differ)
+    scale * (<q, k> + a^2 <c(d), c(e)>) = scale * <q, k> + constant - margin * (number of signs that differ)
+
+with margin = 2 * scale * a^2. The softmax cancels the constant. Codes of two documents differ in at least one sign,
+mostly in two, and a margin is so large that the softmax rounds those weights to zero. The kernel stays the fused one,
+grouped heads and bias included, and a head is wider by 8 or 16. jax also has a packed layout for cuDNN. It is private,
+strides keys by the number of query heads and bounds the documents of a row, so it is not used.
 """
 
 from __future__ import annotations
@@ -17,19 +22,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.ops import backend
 from jaxllm.ops.cudnn_calls import Call, avoided
 from jaxllm.ops.masks import Pattern
 
-# What a key of another document loses for each sign that differs, in units of a scaled score; exp(-104) is 0 in
-# float32, the rest is how far a foreign score may lie above all of its own, and growing heads reach hundreds. More
-# would cost digits: every sign of an equal code adds half a margin to a score.
+# Penalty of a scaled score for each sign that differs. 104 would be enough for exp to underflow in float32; the rest is
+# headroom for scores of other documents, which reach hundreds. More would cost digits: every sign that is equal adds
+# half a margin to a score.
 _MARGIN = 256.0
 
 
 def _generation() -> int:
-    """Major compute capability: 0 for other makes than NVIDIA's; a machine without a GPU lowers for Hopper."""
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    return int(capability.split(".")[0]) if capability[0].isdigit() else 0
+    """Major compute capability; a machine without a GPU lowers for Hopper."""
+    generation = backend.gpu_generation()
+    return 9 if generation is None else generation
 
 
 def obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> str | None:
@@ -44,7 +50,7 @@ def obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) 
 def call_of(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> Call:
     """What cuDNN is asked for, as the table of `jaxllm.ops.cudnn_calls` describes it."""
     (_, length, _, width), keys = query.shape, key.shape[1]
-    packed, coded = pattern.query_segments is not None, width + code_width(length, keys)
+    packed, coded = pattern.query_segments is not None, width + code_width(max(length, keys))
     call = Call(
         generation=_generation(),
         dtype=str(query.dtype),
@@ -161,9 +167,9 @@ def _lengths_as_segments(
     return query_segments, jnp.where(inside, key_segments, 0)
 
 
-def code_width(length: int, keys: int) -> int:
-    """Dimensions that tell apart as many documents as a row can hold, a multiple of 8 as cuDNN wants."""
-    return 8 * math.ceil(max(length, keys).bit_length() / 8)
+def code_width(documents: int) -> int:
+    """Dimensions of a code for as many documents as a row can hold, a multiple of 8 as cuDNN requires."""
+    return 8 * math.ceil(documents.bit_length() / 8)
 
 
 def append_codes(
@@ -176,21 +182,22 @@ def append_codes(
     scale: float,
 ) -> tuple[Array, Array, Array]:
     """Queries and keys with their document's code behind each head, and values with zeros."""
-    width, signs = code_width(query.shape[1], key.shape[1]), max(query.shape[1], key.shape[1]).bit_length() + 1
-    # Codes that differ in one sign differ by 2 size^2 in their product.
-    size = jnp.asarray(math.sqrt(_MARGIN / (2 * scale)), query.dtype)
+    documents = max(query.shape[1], key.shape[1])
+    size = jnp.asarray(math.sqrt(_MARGIN / (2 * scale)), query.dtype)  # margin = 2 * scale * size^2
     return (
-        _append(query, size * _signs(query_segments, signs, width, query.dtype)),
-        _append(key, size * _signs(key_segments, signs, width, key.dtype)),
-        _append(value, jnp.zeros((*key_segments.shape, width), value.dtype)),
+        _append(query, size * document_codes(query_segments, documents, query.dtype)),
+        _append(key, size * document_codes(key_segments, documents, key.dtype)),
+        _append(value, jnp.zeros((*key_segments.shape, code_width(documents)), value.dtype)),
     )
 
 
-def _signs(segments: Int[Array, "B T"], signs: int, width: int, dtype: jnp.dtype) -> Float[Array, "B T W"]:
-    """Codes of `signs` signs, less what `width` has no room for, then zeros.
+def document_codes(segments: Int[Array, "B T"], documents: int, dtype: jnp.dtype) -> Float[Array, "B T W"]:
+    """A code of signs for each number 0 .. `documents`, followed by zeros.
 
-    Numbers n ^ 2 n differ in two bits at least, and n itself in one, which is left where the last sign has no room.
+    The signs are the bits of n ^ 2n. Those of two numbers differ in at least two bits, and in at least one where the
+    width has no room for the last bit.
     """
+    width, signs = code_width(documents), documents.bit_length() + 1
     bits = ((segments ^ (segments << 1))[..., None] >> jnp.arange(width)) & 1
     return jnp.where(jnp.arange(width) < signs, 2 * bits - 1, 0).astype(dtype)
 

@@ -1,9 +1,7 @@
-"""Matrix products that accumulate in float32 and round once, forward and backward.
+"""Matmuls that accumulate in float32 and round once, forward and backward.
 
-A low-precision `dot` whose output is asked for in bfloat16 runs 20 times slower on XLA:CPU than one with float32
-output, so there both passes ask for float32 and cast. Autodiff would ask for the low-precision output in the backward
-pass, hence the custom rule. A GPU's matrix units accumulate in float32 whatever the output is, and a float32 output
-would be written and read once more. float32 inputs take the plain path.
+`backend.matmul_output` is the dtype to ask of a matmul that is rounded later. Autodiff would ask for a 16-bit output in
+the backward pass, hence the custom rules. float32 inputs take the plain path.
 """
 
 from __future__ import annotations
@@ -19,55 +17,41 @@ from jaxllm.ops import backend
 
 
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """X @ kernel over the last axis, accumulated in float32, in the dtype of x."""
+    """`x @ kernel` over the last axis, accumulated in float32, in the dtype of x."""
     return _linear(x, kernel)
 
 
 def biased_linear(
     x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
 ) -> Float[Array, "*B F"]:
-    """X @ kernel + bias; the bias joins the float32 accumulator, so that the sum too is rounded once."""
+    """`x @ kernel + bias`; the bias joins the float32 accumulator, so that the sum too is rounded once."""
     return _biased(x, kernel, bias)
 
 
 def einsum(equation: str, left: Array, right: Array) -> Array:
-    """A two-operand einsum accumulated in float32, in the dtype of `left`; for products of activations."""
+    """A two-operand einsum accumulated in float32, in the dtype of `left`; for matmuls of two activations."""
     if left.dtype == jnp.float32 or left.dtype == jnp.float64:
         return jnp.einsum(equation, left, right)
     return _einsum(equation, left, right)
 
 
 def _contract(equation: str, left: Array, right: Array) -> Array:
-    if backend.on_gpu():
-        return jnp.einsum(equation, left, right)
-    wide = jnp.promote_types(left.dtype, jnp.float32)
-    return jnp.einsum(equation, left, right, preferred_element_type=wide).astype(left.dtype)
+    output = backend.matmul_output(left.dtype)
+    return jnp.einsum(equation, left, right, preferred_element_type=output).astype(left.dtype)
 
 
 def sum_of_outer(
     left: Float[Array, "*B N D"], right: Float[Array, "*B N F"], *, dtype: Any = None
 ) -> Float[Array, "*B D F"]:
-    """The sum over rows of outer products, left^T @ right: what the gradient of a matrix is.
+    """The sum over rows of outer products, `left^T @ right`: the gradient of a matrix.
 
     The result is asked for in `dtype`; None is float32, for sums that are added to others.
-
-    XLA:CPU multiplies in bfloat16 only where no factor is transposed; else it converts both to float32. A transpose
-    that the product cannot absorb, because it hides between reshapes, makes that product 1.5 to 3 times as fast.
     """
-    *batch, rows, width = left.shape
     dtype = dtype or jnp.promote_types(left.dtype, jnp.float32)
-    if not _hides(left):
-        return jnp.einsum("...nd,...nf->...df", left, right, preferred_element_type=dtype)
-    columns = jnp.moveaxis(left.reshape(*batch, rows // _HIDING, _HIDING, width), -1, -3).reshape(*batch, width, rows)
-    return jnp.einsum("...dn,...nf->...df", columns, right, preferred_element_type=dtype)
-
-
-_HIDING = 8
-
-
-def _hides(left: Array) -> bool:
-    low = jnp.promote_types(left.dtype, jnp.float32) != left.dtype
-    return low and left.shape[-2] % _HIDING == 0 and not backend.on_gpu()
+    if backend.needs_explicit_transpose(left):
+        columns = backend.explicit_transpose(left)
+        return jnp.einsum("...dn,...nf->...df", columns, right, preferred_element_type=dtype)
+    return jnp.einsum("...nd,...nf->...df", left, right, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
@@ -81,11 +65,10 @@ def _linear_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 
 def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    # A GPU would write a float32 gradient and read it again to round it.
-    dtype = kernel.dtype if backend.on_gpu() else None
-    # XLA:CPU transposes the first operand, fused with whatever made it: let that be the narrower one.
-    if rows.shape[1] > grads.shape[1] and not _hides(rows):
+    rows = x.reshape(-1, x.shape[-1])
+    grads = grad.reshape(-1, grad.shape[-1])
+    dtype = backend.matmul_output(kernel.dtype)
+    if backend.transposes_second(rows, grads):
         kernel_grad = sum_of_outer(grads, rows, dtype=dtype).T
     else:
         kernel_grad = sum_of_outer(rows, grads, dtype=dtype)
@@ -135,7 +118,7 @@ _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 @jax.custom_vjp
 def linear_float32(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """X @ kernel in float32 from low-precision factors: for sums that x's dtype cannot hold.
+    """`x @ kernel` in float32 from low-precision operands: for sums that x's dtype cannot hold.
 
     The gradient comes back in x's dtype, as everywhere else.
     """

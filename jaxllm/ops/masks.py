@@ -68,7 +68,6 @@ class Pattern(NamedTuple):
             window = window_mask(query_index, key_index, window=self.window)
         segments = None
         if self.query_segments is not None and self.key_segments is not None:
-            # Slices, because XLA:CPU would compute an index into the documents for each score.
             queries_of = self.query_segments[:, queries.start : queries.stop]
             segments = segment_mask(queries_of, self.key_segments[:, keys.start : keys.stop])
         real_queries = None if self.query_lengths is None else (query_index < self.query_lengths[:, None])[:, :, None]

@@ -1,12 +1,11 @@
 """Weight matrices as decoding stores and multiplies them: plain or in int8, and the way round that is read fastest.
 
-A step of decoding is bound by reading every weight once, a few rows of activations at a time. Not here: training, whose
-products are in `ops.linear`.
+A step of decoding is bound by reading every weight once, a few rows of activations at a time. Out of scope: training,
+whose matmuls are in `jaxllm.ops.linear`.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,37 +26,34 @@ Matrix = Array | Quantized | Rows  # the first two are [D, F], quantised over D
 
 
 def stored(kernel: Float[Array, "D F"], *, dtype: Any, int8: bool) -> Matrix:
-    """A training kernel for decoding, the way round that a CPU multiplies fastest: by rows where those are long."""
-    by_rows = kernel.shape[0] > kernel.shape[1] or kernel.shape[0] >= 768
-    kernel = kernel.T if by_rows else kernel
-    values = quantize(kernel, axis=int(by_rows)) if int8 else kernel.astype(dtype)
-    return Rows(values) if by_rows else values
+    """A training kernel for decoding."""
+    by_outputs = backend.stores_by_outputs(kernel)
+    kernel = kernel.T if by_outputs else kernel
+    values = quantize(kernel, axis=int(by_outputs)) if int8 else kernel.astype(dtype)
+    return Rows(values) if by_outputs else values
 
 
 def project(x: Float[Array, "*B D"], matrix: Matrix, *, dtype: Any = None) -> Float[Array, "*B F"]:
-    """X times a matrix of D inputs and F outputs, accumulated in float32, in `dtype` (None is x's)."""
-    dtype, product = dtype or x.dtype, functools.partial(_times_columns, x)
+    """`x` times a matrix of D inputs and F outputs, accumulated in float32, in `dtype` (None is x's)."""
+    dtype = dtype or x.dtype
+    times = _times_kernel
     if isinstance(matrix, Rows):
-        matrix, product = matrix.table, functools.partial(_times_rows, x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+        matrix, times = matrix.table, _times_table
     if isinstance(matrix, Quantized):
-        return (product(matrix.values.astype(x.dtype), preferred_element_type=wide) * matrix.scale).astype(dtype)
-    # A GPU's units accumulate in float32 whatever the output is; elsewhere the output must be asked for in float32.
-    return product(matrix, preferred_element_type=dtype if backend.on_gpu() else wide).astype(dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (times(x, matrix.values.astype(x.dtype), output=wide) * matrix.scale).astype(dtype)
+    return times(x, matrix, output=backend.matmul_output(dtype)).astype(dtype)
 
 
-def _times_columns(x: Array, kernel: Array, **options: Any) -> Array:
-    # XLA:CPU reads a kernel of a few MB up to 1.5 times as fast for one row when it sees two products of half the sum;
-    # a larger one, or for more rows, it reads faster whole.
-    if backend.on_cpu() and x.size == len(kernel) and x.size % 2 == 0 and kernel.size <= 2**21:
-        halves = jnp.einsum("pd,pdf->pf", x.reshape(2, -1), kernel.reshape(2, -1, kernel.shape[1]), **options)
-        return halves.sum(0).reshape(*x.shape[:-1], -1)
-    return jnp.einsum("...d,df->...f", x, kernel, **options)
+def _times_kernel(x: Float[Array, "*B D"], kernel: Float[Array, "D F"], *, output: Any) -> Float[Array, "*B F"]:
+    if backend.halves_sum(x, kernel):
+        equation, halves = "pd,pdf->pf", (x.reshape(2, -1), kernel.reshape(2, -1, kernel.shape[1]))
+        return jnp.einsum(equation, *halves, preferred_element_type=output).sum(0).reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=output)
 
 
-def _times_rows(x: Array, table: Array, **options: Any) -> Array:
-    if not backend.on_cpu():
-        return jnp.einsum("...d,fd->...f", x, table, **options)
-    # Faster with the table first; the barrier keeps XLA from turning the product round.
-    columns = jax.lax.optimization_barrier(jnp.matmul(table, x.reshape(-1, x.shape[-1]).T, **options))
-    return columns.T.reshape(*x.shape[:-1], -1)
+def _times_table(x: Float[Array, "*B D"], table: Float[Array, "F D"], *, output: Any) -> Float[Array, "*B F"]:
+    if backend.multiplies_table_first():
+        columns = jnp.matmul(table, x.reshape(-1, x.shape[-1]).T, preferred_element_type=output)
+        return jax.lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...d,fd->...f", x, table, preferred_element_type=output)

@@ -16,14 +16,14 @@ from jaxllm.ops.broadcast import rows_of
 def rms_norm(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float, inside: Any = None
 ) -> Float[Array, "*B D"]:
-    """Weight * (x / sqrt(mean(x ** 2) + eps)), the bracket in float32 and rounded to x's dtype before the product.
+    """`weight * (x / sqrt(mean(x ** 2) + eps))`, the bracket in float32 and rounded to x's dtype before the product.
 
     `inside` is another dtype for the bracket, whose mean is accumulated in float32 all the same.
 
     Rounding before the weight is what Meta's and transformers' code do; the other order differs in bfloat16.
     Source: arXiv 1910.07467.
     """
-    if x.size == x.shape[-1] and backend.on_gpu():
+    if backend.norms_a_second_row(x):
         return _of_one_row(x, weight, eps=eps, inside=inside)
     wide = x.astype(inside or jnp.promote_types(x.dtype, jnp.float32))
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
@@ -33,11 +33,9 @@ def rms_norm(
 def _of_one_row(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float, inside: Any
 ) -> Float[Array, "*B D"]:
-    """The norm of one row, computed as the first of two.
+    """The norm of one row, computed as the first of two (`backend.norms_a_second_row`).
 
-    XLA's GPU compiler makes one kernel of a norm over several rows, and two of a norm over one (jaxlib 0.10.2 and
-    0.11.2): a sum down to a scalar and what follows. The second row is half the first: of equal rows XLA would compute
-    one, and a half cannot overflow.
+    The second row is half the first: of equal rows XLA would compute one, and a half cannot overflow.
     """
     rows = x.reshape(1, -1) * jnp.array([[1], [0.5]], x.dtype)
     return rms_norm(rows, weight, eps=eps, inside=inside)[0].reshape(x.shape)

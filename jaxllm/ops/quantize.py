@@ -1,8 +1,8 @@
 """Int8 storage with float32 scales: weights per output channel, cached keys and values per token and head.
 
-Storage only: products convert back to the compute dtype, so what is saved is memory and the reading of it. Symmetric,
-without zero points; a channel of zeros has scale 0, one that holds a NaN has scale NaN. Not here: quantised training,
-activations in int8.
+Storage only: matmuls convert back to the compute dtype, so what is saved is memory and the reading of it. Symmetric,
+without zero points; a channel of zeros has scale 0. An integer cannot be NaN, so a channel that holds one has scale
+NaN. Out of scope: quantised training, activations in int8.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
+
+from jaxllm.ops import backend
 
 
 class Quantized(NamedTuple):
@@ -28,8 +30,6 @@ class Quantized(NamedTuple):
 def quantize(x: Float[Array, ...], *, axis: int) -> Quantized:
     """Rounds to int8 with one scale for each slice along `axis`; the error is at most half a scale."""
     wide = x.astype(jnp.float32)
-    # XLA:CPU's maximum leaves NaNs out, and no integer is one: the scale has to tell.
-    largest = jnp.where(jnp.any(jnp.isnan(wide), axis=axis), jnp.nan, jnp.max(jnp.abs(wide), axis=axis))
-    scale = largest / 127
+    scale = backend.largest_magnitude(wide, axis=axis) / 127
     safe = jnp.expand_dims(jnp.where(scale > 0, scale, 1), axis)
     return Quantized(jnp.round(wide / safe).astype(jnp.int8), scale)

@@ -2,9 +2,9 @@
 
 Buckets are computed on the host, in integers: T5's rule takes a logarithm, and another platform's logarithm could put
 a border one distance off. A bias depends on the distance alone, so the table is multiplied by one-hot rows of the
-T + S distances around zero, and row t of [N, T, S] is a slice of the result: slices are written once, where reshapes
-would be fused into every layer's softmax. The gradient is a sum and a small matmul, not a scatter of T * S terms. Not
-here: attention, which adds the bias to its scores.
+T + S distances around zero, and row t of [N, T, S] is a slice of the result. The gradient is a sum and a small matmul,
+not a scatter of T * S terms.
+Out of scope: attention, which adds the bias to its scores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxllm.ops import backend
 
 
 def relative_bucket(distance: np.ndarray, *, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
@@ -71,7 +73,10 @@ def relative_bias(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _lay_out(numbers: Float[Array, "N W"], queries: int, keys: int) -> Float[Array, "N T S"]:
-    """Row t takes the S of the W = T + S numbers, of distances -T .. S - 1, that start at distance -t."""
+    """Row t takes the S of the W = T + S numbers, of distances -T .. S - 1, that start at distance -t.
+
+    `slices of a bias` of `backend.FORMS`.
+    """
     heads, width = numbers.shape
     starts = width * jnp.arange(heads)[:, None] + queries - jnp.arange(queries)
     row = functools.partial(jax.lax.dynamic_slice_in_dim, numbers.reshape(-1), slice_size=keys)
@@ -83,9 +88,7 @@ def _lay_out_backward(queries: int, keys: int, saved: None, grad: Array) -> tupl
     heads, width = grad.shape[0], queries + keys
     flat = jnp.pad(grad[:, ::-1], ((0, 0), (0, 0), (0, queries))).reshape(heads, -1)
     columns = flat[:, : queries * (width - 1)].reshape(heads, queries, width - 1)
-    wide = jnp.promote_types(grad.dtype, jnp.float32)
-    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": wide}
-    total = jnp.einsum("t,ntw->nw", jnp.ones(queries, grad.dtype), columns, **exact)
+    total = backend.sum_by_matmul(columns, axis=1)
     return (jnp.pad(total, ((0, 0), (1, 0))).astype(grad.dtype),)
 
 

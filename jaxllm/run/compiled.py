@@ -45,10 +45,12 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Adds what to do about it to what a device cannot do; `name` says what it was asked for."""
+    """Adds what to do about it to an error of the device or its compiler; `name` is what could not run."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
+        if not refused(error) and not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         cause = f"the {name} cannot run here: {str(error).splitlines()[0]}"
         if refused(error):
             raise AttentionRefused(f"{cause}; {_ADVICE['cudnn']}") from error

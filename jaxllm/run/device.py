@@ -87,13 +87,6 @@ def nvidia_devices(folder: Path = Path("/dev")) -> list[Path]:
     return sorted(folder.glob("nvidia[0-9]*"))
 
 
-def has_bfloat16() -> bool:
-    """Whether the default device is a GPU with bfloat16 units: NVIDIA's from the Ampere generation on."""
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    major = capability.split(".")[0]
-    return jax.default_backend() == "gpu" and major.isdigit() and int(major) >= 8
-
-
 def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
     """Lets jax take most of a GPU's memory and sets the flags that its XLA accepts; a no-op without an NVIDIA GPU.
 

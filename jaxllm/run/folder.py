@@ -39,7 +39,7 @@ from jaxllm.data.tokenizer_choice import (
     origin_of,
 )
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
-from jaxllm.run.device import has_bfloat16
+from jaxllm.ops.backend import has_bfloat16
 
 _log = logging.getLogger(__name__)
 

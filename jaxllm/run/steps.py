@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxllm.config import RunConfig
+from jaxllm.ops import backend
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
 from jaxllm.training.loss import Batch
@@ -97,4 +97,4 @@ def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
 
 
 def _may_be_refused(config: RunConfig) -> bool:
-    return jax.default_backend() == "gpu" and config.model.attention in ("auto", "cudnn")
+    return backend.on_gpu() and config.model.attention in ("auto", "cudnn")

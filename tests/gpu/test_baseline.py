@@ -16,7 +16,8 @@ import pytest
 
 from benchmarks.gpu import baseline, run
 from benchmarks.gpu.baseline import Form
-from benchmarks.gpu.common import RESULT, shape
+from benchmarks.report import RESULT
+from benchmarks.shapes import shape
 
 OURS = {"tokens_per_second": 90.0, "sequences_per_second": 90.0, "seconds": {"median": 1.0}, "wall": 1.0}
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import cache, decode, plan, pretrain, record, run, table, train
-from benchmarks.gpu.common import RESULT, results_in
 from benchmarks.gpu.plan import Planned
 from benchmarks.gpu.variants import VARIANTS, split
+from benchmarks.report import RESULT, results_in
 from jaxllm.config.file import load_config
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import decode
-from benchmarks.gpu.common import shape
 from benchmarks.gpu.decode_check import Agreement, first_chunk
+from benchmarks.shapes import shape
 from jaxllm.generation.requests import Request, make_request
 from jaxllm.models import build, cache
 from jaxllm.models.llama import decode as llama_decode

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from benchmarks.gpu import train
 from jaxllm.config import LlamaConfig, RunConfig, T5Config
@@ -25,6 +29,7 @@ from jaxllm.generation import (
 from jaxllm.models import build, init_params
 from jaxllm.ops import attention, cudnn_calls
 from jaxllm.ops.cudnn_calls import calls_in, refused
+from jaxllm.ops.masks import Pattern
 from jaxllm.run.compiled import DeviceError
 from jaxllm.run.trainer import pretrain
 from tests.run.test_pretrain import config, losses
@@ -44,12 +49,65 @@ OTHERS = (
     "INTERNAL: ptxas exited with non-zero error code 65280",
     "INTERNAL: Autotuning failed for HLO: " + "x" * 600 + "__cudnn$fmhaSoftmax",
 )
+# What jax raises while it lowers an attention for cuDNN, and errors of the same classes that must stop a run.
+WHILE_LOWERING = (
+    RuntimeError("cuDNN is not detected."),
+    NotImplementedError("Compute capability 10.3 requires cuDNN version >= 9.11."),
+    NotImplementedError("The head dim must be <= 128 and a multiple of 8, but got 192."),
+    NotImplementedError("Unsupported sequence length Q 57, KV 57."),
+    ValueError("Bias must have same seq length as QKV, got 1 and 128"),
+    ValueError("Query and bias should have same sharding on batch and num_head dim."),
+)
+NOT_ABOUT_CUDNN = (
+    RuntimeError("the data has ended"),
+    NotImplementedError("Differentiation rule for 'reduce' not implemented"),
+    ValueError("attention: cudnn cannot run this: cuDNN needs float16 or bfloat16; use attention: auto or chunked"),
+    DeviceError("the train step cannot run here: cuDNN is not detected."),
+    TypeError("cuDNN is not detected."),
+)
 
 
 def test_only_a_refused_plan_counts() -> None:
     assert all(refused(jax.errors.JaxRuntimeError(text)) for text in REFUSALS)
     assert not any(refused(jax.errors.JaxRuntimeError(text)) for text in OTHERS)
     assert not refused(ValueError(REFUSALS[0]))
+    assert all(refused(error) for error in WHILE_LOWERING)
+    assert not any(refused(error) for error in NOT_ABOUT_CUDNN)
+
+
+def test_jax_still_raises_what_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax's own checks, as they are called when an attention is lowered."""
+
+    def refusal(width: int, bias: jax.Array | None = None) -> BaseException:
+        heads = jnp.zeros((1, 57, 2, width), jnp.bfloat16)
+        attend = functools.partial(jax.nn.dot_product_attention, bias=bias, implementation="cudnn")
+        with pytest.raises(RuntimeError) as raised:
+            jax.jit(jax.grad(lambda query: attend(query, heads, heads).sum())).lower(heads)
+        return raised.value
+
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None)
+    found = [refusal(64)]
+    pretend_gpu(monkeypatch)
+    found += [refusal(512), refusal(64, jnp.zeros((1, 2, 57, 57), jnp.bfloat16))]
+    assert [type(error) for error in found] == [RuntimeError, NotImplementedError, NotImplementedError]
+    assert all(refused(error) for error in found), found
+
+
+def test_an_attention_that_jax_refuses_while_tracing_takes_blocks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU without cuDNN: every program that is traced falls back, initialisation and memory estimates included."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None)
+    heads = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
+    options = {"pattern": Pattern(causal=True), "scale": 0.1}
+    with caplog.at_level(logging.INFO):
+        found = attention.attention(heads, heads, heads, **options)
+    assert caplog.messages[-1] == "attention: chunked (cuDNN is not detected.)"
+    want = attention.attention(heads, heads, heads, implementation="chunked", **options)
+    assert (found == want).all()
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        attention.attention(heads, heads, heads, implementation="cudnn", **options)
 
 
 def test_refused_calls_are_named_with_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,24 +120,40 @@ def test_refused_calls_are_named_with_their_shapes(monkeypatch: pytest.MonkeyPat
     assert "fmhaSoftmax [2x8x4x8xbf16] [2x16x4x8xbf16]" in found
 
 
+BY_THE_COMPILER = "No FFI handler"
+
+
+def ask_the_compiler(query: jax.Array) -> jax.Array:
+    """Refused by XLA:CPU when it compiles."""
+    return jax.ffi.ffi_call("__cudnn$fmhaSoftmax", jax.ShapeDtypeStruct(query.shape, query.dtype))(query)
+
+
+def refuse_to_lower(context: Any, query: Any) -> Any:
+    raise ValueError("Query, key and value should have same sharding.")
+
+
+BY_JAX = "Query, key and value should have same sharding"
+lowered_by_jax = Primitive("cudnn_attention_that_jax_refuses")
+lowered_by_jax.def_abstract_eval(lambda query: query)
+mlir.register_lowering(lowered_by_jax, refuse_to_lower)
+
+
 @pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`auto` asks for cuDNN, which XLA:CPU refuses when it compiles."""
+def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`auto` chooses cuDNN, which is refused with the message that the fixture gives, its parameter."""
+    message = getattr(request, "param", BY_THE_COMPILER)
     real = attention.choose
 
     def choose(implementation: str, query: jax.Array, key: jax.Array, **options: Any) -> str:
         wanted = implementation in ("auto", "cudnn") and query.shape[1] > 1
         return "cudnn" if wanted else real(implementation, query, key, **options)
 
-    @jax.custom_vjp
-    def ask(query: jax.Array) -> jax.Array:
-        return jax.ffi.ffi_call("__cudnn$fmhaSoftmax", jax.ShapeDtypeStruct(query.shape, query.dtype))(query)
-
+    ask = jax.custom_vjp(lowered_by_jax.bind if message == BY_JAX else ask_the_compiler)
     ask.defvjp(lambda query: (ask(query), None), lambda _, grad: (grad,))
     monkeypatch.setattr(attention, "choose", choose)
     monkeypatch.setattr(attention.fused, "fused_attention", lambda query, key, value, **_: ask(query))
     monkeypatch.setattr("jaxllm.run.steps._may_be_refused", lambda config: True)
-    yield
+    yield message
     jax.clear_caches()  # what was traced with these functions must not be found by other tests
     fallback._refused.clear()
 
@@ -94,18 +168,26 @@ T5_RUN = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, T5_RUN], ids=["llama", "t5"])
-@pytest.mark.usefixtures("refusing")
+@pytest.mark.parametrize(
+    ("changes", "refusing"),
+    [({}, BY_THE_COMPILER), (T5_RUN, BY_THE_COMPILER), ({}, BY_JAX)],
+    ids=["llama", "t5", "llama, lowering"],
+    indirect=["refusing"],
+)
 def test_a_run_takes_blocks_instead_and_keeps_that(
-    changes: dict[str, Any], tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+    changes: dict[str, Any], refusing: str, tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_of(tmp_path, corpus, **changes)
     with caplog.at_level(logging.INFO):
         summary = pretrain(run, stop_at=1)
     assert summary.step == 1
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == 2 and "asks cuDNN for" in said[0]
-    assert said[1].startswith("attention: chunked instead of auto for this run, because the evaluation step cannot run")
+    assert said[-1].startswith(
+        "attention: chunked instead of auto for this run, because the evaluation step cannot run"
+    )
+    assert refusing in said[-1]
+    if len(said) > 1:  # there was a program, whose calls are named
+        assert len(said) == 2 and refusing == BY_THE_COMPILER and "asks cuDNN for" in said[0]
     assert load_config(summary.folder / "config.yaml").model.attention == "chunked"
     assert pretrain(run).finished  # resumed by the same config, which says auto
 
@@ -119,16 +201,21 @@ def test_a_run_that_asks_for_cudnn_by_name_stops_and_writes_nothing(tmp_path: Pa
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
-def test_another_error_of_the_compiler_stops_a_run(
-    refusing: None, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+EITHER = pytest.mark.parametrize("refusing", [BY_THE_COMPILER, BY_JAX], ids=["compiling", "lowering"], indirect=True)
+
+
+@EITHER
+def test_another_error_stops_a_run(
+    refusing: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cudnn_calls, "_REFUSED", ("something else",))
-    with pytest.raises((jax.errors.JaxRuntimeError, DeviceError), match="No FFI handler"):
+    monkeypatch.setattr(cudnn_calls, "_REFUSED_BEFORE", {})
+    with pytest.raises((RuntimeError, ValueError), match=refusing):
         pretrain(run_of(tmp_path, corpus))
 
 
 def test_a_fallen_back_run_equals_one_by_blocks(
-    refusing: None, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    refusing: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No batch is lost to the first attempt, and the state is the same."""
     run = run_of(tmp_path, corpus)
@@ -139,6 +226,7 @@ def test_a_fallen_back_run_equals_one_by_blocks(
     assert losses(run) == losses(blocks)
 
 
+@EITHER
 @pytest.mark.usefixtures("refusing")
 def test_a_benchmarked_step_falls_back(capsys: pytest.CaptureFixture[str]) -> None:
     run = train.run_config(train.case_of("llama_1b"), toy=True)
@@ -149,7 +237,11 @@ def test_a_benchmarked_step_falls_back(capsys: pytest.CaptureFixture[str]) -> No
 SIZES = {"vocab_size": 61, "d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2, "head_dim": 8}
 
 
-@pytest.mark.parametrize("family", [LlamaConfig, T5Config])
+@pytest.mark.parametrize(
+    ("family", "refusing"),
+    [(LlamaConfig, BY_THE_COMPILER), (T5Config, BY_THE_COMPILER), (LlamaConfig, BY_JAX)],
+    indirect=["refusing"],
+)
 @pytest.mark.usefixtures("refusing")
 def test_prompts_are_read_by_blocks(family: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = build(family(**SIZES))
@@ -165,9 +257,9 @@ def test_prompts_are_read_by_blocks(family: Any, caplog: pytest.LogCaptureFixtur
     assert len(caplog.records) == 1  # said once, tried once
 
 
-@pytest.mark.usefixtures("refusing")
-def test_prompts_for_cudnn_by_name_are_refused() -> None:
+@EITHER
+def test_prompts_for_cudnn_by_name_are_refused(refusing: str) -> None:
     model = build(LlamaConfig(**SIZES, attention="cudnn"))
     params = init_params(model, jax.random.key(0))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No FFI handler"):
+    with pytest.raises((RuntimeError, ValueError), match=refusing):
         generate(model, params, [[5, 6]], max_new_tokens=4)

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from jaxllm.ops import backend
 from jaxllm.run import device
-from jaxllm.run.device import datasheet_peaks, has_bfloat16, nvidia_devices, prepare_process
+from jaxllm.run.device import datasheet_peaks, nvidia_devices, prepare_process
 
 
 def test_any_gpu_counts_and_control_files_do_not(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_a_process_is_prepared_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("backend", "facts", "has"),
+    ("platform", "facts", "has"),
     [
         ("gpu", {"compute_capability": "8.0"}, True),
         ("gpu", {"compute_capability": "9.0"}, True),
@@ -44,10 +45,10 @@ def test_a_process_is_prepared_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
         ("cpu", {}, False),
     ],
 )
-def test_bfloat16_units(backend: str, facts: dict[str, str], has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_bfloat16_units(platform: str, facts: dict[str, str], has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**facts)])
-    assert has_bfloat16() == has
+    assert backend.has_bfloat16() == has
 
 
 # device_kind -> dense 16-bit TFLOP/s and memory TB/s of NVIDIA's datasheets.
