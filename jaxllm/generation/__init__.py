@@ -1,7 +1,8 @@
 """Decoding with a functional cache: continue, stream, search, speculate, score.
 
 All take lists of token ids and return lists; they check and pad on the host, so they are called outside `jax.jit`. What
-they compile is public as well: `jaxllm.models.llama.decode` and `jaxllm.models.t5.decode`.
+they compile is public as well: `jaxllm.models.llama.decode` and `jaxllm.models.t5.decode`. For text there is
+`jaxllm.generation.text.TextModel`, which loads the tokenizers library and is therefore not imported here.
 """
 
 from jaxllm.generation.beam import Beam, BeamSettings, beam_search

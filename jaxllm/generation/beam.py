@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.loop import GenerateState, ban_end, ended, read_lengths, read_prompts, take_step
-from jaxllm.generation.requests import Settings, make_request
+from jaxllm.generation.requests import Request, Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
 from jaxllm.models.decoder import Decoder
@@ -140,26 +140,26 @@ def beam_search(
         >>> found[0][0].score >= found[0][1].score
         True
     """
+    _check_search(search, model.config.vocab_size, eos_ids)
+    sampling = Sampling(repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
+    options |= {"pad_id": pad_id, "cache_dtype": cache_dtype, "wraps": False}
+    return _best(make_request(model, params, prompts, **options), search)
+
+
+def _check_search(search: BeamSettings, vocab_size: int, eos_ids: Sequence[int]) -> None:
     if not isinstance(search, BeamSettings):
         raise ValueError(f"search must be a BeamSettings, e.g. BeamSettings(beams=4), got {search!r}")
     candidates = max(2, 1 + len(eos_ids)) * search.beams
-    if candidates > search.beams * model.config.vocab_size:
-        raise ValueError(f"{candidates} candidates exceed {search.beams} beams of {model.config.vocab_size} tokens")
-    request = make_request(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens),
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        cache_dtype=cache_dtype,
-        wraps=False,
-    )
+    if candidates > search.beams * vocab_size:
+        raise ValueError(f"{candidates} candidates exceed {search.beams} beams of {vocab_size} tokens")
+
+
+def _best(request: Request, search: BeamSettings) -> list[list[Beam]]:
     settings = request.settings._replace(samples=search.beams)
     arguments = settings, search, request.params, request.tokens, request.lengths, request.keys, request.limit
     out = fall_back(lambda decoder: _search(decoder, *arguments), request.decoder)
-    tokens, lengths, scores = (np.asarray(x)[:, : search.returned].tolist() for x in out)
+    tokens, lengths, scores = (np.asarray(each)[:, : search.returned].tolist() for each in out)
     return [
         [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]
         for row in zip(tokens, lengths, scores, strict=True)

@@ -36,7 +36,7 @@ def generate(
     decode: Decode | None = None,
     cache_dtype: str | None = None,
 ) -> list[list[int]]:
-    """New tokens after each prompt, up to `max_new_tokens`; a row ends with its first end token.
+    """New tokens of each prompt and sample, without the prompt; a row ends with its first end token.
 
     Args:
         model: a decoder, which continues its prompts, or an encoder-decoder, which answers them.
@@ -51,9 +51,6 @@ def generate(
         stop: strings that end a row; it is cut after the token that completes one.
         decode: ids to text, needed by `stop`.
         cache_dtype: int8 halves or quarters the cache; None stores it in the compute dtype.
-
-    Returns:
-        A list of new ids for each prompt and sample, without the prompt.
 
     Raises:
         ValueError: before anything is compiled, for an empty prompt, an id outside the vocabulary, no room in the
@@ -72,18 +69,9 @@ def generate(
         3
     """
     _check_stop(stop, decode)
-    request = make_request(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        seed=seed,
-        samples=samples,
-        cache_dtype=cache_dtype,
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
+    options |= {"pad_id": pad_id, "seed": seed, "samples": samples, "cache_dtype": cache_dtype}
+    request = make_request(model, params, prompts, **options)
     if stop:
         pieces = list(_stream(request, stop, decode))
         return [list(chain(*row)) for row in zip(*pieces, strict=True)]
@@ -124,18 +112,9 @@ def generate_stream(
         8
     """
     _check_stop(stop, decode)
-    request = make_request(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        seed=seed,
-        samples=samples,
-        cache_dtype=cache_dtype,
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
+    options |= {"pad_id": pad_id, "seed": seed, "samples": samples, "cache_dtype": cache_dtype}
+    request = make_request(model, params, prompts, **options)
     return _stream(request, stop, decode)
 
 

@@ -122,9 +122,6 @@ def generate_speculative(
         pad_id: fills the batch.
         seed: of the random choices.
 
-    Returns:
-        The new tokens of each prompt, and how many each forward of the model gave.
-
     Raises:
         ValueError: as `generate`, or for a draft model that doesn't fit.
 
