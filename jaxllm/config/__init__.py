@@ -1,4 +1,4 @@
-"""Settings: of models (`model`), of a run (`run`), and their YAML files (`file`)."""
+"""Settings: how one is declared (`setting`), those of models (`model`) and of a run (`run`), their YAML (`file`)."""
 
 from jaxllm.config.model import LlamaConfig, ModelConfig, Objective, RopeConfig, T5Config
 from jaxllm.config.run import DataConfig, Float, Island, OptimizerConfig, PrecisionConfig, RunConfig, TrainingConfig
