@@ -91,6 +91,7 @@ class _Iterator(grain.DatasetIterator[Batch]):
 
     def __next__(self) -> Batch:
         if not self._ready:
+            self._assert_not_closed()
             while len(self._jobs) < self._depth:
                 self._jobs.append(self._pool.submit(range(self._asked, self._asked + self._request)))
                 self._asked += self._request
@@ -132,6 +133,7 @@ class _Pool:
         self._task, self._workers = task, workers
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._processes: list[BaseProcess] = []
+        self._threads: list[threading.Thread] = []
 
     def submit(self, numbers: range) -> _Job:
         """Puts a job behind those that wait; the first one starts the workers."""
@@ -158,13 +160,16 @@ class _Pool:
             ) from None
 
     def close(self) -> None:
-        """Ends the workers, whatever they do; their threads end with them."""
+        """Ends the workers, whatever they do, and their threads: one that outlives the interpreter would abort it."""
+        processes, self._processes = self._processes, []
+        if not processes:  # grain closes again when the interpreter has taken its modules apart
+            return
         atexit.unregister(self.close)
-        for process in self._processes:
+        for process in processes:
             process.kill()
             self._jobs.put(None)
-        for process in self._processes:
-            process.join(_GRACE)
+        for each in (*self._threads, *processes):
+            each.join(_GRACE)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -178,7 +183,8 @@ class _Pool:
                 process.start()
                 theirs.close()  # or the end of the worker would not end the connection
                 self._processes.append(process)
-                threading.Thread(target=self._attend, args=(process, ours), daemon=True).start()
+                self._threads.append(threading.Thread(target=self._attend, args=(process, ours), daemon=True))
+                self._threads[-1].start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -21,7 +21,8 @@ import pytest
 from jaxllm.config import DataConfig
 from jaxllm.data import BatchError, DataError, workers
 from jaxllm.data.packing import Batch
-from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.pipeline import Pipeline
+from jaxllm.run.feed import build_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,39 +92,57 @@ def test_a_dead_or_stopped_worker_is_named(
         read(pipeline, 1)
 
 
-ENDLESS = """
+SCRIPT = """
 import multiprocessing, os, sys, time
 from jaxllm.config import DataConfig
-from jaxllm.data.pipeline import build_pipeline
+from jaxllm.run.feed import build_pipeline
 if __name__ == "__main__":
-    corpus, run = sys.argv[1:]
+    corpus, run, end = sys.argv[1:]
     config = DataConfig(source="files", path=corpus, sequence_length=32, validation_fraction=0.2, workers=2)
     pipeline = build_pipeline(config, vocab_size=420, batch_size=4, seed=3, run_dir=run)
     next(pipeline)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
-    time.sleep(600)
+    if end == "close":
+        pipeline.close()
+    elif end == "never":
+        time.sleep(600)
 """
+
+
+def run(corpus: Path, folder: Path, end: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A process that has made a batch, and its workers."""
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(folder / "script.py"), str(corpus), str(folder / "run"), end]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2
+    return process, pids
+
+
+@pytest.mark.parametrize("end", ["close", "forget"])
+def test_a_script_with_workers_ends_well(corpus: Path, tmp_path: Path, end: str) -> None:
+    """A thread that still attended to a worker would abort the interpreter on its way out."""
+    process, pids = run(corpus, tmp_path, end)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0 and not any(is_running(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_workers_end_with_a_killed_parent(corpus: Path, tmp_path: Path, stopped: bool) -> None:
-    (tmp_path / "endless.py").write_text(ENDLESS)
-    command = [sys.executable, str(tmp_path / "endless.py"), str(corpus), str(tmp_path / "run")]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert parent.stdout is not None
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
+    parent, pids = run(corpus, tmp_path, "never")
     if stopped:
         os.kill(pids[0], signal.SIGSTOP)
     parent.kill()
     parent.wait()
-    parent.stdout.close()
     if stopped:
         os.kill(pids[0], signal.SIGCONT)
     deadline = time.monotonic() + 20
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.05)
+    parent.communicate()
 
 
 def is_running(pid: int) -> bool:
