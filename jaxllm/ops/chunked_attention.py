@@ -20,8 +20,8 @@ from jaxllm.ops import backend
 from jaxllm.ops.linear import sum_of_outer
 from jaxllm.ops.masks import Pattern
 
-# A block of scores should fit a core's cache and still be an efficient matmul: 128 queries, or down to 64 for a quarter
-# of a causal sequence, whose blocks leave out the keys that they cannot see. Long sequences have 16 blocks.
+# A block of scores should fit a core's cache and still be an efficient matmul: 128 queries. In a causal sequence it is
+# at most a quarter, but at least 64, so that blocks leave out keys that they cannot see. Long sequences have 16 blocks.
 QUERY_BLOCK = 64
 _LARGE_BLOCK = 128
 _MOST_BLOCKS = 16

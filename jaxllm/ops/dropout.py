@@ -1,4 +1,4 @@
-"""Dropout from an explicit key; None turns it off, so that there is no training flag to forget."""
+"""Dropout from an explicit key; None turns it off, so that no training flag can be forgotten."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """T5's relative position bias: one learned number per head and bucket of distances (arXiv 1910.10683 section 2.1).
 
 Buckets are computed on the host, in integers: the logarithm of T5's rule may put a border one distance off on another
-platform. A bias depends on the distance alone, so the table is multiplied by one-hot rows of the T + S distances around
+platform. A bias depends on the distance alone. So the table is multiplied by one-hot rows of the T + S distances around
 zero, and row t of [N, T, S] is a slice of the result. The gradient is a sum and a small matmul, not a scatter of T * S
 terms. Out of scope: attention, which adds the bias to its scores.
 """
@@ -24,7 +24,7 @@ def relative_bucket(distance: np.ndarray, *, buckets: int, max_distance: int, bi
     """The bucket of each distance (key index minus query index).
 
     With `bidirectional`, half of the buckets are for keys after the query; else those share bucket 0. A direction has b
-    buckets. The first m = b // 2 hold one distance each, and bucket m + j starts at the first n with
+    buckets. The first m = b // 2 hold one distance each. Bucket m + j starts at the first n with
     n >= m * (max_distance / m) ** (j / (b - m)).
     """
     if bidirectional:

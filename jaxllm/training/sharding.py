@@ -119,7 +119,7 @@ def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) 
             return gradients(_whole(params, specs), rows, key, factor=factor, reduce=reduce)
 
         inputs = (specs, _ROWS, _COPIED, _COPIED)
-        # check_vma only matters to derivatives taken from outside.
+        # Derivatives are taken inside only, so check_vma (which values differ between devices) is not needed.
         shared = jax.shard_map(on_device, mesh=mesh, in_specs=inputs, out_specs=(_COPIED, specs), check_vma=False)
         return shared(params, batch, key, factor)
 
