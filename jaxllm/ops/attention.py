@@ -1,13 +1,14 @@
 """Scaled dot-product attention with grouped key/value heads; one dispatcher, and paths that give the same result.
 
-`reference` builds all scores and is the definition. `chunked` does the same work by blocks of queries, leaving out
-the keys that a causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused kernel of NVIDIA GPUs
+`reference` builds all scores and is the definition. `chunked` works by blocks of queries and leaves out the keys that a
+causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused kernel of NVIDIA GPUs
 (`jaxllm.ops.fused_attention`). `auto` takes `chunked` where jax refuses cuDNN while it traces. Grouped heads are never
 repeated: query heads are folded as [K, G]. Out of scope: projections, RoPE, caches.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,9 @@ from jaxllm.ops.linear import einsum
 from jaxllm.ops.masks import Pattern
 
 _log = logging.getLogger(__name__)
-_announced: set[str] = set()
+
+# Initialisation and prompts of a few tokens may take another path than the run does: their path is not logged.
+_TRIVIAL = 32
 
 Drop = Callable[[Array], Array]
 
@@ -44,20 +47,18 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T + bias) v over the keys that `pattern` shows; a query that sees none gives zeros.
 
-    cuDNN has one exception, see `fused_attention`.
-
-    `drop` (dropout, as a function) is applied to the softmax's weights, which only the reference path holds; only
-    there can its dtype be chosen, too (`softmax_dtype`; None is float32).
+    cuDNN has one exception, see `fused_attention`. Only path `reference` holds the softmax's weights, to which `drop`
+    (dropout, as a function) is applied, and has a choice of their dtype (`softmax_dtype`; None is float32).
 
     Raises:
-        ValueError: for an implementation that cannot do this, naming the reason and one that can.
+        ValueError: for an implementation that cannot do this, with the reason and an implementation that can.
     """
     if drop is not None or softmax_dtype not in (None, jnp.float32):
         if implementation not in ("auto", "reference"):
-            missing, fix = (
-                ("dropout", "dropout_rate: 0") if drop is not None else ("other softmax", "no softmax island")
-            )
-            raise ValueError(f"attention: {implementation} has no {missing}; use attention: auto or {fix}")
+            missing = "dropout; use attention: auto or dropout_rate: 0"
+            if drop is None:
+                missing = "other softmax; use attention: auto or no softmax island"
+            raise ValueError(f"attention: {implementation} has no {missing}")
         implementation = "reference"
     chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
     if chosen == "cudnn":
@@ -71,42 +72,35 @@ def attention(
     if chosen == "chunked":
         return chunked_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
     mask = pattern.mask(range(query.shape[1]), range(key.shape[1]))
-    options = {"scale": scale, "bias": bias, "drop": drop, "softmax_dtype": softmax_dtype}
-    return masked_attention(query, key, value, mask=mask, **options)
+    return masked_attention(
+        query, key, value, mask=mask, scale=scale, bias=bias, drop=drop, softmax_dtype=softmax_dtype
+    )
 
 
 def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, bias: Array | None = None) -> str:
     """The path that `attention` takes, logged once by name; one query per row needs no kernel."""
     if query.shape[1] == 1:
         return "reference"
-    packed = pattern.query_segments is not None
     obstacle = fused.obstacle(query, key, pattern=pattern, bias=bias)
     if implementation == "cudnn" and obstacle:
         raise ValueError(f"attention: cudnn cannot run this: {obstacle}; use attention: auto or chunked")
     if implementation != "auto":
         return implementation
-    on_gpu = backend.on_gpu()
-    if on_gpu and not obstacle:
-        chosen = "cudnn"
-    else:
-        chosen = "chunked" if query.shape[1] >= QUERY_BLOCK else "reference"
-    reason = obstacle if on_gpu else None
-    if chosen == "cudnn" and packed:
-        reason = "packed documents by codes in the heads"
+    chosen, reason = ("chunked" if query.shape[1] >= QUERY_BLOCK else "reference"), ""
+    if backend.on_gpu() and obstacle:
+        reason = f" ({obstacle})"
+    elif backend.on_gpu():
+        packed = pattern.query_segments is not None
+        chosen, reason = "cudnn", " (packed documents by codes in the heads)" if packed else ""
     if query.shape[1] > _TRIVIAL:
-        _announce(f"attention: {chosen}" + (f" ({reason})" if reason else ""))
+        _announce(f"attention: {chosen}{reason}")
     return chosen
 
 
-# Initialisation and prompts of a few tokens may take another path than the run does.
-_TRIVIAL = 32
-
-
+@functools.cache
 def _announce(note: str) -> None:
     """Logs a note once."""
-    if note not in _announced:
-        _announced.add(note)
-        _log.info(note)
+    _log.info(note)
 
 
 def masked_attention(
@@ -122,7 +116,7 @@ def masked_attention(
 ) -> Float[Array, "B T N H"]:
     """The definition, with all scores in memory; `mask` is [T, S] or [B, T, S], True = attend.
 
-    The softmax is float32 whatever the inputs, or `softmax_dtype`, and a fully masked row is zero, not NaN.
+    The softmax is float32 or `softmax_dtype`, and a fully masked row is zero, not NaN.
     """
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
@@ -135,8 +129,8 @@ def masked_attention(
             scores += bias.astype(wide).reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
         weights = _softmax(scores, mask).astype(query.dtype)
     # A hook point of jaxllm.study, by query heads.
-    shape = weights.shape
-    weights = checkpoint_name(weights.reshape(batch, heads, *shape[3:]), "attention_weights").reshape(shape)
+    by_head = weights.reshape(batch, heads, *weights.shape[3:])
+    weights = checkpoint_name(by_head, "attention_weights").reshape(weights.shape)
     if drop is not None:
         weights = drop(weights)
     return einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
@@ -146,6 +140,6 @@ def _softmax(scores: Float[Array, "B K G T S"], mask: Array | None) -> Float[Arr
     if mask is None:
         return jax.nn.softmax(scores, axis=-1)
     mask = mask[None, None, None] if mask.ndim == 2 else mask[:, None, None]
-    # -inf would make 0 * NaN of a row that sees nothing; the finite minimum and the second where make it zero.
+    # -inf would give NaN in a row that sees nothing. The finite minimum and the second where make it zero.
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.where(mask, weights, 0)

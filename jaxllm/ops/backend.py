@@ -1,9 +1,9 @@
-"""Every choice that depends on the platform, and every form written for one compiler's sake.
+"""Every choice that depends on the platform, and every form written for one compiler.
 
-A choice is made while a program is traced, for the default backend of the process. A function for one compiler has
-the same four parts: what is done and why; `Figure`, what was measured; `Seen`, with which jaxlib; `Shown by`, a row of
-`benchmarks/workarounds.py` or a test. When that shows no gain with a newer jaxlib, the function and its callers' branch
-can go. What cuDNN can and cannot do is in `jaxllm.ops.cudnn_calls` and `jaxllm.ops.fused_attention`.
+A choice is made while a program is traced, for the default backend of the process. A function for one compiler states
+what it does and why; `Figure`, a measurement; `Seen`, its jaxlib; and `Shown by`, a row of `benchmarks/workarounds.py`
+or a test. Where a newer jaxlib shows no gain, the function and the branches of its callers can go. The limits of cuDNN
+are in `jaxllm.ops.cudnn_calls` and `jaxllm.ops.fused_attention`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,12 @@ def has_bfloat16() -> bool:
 
 
 def matmul_output(dtype: Any) -> Any:
-    """The output dtype to ask of a matmul that accumulates in float32 and whose result is rounded to `dtype`.
+    """The output dtype of a matmul whose float32 accumulator is rounded to `dtype` afterwards.
 
-    A GPU's matrix units accumulate in float32 for any output, and a float32 output is written and read once more.
-    XLA:CPU is slow at a 16-bit output, so float32 is asked for and cast.
-
+    A GPU accumulates in float32 for any output, and a float32 output would be written and read once more. XLA:CPU is
+    slow at a 16-bit output.
     Figure: a 16-bit output takes 20 times as long on a CPU with AMX, 1.6 times on one without.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `16-bit output`.
+    Seen: jaxlib 0.10.2. Shown by: row `16-bit output`.
     """
     return dtype if on_gpu() else jnp.promote_types(dtype, jnp.float32)
 
@@ -58,11 +56,9 @@ _TRANSPOSED_ROWS = 8
 def needs_explicit_transpose(left: Float[Array, "*B N D"]) -> bool:
     """Whether left^T @ right is faster with a transpose of `left` that the matmul cannot absorb.
 
-    XLA:CPU multiplies in bfloat16 only where neither operand is transposed; else it converts both to float32.
-
+    XLA:CPU multiplies in bfloat16 only where neither operand is transposed. Else it converts both to float32.
     Figure: such a matmul is 1.5 to 3 times as fast.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `explicit transpose`.
+    Seen: jaxlib 0.10.2. Shown by: row `explicit transpose`.
     """
     low = jnp.promote_types(left.dtype, jnp.float32) != left.dtype
     return low and left.shape[-2] % _TRANSPOSED_ROWS == 0 and not on_gpu()
@@ -78,12 +74,10 @@ def explicit_transpose(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
 def transposes_second(left: Float[Array, "N D"], right: Float[Array, "N F"]) -> bool:
     """Whether left^T @ right is faster as (right^T @ left)^T.
 
-    XLA:CPU transposes the first operand, fused with what computes it: that should be the narrower one.
-
-    Figure: a float32 train step takes 1.01 times the processor time without, within the noise. It can go once XLA's GPU
-    compiler has shown that its programs do not get worse.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `narrower operand first`.
+    XLA:CPU transposes the first operand, fused with what computes it. The narrower operand should be first.
+    Figure: a float32 train step takes 1.01 times the processor time without, within the noise. The form can go once GPU
+    programs are shown not to get worse.
+    Seen: jaxlib 0.10.2. Shown by: row `narrower operand first`.
     """
     return left.shape[1] > right.shape[1] and not needs_explicit_transpose(left)
 
@@ -91,33 +85,28 @@ def transposes_second(left: Float[Array, "N D"], right: Float[Array, "N F"]) -> 
 def halves_sum(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> bool:
     """Whether one row times a matrix is faster as two matmuls, each over half of the sum.
 
-    XLA:CPU then shares the reading of the matrix between cores. Larger matrices, and more rows, it reads faster whole.
-
+    XLA:CPU then shares the reading of the matrix between cores. Larger matrices, or more rows, are faster whole.
     Figure: 1.5 times as fast for a few MB; a decoding step of one row is 1.2 to 1.4 times as fast.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `half of the sum`.
+    Seen: jaxlib 0.10.2. Shown by: row `half of the sum`.
     """
     return on_cpu() and x.size == len(kernel) and x.size % 2 == 0 and kernel.size <= 2**21
 
 
 def stores_by_outputs(kernel: Float[Array, "D F"]) -> bool:
-    """Whether decoding stores a matrix as [F, D]: by rows of its inputs, where those are long.
+    """Whether decoding stores a matrix as [F, D], with its inputs last, where those are many.
 
-    The layout is that of all platforms, so that parameters prepared for decoding do not depend on one.
-
+    The layout is the same on all platforms, so that parameters prepared for decoding do not depend on one.
     Figure: with the longer axis last a CPU reads it 1.2 to 1.5 times as fast.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `stored by outputs`.
+    Seen: jaxlib 0.10.2. Shown by: row `stored by outputs`.
     """
     return kernel.shape[0] > kernel.shape[1] or kernel.shape[0] >= 768
 
 
 def multiplies_table_first() -> bool:
-    """Whether x @ table^T is faster as (table @ x^T)^T, behind a barrier that keeps XLA from turning it round.
+    """Whether x @ table^T is faster as (table @ x^T)^T, behind a barrier that keeps XLA from reordering it.
 
     Figure: 1.3 to 1.6 times as fast for 8 rows and a table of 8 MB.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `table first`.
+    Seen: jaxlib 0.10.2. Shown by: row `table first`.
     """
     return on_cpu()
 
@@ -126,13 +115,11 @@ _BLOCK = 64
 
 
 def fast_argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The index of the largest number, the first of equal ones; some index where there are NaNs.
+    """The index of the largest number, the first of equal ones; any valid index where there are NaNs.
 
     XLA:CPU's argmax is a scalar loop. The maximum of each block is vectorised, and two short argmaxes find its place.
-
     Figure: 10 times as fast on a CPU.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `argmax by blocks`.
+    Seen: jaxlib 0.10.2. Shown by: row `argmax by blocks`.
     """
     *batch, width = x.shape
     if not on_cpu() or width <= _BLOCK:
@@ -148,10 +135,8 @@ def largest_magnitude(x: Float[Array, ...], *, axis: int) -> Float[Array, ...]:
     """The largest |x| over an axis, NaN where there is one.
 
     XLA:CPU's maximum of a large array leaves NaNs out.
-
     Figure: a wrong answer, not a slow one.
-    Seen: jaxlib 0.10.2.
-    Shown by: tests/ops/test_backend.py, `test_xla_cpu_still_leaves_nan_out_of_a_maximum`.
+    Seen: jaxlib 0.10.2. Shown by: tests/ops/test_backend.py, `test_xla_cpu_still_leaves_nan_out_of_a_maximum`.
     """
     return jnp.where(jnp.any(jnp.isnan(x), axis=axis), jnp.nan, jnp.max(jnp.abs(x), axis=axis))
 
@@ -160,27 +145,20 @@ def sum_by_matmul(x: Float[Array, ...], axis: int, *, keepdims: bool = False) ->
     """The sum over an axis that is not the last, in float32, as a matmul with ones.
 
     XLA:CPU is slow at reducing a major axis.
-
     Figure: jnp.sum takes 20 to 50 times as long on a CPU.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `sum as a matmul`.
+    Seen: jaxlib 0.10.2. Shown by: row `sum as a matmul`.
     """
     ones = jnp.ones((1, x.shape[axis]) if keepdims else x.shape[axis], x.dtype)
-    return jax.lax.dot_general(
-        ones,
-        x,
-        (((ones.ndim - 1,), (axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    )
+    axes = ((ones.ndim - 1,), (axis,)), ((), ())
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(ones, x, axes, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
 def reduces_pairs() -> bool:
     """Whether a maximum and the sum of exponentials from it are computed in one reduction, which reads logits once.
 
     Figure: XLA:CPU takes 6 to 14 times as long for it as for two reductions (256 rows of 32,000, a busy machine).
-    Seen: jaxlib 0.10.2.
-    Shown by: row `two reductions`.
+    Seen: jaxlib 0.10.2. Shown by: row `two reductions`.
     """
     return on_gpu()
 
@@ -188,12 +166,9 @@ def reduces_pairs() -> bool:
 def norms_a_second_row(x: Float[Array, "*B D"]) -> bool:
     """Whether the norm of a single row is computed as the first of two.
 
-    XLA's GPU compiler makes one kernel of a norm over several rows, and two of a norm over one: a sum down to a scalar
-    and what follows.
-
+    XLA's GPU compiler makes one kernel of a norm over several rows. For one row it makes two: a sum and the rest.
     Figure: a decoding step of one row takes 13 kernels a layer instead of 16, the caches' layout included.
-    Seen: jaxlib 0.10.2 and 0.11.2.
-    Shown by: tests/structure/test_gpu_programs.py, `test_decoding`.
+    Seen: jaxlib 0.10.2 and 0.11.2. Shown by: tests/structure/test_gpu_programs.py, `test_decoding`.
     """
     return x.size == x.shape[-1] and on_gpu()
 
@@ -202,10 +177,8 @@ def joins_keys_and_values(batch: int) -> bool:
     """Whether a layer's cache is one array for keys and values, which a decoding step updates in one kernel.
 
     Several rows keep two arrays: XLA's fused softmax needs the keys of each row in one piece.
-
     Figure: a decoding step of one row takes 13 kernels a layer instead of 16 on a GPU, the norms' second row included.
-    Seen: jaxlib 0.10.2 and 0.11.2.
-    Shown by: tests/structure/test_gpu_programs.py, `test_decoding`.
+    Seen: jaxlib 0.10.2 and 0.11.2. Shown by: tests/structure/test_gpu_programs.py, `test_decoding`.
     """
     return on_gpu() and batch == 1
 
@@ -214,10 +187,8 @@ def attends_by_matmul(*dtypes: Any) -> bool:
     """Whether one query per row attends to a cache of these dtypes by matmuls, instead of by multiply-and-sum.
 
     XLA fuses multiply-and-sum with the conversion of a narrow cache.
-
     Figure: a CPU reads a float32 cache 2 to 5 times as fast by matmuls.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `attention to a cache by matmul`.
+    Seen: jaxlib 0.10.2. Shown by: row `attention to a cache by matmul`.
     """
     return on_cpu() and all(dtype == jnp.float32 for dtype in dtypes)
 
@@ -226,42 +197,37 @@ def attends_one_head_at_a_time(groups: int) -> bool:
     """Whether `attends_by_matmul` takes one matmul for each of the query heads of a key head.
 
     Figure: up to 1.8 times as fast for two query heads on a CPU.
-    Seen: jaxlib 0.10.2.
-    Shown by: row `attention head by head`.
+    Seen: jaxlib 0.10.2. Shown by: row `attention head by head`.
     """
     return groups <= 2
 
 
 class Form(NamedTuple):
-    """A way of writing something, right on every platform, that one compiler is fast at; no branch depends on it."""
+    """A way of writing something that one compiler is fast at, without a branch; shown by the row of its name."""
 
     place: str
     reason: str
     figure: str
     seen: str
-    shown_by: str
 
 
 FORMS = {
     "four axes": Form(
-        place="jaxllm.ops.chunked_attention._scores",
+        "jaxllm.ops.chunked_attention._scores",
         reason="XLA:CPU fuses a softmax over [B, K, G * T, S]; over [B, K, G, T, S] each step is a pass over memory",
         figure="with `maxima` and larger blocks, a train step takes 0.88 to 1.00 of the time; a softmax alone, no less",
         seen="jaxlib 0.10.2",
-        shown_by="row `four axes`",
     ),
     "maxima": Form(
-        place="jaxllm.ops.chunked_attention._forward",
-        reason="XLA:CPU fuses two maxima where selections for queries that see nothing would be a pass over memory",
+        "jaxllm.ops.chunked_attention._forward",
+        reason="XLA:CPU fuses two maxima; selections for queries that see nothing would be a pass over memory",
         figure="1.1 times the processor time without, for the softmax alone",
         seen="jaxlib 0.10.2",
-        shown_by="row `maxima`",
     ),
     "slices of a bias": Form(
-        place="jaxllm.ops.relative_bias._lay_out",
-        reason="slices are written once, where XLA:CPU would fuse reshapes into the softmax of every layer",
+        "jaxllm.ops.relative_bias._lay_out",
+        reason="slices are written once; XLA:CPU would fuse reshapes into the softmax of every layer",
         figure="1.04 times the processor time without, for two layers' softmax",
         seen="jaxlib 0.10.2",
-        shown_by="row `slices of a bias`",
     ),
 }

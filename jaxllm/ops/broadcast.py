@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 
 def rows_of(vector: Float[Array, " D"], like: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """`vector` repeated to the shape of `like`, in its own dtype."""
+    """`vector` repeated to the shape of `like`, in the vector's dtype."""
     if vector.dtype in (jnp.bfloat16, jnp.float16):
         return _rows(like.shape, vector)
     return jnp.broadcast_to(vector, like.shape)
@@ -25,12 +25,8 @@ def _rows(shape: tuple[int, ...], vector: Array) -> Array:
     return jnp.broadcast_to(vector, shape)
 
 
-def _rows_forward(shape: tuple[int, ...], vector: Array) -> tuple[Array, None]:
-    return _rows(shape, vector), None
-
-
 def _rows_backward(shape: tuple[int, ...], saved: None, grad: Array) -> tuple[Array]:
     return (jnp.sum(grad, axis=tuple(range(grad.ndim - 1)), dtype=jnp.float32).astype(grad.dtype),)
 
 
-_rows.defvjp(_rows_forward, _rows_backward)
+_rows.defvjp(lambda shape, vector: (_rows(shape, vector), None), _rows_backward)

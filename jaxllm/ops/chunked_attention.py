@@ -1,9 +1,9 @@
 """Attention by blocks of queries, for any device and shape: what `attention` runs where no fused kernel can.
 
-A block sees only the keys that its causal or windowed pattern can show, and only a block of scores exists at a time in
-the forward pass. The backward pass is written out: it takes the unnormalised weights of a block as they were, or where
-those of all blocks are large, computes them again from each query's largest score (arXiv 2205.14135, section 3.1);
-and it sums a key's gradients over the blocks in float32.
+A block sees only the keys that its causal or windowed pattern can show. The forward pass holds one block of scores at a
+time. The backward pass is written out and sums a key's gradients over the blocks in float32. It uses saved unnormalised
+weights. Where those of all blocks are large, it computes them again from each query's largest score (arXiv 2205.14135,
+section 3.1).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxllm.ops import backend
 from jaxllm.ops.linear import sum_of_outer
 from jaxllm.ops.masks import Pattern
 
-# A block of scores should fit a core's cache and still be an efficient matmul: up to 128 queries, or a quarter of a
-# causal sequence, whose blocks leave out the keys that they cannot see. Long sequences have 16 blocks.
+# A block of scores should fit a core's cache and still be an efficient matmul: 128 queries. In a causal sequence it is
+# at most a quarter, but at least 64, so that blocks leave out keys that they cannot see. Long sequences have 16 blocks.
 QUERY_BLOCK = 64
 _LARGE_BLOCK = 128
 _MOST_BLOCKS = 16
@@ -54,7 +54,7 @@ def chunked_attention(
 
 
 class _Rule(NamedTuple):
-    """What is known when the program is traced; with `keep` the weights are saved for the backward pass."""
+    """Constants of a trace; with `keep` the weights are saved for the backward pass."""
 
     scale: float
     causal: bool
@@ -108,8 +108,8 @@ def _forward(rule: _Rule, operands: _Operands, pattern: Pattern) -> tuple[Array,
     outputs, largests, totals, kept = [], [], [], []
     for rows, columns in _blocks(rule, query.shape[3], key.shape[3]):
         scores = _scores(rule, operands, pattern, rows, columns)
-        # A query that sees nothing has the minimum everywhere: measured from half of it, all its weights vanish. The
-        # largest weight of any other query is 1. Maxima instead of selections: `maxima` of `backend.FORMS`.
+        # A query that sees nothing has the minimum everywhere. Measured from half of it, all its weights vanish, and
+        # every other query's largest weight is 1. Maxima instead of selections: `maxima` of `backend.FORMS`.
         largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min / 2)
         weights = jnp.exp(scores - largest)
         total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
@@ -120,45 +120,33 @@ def _forward(rule: _Rule, operands: _Operands, pattern: Pattern) -> tuple[Array,
         totals.append(unfold(total))
         kept.append(weights if rule.keep else None)
     out, largest, total = (jnp.concatenate(parts, axis=3) for parts in (outputs, largests, totals))
-    # The backward pass takes the output before it is rounded: all scores of a query share the error of their mean,
-    # and similar keys do not average it out (arXiv 2510.04212).
+    # The backward pass takes the output before it is rounded. All scores of a query share the error of their mean, and
+    # similar keys do not average it out (arXiv 2510.04212).
     return out.astype(query.dtype), (operands, pattern, out, largest, total, kept)
 
 
 class _Queries(NamedTuple):
-    """What the backward pass needs of each query, [B, K, G, T, *].
+    """What the backward pass needs of each query, [B, K, G, T, *]; see `_prepare_queries`."""
 
-    Attributes:
-        query: times `root`, in the compute dtype.
-        grad: the output's gradient times `before`, in the compute dtype.
-        mean: the mean of the weights' gradients under the softmax, sum(grad * out).
-        after: see `_split_normaliser`.
-        root: its square root.
-    """
-
-    query: Array
-    grad: Array
-    mean: Array
+    query: Array  # times `root`, in the compute dtype
+    grad: Array  # the output's gradient times `before`, in the compute dtype
+    mean: Array  # of the weights' gradients under the softmax, sum(grad * out)
     after: Array
-    root: Array
+    root: Array  # the square root of `after`
 
     def block(self, rows: slice) -> _Queries:
         return _Queries(*(_fold(x[..., rows, :]) for x in self))
 
 
-def _split_normaliser(total: Array, dtype: Any) -> tuple[Array, Array]:
-    """1 / total as two factors, `before` and `after`, one of which is 1.
+def _prepare_queries(query: Array, grad: Array, out: Array, total: Array) -> _Queries:
+    """Splits 1 / total, which the unnormalised weights leave to every gradient, into `before` and `after`.
 
-    The saved weights are unnormalised, so every gradient still needs 1 / total. `before` is applied to the output's
-    gradient. In float16 that would underflow. There `after` is applied to the weights for dV, and its square root to
-    the scores' gradients and to the queries for dK, because all of it could underflow in the queries too.
+    `before` is applied to the output's gradient. In float16 that would underflow. There `after` is applied to the
+    weights for dV. Its square root is applied to the scores' gradients and to the queries for dK, because all of it
+    could underflow in the queries too.
     """
     inverse, one = 1 / total, jnp.ones_like(total)
-    return (one, inverse) if dtype == jnp.float16 else (inverse, one)
-
-
-def _prepare_queries(query: Array, grad: Array, out: Array, total: Array) -> _Queries:
-    before, after = _split_normaliser(total, query.dtype)
+    before, after = (one, inverse) if query.dtype == jnp.float16 else (inverse, one)
     root = jnp.sqrt(after)
     scaled_query, scaled_grad = (query * root).astype(query.dtype), (grad * before).astype(query.dtype)
     mean = jnp.sum(_fold(scaled_grad).astype(total.dtype) * _fold(out), axis=-1, keepdims=True)
@@ -189,9 +177,11 @@ def _backward(rule: _Rule, saved: Any, grad: Array) -> tuple[_Operands, None]:
         weight_grad = _dot("bkqh,bkhs->bkqs", block.grad, value[..., columns])
         score_grad = weights.astype(total.dtype) * (weight_grad - block.mean)
         if bias is not None:
-            bias_grads.append(
-                _among_all(_bias_gradient(score_grad * block.after, bias), columns, keys).astype(bias.dtype)
-            )
+            bias_grad = score_grad * block.after
+            if len(bias) != len(bias_grad):
+                bias_grad = backend.sum_by_matmul(bias_grad, axis=0, keepdims=True)
+            bias_grad = _among_all(_unfold(query.shape[2], bias_grad), columns, keys)
+            bias_grads.append(bias_grad.astype(bias.dtype))
         score_grad = (rule.scale * score_grad * block.root).astype(dtype)
         query_grad = _dot("bkqs,bkhs->bkqh", score_grad, key[..., columns]) * block.root
         query_grads.append(_unfold(query.shape[2], query_grad.astype(dtype)))
@@ -199,13 +189,6 @@ def _backward(rule: _Rule, saved: Any, grad: Array) -> tuple[_Operands, None]:
     query_grad = jnp.concatenate(query_grads, axis=3)
     bias_grad = None if bias is None else jnp.concatenate(bias_grads, axis=3)
     return _Operands(query_grad, key_grad.astype(dtype), value_grad.astype(dtype), bias_grad), None
-
-
-def _bias_gradient(score_grad: Array, bias: Array) -> Array:
-    """The gradients of a block's scores, summed over the batch where the bias is broadcast over it."""
-    if bias.shape[0] != score_grad.shape[0]:
-        score_grad = backend.sum_by_matmul(score_grad, axis=0, keepdims=True)
-    return _unfold(bias.shape[2], score_grad)
 
 
 _attend.defvjp(_forward, _backward)
@@ -226,5 +209,5 @@ def _unfold(groups: int, x: Array) -> Array:
 
 
 def _among_all(part: Array, columns: slice, keys: int) -> Array:
-    """A block's columns among those of all keys, with zeros elsewhere: XLA fuses such sums over the blocks."""
+    """A block's columns padded with zeros to all keys: XLA fuses such sums over the blocks."""
     return jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(columns.start, keys - columns.stop)])

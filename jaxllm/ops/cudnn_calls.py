@@ -1,8 +1,8 @@
 """The calls of cuDNN's attention by class, and which classes are avoided: one table, so that a finding changes one row.
 
 `benchmarks/gpu/probe.py` compares a call of every class with float32 on a GPU and names the row that a bad answer
-changes. cuDNN's own limits are in `jaxllm.ops.fused_attention.obstacle`. What cuDNN refuses in spite of both is known
-when a program is lowered or compiled, by the error's type and message (`refused`).
+changes. cuDNN's limits are in `jaxllm.ops.fused_attention.obstacle`. `refused` recognises what cuDNN refuses in spite
+of both, by the error of the lowering or compilation.
 """
 
 from __future__ import annotations
@@ -15,19 +15,10 @@ import jax
 
 
 class Call(NamedTuple):
-    """What a class may depend on.
+    """What a class may depend on; a bias counts as one with a gradient.
 
-    Attributes:
-        generation: major compute capability of the GPU; 9 is Hopper.
-        dtype: of queries, keys and values.
-        queries: length of a row.
-        keys: length of a row.
-        width: of a head, document codes included.
-        causal: whether keys after the query are hidden.
-        window: whether keys long before the query are hidden too.
-        bias: whether the scores have one; the gradient of a bias is assumed to be wanted.
-        lengths: whether cuDNN gets the number of real keys of each row (its padding mask).
-        packed: whether heads end with document codes.
+    `generation` is the major compute capability of the GPU, 9 for Hopper. `width` is that of a head, which ends with
+    document codes where it is `packed`. `lengths` is cuDNN's padding mask: the number of real keys of each row.
     """
 
     generation: int
@@ -48,33 +39,32 @@ class CallClass(NamedTuple):
     Attributes:
         name: what the calls have in common.
         holds: whether a call is one of them.
-        avoided: whether cuDNN is not asked for them; set it after a wrong or refused answer of the probe.
         reason: what is wrong, or what may be.
         evidence: who has seen it, and where.
+        avoided: whether such calls do not go to cuDNN; set it after a wrong or refused answer of the probe.
         instead: what an avoided call becomes: blocks in plain JAX, or the same kernel with lengths as document codes.
     """
 
     name: str
     holds: Callable[[Call], bool]
-    avoided: bool
-    reason: str
-    evidence: str
+    reason: str = "none"
+    evidence: str = "none"
+    avoided: bool = False
     instead: Literal["chunked", "codes"] = "chunked"
 
 
-# From the narrowest class to all calls. No row but the first has been seen to be wrong, and none has run on a card yet.
+# From the narrowest class to all calls. Only the first was seen to be wrong, and none has run on a card yet.
 CALL_CLASSES = (
     CallClass(
         "bias, 64 keys beyond a multiple of 128",
         lambda call: call.generation == 9 and call.bias and call.keys % 128 == 64,
-        avoided=True,
         reason="the gradient of a query is NaN on Hopper where all of its scores are below about -89",
         evidence="pytorch#196678 and cudnn-frontend#628: cuDNN 9.20 to 9.30 on H100 and H200",
+        avoided=True,
     ),
     CallClass(
         "bias and lengths",
         lambda call: call.bias and call.lengths,
-        avoided=False,
         reason="cuDNN's frontend allows a bias gradient with a padding mask from 9.5 on; Transformer Engine refuses it",
         evidence="sources of both; no report of a wrong answer",
         instead="codes",
@@ -82,111 +72,84 @@ CALL_CLASSES = (
     CallClass(
         "window and bias",
         lambda call: call.window and call.bias,
-        avoided=False,
         reason="cuDNN's frontend allows it from 9.10.2 on; Transformer Engine refuses it",
         evidence="sources of both",
     ),
     CallClass(
-        "bias rows that are no multiple of 16 bytes",
+        "bias rows that are not a multiple of 16 bytes",
         lambda call: call.bias and call.keys % 8 != 0,
-        avoided=False,
         reason="a row of T5's decoder of 114 has 228 bytes, which no vector load fits",
         evidence="derived; no report",
     ),
     CallClass(
         "document codes beyond a head of 128",
         lambda call: call.packed and call.width > 128,
-        avoided=False,
         reason="kernels for heads wider than 128 are others, and slow in the backward pass",
         evidence="derived; no report",
     ),
     CallClass(
         "document codes",
         lambda call: call.packed,
-        avoided=False,
         reason="a head of 72 or 80 is padded to 128",
         evidence="derived; no report",
     ),
     CallClass(
         "queries that fill no tile, without any mask",
         lambda call: not (call.causal or call.lengths or call.bias) and call.queries % 64 != 0,
-        avoided=False,
         reason="gradients of keys are NaN on Hopper for one query whose scores are strongly negative; with lengths not",
-        evidence="cudnn-frontend#1072 (cuDNN 9.25 and 9.26); one query takes the reference path here",
+        evidence="cudnn-frontend#1072 (cuDNN 9.25 and 9.26); one query takes path `reference` here",
     ),
-    CallClass(
-        "bias", lambda call: call.bias, avoided=False, reason="its gradient takes a workspace", evidence="source"
-    ),
-    CallClass("window", lambda call: call.window, avoided=False, reason="none", evidence="none"),
-    CallClass("lengths", lambda call: call.lengths, avoided=False, reason="none", evidence="none"),
-    CallClass("float16", lambda call: call.dtype == "float16", avoided=False, reason="none", evidence="none"),
-    CallClass("all calls", lambda call: True, avoided=False, reason="none", evidence="none"),
+    CallClass("bias", lambda call: call.bias, reason="its gradient takes a workspace", evidence="source"),
+    CallClass("window", lambda call: call.window),
+    CallClass("lengths", lambda call: call.lengths),
+    CallClass("float16", lambda call: call.dtype == "float16"),
+    CallClass("all calls", lambda call: True),
 )
 
 
 def narrowest(call: Call) -> CallClass:
-    """The first row that a call belongs to: the one that a finding about it changes."""
+    """The first row that a call belongs to, which a finding about the call changes."""
     return next(row for row in CALL_CLASSES if row.holds(call))
 
 
 def avoided(call: Call) -> CallClass | None:
-    """The row because of which cuDNN is not asked for a call."""
+    """The first row that keeps a call from cuDNN."""
     return next((row for row in CALL_CLASSES if row.avoided and row.holds(call)), None)
 
 
-# What cuDNN's frontend and XLA's callers of it write, and what is wrong with the machine rather than with the call.
-# They are errors of the compiler.
+# Compiler errors: by cuDNN's frontend and XLA's callers of it, and by a machine that is at fault instead of the call.
 _REFUSED = ("cudnn", "fmha", "no valid engine", "execution plan")
-_OTHERS = (
-    "resource_exhausted",
-    "out of memory",
-    "alloc_failed",
-    "not_initialized",
-    "initialization failed",
-    "execution_failed",
-    "internal_error",
-    "deadline_exceeded",
+_OTHERS = re.compile(
+    "resource_exhausted|out of memory|alloc_failed|not_initialized|initialization failed|execution_failed"
+    "|internal_error|deadline_exceeded"
 )
 _HEAD = 600  # characters of a message that state its cause; programs and tables of buffers follow
 
-
 # What jax's checks of a cuDNN attention raise before there is a program to compile, in
 # jax/_src/cudnn/fused_attention_stablehlo.py of jax 0.10.2 and 0.11.2.
-_REFUSED_BEFORE: dict[type[BaseException], tuple[str, ...]] = {
-    RuntimeError: ("cudnn",),  # "cuDNN is not detected."
-    NotImplementedError: (
-        "cudnn version",
-        "q must be fp16/bf16",
-        "the head dim must be <=",
-        "unsupported sequence length q",
-        "packed layout requires a gpu",
-        "currently only support batch_dim",
+_REFUSED_BEFORE: dict[type[BaseException], re.Pattern[str]] = {
+    RuntimeError: re.compile("cudnn"),  # "cuDNN is not detected."
+    NotImplementedError: re.compile(
+        "cudnn version|q must be fp16/bf16|the head dim must be <=|unsupported sequence length q"
+        "|packed layout requires a gpu|currently only support batch_dim"
     ),
-    ValueError: (
-        "qkv rank must be same",
-        "qkv dtype must be same",
-        "q must have a rank of 4",
-        "qk must have same head dim",
-        "kv must have same",
-        "bias must have same seq length",
-        "q_seqlen must have",
-        "kv_seqlen must have",
-        "query, key and value should have same sharding",
-        "query and bias should have same sharding",
-        "sharding on sequence dim",
-        "sharding on head dim",
-        "sharding on bias sequence dim",
+    ValueError: re.compile(
+        "qkv rank must be same|qkv dtype must be same|q must have a rank of 4|qk must have same head dim"
+        "|kv must have same|bias must have same seq length|q_seqlen must have|kv_seqlen must have"
+        "|query, key and value should have same sharding|query and bias should have same sharding"
+        "|sharding on (bias )?sequence dim|sharding on head dim"
     ),
 }
 
 
 def refused(error: BaseException) -> bool:
-    """Whether an error says that cuDNN cannot run an attention, raised by the compiler or by jax's own checks."""
+    """Whether cuDNN cannot run an attention, by an error of the compiler or of jax's checks."""
     text = str(error).lower()
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return any(sign in text[:_HEAD] for sign in _REFUSED) and not any(sign in text for sign in _OTHERS)
+        return any(sign in text[:_HEAD] for sign in _REFUSED) and not _OTHERS.search(text)
     # The exact class: errors of this package are subclasses.
-    return any(sign in text for sign in _REFUSED_BEFORE.get(type(error), ()))
+    before = _REFUSED_BEFORE.get(type(error))
+    return before is not None and bool(before.search(text))
 
 
 def calls_in(program: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Dropout from an explicit key; no key is no dropout, so that there is no training flag to forget."""
+"""Dropout from an explicit key; None turns it off, so that no training flag can be forgotten."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from jaxtyping import Array, Float
 
 
 def dropout(x: Float[Array, "*B"], key: Array | None, *, rate: float) -> Float[Array, "*B"]:
-    """Zeroes a part `rate` of x and divides the rest by 1 - rate (arXiv 1207.0580)."""
+    """Zeroes a fraction `rate` of x and divides the rest by 1 - rate (arXiv 1207.0580)."""
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    # In float32: 1 - rate rounded to 16 bits would be a factor on every activation, up to 0.2 % off in bfloat16.
+    # In float32: 1 - rate rounded to bfloat16 would scale every activation up to 0.2 % wrong.
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.where(kept, wide / (1 - rate), 0).astype(x.dtype)
 
 
 def split_keys(key: Array | None, count: int) -> tuple[Array | None, ...]:
-    """Independent keys for `count` places; None stays None."""
+    """`count` independent keys; None gives as many Nones."""
     return (None,) * count if key is None else tuple(jax.random.split(key, count))

@@ -8,9 +8,9 @@ document d a vector of signs c(d), which is appended, times a size a, to the hea
     scale * (<q, k> + a^2 <c(d), c(e)>) = scale * <q, k> + constant - margin * (number of signs that differ)
 
 with margin = 2 * scale * a^2. The softmax cancels the constant. Codes of two documents differ in at least one sign,
-mostly in two, and a margin is so large that the softmax rounds those weights to zero. The kernel stays the fused one,
-grouped heads and bias included, and a head is wider by 8 or 16. jax also has a packed layout for cuDNN. It is private,
-strides keys by the number of query heads and bounds the documents of a row, so it is not used.
+mostly in two, and one margin is enough for the softmax to round those weights to zero. The kernel stays fused, grouped
+heads and bias included, and a head is wider by 8 or 16. jax also has a packed layout for cuDNN. It is private, strides
+keys by the number of query heads and bounds the documents of a row, so it is not used.
 """
 
 from __future__ import annotations
@@ -26,62 +26,14 @@ from jaxllm.ops import backend
 from jaxllm.ops.cudnn_calls import Call, avoided
 from jaxllm.ops.masks import Pattern
 
-# Penalty of a scaled score for each sign that differs. 104 would be enough for exp to underflow in float32; the rest is
-# headroom for scores of other documents, which reach hundreds. More would cost digits: every sign that is equal adds
-# half a margin to a score.
+# Penalty of a scaled score for each sign that differs. At 104 exp underflows in float32; the rest is headroom for
+# scores of other documents, which reach hundreds. More would cost digits: every equal sign adds half a margin.
 _MARGIN = 256.0
 
 
-def _generation() -> int:
-    """Major compute capability; a machine without a GPU lowers for Hopper."""
-    generation = backend.gpu_generation()
-    return 9 if generation is None else generation
-
-
 def obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> str | None:
-    """Why `fused_attention` can't run this on an NVIDIA GPU, or None."""
+    """Why `fused_attention` can't run this on an NVIDIA GPU, or None: checks of jax and cuDNN, and avoided calls."""
     call = call_of(query, key, pattern=pattern, bias=bias)
-    limit, row = _limit(query, key, call, bias), avoided(call)
-    if limit is not None or row is None:
-        return limit
-    return f"cuDNN is not trusted with {row.name}: {row.reason} ({row.evidence})"
-
-
-def call_of(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> Call:
-    """What cuDNN is asked for, as the table of `jaxllm.ops.cudnn_calls` describes it."""
-    (_, length, _, width), keys = query.shape, key.shape[1]
-    packed, coded = pattern.query_segments is not None, width + code_width(max(length, keys))
-    call = Call(
-        generation=_generation(),
-        dtype=str(query.dtype),
-        queries=length,
-        keys=keys,
-        width=coded if packed else width,
-        causal=pattern.causal,
-        window=pattern.window is not None,
-        bias=bias is not None,
-        lengths=_lengths_for_cudnn(pattern) is not None,
-        packed=packed,
-    )
-    row = avoided(call)
-    if row is None or row.instead != "codes":
-        return call
-    return call._replace(lengths=False, packed=True, width=coded)
-
-
-def _lengths_for_cudnn(pattern: Pattern) -> Array | None:
-    """Real keys of each row, at least one: cuDNN 9.22 gives NaN for a row without keys (cudnn-frontend#943).
-
-    None for a causal row, where padding comes after all that its real queries see. A model bounds its lengths once and
-    says so by `some_keys`: bounded here, they would be computed again in every layer, and in its backward pass.
-    """
-    if pattern.key_lengths is None or (pattern.causal and pattern.query_lengths is not None):
-        return None
-    return pattern.key_lengths if pattern.some_keys else jnp.maximum(pattern.key_lengths, 1)
-
-
-def _limit(query: Array, key: Array, call: Call, bias: Array | None) -> str | None:
-    """What jax's checks and cuDNN's would refuse."""
     batch, length, heads, width = query.shape
     keys = key.shape[1]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -102,7 +54,43 @@ def _limit(query: Array, key: Array, call: Call, bias: Array | None) -> str | No
         return f"cuDNN differentiates a bias at even lengths only, got {length} and {keys}"
     if bias is not None and bias.shape not in ((1, heads, length, keys), (batch, heads, length, keys)):
         return f"cuDNN broadcasts a bias over the batch only, got {bias.shape}"
-    return None
+    row = avoided(call)
+    return None if row is None else f"cuDNN is not trusted with {row.name}: {row.reason} ({row.evidence})"
+
+
+def call_of(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> Call:
+    """The call of cuDNN as the table of `jaxllm.ops.cudnn_calls` describes it."""
+    (_, length, _, width), keys = query.shape, key.shape[1]
+    packed = pattern.query_segments is not None
+    coded = width + code_width(max(length, keys))
+    generation = backend.gpu_generation()
+    call = Call(
+        generation=9 if generation is None else generation,  # a machine without a GPU lowers for Hopper
+        dtype=str(query.dtype),
+        queries=length,
+        keys=keys,
+        width=coded if packed else width,
+        causal=pattern.causal,
+        window=pattern.window is not None,
+        bias=bias is not None,
+        lengths=_lengths_for_cudnn(pattern) is not None,
+        packed=packed,
+    )
+    row = avoided(call)
+    if row is None or row.instead != "codes":
+        return call
+    return call._replace(lengths=False, packed=True, width=coded)
+
+
+def _lengths_for_cudnn(pattern: Pattern) -> Array | None:
+    """Real keys of each row, at least one: cuDNN 9.22 gives NaN for a row without keys (cudnn-frontend#943).
+
+    None for a causal row, where padding comes after all that its real queries see. With `some_keys` the model has
+    bounded the lengths once. Bounds made here are computed again in every layer and its backward pass.
+    """
+    if pattern.key_lengths is None or (pattern.causal and pattern.query_lengths is not None):
+        return None
+    return pattern.key_lengths if pattern.some_keys else jnp.maximum(pattern.key_lengths, 1)
 
 
 def fused_attention(
@@ -115,21 +103,25 @@ def fused_attention(
     bias: Float[Array, "#B N T S"] | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Attention as `jaxllm.ops.attention` defines it.
+    """Attention as `jaxllm.ops.attention` defines it, except for rows without keys.
 
-    cuDNN computes a row of padding like any other, over at least one key, and it is hidden after that: what cuDNN
-    leaves in a row without keys may be NaN, is saved for its backward pass, and times a gradient of 0 would reach the
-    keys of other rows. So a row with `key_lengths` 0 and no `query_lengths` gives its first value instead of zeros.
+    cuDNN may leave NaN in a row without keys and saves it for the backward pass. Times a gradient of 0 it would reach
+    the keys of other rows. So every row has at least one key, and rows of padding are set to zero afterwards. A row
+    with `key_lengths` 0 and no `query_lengths` gives its first value instead of zeros.
 
-    `implementation` xla gives the same operands to jax's own definition, so that the coding is tested without a GPU.
+    `implementation` xla gives the same operands to jax's own definition, which tests the codes without a GPU.
     """
     width, length = query.shape[-1], query.shape[1]
     call = call_of(query, key, pattern=pattern, bias=bias)
-    real = _real_queries(length, pattern.query_segments, pattern.query_lengths)
-    lengths = _lengths_for_cudnn(pattern)
     query_segments, key_segments = pattern.query_segments, pattern.key_segments
+    real = _real_queries(length, query_segments, pattern.query_lengths)
+    lengths = _lengths_for_cudnn(pattern)
     if lengths is not None and not call.lengths:
-        query_segments, key_segments = _lengths_as_segments(query, key, lengths, query_segments, key_segments)
+        inside = jnp.arange(key.shape[1]) < lengths[:, None]
+        if query_segments is None or key_segments is None:
+            query_segments, key_segments = jnp.ones(query.shape[:2], jnp.int32), inside.astype(jnp.int32)
+        else:
+            key_segments = jnp.where(inside, key_segments, 0)
         lengths = None
     if query_segments is not None and key_segments is not None:
         query, key, value = append_codes(query, key, value, query_segments, key_segments, scale=scale)
@@ -141,7 +133,7 @@ def fused_attention(
         bias=None if bias is None else bias.astype(query.dtype),
         scale=scale,
         is_causal=pattern.causal,
-        # All queries. Left out, jax would make a constant of it, which its rule for vmap takes for one of the rows.
+        # All queries. Without it jax makes a constant, which jax's rule for vmap mistakes for one of the rows.
         query_seq_lengths=None if lengths is None else length + 0 * lengths,
         key_value_seq_lengths=lengths,
         local_window_size=None if pattern.window is None else (pattern.window - 1, 0),
@@ -155,16 +147,6 @@ def _real_queries(length: int, segments: Array | None, lengths: Array | None) ->
     if segments is None:
         return inside
     return segments > 0 if inside is None else inside & (segments > 0)
-
-
-def _lengths_as_segments(
-    query: Array, key: Array, lengths: Array, query_segments: Array | None, key_segments: Array | None
-) -> tuple[Array, Array]:
-    """Documents of queries and keys that hide the keys from `lengths` on, within the documents that are given."""
-    inside = jnp.arange(key.shape[1]) < lengths[:, None]
-    if query_segments is None or key_segments is None:
-        return jnp.ones(query.shape[:2], jnp.int32), inside.astype(jnp.int32)
-    return query_segments, jnp.where(inside, key_segments, 0)
 
 
 def code_width(documents: int) -> int:
@@ -181,7 +163,7 @@ def append_codes(
     *,
     scale: float,
 ) -> tuple[Array, Array, Array]:
-    """Queries and keys with their document's code behind each head, and values with zeros."""
+    """Queries and keys with their document's code appended to each head, and values with zeros."""
     documents = max(query.shape[1], key.shape[1])
     size = jnp.asarray(math.sqrt(_MARGIN / (2 * scale)), query.dtype)  # margin = 2 * scale * size^2
     return (
@@ -194,7 +176,7 @@ def append_codes(
 def document_codes(segments: Int[Array, "B T"], documents: int, dtype: jnp.dtype) -> Float[Array, "B T W"]:
     """A code of signs for each number 0 .. `documents`, followed by zeros.
 
-    The signs are the bits of n ^ 2n. Those of two numbers differ in at least two bits, and in at least one where the
+    The signs are the bits of n ^ 2n. Those of two numbers differ in at least two bits, or in at least one where the
     width has no room for the last bit.
     """
     width, signs = code_width(documents), documents.bit_length() + 1

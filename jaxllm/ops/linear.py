@@ -1,7 +1,7 @@
 """Matmuls that accumulate in float32 and round once, forward and backward.
 
-`backend.matmul_output` is the dtype to ask of a matmul that is rounded later. Autodiff would ask for a 16-bit output in
-the backward pass, hence the custom rules. float32 inputs take the plain path.
+Autodiff would give the matmuls of the backward pass a 16-bit output instead of `backend.matmul_output`, hence the
+custom rules.
 """
 
 from __future__ import annotations
@@ -14,18 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
-
-
-def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """`x @ kernel` over the last axis, accumulated in float32, in the dtype of x."""
-    return _linear(x, kernel)
-
-
-def biased_linear(
-    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
-) -> Float[Array, "*B F"]:
-    """`x @ kernel + bias`; the bias joins the float32 accumulator, so that the sum too is rounded once."""
-    return _biased(x, kernel, bias)
 
 
 def einsum(equation: str, left: Array, right: Array) -> Array:
@@ -43,10 +31,7 @@ def _contract(equation: str, left: Array, right: Array) -> Array:
 def sum_of_outer(
     left: Float[Array, "*B N D"], right: Float[Array, "*B N F"], *, dtype: Any = None
 ) -> Float[Array, "*B D F"]:
-    """The sum over rows of outer products, `left^T @ right`: the gradient of a matrix.
-
-    The result is asked for in `dtype`; None is float32, for sums that are added to others.
-    """
+    """`left^T @ right`, the gradient of a matrix, in `dtype`; None is float32, for sums that are added to others."""
     dtype = dtype or jnp.promote_types(left.dtype, jnp.float32)
     if backend.needs_explicit_transpose(left):
         columns = backend.explicit_transpose(left)
@@ -55,12 +40,9 @@ def sum_of_outer(
 
 
 @jax.custom_vjp
-def _linear(x: Array, kernel: Array) -> Array:
+def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+    """`x @ kernel` over the last axis, accumulated in float32, in the dtype of x."""
     return _contract("...d,df->...f", x, kernel)
-
-
-def _linear_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _linear(x, kernel), (x, kernel)
 
 
 def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
@@ -75,18 +57,17 @@ def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
     return _contract("...f,df->...d", grad, kernel), kernel_grad.astype(kernel.dtype)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
 
 
 @jax.custom_vjp
-def _biased(x: Array, kernel: Array, bias: Array) -> Array:
+def biased_linear(
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
+) -> Float[Array, "*B F"]:
+    """`x @ kernel + bias`; the bias joins the float32 accumulator, so that the sum too is rounded once."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     product = jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=wide)
     return (product + bias.astype(wide)).astype(x.dtype)
-
-
-def _biased_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _biased(x, kernel, bias), (x, kernel)
 
 
 def _biased_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
@@ -94,16 +75,12 @@ def _biased_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
     return *_linear_backward(saved, grad), total.astype(grad.dtype)
 
 
-_biased.defvjp(_biased_forward, _biased_backward)
+biased_linear.defvjp(lambda x, kernel, bias: (biased_linear(x, kernel, bias), (x, kernel)), _biased_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _einsum(equation: str, left: Array, right: Array) -> Array:
     return _contract(equation, left, right)
-
-
-def _einsum_forward(equation: str, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _contract(equation, left, right), (left, right)
 
 
 def _einsum_backward(equation: str, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
@@ -113,15 +90,12 @@ def _einsum_backward(equation: str, saved: tuple[Array, Array], grad: Array) -> 
     return _contract(f"{output},{b}->{a}", grad, right), _contract(f"{output},{a}->{b}", grad, left)
 
 
-_einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum.defvjp(lambda equation, *operands: (_contract(equation, *operands), operands), _einsum_backward)
 
 
 @jax.custom_vjp
 def linear_float32(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """`x @ kernel` in float32 from low-precision operands: for sums that x's dtype cannot hold.
-
-    The gradient comes back in x's dtype, as everywhere else.
-    """
+    """`x @ kernel` in float32, for sums that x's dtype cannot hold; the gradients are in x's dtype."""
     return jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=jnp.float32)
 
 

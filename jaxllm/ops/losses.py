@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary, without ever holding all logits.
 
-The gradient is computed in the forward pass, chunk by chunk: exactly three products with the head (logits, hidden
-gradient, head gradient), where recomputation would take four. Sums, not means, cross this border.
+The gradient is computed in the forward pass, chunk by chunk, with three matmuls with the head (logits, hidden gradient,
+head gradient). Recomputation would take four. Sums, not means, cross this border.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxllm.ops.linear import sum_of_outer
 
 
 class LossSums(NamedTuple):
-    """Sums over all weighted positions, float32 scalars; gradients flow from `loss` only, of the others they are 0.
+    """Sums over all weighted positions, float32 scalars; gradients flow from `loss` only.
 
     Attributes:
-        loss: cross-entropy plus z-loss, what is minimised.
+        loss: cross-entropy plus z-loss, to be minimised.
         nll: cross-entropy alone, in nats.
         weight: sum of the weights.
         correct: weighted number of positions whose largest logit is the target's.
@@ -45,10 +45,9 @@ def chunked_cross_entropy(
 ) -> LossSums:
     """sum(weights * (logsumexp(l) - l[target] + z_loss * logsumexp(l) ** 2)) with l = hidden @ head.T in float32.
 
-    `chunk` rows of logits exist at once, stored in float32 or `logits_dtype`; their exponentials and all sums over the
-    vocabulary are float32. Gradients flow to hidden and head, from `loss` only. A target outside the
-    vocabulary makes the sums NaN, or counts for nothing where its weight is 0.
-    Source: arXiv 2204.02311 section 5 for the z-loss.
+    `chunk` rows of logits exist at once, stored in float32 or `logits_dtype`. Their exponentials and all sums over the
+    vocabulary are float32. Gradients flow to hidden and head. A target outside the vocabulary makes the sums NaN,
+    except where its weight is 0. Source: arXiv 2204.02311 section 5 for the z-loss.
 
     Raises:
         ValueError: for targets or weights of another shape than [B, T].
@@ -56,14 +55,12 @@ def chunked_cross_entropy(
     for name, value in (("targets", targets), ("weights", weights)):
         if value.shape != hidden.shape[:-1]:
             raise ValueError(f"{name} must be of shape {list(hidden.shape[:-1])}, got {list(value.shape)}")
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    flat_targets, flat_weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
-    chunk = min(chunk, rows.shape[0])
-    padding = -rows.shape[0] % chunk
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
+    chunk = min(chunk, len(flat[0]))
+    padding = -len(flat[0]) % chunk
     if padding:
-        rows = jnp.pad(rows, ((0, padding), (0, 0)))
-        flat_targets, flat_weights = jnp.pad(flat_targets, (0, padding)), jnp.pad(flat_weights, (0, padding))
-    rows, flat_targets, flat_weights = (x.reshape(-1, chunk, *x.shape[1:]) for x in (rows, flat_targets, flat_weights))
+        flat = tuple(jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in flat)
+    rows, flat_targets, flat_weights = (x.reshape(-1, chunk, *x.shape[1:]) for x in flat)
     sums: Any = _cross_entropy(z_loss, logits_dtype, rows, head, flat_targets, flat_weights)
     loss, nll, correct = sums
     return LossSums(loss, nll, jnp.sum(weights, dtype=jnp.float32), correct)
@@ -72,6 +69,7 @@ def chunked_cross_entropy(
 # Gradients of logits are probabilities, most of them below float16's smallest normal number: carry them 2^8 higher.
 _INNER_SCALE = {jnp.dtype(jnp.float16): 256.0}
 
+Pair = tuple[Array, Array]
 Sums = tuple[Array, Array, Array]
 
 
@@ -79,18 +77,10 @@ Sums = tuple[Array, Array, Array]
 def _cross_entropy(z_loss: float, wide: Any, rows: Array, head: Array, targets: Array, weights: Array) -> Sums:
     def body(total: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:
         sums, _, _ = _chunk_sums(z_loss, wide, head, *part)
-        return _add(total, sums), None
+        return jax.tree.map(jnp.add, total, sums), None
 
-    return jax.lax.scan(body, _zero_sums(), (rows, targets, weights))[0]
-
-
-def _zero_sums() -> Sums:
     zero = jnp.zeros((), jnp.float32)
-    return zero, zero, zero
-
-
-def _add(left: Sums, right: Sums) -> Sums:
-    return left[0] + right[0], left[1] + right[1], left[2] + right[2]
+    return jax.lax.scan(body, (zero, zero, zero), (rows, targets, weights))[0]
 
 
 def _chunk_sums(
@@ -104,7 +94,7 @@ def _chunk_sums(
     # A negative index would count from the end of the vocabulary; what is outside becomes NaN.
     index = jnp.where(targets < 0, logits.shape[-1], targets)
     target = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
-    # From the largest logit, not from the normaliser: that is rounded to its own size, thousands of times a small loss.
+    # From the largest logit: the normaliser's rounding error can be thousands of times a small loss.
     nll = jnp.log(total) - (target.astype(jnp.float32) - largest.astype(jnp.float32))
     nll = jnp.where(weights == 0, 0.0, weights * nll)
     loss = nll + weights * z_loss * jnp.square(normalizer)
@@ -112,7 +102,7 @@ def _chunk_sums(
     return (jnp.sum(loss), jnp.sum(nll), jnp.sum(correct)), logits, (largest, total, normalizer)
 
 
-def _largest_and_sum(logits: Array) -> tuple[Array, Array]:
+def _largest_and_sum(logits: Array) -> Pair:
     """Of each row the largest logit, as a constant, and the float32 sum of exponentials from it."""
     if backend.reduces_pairs():
         return _in_one_pass(logits)
@@ -126,13 +116,10 @@ def _exponentials(logits: Array, largest: Array) -> Array:
 
 
 @jax.custom_jvp
-def _in_one_pass(logits: Array) -> tuple[Array, Array]:
-    """`_largest_and_sum` in one reduction, which reads the logits once.
+def _in_one_pass(logits: Array) -> Pair:
+    """`_largest_and_sum` in one reduction, which reads the logits once and has no derivative in jax, hence the rule."""
 
-    A variadic reduction has no derivative in jax, hence the rule.
-    """
-
-    def join(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+    def join(left: Pair, right: Pair) -> Pair:
         largest = jnp.maximum(left[0], right[0])
         return largest, left[1] * jnp.exp(left[0] - largest) + right[1] * jnp.exp(right[0] - largest)
 
@@ -144,9 +131,7 @@ def _in_one_pass(logits: Array) -> tuple[Array, Array]:
 
 
 @_in_one_pass.defjvp
-def _in_one_pass_slope(
-    primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def _in_one_pass_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Pair, Pair]:
     (logits,), (slope,) = primals, tangents
     largest, total = _in_one_pass(logits)
     change = jnp.sum(_exponentials(logits, largest) * slope, axis=-1)
@@ -170,12 +155,13 @@ def _cross_entropy_forward(
         grad = (grad - jnp.where(hot, (inner * part_weights)[:, None], 0)).astype(dtype)
         row_grad = jnp.einsum("nv,vd->nd", grad, head, preferred_element_type=jnp.float32)
         head_grad += sum_of_outer(part_rows, grad)
-        return (_add(total, sums), head_grad), row_grad
+        return (jax.tree.map(jnp.add, total, sums), head_grad), row_grad
 
-    start = (_zero_sums(), jnp.zeros(head.shape[::-1], jnp.float32))
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, zero), jnp.zeros(head.shape[::-1], jnp.float32)
     (total, head_grad), row_grads = jax.lax.scan(body, start, (rows, targets, weights))
-    # Row gradients wait in float32: large heads put them past float16 at the inner scale, which no loss scale lowers,
-    # and the slope to come would round them twice. An empty array carries the dtype.
+    # Row gradients stay in float32 until the slope multiplies them, and are rounded once. Large heads put them past
+    # float16 at the inner scale, which no loss scale lowers. An empty array carries the dtype.
     return total, (row_grads, head_grad.T, jnp.empty(0, dtype))
 
 
@@ -185,12 +171,7 @@ def _cross_entropy_backward(
     row_grads, head_grad, like = saved
     dtype = like.dtype  # rows and head share the compute dtype
     slope = grads[0] / _INNER_SCALE.get(dtype, 1.0)
-    return (
-        (slope * row_grads).astype(dtype),
-        (slope * head_grad).astype(dtype),
-        None,
-        None,
-    )
+    return (slope * row_grads).astype(dtype), (slope * head_grad).astype(dtype), None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

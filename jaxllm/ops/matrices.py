@@ -1,7 +1,7 @@
-"""Weight matrices as decoding stores and multiplies them: plain or in int8, and the way round that is read fastest.
+"""Weight matrices as decoding stores and multiplies them: plain or in int8, in the layout that is read fastest.
 
-A step of decoding is bound by reading every weight once, a few rows of activations at a time. Out of scope: training,
-whose matmuls are in `jaxllm.ops.linear`.
+A step of decoding is bound by reading every weight once for a few rows of activations. Out of scope: training
+(`jaxllm.ops.linear`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Matrix = Array | Quantized | Rows  # the first two are [D, F], quantised over D
 
 
 def stored(kernel: Float[Array, "D F"], *, dtype: Any, int8: bool) -> Matrix:
-    """A training kernel for decoding."""
+    """A training kernel as decoding stores it."""
     by_outputs = backend.stores_by_outputs(kernel)
     kernel = kernel.T if by_outputs else kernel
     values = quantize(kernel, axis=int(by_outputs)) if int8 else kernel.astype(dtype)

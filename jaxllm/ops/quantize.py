@@ -1,8 +1,8 @@
 """Int8 storage with float32 scales: weights per output channel, cached keys and values per token and head.
 
-Storage only: matmuls convert back to the compute dtype, so what is saved is memory and the reading of it. Symmetric,
-without zero points; a channel of zeros has scale 0. An integer cannot be NaN, so a channel that holds one has scale
-NaN. Out of scope: quantised training, activations in int8.
+Matmuls convert back to the compute dtype, so int8 saves memory and the time to read it. Values are symmetric, without
+zero points. A channel of zeros has scale 0, a channel with a NaN has scale NaN. Out of scope: quantised training,
+activations in int8.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """T5's relative position bias: one learned number per head and bucket of distances (arXiv 1910.10683 section 2.1).
 
-Buckets are computed on the host, in integers: T5's rule takes a logarithm, and another platform's logarithm could put
-a border one distance off. A bias depends on the distance alone, so the table is multiplied by one-hot rows of the
-T + S distances around zero, and row t of [N, T, S] is a slice of the result. The gradient is a sum and a small matmul,
-not a scatter of T * S terms.
-Out of scope: attention, which adds the bias to its scores.
+Buckets are computed on the host, in integers: the logarithm of T5's rule may put a border one distance off on another
+platform. A bias depends on the distance alone. So the table is multiplied by one-hot rows of the T + S distances around
+zero, and row t of [N, T, S] is a slice of the result. The gradient is a sum and a small matmul, not a scatter of T * S
+terms. Out of scope: attention, which adds the bias to its scores.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 from typing import Any
 
@@ -23,8 +23,8 @@ from jaxllm.ops import backend
 def relative_bucket(distance: np.ndarray, *, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
     """The bucket of each distance (key index minus query index).
 
-    With `bidirectional`, half of the buckets are for keys after the query; else those share bucket 0. Of the b buckets
-    of a direction the first m = b // 2 hold one distance each, and bucket m + j starts at the first n with
+    With `bidirectional`, half of the buckets are for keys after the query; else those share bucket 0. A direction has b
+    buckets. The first m = b // 2 hold one distance each. Bucket m + j starts at the first n with
     n >= m * (max_distance / m) ** (j / (b - m)).
     """
     if bidirectional:
@@ -44,24 +44,14 @@ def _bucket_starts(buckets: int, max_distance: int) -> tuple[int, ...]:
 
     def first(j: int) -> int:
         # The smallest n with n^wide >= exact^wide * (max_distance / exact)^j, both sides times exact^j.
-        bound = exact**wide * max_distance**j
-        low, high = exact, max_distance
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if middle**wide * exact**j >= bound else (middle + 1, high)
-        return low
+        bound, distances = exact**wide * max_distance**j, range(exact, max_distance)
+        return exact + bisect.bisect_left(distances, bound, key=lambda n: n**wide * exact**j)
 
     return (*range(exact), *(first(j) for j in range(wide)))
 
 
 def relative_bias(
-    table: Float[Array, "R N"],
-    *,
-    queries: int,
-    keys: int,
-    max_distance: int,
-    bidirectional: bool,
-    dtype: Any = None,
+    table: Float[Array, "R N"], *, queries: int, keys: int, max_distance: int, bidirectional: bool, dtype: Any = None
 ) -> Float[Array, "1 N T S"]:
     """The bias of every query and key of two sequences that share their first index, in float32 or `dtype`."""
     distance = np.arange(-queries, keys)
@@ -73,10 +63,7 @@ def relative_bias(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _lay_out(numbers: Float[Array, "N W"], queries: int, keys: int) -> Float[Array, "N T S"]:
-    """Row t takes the S of the W = T + S numbers, of distances -T .. S - 1, that start at distance -t.
-
-    `slices of a bias` of `backend.FORMS`.
-    """
+    """Row t is the S of W numbers (distances -T .. S - 1) from -t on: `slices of a bias` of `backend.FORMS`."""
     heads, width = numbers.shape
     starts = width * jnp.arange(heads)[:, None] + queries - jnp.arange(queries)
     row = functools.partial(jax.lax.dynamic_slice_in_dim, numbers.reshape(-1), slice_size=keys)
@@ -100,7 +87,7 @@ def relative_bias_at(
 ) -> Float[Array, "B N T S"]:
     """The causal bias between given positions below `capacity`, in float32, for decoding from a cache.
 
-    Keys after the query, and empty slots, get a number that means nothing: they are masked.
+    Keys after the query and empty slots get meaningless numbers. The caller masks them.
     """
     bucket = relative_bucket(
         -np.arange(capacity), buckets=table.shape[0], max_distance=max_distance, bidirectional=False

@@ -1,14 +1,13 @@
 """Rotary position embedding (arXiv 2104.09864) and its extensions to longer contexts.
 
-Frequencies are NumPy float32, made at trace time step by step as the reference makes them, because at position 131071
-one unit in the last place is a hundredth of a radian; angles, cosines and sines are float32 whatever the compute dtype.
-Heads are rotated in halves (pairs i, i + H/2), the layout of Hugging Face files. Reference:
-transformers/modeling_rope_utils.py.
+Frequencies are NumPy float32, made at trace time by the steps of transformers/modeling_rope_utils.py: at position
+131071 one unit in the last place is a hundredth of a radian. Angles, cosines and sines are always float32. Heads are
+rotated in halves (pairs i, i + H/2), the layout of Hugging Face files.
 
-Dynamic and longrope depend on the length of the context. It is an argument here, one static number for a whole
-generation: cached keys and new queries then share one set of frequencies, and a result does not depend on what was
-run before. transformers instead looks at the largest position of each call, so that its cached keys stay rotated with
-the frequencies of the call that made them; compare the two on whole sequences only.
+Dynamic and longrope depend on the length of the context, here one static number for a whole generation. Cached keys and
+new queries then share one set of frequencies, and a result does not depend on earlier calls. transformers takes the
+largest position of each call, and its cached keys keep the frequencies of an earlier call. Compare the two on whole
+sequences only.
 """
 
 from __future__ import annotations
@@ -27,14 +26,11 @@ def rope_frequencies(
 ) -> tuple[np.ndarray, float]:
     """Inverse frequencies float32 [head_dim / 2] and the factor on cos and sin.
 
-    Args:
-        config: kind and parameters.
-        head_dim: width of a head.
-        max_length: the model's context length.
-        length: positions 0..length-1 that this use may reach, for dynamic and longrope; None is max_length.
+    `max_length` is the model's context length. A use may reach positions 0..`length`-1, which dynamic and longrope
+    depend on; None is `max_length`.
 
-    Raises:
-        ValueError: for an unknown kind.
+    >>> rope_frequencies(RopeConfig(theta=100.0), head_dim=4, max_length=8)
+    (array([1. , 0.1], dtype=float32), 1.0)
     """
     length = max_length if length is None else length
     periods = _periods(config.theta, head_dim)
@@ -66,10 +62,10 @@ def apply_rope(
 ) -> Float[Array, "B T N H"]:
     """Rotates the pairs (i, i + H/2) of each head in float32, in the dtype of x.
 
-    The reference rounds cos, sin and both products to x's dtype: five roundings in place of one, farther from exact.
+    transformers rounds cos, sin and all their products to x's dtype: five roundings instead of one.
     """
     cos, sin = cos[:, :, None], sin[:, :, None]
-    # Widened before it is used twice, so that the backward pass too rounds a sum and not its terms.
+    # Widened before it is used twice, so that the backward pass rounds a sum and not its terms.
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -78,7 +74,7 @@ _one = np.float32(1)
 
 
 def _periods(theta: float, head_dim: int) -> np.ndarray:
-    """Theta ** (2i / H); the power is exact before it is rounded, as the reference's is but for its last bit."""
+    """Theta ** (2i / H), rounded from float64; transformers' differs at most in the last bit."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
 
@@ -114,8 +110,7 @@ def _yarn(config: RopeConfig, periods: np.ndarray, max_length: int) -> tuple[np.
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    if low == high:
-        high += 0.001
+    high += 0.001 if low == high else 0
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     kept = _one - np.clip(ramp, 0, 1)
     inverse = _one / (np.float32(factor) * periods) * (_one - kept) + _one / periods * kept

@@ -1,8 +1,8 @@
 """From logits to a token: the processors of transformers, in its order and with its tie rules, then a draw.
 
-Repetition penalty and the ban on end tokens act on greedy choices too; temperature, top-k, top-p and min-p act on
-samples, each on what the one before left. Rows draw with keys of their own, so a row's sample does not depend on its
-batch mates. Out of scope: when to stop.
+Repetition penalty and the ban on end tokens act on greedy choices too. Temperature, top-k, top-p and min-p act on
+samples, each on the result of the previous one. Each row has a separate key, so its sample does not depend on the rest
+of the batch. Out of scope: when to stop.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SMALLEST, _LARGEST = 1e-30, 1e30  # by which logits can be divided or multiplie
 
 
 def to_numbers(settings: Any, kind: type[int] | type[float], *names: str) -> None:
-    """Makes fields of a frozen dataclass Python's numbers: jax's are not hashable, and a static argument must be.
+    """Converts fields of a frozen dataclass to Python numbers: jax's cannot be hashed, as a static argument must be.
 
     Raises:
-        ValueError: for what is no number, or no whole one where int is wanted.
+        ValueError: for a value that is not a number, or not a whole number for `kind` int.
     """
     for name in names:
         value = getattr(settings, name)
@@ -69,20 +69,17 @@ class Sampling:
     def __post_init__(self) -> None:
         to_numbers(self, float, "temperature", "top_p", "min_p", "repetition_penalty")
         to_numbers(self, int, "min_new_tokens", *(["top_k"] if self.top_k is not None else []))
+        between = f"in [{_SMALLEST}, {_LARGEST}]"
         if self.temperature != 0 and not _SMALLEST <= self.temperature <= _LARGEST:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or lie in [{_SMALLEST}, {_LARGEST}], got {self.temperature}"
-            )
+            raise ValueError(f"temperature must be 0 (greedy) or {between}, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; null keeps all")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
         if not _SMALLEST <= self.repetition_penalty <= _LARGEST:
-            raise ValueError(
-                f"repetition_penalty must lie in [{_SMALLEST}, {_LARGEST}], got {self.repetition_penalty}; 1 is none"
-            )
+            raise ValueError(f"repetition_penalty must be {between}, got {self.repetition_penalty}; 1 turns it off")
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens must not be negative, got {self.min_new_tokens}")
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
@@ -99,13 +96,10 @@ def process(
     seen: Bool[Array, "B V"] | None = None,
     banned: Bool[Array, "#B V"] | None = None,
 ) -> Float[Array, "B V"]:
-    """Float32 logits after all processors; softmax of them is what a sample is drawn from.
+    """Float32 logits after all processors; a sample is drawn from their softmax.
 
-    Args:
-        logits: of the next token.
-        sampling: settings.
-        seen: tokens already in the row; needed by a repetition penalty.
-        banned: tokens that must not come now, the end tokens of a row that is too short.
+    `seen` are the tokens already in the row, for a repetition penalty. `banned` are tokens that must not come now, such
+    as the end tokens of a row that is too short.
     """
     logits = logits.astype(jnp.float32)
     if seen is not None:
@@ -126,9 +120,7 @@ def process(
 
 def choose(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
     """One token per row from processed logits; row i draws with keys[i]."""
-    if sampling.temperature == 0:
-        return most_probable(logits)
-    return draw(logits, keys)
+    return most_probable(logits) if sampling.temperature == 0 else draw(logits, keys)
 
 
 def draw(logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
@@ -140,16 +132,16 @@ def draw(logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
 def _gumbel(bits: UInt[Array, "*B"]) -> Float[Array, "*B"]:
     """-log(-log(1 - v)) of v = bits / 2^32.
 
-    jax's own takes 23 bits and cannot exceed 16: tokens of a probability below 1e-7, of which a large vocabulary has
-    per cents, would come at a third of their rate or not at all. Counted from 0, where floating-point numbers are
-    dense, all 32 bits tell.
+    jax.random.gumbel takes 23 bits and cannot exceed 16. Tokens of a probability below 1e-7 would come at a third of
+    their rate or never; in a large vocabulary they add up to several per cent. v counts from 0, where floating-point
+    numbers are dense, so that all 32 bits have an effect.
     """
     v = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
     return -jnp.log(-jnp.log1p(-jnp.minimum(v, 1 - 2.0**-24)))
 
 
 def most_probable(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The id of the largest logit, the first of equal ones; some id of the vocabulary where logits are NaN."""
+    """The id of the largest logit, the first of equal ones; any id of the vocabulary where logits are NaN."""
     return backend.fast_argmax(logits)
 
 

@@ -1,7 +1,7 @@
 """Which gradient overflowed first: names of parameter groups in the order in which the backward pass reaches them.
 
-An infinity that arises in layer k spoils the gradients of every layer below. So the first group in backward order names
-the origin. A layer of a stack is a group of its own. Out of scope: activations (`jaxllm.jaxprs.observe`).
+An infinity that arises in layer k spoils the gradients of every layer below. So the first non-finite group in backward
+order names the origin. Each layer of a stack is a group. Out of scope: activations (`jaxllm.jaxprs.observe`).
 """
 
 from __future__ import annotations
@@ -42,21 +42,13 @@ def _groups(params: Any) -> list[tuple[str, int, int | None]]:
     found = []
     for leaf, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         names = [str(getattr(part, "key", part)) for part in path]
-        rows = range(value.shape[0]) if is_stacked(path) else [None]
-        found.extend((_order(names, row), "/".join(_inserted(names, row)), leaf, row) for row in rows)
+        ranks = [(forward_rank(name), name) for name in names]
+        if not is_stacked(path):
+            found.append((ranks, "/".join(names), leaf, None))
+            continue
+        after = names.index("layers") + 1
+        for row in range(value.shape[0]):
+            name = "/".join([*names[:after], str(row), *names[after:]])
+            found.append(([*ranks[:after], (row, ""), *ranks[after:]], name, leaf, row))
     found.sort(key=lambda group: group[0], reverse=True)
     return [group[1:] for group in found]
-
-
-def _order(names: list[str], row: int | None) -> tuple[tuple[int, str], ...]:
-    keys = [(forward_rank(name), name) for name in names]
-    if row is not None:
-        keys.insert(names.index("layers") + 1, (row, ""))
-    return tuple(keys)
-
-
-def _inserted(names: list[str], row: int | None) -> list[str]:
-    if row is None:
-        return names
-    after = names.index("layers") + 1
-    return [*names[:after], str(row), *names[after:]]

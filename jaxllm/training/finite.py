@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether no element of any leaf is an infinity or NaN.
 
-    Check unscaled gradients: dividing by the loss scale keeps every infinity and NaN, and a scale of 0 or below 1 may
-    add some.
+    Check unscaled gradients: a division by a loss scale below 1 may add infinities.
 
     >>> bool(all_finite({"w": jnp.array([1.0, jnp.nan])}))
     False

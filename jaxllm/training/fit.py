@@ -1,18 +1,16 @@
 """Memory that a run needs on each device: an estimate before anything is allocated, and the check of a figure.
 
-Parameters, moments and gradients are counted leaf by leaf. Activations are what the traced backward pass asks the
-forward pass to keep, so the remat policy is in them. XLA may fuse some of it away: the estimate errs on the safe side,
-and what the compiled step needs decides, before it runs.
+Parameters, moments and gradients are counted leaf by leaf. Activations are what the traced forward pass keeps for the
+backward pass, under the remat policy. XLA may fuse some of it away, so the estimate errs on the safe side. The memory
+of the compiled step decides, before it runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Var
 
 from jaxllm.config import RunConfig
@@ -23,17 +21,17 @@ from jaxllm.training.sharding import device_bytes
 
 
 class FitError(ValueError):
-    """A run that is too large for its device; the message says what to change."""
+    """A run that is too large for its device; the message names the settings to change."""
 
 
 class Fit(NamedTuple):
     """Bytes that a run needs on each device.
 
     Attributes:
-        parameters: this device's share of the float32 master weights, and all of their copy in the compute dtype.
+        parameters: this device's share of the float32 master weights, and their whole copy in the compute dtype.
         moments: its share of the optimizer's state.
         gradients: one set in the compute dtype, and its share of the float32 sums over microbatches and devices.
-        activations: kept for the backward pass of one microbatch, and one layer's share again while it is used.
+        activations: kept for the backward pass of one microbatch, and those of one layer again while it is used.
         logits: the chunk of the vocabulary loss, as logits, probabilities and gradient.
     """
 
@@ -55,24 +53,20 @@ def estimate_fit(program: Program, *, devices: int = 1) -> Fit:
     params = abstract_params(program.model)
     compute = jax.eval_shape(lambda tree: cast_floating(tree, program.dtype), params)
     rows = -(-training.batch_size // (training.accumulation * devices))
-    masters, copy = device_bytes(params, devices), tree_bytes(compute)
-    size = jnp.dtype(program.dtype).itemsize
+    masters = device_bytes(params, devices)
+    copy = tree_bytes(compute)
     loss_rows = program.abstract_batch(rows)["targets"].size
     return Fit(
         parameters=masters + (copy if copy != masters else 0),
         moments=device_bytes(jax.eval_shape(program.optimizer.init, params), devices),
         gradients=copy + (masters if training.accumulation > 1 or devices > 1 else 0),
         activations=_activations(program.config, rows),
-        logits=min(training.loss_chunk, loss_rows) * program.config.model.vocab_size * (8 + size),
+        logits=min(training.loss_chunk, loss_rows) * program.config.model.vocab_size * (8 + program.dtype.itemsize),
     )
 
 
 def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
-    """Refuses a run that needs more than `limit` bytes.
-
-    Raises:
-        FitError: with the estimate's parts and what makes the largest of them smaller.
-    """
+    """Raises FitError for a run that needs more than `limit` bytes, with advice for the two largest parts."""
     if needed <= limit:
         return
     advice = {
@@ -95,33 +89,23 @@ def tree_bytes(tree: Any) -> int:
 
 
 def _activations(config: RunConfig, rows: int) -> int:
-    layer = _kept(_with(config, remat="none", layers="scan", num_layers=2), rows) - _kept(
-        _with(config, remat="none", layers="scan", num_layers=1), rows
-    )
-    return _kept(config, rows) + max(layer, 0)
+    def scanned(num_layers: int) -> int:
+        model = dataclasses.replace(config.model, remat="none", layers="scan", num_layers=num_layers)
+        return _kept(dataclasses.replace(config, model=model), rows)
 
-
-def _with(config: RunConfig, **changes: Any) -> RunConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+    return _kept(config, rows) + max(scanned(2) - scanned(1), 0)
 
 
 def _kept(config: RunConfig, rows: int) -> int:
-    """Bytes that the backward pass of a microbatch needs beyond its arguments."""
+    """Bytes that `jax.vjp` of a microbatch's loss keeps, without the arguments and parts of them."""
     program = program_of(config)
     params = jax.eval_shape(lambda tree: cast_floating(tree, program.dtype), abstract_params(program.model))
-    return residual_bytes(
-        lambda tree, batch: program.loss(tree, batch, jax.random.key(0)).loss, params, program.abstract_batch(rows)
-    )
 
+    def kept(tree: Any, batch: Any) -> Any:
+        return jax.vjp(lambda part: program.loss(part, batch, jax.random.key(0)).loss, tree)[1]
 
-def residual_bytes(function: Callable[[Any, Any], jax.Array], params: Any, batch: Any) -> int:
-    """Bytes of what `jax.vjp` of a function keeps, the arguments and parts of them left out."""
-
-    def kept(tree: Any, data: Any) -> Any:
-        return jax.vjp(lambda part: function(part, data), tree)[1]
-
-    closed, shapes = jax.make_jaxpr(kept, return_shape=True)(params, batch)
-    # Layers that are not a loop keep their part of the stacked parameters, which the copy in the compute dtype is.
+    closed, shapes = jax.make_jaxpr(kept, return_shape=True)(params, program.abstract_batch(rows))
+    # Layers that are not a loop keep slices of the stacked parameters, which are counted as parameters already.
     given = set(closed.jaxpr.invars)
     for equation in closed.jaxpr.eqns:
         first = equation.invars[0] if equation.primitive.name in ("slice", "split", "squeeze") else None

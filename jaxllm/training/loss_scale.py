@@ -1,11 +1,10 @@
 """Scales the loss; unscales gradients before `inner`; skips the update when any is non-finite.
 
 float16 loses digits below 2^-14 and has no numbers below 2^-24. Without a scale, 0.15% to 0.84% of the non-zero
-gradients of two small models became 0 (docs/mixed_precision.md). So the loss is multiplied by a scale, gradients are
-divided by it in float32, and a step whose gradients overflow is skipped and makes the scale smaller (arXiv 1710.03740).
-The scale moves exactly as that of torch.amp.GradScaler, and also has a floor, a ceiling and hysteresis. Skipping is a
-select, not a branch: XLA fuses it into the update, the host waits for no answer, and all devices take one decision.
-Out of scope: multiplying the loss, which the train step does.
+gradients of two small models became 0 (docs/mixed_precision.md). So the loss is multiplied by a scale, and gradients
+are divided by it in float32. A step whose gradients overflow is skipped and lowers the scale (arXiv 1710.03740). The
+scale moves exactly as that of torch.amp.GradScaler, and also has a floor, a ceiling and hysteresis. Skipping is a
+select that XLA fuses into the update, so the host does not wait. Out of scope: multiplying the loss (`train_step`).
 """
 
 from __future__ import annotations
@@ -64,9 +63,9 @@ def dynamic_loss_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps any rule so that it takes gradients of scale * loss; put clipping inside, where gradients are unscaled.
 
-    `update` takes `finite` from a caller that has already checked the unscaled gradients, and else checks them itself.
-    On overflow the updates are -0.0 (which changes no number, not even -0.0) and the whole inner state stays as it is:
-    moments, averages and the schedule's count. A rule that is chained outside would still count the skipped step.
+    A caller that has already checked the unscaled gradients passes `finite` to `update`. On overflow the updates are
+    -0.0, which changes no number, not even -0.0. The whole inner state stays: moments, averages and the schedule's
+    count. A rule that is chained outside would still count the skipped step.
 
     >>> rule = dynamic_loss_scale(optax.adam(0.1))
     >>> params = {"w": jnp.float32(2.0)}
@@ -83,9 +82,9 @@ def dynamic_loss_scale(
         inner: clipping, moments, weight decay, learning rate.
         initial_scale: first scale.
         growth_interval: finite steps in a row after which the scale grows.
-        growth_factor: growth of the scale; a growth past `max_scale` is not done.
+        growth_factor: growth of the scale, left out where it would pass `max_scale`.
         backoff_factor: shrinkage on overflow, down to `min_scale`.
-        min_scale: floor; without one, overflows drive the scale to 0 and 0/0 into the parameters.
+        min_scale: floor; without one, overflows drive the scale to 0, and 0/0 puts NaN into the parameters.
         max_scale: ceiling; float32's largest number gives torch's behaviour.
         hysteresis: the scale shrinks from this overflow in a row on; torch has 1.
 
@@ -93,7 +92,12 @@ def dynamic_loss_scale(
         ValueError: for constants with which the scale could not move as described.
     """
     constants = _Constants(growth_interval, growth_factor, backoff_factor, min_scale, max_scale, hysteresis)
-    _check(constants, initial_scale)
+    if not 0 < min_scale <= initial_scale <= max_scale:
+        need = "0 < min_scale <= initial_scale <= max_scale"
+        raise ValueError(f"need {need}, got initial_scale {initial_scale} and {constants}")
+    if not (growth_factor > 1 > backoff_factor > 0 and growth_interval >= 1 and hysteresis >= 1):
+        need = "growth_factor > 1 > backoff_factor > 0 and counts of at least 1"
+        raise ValueError(f"need {need}, got {constants}")
     return _wrap(optax.with_extra_args_support(inner), initial_scale, constants)
 
 
@@ -109,9 +113,9 @@ def unscale(grads: Any, scale: Float[Array, ""] | float) -> Any:
 
 
 def loss_scale_state(opt_state: Any) -> LossScaleState | None:
-    """The `LossScaleState` in an optimizer state, however deep it is chained; None when there is none."""
-    leaves = jax.tree.leaves(opt_state, is_leaf=_is_scale)
-    return next((leaf for leaf in leaves if _is_scale(leaf)), None)
+    """The `LossScaleState` in an optimizer state, at any depth of a chain; None when there is none."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScaleState))
+    return next((node for node in nodes if isinstance(node, LossScaleState)), None)
 
 
 def loss_scale_of(opt_state: Any) -> Float[Array, ""]:
@@ -120,46 +124,25 @@ def loss_scale_of(opt_state: Any) -> Float[Array, ""]:
     return jnp.ones((), jnp.float32) if state is None else state.scale
 
 
-def _is_scale(node: Any) -> bool:
-    return isinstance(node, LossScaleState)
-
-
-def _check(by: _Constants, initial_scale: float) -> None:
-    if not 0 < by.min_scale <= initial_scale <= by.max_scale:
-        raise ValueError(
-            f"need 0 < min_scale <= initial_scale <= max_scale, got initial_scale {initial_scale} and {by}"
-        )
-    if not (by.growth_factor > 1 > by.backoff_factor > 0 and by.growth_interval >= 1 and by.hysteresis >= 1):
-        raise ValueError(f"need growth_factor > 1 > backoff_factor > 0 and counts of at least 1, got {by}")
-
-
 def _wrap(
     rule: optax.GradientTransformationExtraArgs, initial_scale: float, constants: _Constants
 ) -> optax.GradientTransformationExtraArgs:
     def init(params: optax.Params) -> LossScaleState:
-        def zero() -> Array:  # a buffer for each: donation refuses one given twice
-            return jnp.zeros((), jnp.int32)
-
         scale = jnp.asarray(initial_scale, jnp.float32)
-        return LossScaleState(scale, zero(), zero(), zero(), zero(), rule.init(params))
+        # A buffer for each: donation refuses one given twice.
+        tracker, overflows, at_floor, skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
+        return LossScaleState(scale, tracker, overflows, at_floor, skipped, rule.init(params))
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        finite: Bool[Array, ""] | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, LossScaleState]:
+        updates: Any, state: Any, params: Any = None, *, finite: Bool[Array, ""] | None = None, **extra: Any
+    ) -> tuple[Any, LossScaleState]:
         grads = unscale(updates, state.scale)
         finite = all_finite(grads) if finite is None else finite
         proposed, inner = rule.update(grads, state.inner, params, **extra)
-        return (
-            jax.tree.map(lambda x: jnp.where(finite, x, jnp.asarray(-0.0, x.dtype)), proposed),
-            _moved(state, finite, constants)._replace(
-                inner=jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
-            ),
-        )
+        proposed = jax.tree.map(lambda x: jnp.where(finite, x, jnp.asarray(-0.0, x.dtype)), proposed)
+        moved = _moved(state, finite, constants)
+        inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
+        return proposed, moved._replace(inner=inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,8 +1,8 @@
 """Names of modules and parameters of all families: their forward order, and what training does with a parameter.
 
-`NAMES` is the one declaration. Weight decay, the layout over devices and the attribution of overflows read it, and
-`tests/test_names.py` compares it with every golden parameter tree. A new family adds the names that no other has. A
-name outside the table, such as one of your own module, counts as `MODULE` and is last in the order.
+Weight decay, the layout over devices and the attribution of overflows read `NAMES`, and `tests/test_names.py` compares
+it with every golden parameter tree. A new family adds the names that no other has. A name outside the table, such as
+one of your own module, counts as `MODULE` and is last in the order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Role(NamedTuple):
 
     Attributes:
         decayed: whether weight decay shrinks it.
-        split: axis, counted from the end, that devices share; None is a copy on every device.
+        split: axis, counted from the end, that is split over devices; None is a copy on every device.
     """
 
     decayed: bool = False
@@ -35,7 +35,7 @@ NAMES: dict[str, Role] = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj"), MODULE),
     **dict.fromkeys(("mlp_norm", "mlp", "gate_proj", "up_proj", "down_proj", "final_norm"), MODULE),
     "lm_head": MATRIX,
-    # In the modules above, which have the place in the order.
+    # In the modules above, whose places decide the order.
     "bias": SPARED,
     "kernel": MATRIX,
     "weight": SPARED,

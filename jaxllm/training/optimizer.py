@@ -1,7 +1,7 @@
 """Learning-rate schedules and the chain clip -> moments -> weight decay -> learning rate, from `OptimizerConfig`.
 
-optax has the rules; the order and the choice of parameters that decay are made here. The loss scale goes around the
-whole chain, so that clipping applies to unscaled gradients.
+optax has the rules; this module decides their order and which parameters decay. The loss scale is around the whole
+chain, so that clipping applies to unscaled gradients.
 """
 
 from __future__ import annotations
@@ -19,26 +19,19 @@ from jaxllm.training.names import is_stacked, role_of
 
 
 def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then the configured shape, down to its floor at `steps`.
+    """Learning rate by step: linear warm-up, then the configured shape, down to its floor at `steps`.
 
     >>> schedule = build_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=2, schedule="cosine"), steps=10)
     >>> [round(float(schedule(step)), 2) for step in (0, 1, 6, 10)]
     [0.5, 1.0, 0.55, 0.1]
-
-    Raises:
-        ValueError: for a name that is not in `SCHEDULES`.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     after = _named(SCHEDULES, config.schedule, "schedule")(config, max(steps - warmup, 1))
     if warmup == 0:
         return after
-    # The first step already moves: step 0 uses peak / warmup, as count + 1 over warmup.
+    # Step 0 uses peak / warmup, so that it changes the parameters.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
-
-
-def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(config.learning_rate, steps, alpha=config.min_lr_ratio)
 
 
 def _stable_then_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -48,27 +41,21 @@ def _stable_then_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _inverse_sqrt(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    del steps
     peak, offset = config.learning_rate, max(config.warmup_steps, 1)
     return lambda count: peak * jnp.sqrt(offset / (jnp.maximum(count, 0) + offset))
 
 
-def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    del steps
-    return optax.constant_schedule(config.learning_rate)
-
-
-# `OptimizerConfig.schedule` -> the learning rate after the warm-up, from the config and the steps that are left.
+# `OptimizerConfig.schedule` -> the learning rate after the warm-up, from the config and the remaining steps.
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
-    "cosine": _cosine,
+    "cosine": lambda by, steps: optax.cosine_decay_schedule(by.learning_rate, steps, alpha=by.min_lr_ratio),
     "wsd": _stable_then_decay,
     "inverse_sqrt": _inverse_sqrt,
-    "constant": _constant,
+    "constant": lambda by, steps: optax.constant_schedule(by.learning_rate),
 }
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices, which weight decay shrinks; norms, biases and relative bias tables are spared.
+    """True for matrices, which weight decay shrinks; False for norms, biases and relative bias tables.
 
     >>> decay_mask({"lm_head": jnp.ones((2, 2)), "final_norm": {"weight": jnp.ones(2)}})
     {'final_norm': {'weight': False}, 'lm_head': True}
@@ -84,9 +71,6 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     >>> updates, state = rule.update({"lm_head": jnp.full((2, 2), 3.0)}, rule.init(params), params)
     >>> print(f"{updates['lm_head'][0, 0]:.2f}")  # -0.5 * (Adam's 1 + weight decay's 0.1)
     -0.55
-
-    Raises:
-        ValueError: for a name that is not in `OPTIMIZERS` or `SCHEDULES`.
     """
     schedule = build_schedule(config, steps=steps)
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
@@ -112,21 +96,12 @@ def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     return [_stored_first_moment(optax.scale_by_adam(config.b1, config.b2, config.eps), config.moment_dtype)]
 
 
-def _adamw_rms(config: OptimizerConfig) -> list[optax.GradientTransformation]:
-    return [*_adamw(config), scale_by_parameter_rms()]
-
-
-def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
-    del config
-    # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
-    return [optax.scale_by_factored_rms(), _clip_by_rms(1.0), scale_by_parameter_rms()]
-
-
-# `OptimizerConfig.name` -> what turns clipped gradients into an update, before weight decay and learning rate.
+# `OptimizerConfig.name` -> the rules from clipped gradients to an update, before weight decay and learning rate.
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], list[optax.GradientTransformation]]] = {
     "adamw": _adamw,
-    "adamw_rms": _adamw_rms,
-    "adafactor": _adafactor,
+    "adamw_rms": lambda config: [*_adamw(config), scale_by_parameter_rms()],
+    # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
+    "adafactor": lambda _: [optax.scale_by_factored_rms(), _clip_by_rms(1.0), scale_by_parameter_rms()],
 }
 
 
@@ -139,8 +114,8 @@ def _named(table: Mapping[str, Any], name: str, setting: str) -> Any:
 def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
     """Adam that keeps its first moment in `dtype` between steps and computes with it in float32.
 
-    optax's own `mu_dtype` multiplies the stored moment by b1 in that dtype. In bfloat16 a b1 of 0.99 is 0.9883, so
-    every update is an eighth too small, and 0.999 is 1, so old gradients never decay.
+    optax's `mu_dtype` multiplies the stored moment by b1 in that dtype. In bfloat16 a b1 of 0.99 is 0.9883, and every
+    update is an eighth too small. A b1 of 0.999 is 1, and old gradients never decay.
     """
     if dtype == "float32":
         return adam
@@ -158,16 +133,13 @@ def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> opta
 def _clip_by_rms(largest: float) -> optax.GradientTransformation:
     """Scales each tensor's update down to an RMS of `largest`, each layer of a stack by itself (1804.04235 section 6).
 
-    optax.clip_by_block_rms would clip the stacked tensor as a whole and hide one layer's spike.
+    optax.clip_by_block_rms would clip the stacked tensor as a whole, in which one layer's spike disappears.
     """
 
     def clip(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         return update / jnp.maximum(1.0, _rms(path, update) / largest)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree_util.tree_map_with_path(clip, updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates))
 
 
 def _rms(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
@@ -179,14 +151,11 @@ def _rms(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
 def scale_by_parameter_rms(minimum: float = 1e-3) -> optax.GradientTransformation:
     """Multiplies each tensor's update by max(RMS(parameter), minimum), one RMS per layer of a stack.
 
-    This is Adafactor's parameter scaling put on Adam (AdamW-RMS of nanoT5): one learning rate then fits T5's
-    differently sized tensors. Source: arXiv 1804.04235 section 8.
+    With Adafactor's parameter scaling on Adam (AdamW-RMS of nanoT5) one learning rate fits T5's differently sized
+    tensors. Source: arXiv 1804.04235 section 8.
     """
 
     def scale(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> jax.Array:
         return update * jnp.maximum(_rms(path, param), minimum).astype(update.dtype)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree_util.tree_map_with_path(scale, updates, params), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates, params))

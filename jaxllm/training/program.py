@@ -1,7 +1,7 @@
 """A run's pure functions, assembled once from its config: model, loss, optimizer, train step, first state.
 
-Everything that trains, measures or inspects a run takes them from here, so that all of them see the same program. A
-training loop of your own needs no more (`jaxllm.training.sharding` has it for several devices):
+Everything that trains, measures or inspects a run takes them from here, and so uses the same program. This is enough
+for your own training loop (`jaxllm.training.sharding` has one for several devices):
 
 >>> import numpy as np
 >>> from jaxllm.config import LlamaConfig, OptimizerConfig, RunConfig, TrainingConfig
@@ -20,7 +20,7 @@ training loop of your own needs no more (`jaxllm.training.sharding` has it for s
 >>> int(state.step), bool(metrics.loss < 1)
 (20, True)
 
-`build_loss` describes batches, and `jaxllm.training.train_step` takes a loss or an optimizer of your own.
+`build_loss` describes batches, and `jaxllm.training.train_step` takes your own loss or optimizer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Program(NamedTuple):
     """The pure functions of a run.
 
     Attributes:
-        config: what they were made from.
+        config: of the run.
         model: in its dtypes.
         dtype: of activations and matmul inputs.
         loss: (parameters in `dtype`, batch, key) -> sums.
@@ -69,13 +69,11 @@ class Program(NamedTuple):
 
     def fresh_state(self) -> TrainState:
         """The state before the first step, from `training.seed`."""
-        init_key, _ = self._keys()
-        return self.state_of(init_params(self.model, init_key))
+        return self.state_of(init_params(self.model, self._keys()[0]))
 
     def state_of(self, params: Any) -> TrainState:
-        """The state before the first step, with parameters that exist."""
-        _, run_key = self._keys()
-        return init_train_state(params, self.optimizer, run_key)
+        """The state before the first step, with given parameters."""
+        return init_train_state(params, self.optimizer, self._keys()[1])
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
@@ -93,7 +91,7 @@ class Program(NamedTuple):
 
 
 def program_of(config: RunConfig, mesh: Mesh | None = None) -> Program:
-    """The program of a run on the devices of a mesh, None for one; nothing is allocated or compiled.
+    """The program of a run on the devices of a mesh, None for a single device; nothing is allocated or compiled.
 
     >>> from jaxllm.config import LlamaConfig, RunConfig
     >>> model = LlamaConfig(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
@@ -101,10 +99,11 @@ def program_of(config: RunConfig, mesh: Mesh | None = None) -> Program:
     >>> program.abstract_batch()["tokens"].shape
     (8, 256)
     """
-    training, precision = config.training, config.precision
-    dtype, model = jnp.dtype(precision.compute), build_model(config)
+    training = config.training
+    dtype = jnp.dtype(config.precision.compute)
+    model = build_model(config)
     loss = build_loss(model, training)
-    optimizer = build_optimizer(config.optimizer, precision, steps=training.steps)
+    optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
     step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, mesh=mesh)
     evaluate = make_eval_step(loss, dtype=dtype, mesh=mesh)
     return Program(config, model, dtype, loss, optimizer, step, evaluate)

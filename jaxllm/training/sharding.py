@@ -1,11 +1,11 @@
 """How a run is laid out over the devices of one process: rows of a batch, parameters and moments over one axis.
 
-The name of a leaf decides which of its axes is split (`jaxllm.training.names`), so models name no devices. The
-optimizer's trees end in the parameters' paths and follow the same rule. Every device computes its own rows as it would
-alone, with whole parameters that are gathered in the compute dtype once per step. Gradients are summed in float32, and
-every device keeps its share of the sums. This is written out here: XLA's partitioner would move activations in the
-scans over chunks of the loss and over microbatches. The loss scale sees the sums, so there is one decision for all
-devices. Out of scope: several processes, tensor or pipeline parallelism.
+The name of a leaf decides which of its axes is split (`jaxllm.training.names`), also in the optimizer's trees, whose
+paths end in the parameters' paths. Every device computes its rows as on a single device, with whole parameters that are
+gathered in the compute dtype once per step. Gradients are summed in float32, and every device keeps its share of the
+sums. The collectives are written out, because XLA's partitioner would move activations in the scans over chunks of the
+loss and over microbatches. The loss scale gets the sums, so all devices skip the same steps. Out of scope: several
+processes, tensor or pipeline parallelism.
 
 The loop of `jaxllm.training.program`, on all devices:
 
@@ -37,23 +37,20 @@ _COPIED, _ROWS = PartitionSpec(), PartitionSpec(_AXIS)
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh | None:
-    """All devices (or those given) as one axis; None for a single one, which needs no layout at all."""
+    """All devices (or those given) as one axis; None for a single one, which needs no layout."""
     devices = list(jax.devices() if devices is None else devices)
     return Mesh(np.array(devices), (_AXIS,)) if len(devices) > 1 else None
 
 
 def check_rows(*, batch_size: int, accumulation: int, devices: int) -> None:
-    """Refuses microbatches whose rows can't be shared equally.
-
-    Raises:
-        ValueError: naming the settings and the next batch size that fits.
-    """
+    """Raises ValueError for microbatches whose rows can't be shared equally, with the next batch size that fits."""
     step = devices * accumulation
     if batch_size % step:
+        fitting = -(-batch_size // step) * step
         raise ValueError(
             f"training.batch_size {batch_size} in {accumulation} microbatches (training.accumulation) can't be shared "
-            f"equally by {devices} devices; use a multiple of {step}, e.g. training.batch_size="
-            f"{-(-batch_size // step) * step}, or fewer devices (CUDA_VISIBLE_DEVICES=0 is one)"
+            f"equally by {devices} devices; use a multiple of {step}, e.g. training.batch_size={fitting}, or fewer "
+            "devices (CUDA_VISIBLE_DEVICES=0 is one)"
         )
 
 
@@ -66,24 +63,21 @@ def state_shardings(tree: Any, mesh: Mesh | None) -> Any:
 
 def state_specs(tree: Any, devices: int) -> Any:
     """Which axis of every leaf is split over so many devices."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf, devices), tree)
 
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        axis = role_of(path).split
+        # Factored moments have the names of matrices without their shapes, and not every size can be divided.
+        if devices == 1 or axis is None or leaf.ndim < axis or leaf.shape[-axis] % devices:
+            return _COPIED
+        return PartitionSpec(*[None] * (leaf.ndim - axis), _AXIS)
 
-def _spec(path: tuple[Any, ...], leaf: Any, devices: int) -> PartitionSpec:
-    axis = role_of(path).split
-    # Factored moments bear the names of matrices without having their shapes, and not every size divides.
-    if devices == 1 or axis is None or leaf.ndim < axis or leaf.shape[-axis] % devices:
-        return _COPIED
-    return PartitionSpec(*[None] * (leaf.ndim - axis), _AXIS)
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def with_shardings(tree: Any, mesh: Mesh | None) -> Any:
-    """An abstract tree that says where each leaf belongs, for restoring a checkpoint there."""
-
-    def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(placed, tree, state_shardings(tree, mesh))
+    """An abstract tree with the sharding of each leaf, for restoring a checkpoint."""
+    shardings = state_shardings(tree, mesh)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
 def device_bytes(tree: Any, devices: int) -> int:
@@ -93,7 +87,7 @@ def device_bytes(tree: Any, devices: int) -> int:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch lies on the devices of a mesh."""
+    """The layout of a batch over the devices of a mesh, by rows."""
     return NamedSharding(mesh, _ROWS)
 
 
@@ -103,16 +97,12 @@ def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Arr
 
 
 def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) -> Callable[..., tuple[Any, Any]]:
-    """The gradient function of a batch that lies on several devices; unchanged for a single one.
+    """The gradient function of a batch that is spread over several devices; unchanged for a single one.
 
-    Args:
-        gradients: (params, batch, key, *, factor, reduce) -> (sums, gradients), where `reduce` maps the sums and
-            float32 gradients of each microbatch to those of all devices.
-        mesh: of `make_mesh`.
-
-    Returns:
-        (params, batch, key, *, factor) -> the same sums and gradients as on one device, the latter laid out as the
-        parameters are. Dropout differs: each device draws from a key of its own.
+    `gradients` is (params, batch, key, *, factor, reduce) -> (sums, gradients), where `reduce` maps the sums and
+    float32 gradients of each microbatch to those of all devices. The result, (params, batch, key, *, factor) -> (sums,
+    gradients), computes the same as on one device and lays gradients out as parameters. Dropout differs: each device
+    draws from a separate key.
     """
     if mesh is None:
         return gradients
@@ -129,7 +119,7 @@ def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) 
             return gradients(_whole(params, specs), rows, key, factor=factor, reduce=reduce)
 
         inputs = (specs, _ROWS, _COPIED, _COPIED)
-        # Differentiated inside only, so nothing needs to be known about which values differ between devices.
+        # Derivatives are taken inside only, so check_vma (which values differ between devices) is not needed.
         shared = jax.shard_map(on_device, mesh=mesh, in_specs=inputs, out_specs=(_COPIED, specs), check_vma=False)
         return shared(params, batch, key, factor)
 
@@ -137,7 +127,7 @@ def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) 
 
 
 def map_rows(function: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: bool) -> Callable[[Any, Any], Any]:
-    """function(params, batch) where the batch lies on several devices: its results added up, or rows put in order."""
+    """function(params, batch) of a batch spread over several devices: results added up, or rows put in order."""
     if mesh is None:
         return function
 
@@ -148,10 +138,9 @@ def map_rows(function: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: 
             value = function(_whole(params, specs), rows)
             return jax.lax.psum(value, _AXIS) if summed else value
 
-        out = _COPIED if summed else _ROWS
-        return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, _ROWS), out_specs=out, check_vma=False)(
-            params, batch
-        )
+        inputs, output = (specs, _ROWS), _COPIED if summed else _ROWS
+        shared = jax.shard_map(on_device, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)
+        return shared(params, batch)
 
     return spread
 

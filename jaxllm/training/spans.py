@@ -1,7 +1,7 @@
 """How many masked spans an encoder-decoder predicts whole, under teacher forcing.
 
-A span counts when each of its tokens and the mark that ends it (the next sentinel, or the end) is the most likely one
-given the true tokens before it. Where nothing is masked by sentinels, a whole answer is one span.
+A span counts when each of its tokens, and the sentinel or end after it, is the most likely one given the true tokens
+before it. Where nothing is masked by sentinels, a whole answer is one span.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ from jaxllm.training.sharding import map_rows
 
 
 class SpanCounts(NamedTuple):
-    """Spans of a batch.
-
-    Attributes:
-        exact: spans guessed whole.
-        total: all of them.
-    """
+    """Spans of a batch: `exact` were predicted whole, `total` are all."""
 
     exact: int
     total: int

@@ -1,9 +1,9 @@
 """One optimizer step as a pure function: (state, batch) -> (state, metrics).
 
-Loss functions return sums; they are divided once, by the weight of the whole batch, so that accumulating microbatches
-of different weight is exact. Parameters are cast to the compute dtype once per step, outside the accumulation scan;
-gradients are accumulated in float32. A batch whose gradients overflow is skipped by the optimizer's loss scale. The
-caller applies jit, donation and layout; its mesh is an argument. `jaxllm.training.program` has an example.
+Loss functions return sums, which are divided once by the weight of the whole batch, so that accumulating microbatches
+of different weight is exact. Parameters are cast to the compute dtype once per step, outside the accumulation scan.
+Gradients are accumulated in float32. The optimizer's loss scale skips a batch whose gradients overflow. The caller
+applies jit, donation and layout. `jaxllm.training.program` has an example.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxllm.training.sharding import map_rows, sum_gradients
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and all that a checkpoint must hold.
+    """The arrays that a step changes and a checkpoint holds.
 
     Attributes:
         step: optimizer steps done.
@@ -46,15 +46,15 @@ class StepMetrics(NamedTuple):
     """Float32 scalars of one step.
 
     Attributes:
-        loss: what was minimised, per unit of weight.
+        loss: the minimised sum per unit of weight.
         nll: cross-entropy in nats per unit of weight.
         accuracy: fraction of the weight whose target had the largest logit.
         weight: sum of the weights.
         grad_norm: global norm of the unscaled gradient, before clipping.
-        loss_scale: scale that this step's gradients carried.
+        loss_scale: factor of this step's loss.
         skipped: steps skipped since the start, this one included.
         at_floor: overflows in a row with the scale at its floor.
-        culprit: number of the first non-finite group in `gradient_groups`, -1 when all were finite or none scaled.
+        culprit: index of the first non-finite group in `gradient_groups`, -1 when all were finite or without a scale.
     """
 
     loss: Float[Array, ""]
@@ -97,16 +97,12 @@ def make_train_step(
     Args:
         loss_function: (parameters in `dtype`, microbatch, key) -> `LossSums`.
         optimizer: takes gradients scaled by its own loss scale, if it has one.
-        accumulation: microbatches the leading axis of a batch is split into.
+        accumulation: microbatches of a batch. Its arrays, `weights` among them, are split along their leading axis.
         dtype: compute dtype.
         mesh: devices that hold state and batch, see `jaxllm.training.sharding`; None is one.
-
-    Returns:
-        (state, batch) -> (state, metrics). The leading axis of every array in a batch must be a multiple of
-        `accumulation`; `weights` is one of them.
     """
-    accumulate = functools.partial(accumulate_gradients, loss_function, accumulation=accumulation)
-    accumulate = sum_gradients(accumulate, mesh)
+    gradients = functools.partial(accumulate_gradients, loss_function, accumulation=accumulation)
+    accumulate = sum_gradients(gradients, mesh)
     rule = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

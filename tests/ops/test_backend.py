@@ -23,7 +23,7 @@ CHOICES = {
     if function.__module__ == backend.__name__ and name not in FACTS
 }
 FORMS = {
-    name: f"Figure: {form.figure}\nSeen: {form.seen}\nShown by: {form.shown_by}" for name, form in backend.FORMS.items()
+    name: f"Figure: {form.figure}\nSeen: {form.seen}\nShown by: row `{name}`" for name, form in backend.FORMS.items()
 }
 
 
