@@ -16,17 +16,21 @@ class Throughput:
 
     def __init__(self, config: RunConfig, lengths: tuple[int, int], device: Device) -> None:
         """`lengths` are those of a row on both sides, as `Recipe.lengths`."""
+        length, target_length = lengths
         batch = config.training.batch_size
-        self._flops = train_flops(config.model, batch=batch, length=lengths[0], target_length=lengths[1])
+        self._flops = train_flops(config.model, batch=batch, length=length, target_length=target_length)
         self._peak = None if device.flops is None else device.flops * device.count
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._tokens, self._steps, self._waited = time.perf_counter(), 0.0, 0, 0.0
+        self._start = time.perf_counter()
+        self._tokens = self._waited = 0.0
+        self._steps = 0
 
     def add(self, tokens: float) -> None:
         """Counts a step."""
-        self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+        self._tokens += tokens
+        self._steps += 1
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -45,17 +49,14 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """The figures since the last reading; model FLOP utilisation where the device's peak is known."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
-        rate = self._steps / elapsed
+        rate, flops = self._steps / elapsed, self._flops
         values = {
             "tokens_per_second": self._tokens / elapsed,
-            "tflops": rate * self._flops.causal / 1e12,
+            "tflops": rate * flops.causal / 1e12,
             "data_wait": self._waited / elapsed,
         }
         if self._peak is not None:
-            values |= {
-                "mfu": rate * self._flops.causal / self._peak,
-                "mfu_palm": rate * self._flops.full / self._peak,
-                "mfu_6n": rate * self._flops.weights / self._peak,
-            }
+            work = {"mfu": flops.causal, "mfu_palm": flops.full, "mfu_6n": flops.weights}
+            values |= {name: rate * done / self._peak for name, done in work.items()}
         self._reset()
         return values
