@@ -101,22 +101,19 @@ class CompiledOnce(Generic[P, R]):
             AttentionRefused: when cuDNN has no plan for an attention in it.
             DeviceError: when the device cannot run it for another reason that is known.
         """
-        if self._executable is None:
-            self._executable = self._compile(*args, **kwargs)
-        return self._executable
-
-    def _compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
+        if self._executable is not None:
+            return self._executable
         start = time.perf_counter()
         with explained(self._name):
             lowered = self._jitted.lower(*args, **kwargs)
             try:
-                executable = lowered.compile()
+                self._executable = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 if refused(error):
                     _log.warning("the %s uses of cuDNN: %s", self._name, ", ".join(calls_in(lowered.as_text())))
                 raise
         seconds = time.perf_counter() - start
-        memory = executable.memory_analysis()
+        memory = self._executable.memory_analysis()
         self.needed = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         _log.info("%s compiled in %.1f s, %.2f GB with its arguments", self._name, seconds, self.needed / 1e9)
-        return executable
+        return self._executable

@@ -7,7 +7,7 @@ trained, so it is taken when a batch is read, not when the checkpoint is written
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,19 +55,6 @@ def build_pipeline(config: DataConfig, *, vocab_size: int, run_dir: str | Path, 
     return Pipeline(config, source, tokenizer, **options)
 
 
-@runtime_checkable
-class Batches(Protocol):
-    """What is read of a `jaxllm.data.pipeline.Pipeline`."""
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch."""
-        ...
-
-    def get_state(self) -> dict[str, Any]:
-        """The position after it."""
-        ...
-
-
 class Fetched(NamedTuple):
     """One batch: as the pipeline made it, on the devices (or being copied there), and the position after it."""
 
@@ -79,7 +66,7 @@ class Fetched(NamedTuple):
 class Prefetch:
     """Two buffers: the batch that a step reads, and the next one."""
 
-    def __init__(self, pipeline: Batches, mesh: Mesh | None) -> None:
+    def __init__(self, pipeline: Pipeline, mesh: Mesh | None) -> None:
         """Reads nothing yet. `mesh` is where batches go, see `jaxllm.training.sharding`."""
         self._pipeline, self._mesh = pipeline, mesh
         self._waiting: Fetched | None = None

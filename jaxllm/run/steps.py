@@ -1,8 +1,8 @@
 """The compiled steps of a run: train step, evaluation step and span evaluation, all with one path of attention.
 
 Where `model.attention: auto` may choose cuDNN, all are compiled before the first step, so that a plan that cuDNN
-refuses changes the path of the whole run. Elsewhere evaluations are compiled when they are first used. Out of scope:
-samples, which decode (`jaxllm.generation.fallback`).
+refuses changes the path of the whole run. Elsewhere evaluations are compiled when they are first used. Samples, which
+decode, have `jaxllm.generation.fallback`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from jaxllm.config import RunConfig
 from jaxllm.ops import backend
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
@@ -49,25 +48,16 @@ def make_steps(program: Program, mesh: Mesh | None) -> Steps:
     layout: dict[str, Any] = {}
     if mesh is not None:  # a step's new state stays where the old one is, whatever XLA would prefer
         layout = {"out_shardings": (state_shardings(program.abstract_state(), mesh), None)}
+    train_step = CompiledOnce(program.train_step, name="train step", donate_argnums=0, **layout)
+    eval_step = CompiledOnce(program.eval_step, name="evaluation step")
     predict = None
     if program.config.model.encoder_decoder:
         predict = CompiledOnce(make_predict_step(program, mesh), name="span evaluation")
-    return Steps(
-        program,
-        mesh,
-        CompiledOnce(program.train_step, name="train step", donate_argnums=0, **layout),
-        CompiledOnce(program.eval_step, name="evaluation step"),
-        predict,
-    )
+    return Steps(program, mesh, train_step, eval_step, predict)
 
 
 def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
-    """Compiles the train step, and all steps where cuDNN might refuse an attention.
-
-    Args:
-        steps: of `make_steps`.
-        state: as it will be given to the train step; it is only read.
-        batch: such as all that come.
+    """Compiles the train step, and all steps where cuDNN might refuse an attention; `state` and `batch` are only read.
 
     Returns:
         The same steps, or others with attention by blocks in plain JAX where cuDNN refused one of `attention: auto`.
@@ -89,12 +79,8 @@ def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
 
 
 def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
-    if _may_be_refused(steps.program.config):
+    if backend.on_gpu() and steps.program.config.model.attention in ("auto", "cudnn"):
         steps.eval_step.prepare(state.params, batch)
         if steps.predict is not None:
             steps.predict.prepare(state.params, batch)
     steps.train_step.prepare(state, batch)
-
-
-def _may_be_refused(config: RunConfig) -> bool:
-    return backend.on_gpu() and config.model.attention in ("auto", "cudnn")

@@ -32,12 +32,11 @@ from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
 from jaxllm.run.folder import CHECKPOINTS, open_run_folder, settle_residual, write_config
 from jaxllm.run.overflow import OverflowWatch
-from jaxllm.run.record import MetricsWriter, log_step, log_validation, plot_curve, step_row
+from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, step_row
 from jaxllm.run.samples import write_sample
 from jaxllm.run.signals import stop_signals
 from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
-from jaxllm.run.throughput import Throughput
 from jaxllm.training.optimizer import build_schedule
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh

@@ -395,9 +395,8 @@ def test_home_is_one_place(tmp_path: Path, corpus: Path, monkeypatch: pytest.Mon
 def test_a_moved_run_is_not_started_again_where_it_was(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
     shutil.copytree(whole[0].training.run_dir, tmp_path / "moved")
     file = tmp_path / "moved" / "config.yaml"
-    with pytest.raises(
-        RunFolderError, match=rf"set training.run_dir={tmp_path / 'moved'} to go on with the run beside"
-    ):
+    named = rf"set training.run_dir={tmp_path / 'moved'} to resume the run in its folder"
+    with pytest.raises(RunFolderError, match=named):
         check_in_place(load_config(file), file, [])
     for folder in (str(tmp_path / "moved"), whole[0].training.run_dir):
         overrides = [f"training.run_dir={folder}"]
