@@ -212,7 +212,7 @@ def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[],
             _step(parts, progress, until=until)
     except BatchError as error:
         failure = error
-    _read_newest(parts, progress)
+    _read(parts, progress, progress.unread)
     if progress.step > progress.saved:
         _save(parts, progress)
     parts.checkpoints.wait()
@@ -226,23 +226,16 @@ def _step(parts: Parts, progress: Progress, *, until: int) -> None:
     """One step, the metrics of the step before it, and the evaluation and the checkpoint that are due."""
     training = parts.config.training
     previous, progress.unread = progress.unread, _dispatch(parts, progress, until=until)
-    if previous is not None:
-        _read(parts, progress, previous)
+    _read(parts, progress, previous)
     evaluates = progress.step % training.eval_every == 0 or progress.step == training.steps
     saves = progress.step % training.save_every == 0
     if evaluates or saves or progress.step == until:
-        _read_newest(parts, progress)
+        _read(parts, progress, progress.unread)
+        progress.unread = None
     if evaluates:
         _evaluate(parts, progress)
     if saves:
         _save(parts, progress)
-
-
-def _read_newest(parts: Parts, progress: Progress) -> None:
-    """Reads the newest step before it is evaluated or saved."""
-    pending, progress.unread = progress.unread, None
-    if pending is not None:
-        _read(parts, progress, pending)
 
 
 def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
@@ -257,8 +250,10 @@ def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
     return Pending(progress.step, metrics, batch)
 
 
-def _read(parts: Parts, progress: Progress, pending: Pending) -> None:
-    """Reads the metrics of a step: stops the run where they forbid to continue, and records them."""
+def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
+    """Reads the metrics of a step, if it has not been read: records them, or stops the run where they are bad."""
+    if pending is None:
+        return
     config = parts.config
     values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
     scaling = config.precision.loss_scale != "none"
