@@ -30,10 +30,8 @@ def write_sample(folder: Path, model: Model, params: Any, pipeline: Pipeline, co
     if not config.sample_tokens:
         return None
     text_model = TextModel.of(model, params, pipeline.tokenizer)
-    if model.config.encoder_decoder:
-        text = _fill_in(text_model, pipeline, config)
-    else:
-        text = _continue(text_model, config)
+    encoder_decoder = model.config.encoder_decoder
+    text = _fill_in(text_model, pipeline, config) if encoder_decoder else _continue(text_model, config)
     (folder / SAMPLE).write_text(text, encoding="utf-8")
     return text
 
