@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from jaxllm.config import RunConfig
 from jaxllm.ops import backend
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
@@ -79,8 +80,12 @@ def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
 
 
 def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
-    if backend.on_gpu() and steps.program.config.model.attention in ("auto", "cudnn"):
+    if _may_be_refused(steps.program.config):
         steps.eval_step.prepare(state.params, batch)
         if steps.predict is not None:
             steps.predict.prepare(state.params, batch)
     steps.train_step.prepare(state, batch)
+
+
+def _may_be_refused(config: RunConfig) -> bool:
+    return backend.on_gpu() and config.model.attention in ("auto", "cudnn")
