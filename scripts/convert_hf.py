@@ -23,10 +23,10 @@ def main() -> int:
     parser.add_argument("source", type=Path, help="run folder, Hugging Face directory, or folder with params.json")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--dtype", help="of a directory's tensors: float32, bfloat16 or float16; default: the source's")
-    parser.add_argument("--max-length", type=int, help="context length, which Meta's params.json does not say")
+    parser.add_argument("--max-length", type=int, help="context length, which Meta's params.json lacks")
     arguments = parser.parse_args()
     source, target = arguments.source, arguments.target
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's traces of a failed write, of which the error tells
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # the error names a failed write; orbax's traces repeat it
     try:
         _convert(source, target, dtype=arguments.dtype, max_length=arguments.max_length)
     except KeyboardInterrupt:

@@ -1,8 +1,8 @@
 """Large arrays in huge pages, for scripts that compute on a CPU: `pretrain.py` and `generate.py` start with this.
 
-Most Linux systems give huge pages only where they are asked for (`madvise`), and glibc asks only when its environment
-said so before the process began. XLA takes the memory of every step again, and mapping it by 4 KiB pages costs a train
-step up to a fifth of its time. Not in the package: a library must not restart the process that imports it.
+Most Linux systems give huge pages only on request (`madvise`), and glibc requests them only when a variable of its
+environment was set before the process began. XLA allocates the memory of every step again; mapping it by 4 KiB pages
+costs a train step up to a fifth of its time. The package has no such code: a library must not restart its process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def restart_with_huge_pages() -> None:
     """Runs this same command again in this same process, once; call it before anything that takes time to import.
 
-    Nothing happens where GLIBC_TUNABLES is set already, where huge pages cannot be asked for (another system, or a
-    kernel that gives them always or never), or next to an NVIDIA GPU, whose arrays lie elsewhere. A glibc before 2.35
+    Nothing happens where GLIBC_TUNABLES is set already, where huge pages cannot be requested (another system, or a
+    kernel that gives them always or never), or with an NVIDIA GPU, whose memory holds the arrays. A glibc before 2.35
     and other C libraries ignore the variable.
     """
     if "GLIBC_TUNABLES" in os.environ or not _on_request() or any(Path("/dev").glob("nvidia[0-9]*")):

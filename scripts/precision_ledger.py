@@ -1,6 +1,6 @@
 """Lists every dtype decision of a run's train step: python scripts/precision_ledger.py CONFIG [section.key=value ...].
 
-Exits with 1 when a sum or an island (a norm, a softmax, ...) is below float32 and precision.islands does not say so.
+Exits with 1 when a sum or an island (a norm, a softmax, ...) is below float32 and not excused by precision.islands.
 """
 
 from __future__ import annotations

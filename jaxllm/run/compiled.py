@@ -1,7 +1,6 @@
-"""A step that is compiled once, so that a recompilation cannot happen unseen.
+"""A step that is compiled once: its first call compiles, and a later argument of another kind is refused by its name.
 
-jit would compile again for every new shape or dtype, for minutes and without a word. Here the first call compiles, and
-an argument that differs later is refused by its name.
+jit would silently compile again for every new shape or dtype, for minutes.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ class RecompilationError(RuntimeError):
 
 
 class DeviceError(RuntimeError):
-    """The device, or its libraries, cannot run a step; the message says what to change."""
+    """The device, or its libraries, cannot run a step; the message has what to change."""
 
 
 class AttentionRefused(DeviceError):
     """cuDNN has no plan for an attention of a step."""
 
 
-# What to do about it, by a word of XLA's message.
+# By a word of XLA's message.
 _ADVICE = {
     "resource_exhausted": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
     "cudnn": "set model.attention=chunked, which does without cuDNN, or update nvidia-cudnn",
@@ -45,7 +44,7 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Adds what to do about it to an error of the device or its compiler; `name` is what could not run."""
+    """Adds advice to an error of the device or its compiler; `name` is what could not run."""
     try:
         yield
     except Exception as error:
@@ -73,13 +72,7 @@ class CompiledOnce(Generic[P, R]):
     """
 
     def __init__(self, function: Callable[P, R], *, name: str, **options: Any) -> None:
-        """Compiles nothing yet.
-
-        Args:
-            function: pure.
-            name: for messages.
-            options: of `jax.jit`, such as donate_argnums.
-        """
+        """Compiles nothing yet; `name` is for messages, `options` are those of `jax.jit`."""
         self._jitted = jax.jit(function, **options)
         self._name = name
         self._executable: jax.stages.Compiled | None = None
@@ -90,7 +83,7 @@ class CompiledOnce(Generic[P, R]):
 
         Raises:
             RecompilationError: naming the argument that changed.
-            DeviceError: when cuDNN has no kernel for it, or memory ends.
+            DeviceError: as `prepare`, or when memory ends.
         """
         executable = self.prepare(*args, **kwargs)
         try:
@@ -102,28 +95,25 @@ class CompiledOnce(Generic[P, R]):
             ) from error
 
     def prepare(self, *args: Any, **kwargs: Any) -> Callable[..., R]:
-        """Compiles it for these arguments, or arguments like them, unless it is compiled.
+        """The executable, compiled for these arguments (or arguments like them) if it is not compiled.
 
         Raises:
             AttentionRefused: when cuDNN has no plan for an attention in it.
             DeviceError: when the device cannot run it for another reason that is known.
         """
-        if self._executable is None:
-            self._executable = self._compile(*args, **kwargs)
-        return self._executable
-
-    def _compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
+        if self._executable is not None:
+            return self._executable
         start = time.perf_counter()
         with explained(self._name):
             lowered = self._jitted.lower(*args, **kwargs)
             try:
-                executable = lowered.compile()
+                self._executable = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 if refused(error):
-                    _log.warning("the %s asks cuDNN for %s", self._name, ", ".join(calls_in(lowered.as_text())))
+                    _log.warning("the %s uses of cuDNN: %s", self._name, ", ".join(calls_in(lowered.as_text())))
                 raise
         seconds = time.perf_counter() - start
-        memory = executable.memory_analysis()
+        memory = self._executable.memory_analysis()
         self.needed = 0 if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
         _log.info("%s compiled in %.1f s, %.2f GB with its arguments", self._name, seconds, self.needed / 1e9)
-        return executable
+        return self._executable

@@ -1,7 +1,6 @@
 """Run folders to Hugging Face directories and back: what `scripts/convert_hf.py` does.
 
-A conversion that fails leaves neither behind. Out of scope: reading a run's parameters (`jaxllm.run.start`), names of
-tensors (`jaxllm.interop`).
+A conversion that fails leaves nothing in its target.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from jaxllm.config import DataConfig, RunConfig, TrainingConfig
 from jaxllm.config.file import dump_config
 from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
@@ -37,7 +36,7 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
         tokenizer = load_tokenizer(files[0])
         begins = None if config.model.encoder_decoder else tokenizer.eos_id  # a document follows an end token
         ids = SpecialIds(bos=begins, eos=(tokenizer.eos_id,), pad=tokenizer.pad_id)
-    with _beside(target) as folder:
+    with _moved_when_whole(target) as folder:
         save_hf(folder, build(config.model), params, dtype=dtype, special_ids=ids)
         for file in files:
             shutil.copy(file, folder)
@@ -47,9 +46,7 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
 
 
 def import_run(source: str | Path, target: str | Path) -> None:
-    """Writes a run folder of parameters alone, float32, and tokenizer, for `training.init_from` and for generation.
-
-    The tokenizer's file gets the name by which runs keep theirs.
+    """Writes a run folder of float32 parameters and tokenizer alone, for `training.init_from` and for generation.
 
     Raises:
         FileExistsError: when the target holds what would be overwritten, as `check_target`.
@@ -58,8 +55,11 @@ def import_run(source: str | Path, target: str | Path) -> None:
     check_target(folder)
     model, params = load_hf(source, dtype="float32")
     kept = {file.name.replace("spiece", "tokenizer"): file for file in tokenizers_in(source)}
-    config = _run_config(model.config, folder, tokenizer=str(folder / next(iter(kept))) if kept else "train")
-    with _beside(folder) as partial:
+    longest, objective = min(256, model.config.context or 256), model.config.objectives[0]
+    tokenizer = str(folder / next(iter(kept))) if kept else "train"
+    data = DataConfig(tokenizer=tokenizer, objective=objective, sequence_length=longest)
+    config = RunConfig(model=model.config, data=data, training=TrainingConfig(run_dir=str(folder)))
+    with _moved_when_whole(folder) as partial:
         save_params(partial / CHECKPOINTS, params)
         for name, file in kept.items():
             shutil.copy(file, partial / name)
@@ -67,8 +67,8 @@ def import_run(source: str | Path, target: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder inside, of which everything is moved up into `folder` once it is whole."""
+def _moved_when_whole(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder`, whose contents move up into `folder` once they are whole."""
     partial = folder / "convert.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
@@ -84,9 +84,3 @@ def _beside(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _run_config(model: ModelConfig, folder: Path, *, tokenizer: str) -> RunConfig:
-    longest = min(256, model.context or 256)
-    data = DataConfig(tokenizer=tokenizer, objective=model.objectives[0], sequence_length=longest)
-    return RunConfig(model=model, data=data, training=TrainingConfig(run_dir=str(folder)))

@@ -1,7 +1,7 @@
-"""The accelerator of a run: what it is and can do, and the settings that must be made before jax opens it.
+"""The accelerator of a run: its datasheet figures, and the settings that must be made before jax opens it.
 
-An XLA flag that a release does not know aborts the process, so flags are tried in another process first, and only
-scripts call `prepare_process`; importing jaxllm changes nothing.
+An XLA flag that a release lacks aborts the process, so flags are tried in another process first. Only scripts call
+`prepare_process`; importing jaxllm changes nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 # NVIDIA's datasheets: FLOP/s of dense 16-bit matmuls (bfloat16; float16 on V100 and T4, which have no bfloat16 units),
-# and memory bytes/s. A row is a device whose device_kind has all of the row's words; of several, the one of most words.
+# and memory bytes/s. A row matches a device_kind that has all of the row's words; the row of most words counts.
 _PEAKS = {
     "B200": (2250e12, 8.0e12),
     "GH200 480GB": (989e12, 4.0e12),
@@ -45,14 +45,16 @@ _PEAKS = {
 # What JAX's guide to GPU performance recommends for one device; benchmarks/gpu/variants.py has others to compare with.
 TRAIN_FLAGS = ("--xla_gpu_triton_gemm_any=true",)
 
+_CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
 
 class Device(NamedTuple):
     """One accelerator.
 
     Attributes:
         kind: jax's name of it.
-        count: how many of them there are.
-        memory: bytes that this process may use on each; None where the platform does not say (CPU).
+        count: number of such devices.
+        memory: bytes that this process may use on each; None where jax gives none (CPU).
         flops: peak FLOP/s of dense 16-bit matmuls by datasheet, None where the device is not known.
         bandwidth: peak memory bytes/s by datasheet, None likewise.
     """
@@ -90,7 +92,7 @@ def nvidia_devices(folder: Path = Path("/dev")) -> list[Path]:
 def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
     """Lets jax take most of a GPU's memory and sets the flags that its XLA accepts; a no-op without an NVIDIA GPU.
 
-    What the environment already says stays. Call it before jax opens its devices.
+    Settings that are already in the environment stay. Call it before jax opens its devices.
     """
     if not nvidia_devices():
         return
@@ -101,30 +103,26 @@ def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
 
 @contextlib.contextmanager
 def compilation_cache(path: str | None) -> Iterator[None]:
-    """The persistent cache of jax in a folder, for one run: the next one in this process has its own, or none."""
+    """The persistent cache of jax in a folder, for one run; afterwards jax has the settings that it had before."""
     if path is None:
         yield
         return
-    own = {
-        "jax_compilation_cache_dir": str(Path(path).expanduser().absolute()),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in own}
-
-    def switch(settings: dict[str, Any]) -> None:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        reset_cache()  # jax keeps to the first folder that it has opened
-
-    switch(own)
+    before = [getattr(jax.config, name) for name in _CACHE_SETTINGS]
+    _set_cache(str(Path(path).expanduser().absolute()), 0.0)
     try:
         yield
     finally:
-        switch(before)
+        _set_cache(*before)
+
+
+def _set_cache(folder: str | None, seconds: float) -> None:
+    for name, value in zip(_CACHE_SETTINGS, (folder, seconds), strict=True):
+        jax.config.update(name, value)
+    reset_cache()  # jax keeps to the first folder that it has opened
 
 
 def accepted_flags(flags: Sequence[str]) -> tuple[str, ...]:
-    """Those of `flags` with which a process that compiles something survives."""
+    """Those of `flags` with which a process survives a compilation."""
     if not flags or _survives(flags):
         return tuple(flags)
     return tuple(flag for flag in flags if _survives([flag]))

@@ -23,20 +23,19 @@ def evaluate(steps: Steps, params: Any, pipeline: Pipeline) -> dict[str, float]:
         loss (per token), bits_per_byte (T5: bits_per_target_byte), accuracy, and spans_exact where there are spans.
     """
     config, tokenizer = steps.program.config, pipeline.tokenizer
-    nll = weight = correct = size = 0.0
-    exact = spans = 0
+    sums = np.zeros(3)
+    size = exact = spans = 0.0
     for batch in pipeline.validation(config.training.eval_batches):
         placed = place_rows(batch, steps.mesh)
-        sums = jax.device_get(steps.eval_step(params, placed))
-        nll += float(sums.nll)
-        weight += float(sums.weight)
-        correct += float(sums.correct)
+        found = jax.device_get(steps.eval_step(params, placed))
+        sums += (found.nll, found.weight, found.correct)
         size += target_bytes(batch, tokenizer)
         if steps.predict is not None:
             predicted = np.asarray(steps.predict(params, placed))
-            found = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)
-            exact += found.exact
-            spans += found.total
+            counts = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)
+            exact += counts.exact
+            spans += counts.total
+    nll, weight, correct = sums.tolist()
     weight = max(weight, 1.0)
     return {
         "loss": nll / weight,

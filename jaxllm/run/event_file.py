@@ -1,8 +1,8 @@
-"""TensorBoard's event file, written by hand: a curve needs five fields of its messages, and no torch or TensorFlow.
+"""TensorBoard's event files, written by hand: scalars need five fields of its messages.
 
-The usual writers import whole frameworks where those are installed. Formats: the messages `Event`, `Summary` and
-`SessionLog` of tensorflow/core/util/event.proto and framework/summary.proto in protobuf's wire encoding, framed as
-tensorflow/core/lib/io/record_writer.h says, with the CRC-32C of RFC 3720 appendix B.4.
+tensorboardX 2.6.5 imports torch where it is installed, and blocks its caller for ever once the disk is full. Formats:
+`Event`, `Summary` and `SessionLog` of tensorflow/core/util/event.proto and framework/summary.proto, in the records of
+tensorflow/core/lib/io/record_writer.h with the CRC-32C of RFC 3720 appendix B.4.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def _crc_table() -> list[int]:
 
 _CRC_TABLE = _crc_table()
 _START = 1  # SessionLog.START: what the folder holds from this step on is void
+_PREFIX = "events.out.tfevents."
 
 
 class EventFile:
@@ -32,30 +33,32 @@ class EventFile:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Voids what other files of the folder hold after `resume_step`: those steps are about to be done again."""
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"{_PREFIX}{_time_after(folder):017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
-        self._write(_text(3, "brain.Event:2"))
-        self._write(_varint(2, resume_step + 1) + _bytes(7, _varint(1, _START)))
+        self._write(_field(3, b"brain.Event:2"))
+        self._write(_field(2, resume_step + 1) + _field(7, _field(1, _START)))
 
     def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
         """Records scalars at a step."""
-        values = (_bytes(1, _text(1, tag) + b"\x15" + struct.pack("<f", value)) for tag, value in scalars.items())
-        self._write(_varint(2, step) + _bytes(5, b"".join(values)))
+        values = (_field(1, tag.encode()) + b"\x15" + struct.pack("<f", value) for tag, value in scalars.items())
+        self._write(_field(2, step) + _field(5, b"".join(_field(1, value) for value in values)))
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
     def _write(self, fields: bytes) -> None:
-        self._file.write(record(b"\x09" + struct.pack("<d", time.time()) + fields))
+        data = b"\x09" + struct.pack("<d", time.time()) + fields
+        length = struct.pack("<Q", len(data))
+        self._file.write(length + _masked_crc(length) + data + _masked_crc(data))
         self._file.flush()
 
 
-def record(data: bytes) -> bytes:
-    """A TFRecord: length, its checksum, the data, their checksum."""
-    length = struct.pack("<Q", len(data))
-    return length + _masked_crc(length) + data + _masked_crc(data)
+def _time_after(folder: Path) -> float:
+    """Now, or just after the newest file: TensorBoard reads files by name, and a clock can be set back."""
+    names = (path.name.removeprefix(_PREFIX)[:17] for path in folder.glob(f"{_PREFIX}*"))
+    times = (float(name) for name in names if name.replace(".", "", 1).isdecimal())
+    return max([time.time(), *(earlier + 1e-6 for earlier in times)])
 
 
 def crc32c(data: bytes) -> int:
@@ -71,7 +74,7 @@ def _masked_crc(data: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _number(value: int) -> bytes:
+def _varint(value: int) -> bytes:
     parts = bytearray()
     while value > 0x7F:
         parts.append(value & 0x7F | 0x80)
@@ -79,13 +82,8 @@ def _number(value: int) -> bytes:
     return bytes([*parts, value])
 
 
-def _varint(field: int, value: int) -> bytes:
-    return _number(field << 3) + _number(value)
-
-
-def _bytes(field: int, data: bytes) -> bytes:
-    return _number(field << 3 | 2) + _number(len(data)) + data
-
-
-def _text(field: int, text: str) -> bytes:
-    return _bytes(field, text.encode())
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field in protobuf's wire encoding: an integer, or bytes behind their length."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value

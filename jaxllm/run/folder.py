@@ -7,7 +7,7 @@ checkpoints/STEP/        state, data position and validation loss (`jaxllm.run.c
 checkpoints.damaged/     checkpoints that could not be read
 metrics.jsonl            one row of numbers per line; tensorboard/ repeats them
 sample.txt, loss.png     written after the last step
-.lock                    held by the process that trains
+.lock                    locked by the process that trains
 """
 
 from __future__ import annotations
@@ -21,23 +21,13 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxllm.config import DataConfig, RunConfig
 from jaxllm.config.file import ConfigError, config_differences, dump_config, load_config
-from jaxllm.data import DataError
+from jaxllm.data import DataError, tokenizer_choice
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
-from jaxllm.data.tokenizer_choice import (
-    Choice,
-    Kept,
-    Origin,
-    Refuse,
-    decide,
-    given_tokenizer,
-    make_tokenizer,
-    origin_of,
-)
+from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.ops.backend import has_bfloat16
 
@@ -55,28 +45,17 @@ CURVE = "loss.png"
 _LOCK = ".lock"
 _HUGGING_FACE_CONFIG = "config.json"
 
-# What may change between two starts of one run: it moves no number of the training.
-_MAY_CHANGE = (
-    "training.run_dir",
-    "training.log_every",
-    "training.eval_every",
-    "training.eval_batches",
-    "training.save_every",
-    "training.keep",
-    "training.sample_prompt",
-    "training.sample_tokens",
-    "training.compilation_cache",
-    "data.cache_dir",
-    "data.workers",
-    "data.tokenizer",  # the folder keeps its own, and takes no other
-    "model.layers",
-    "model.remat",
-    "model.attention",
-)
+# What may change between two starts of one run, because it moves no number of the training, by section of the config.
+_MAY_CHANGE = {
+    "training": "run_dir log_every eval_every eval_batches save_every keep sample_prompt sample_tokens "
+    "compilation_cache",
+    "data": "cache_dir workers tokenizer",  # the folder keeps its own tokenizer, and takes no other
+    "model": "layers remat attention",
+}
 
 
 class RunFolderError(ConfigError):
-    """A run folder that cannot be used; the message says why and what to do."""
+    """A run folder that cannot be used; the message has the reason and the fix."""
 
 
 class Kind(enum.Enum):
@@ -87,7 +66,7 @@ class Kind(enum.Enum):
 
 
 def kind_of(path: str | Path) -> Kind | None:
-    """Run folder or Hugging Face directory; None for a folder that is neither."""
+    """What a folder holds; None where it is neither."""
     folder = Path(path).expanduser()
     if (folder / CONFIG).is_file():
         return Kind.RUN
@@ -106,13 +85,13 @@ def _holds_begun_run(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def open_run_folder(config: RunConfig) -> Iterator[Path]:
-    """The folder for this process alone, made where it is new, after a look at whether the run in it is this one.
+    """The folder for this process alone, made where it is new, once the run in it is known to be this one.
 
     A run that has made no step, such as one that was too large for its device, leaves its folder to the next config.
 
     Raises:
-        RunFolderError: when it cannot be written, is at work in another process, is something else, or holds a run of
-            another config (naming the differing keys).
+        RunFolderError: when it cannot be written, another process trains in it, it is a Hugging Face directory, or it
+            holds a run of another config (naming the differing keys).
     """
     folder = Path(config.training.run_dir).expanduser()
     if (folder / _HUGGING_FACE_CONFIG).exists():
@@ -137,10 +116,10 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
 
 
 def settle_residual(config: RunConfig) -> RunConfig:
-    """The run with the dtype of a float16 T5's residual stream: bfloat16 where the hardware has it.
+    """The run with `precision.islands.residual` of a float16 T5, whose residual stream outgrows float16.
 
-    A float32 stream moves a fifth more bytes, and T5's outgrows float16. What config.yaml of a begun run has is kept,
-    float32 where it has none; `precision.islands.residual` in the config of a new run decides by itself.
+    A new run without the setting gets bfloat16 where the hardware has it: float32 moves a fifth more bytes. A begun run
+    keeps what its config.yaml has, or float32 where that has none.
     """
     islands = config.precision.islands
     if not config.model.outgrows_float16 or config.precision.compute != "float16" or "residual" in islands:
@@ -148,15 +127,12 @@ def settle_residual(config: RunConfig) -> RunConfig:
     folder = Path(config.training.run_dir).expanduser()
     if _holds_begun_run(folder):
         with contextlib.suppress(ConfigError):  # `open_run_folder` reports it
-            islands = {**islands, **_residual_of(load_config(folder / CONFIG))}
+            theirs = load_config(folder / CONFIG).precision.islands
+            islands = {**islands, **{key: dtype for key, dtype in theirs.items() if key == "residual"}}
     elif has_bfloat16():
         islands = {**islands, "residual": "bfloat16"}
         _log.info("precision.islands.residual: bfloat16, this device's default for a float16 T5; float32 is more exact")
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, islands=islands))
-
-
-def _residual_of(config: RunConfig) -> dict[Any, Any]:
-    return {key: dtype for key, dtype in config.precision.islands.items() if key == "residual"}
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
@@ -168,12 +144,12 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 
 def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]) -> None:
-    """Refuses a run folder's own config.yaml where the folder was moved or copied: it names another folder.
+    """Refuses the config.yaml of a moved or copied run folder, whose training.run_dir is another folder.
 
     Args:
-        config: what came of the file and the overrides.
+        config: the file with the overrides.
         path: the file.
-        overrides: as on the command line; one of training.run_dir says what is wanted.
+        overrides: as on the command line; one of training.run_dir settles it.
 
     Raises:
         RunFolderError: naming both folders.
@@ -184,13 +160,13 @@ def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]
         return
     if here.resolve() != there.resolve():
         raise RunFolderError(
-            f"{path} is the config of the run beside it, but its training.run_dir is {there}; set "
-            f"training.run_dir={here} to go on with the run beside it, or {there} for that one"
+            f"{path} is the config of the run in its folder, but its training.run_dir is {there}; set "
+            f"training.run_dir={here} to resume the run in its folder, or {there} for that one"
         )
 
 
 def check_apart(config: DataConfig, run_dir: Path) -> None:
-    """Refuses a run folder among the user's documents: what the run writes would be some of them.
+    """Refuses a run folder among the user's documents: files that the run writes would be documents.
 
     Raises:
         DataError: naming both folders.
@@ -198,27 +174,27 @@ def check_apart(config: DataConfig, run_dir: Path) -> None:
     root = Path(config.path or "").expanduser()
     if config.source == "files" and run_dir.resolve().is_relative_to(root.resolve()):
         raise DataError(
-            f"the run's folder {run_dir} lies in data.path {root}, whose documents would then be its {METRICS} and "
-            f"{SAMPLE} too; choose a training.run_dir outside, or put the documents into a folder of their own"
+            f"the run's folder {run_dir} is in data.path {root}, so that {METRICS} and {SAMPLE} would be documents; "
+            f"choose a training.run_dir outside, or move the documents into a separate folder"
         )
 
 
 def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, folder: Path) -> Tokenizer:
-    """The tokenizer of the run of `folder`, which keeps it from now on.
+    """The tokenizer of the run in `folder`, which keeps it from now on.
 
     Raises:
-        DataError: when the config describes another one than the folder must keep, or one that cannot be made.
+        DataError: when the config describes a tokenizer that the folder cannot take or that cannot be made.
     """
     file = next(iter(tokenizers_in(folder)), None)
-    given = given_tokenizer(config)
-    wanted = origin_of(given, config, source, vocab_size=vocab_size)
+    given = tokenizer_choice.given_tokenizer(config)
+    wanted = tokenizer_choice.origin_of(given, config, source, vocab_size=vocab_size)
     kept = None if file is None else _kept(file, wanted)
-    decision = decide(kept, wanted, begun=has_begun(folder))
+    decision = tokenizer_choice.decide(kept, wanted, begun=has_begun(folder))
     if isinstance(decision, Refuse):
         raise DataError(f"{file or folder} {decision.reason}; choose another training.run_dir")
     if file is not None and decision is Choice.KEEP:
         return given or load_tokenizer(file)
-    made = given or make_tokenizer(config, source, vocab_size=vocab_size)
+    made = given or tokenizer_choice.make_tokenizer(config, source, vocab_size=vocab_size)
     if file is not None:
         file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,26 +217,26 @@ def _kept(file: Path, wanted: Origin | None) -> Kept:
 
 
 def check_target(target: str | Path) -> None:
-    """Refuses a folder to convert into that holds a model: it would be lost, or the folder would be two things.
+    """Refuses to convert into a folder that holds a model or a tokenizer.
 
     Raises:
         FileExistsError: naming what is there.
     """
     folder = Path(target).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another folder")
-    if (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists():
-        raise FileExistsError(f"{folder} already holds a run; choose another folder")
-    if (folder / _HUGGING_FACE_CONFIG).exists():
-        raise FileExistsError(f"{folder} is a Hugging Face directory; choose another folder")
-    others = [file.name for file in tokenizers_in(folder)] + [n for n in (SINGLE, INDEX) if (folder / n).exists()]
-    if others:
-        raise FileExistsError(f"{folder} already holds {', '.join(others)}; choose another folder")
+    held = [file.name for file in tokenizers_in(folder)] + [n for n in (SINGLE, INDEX) if (folder / n).exists()]
+    reasons = {
+        "is a file": folder.exists() and not folder.is_dir(),
+        "already holds a run": (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists(),
+        "is a Hugging Face directory": (folder / _HUGGING_FACE_CONFIG).exists(),
+        f"already holds {', '.join(held)}": bool(held),
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise FileExistsError(f"{folder} {reason}; choose another folder")
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes out; the lock goes with the process, however that ends."""
+    """Keeps other processes out; the lock ends with the process."""
     with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -279,7 +255,8 @@ def _check_same(path: Path, config: RunConfig) -> None:
         old = load_config(path)
     except ConfigError as error:
         raise RunFolderError(f"the config of the run there cannot be read: {error}") from None
-    differing = config_differences(old, config, ignored=_MAY_CHANGE)
+    ignored = [f"{section}.{name}" for section, names in _MAY_CHANGE.items() for name in names.split()]
+    differing = config_differences(old, config, ignored=ignored)
     if differing:
         listed = "\n  ".join(differing)
         raise RunFolderError(

@@ -8,10 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxllm.config.file import ConfigError
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
+from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
 from jaxllm.generation.text import TextModel
 from jaxllm.interop.hf import load_hf, special_ids
 from jaxllm.models import Model, build
+from jaxllm.run.folder import TOKENIZER, Kind, kind_of
 from jaxllm.run.start import read_run
 
 
@@ -19,7 +20,7 @@ def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict
     """Model and float32 parameters of a run's newest whole checkpoint, the counterpart of `load_hf` for a run folder.
 
     Args:
-        folder: what `training.run_dir` of the run names.
+        folder: `training.run_dir` of the run.
         dtype: of the computation.
 
     Raises:
@@ -35,7 +36,7 @@ def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict
 
 
 def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = False) -> TextModel:
-    """The newest model of a run folder, or that of a Hugging Face directory with its tokenizer.
+    """The model of a run folder (its newest checkpoint) or of a Hugging Face directory, with its tokenizer.
 
     Args:
         path: folder.
@@ -44,23 +45,21 @@ def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = Fa
 
     Raises:
         ConfigError: when the folder is neither a run folder nor a Hugging Face directory.
-        CheckpointError, InteropError, DataError: when what is in it cannot be read.
+        CheckpointError, InteropError, DataError: when the files in it cannot be read.
     """
     folder = Path(path).expanduser()
-    if (folder / "config.yaml").is_file():
-        config, params = read_run(folder)
-        return TextModel.of(build(config.model, dtype=jnp.dtype(dtype)), params, _tokenizer(folder), int8=int8)
-    if not (folder / "config.json").is_file():
+    kind = kind_of(folder)
+    if kind is None:
         raise ConfigError(f"{folder} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")
-    loaded, params = load_hf(folder)
-    text_model = TextModel.of(build(loaded.config, dtype=jnp.dtype(dtype)), params, _tokenizer(folder), int8=int8)
+    model, params = load_run(folder, dtype=dtype) if kind is Kind.RUN else load_hf(folder)
+    model = build(model.config, dtype=jnp.dtype(dtype))
+    tokenizer = load_tokenizer(next(iter(tokenizers_in(folder)), folder / TOKENIZER))
+    text_model = TextModel.of(model, params, tokenizer, int8=int8)
+    if kind is Kind.RUN:
+        return text_model
     ids = special_ids(folder)
     return text_model._replace(
         begin=() if ids.bos is None else (ids.bos,),
         eos_ids=ids.eos or text_model.eos_ids,
         pad_id=text_model.pad_id if ids.pad is None else ids.pad,
     )
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(next(iter(tokenizers_in(folder)), folder / "tokenizer.json"))

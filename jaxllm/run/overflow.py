@@ -1,9 +1,9 @@
 """What the host does about overflows: names them, measures the headroom that is left, and stops when nothing helps.
 
-The step itself says which gradient overflowed; the rest is found by computing the same batch again and observing it
-(`jaxllm.jaxprs.observe`). The host reads a step while the next one runs, so the parameters are those of at most one
-step later, and the very same when the steps between were skipped. Without a loss scale nothing is skipped and they are
-spoiled, so the trainer passes its last checkpoint's. Out of scope: skipping.
+A step returns which gradient overflowed; the first bad value is found by computing the same batch again and observing
+it (`jaxllm.jaxprs.observe`). The host reads a step while the next one runs, so the parameters are at most one step
+later, and the same when that step was skipped. Without a loss scale no step is skipped and the parameters are spoiled,
+so the trainer passes those of its last checkpoint. Skipping is in `jaxllm.training.loss_scale`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class OverflowWatch:
     """The host's view of the loss scale of one run."""
 
     def __init__(self, config: RunConfig, params: Any, *, mesh: Mesh | None = None) -> None:
-        """Compiles nothing yet: an observer does so when it is first used. `mesh` is where batches go."""
+        """Compiles nothing yet. `mesh` is where batches go."""
         self._mesh = mesh
         self._limit = config.precision.max_overflows
         self._groups = gradient_groups(params)
         self._observes = config.precision.compute == "float16"
-        self._accumulation = accumulation = config.training.accumulation
+        self._accumulation = config.training.accumulation
         # A scan over layers gives readings by layer; the parameters are the same either way.
         program = program_of(dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan")))
         self._dtype, loss = program.dtype, program.loss
@@ -49,12 +49,12 @@ class OverflowWatch:
         def gradients(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
             factor = scale / jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
             compute = cast_floating(params, program.dtype)
-            return accumulate_gradients(loss, compute, batch, key, factor=factor, accumulation=accumulation)
+            return accumulate_gradients(loss, compute, batch, key, factor=factor, accumulation=self._accumulation)
 
         self._forward, self._gradients = Observer(forward, program.dtype), Observer(gradients, program.dtype)
 
     def check(self, step: int, values: StepMetrics, state: TrainState, batch: Batch) -> str | None:
-        """Reports an overflow of step `step` in the log; returns why the run must stop, if it must."""
+        """Logs an overflow of step `step`; returns why the run must stop, if it must."""
         if values.culprit < 0:
             return None
         scale = float(values.loss_scale)
@@ -74,11 +74,7 @@ class OverflowWatch:
         return f"{where.name} in the {'backward' if where.backward else 'forward'} pass"
 
     def headroom(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:
-        """Doublings left to each block's activations in one microbatch, for float16.
-
-        Nothing for wider ranges: of bfloat16's 128 doublings an activation of 1000 leaves 118, and what ends such a run
-        is a divergence that no margin foretells.
-        """
+        """Doublings left to each block's activations in one microbatch of a float16 run; empty for wider ranges."""
         if not self._observes:
             return {}
         part = {name: rows[: len(rows) // self._accumulation] for name, rows in batch.items()}

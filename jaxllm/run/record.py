@@ -1,19 +1,23 @@
-"""The record of a run: rows of metrics (JSONL, TensorBoard), lines of the log, a curve; and the work of a train step.
+"""The record of a run: its speed, rows of metrics (JSONL, TensorBoard), lines of the log, a curve.
 
-JSONL is the record; everything else can be made from it.
+metrics.jsonl is the record; TensorBoard's files and the curve repeat it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.models.family import FAMILIES
 from jaxllm.models.flops import Flops
+from jaxllm.run.device import Device
 from jaxllm.run.event_file import EventFile
 from jaxllm.run.folder import CURVE, METRICS, TENSORBOARD
 from jaxllm.training.train_step import StepMetrics
@@ -26,6 +30,57 @@ def train_flops(config: ModelConfig, *, batch: int, length: int, target_length: 
     return FAMILIES[config.family].flops(config, batch, length, target_length)
 
 
+class Throughput:
+    """Tokens per second, utilisation and the host's share of waiting for data, since the last reading."""
+
+    def __init__(self, config: RunConfig, lengths: tuple[int, int], device: Device) -> None:
+        """`lengths` are those of a row on both sides, as `Recipe.lengths`."""
+        length, target_length = lengths
+        batch = config.training.batch_size
+        self._flops = train_flops(config.model, batch=batch, length=length, target_length=target_length)
+        self._peak = None if device.flops is None else device.flops * device.count
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = time.perf_counter()
+        self._tokens = self._waited = 0.0
+        self._steps = 0
+
+    def add(self, tokens: float) -> None:
+        """Counts a step."""
+        self._tokens += tokens
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent here is the host waiting for data."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent here (evaluation, checkpoints) is not training's."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """The figures since the last reading; model FLOP utilisation where the device's peak is known."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rate, flops = self._steps / elapsed, self._flops
+        values = {
+            "tokens_per_second": self._tokens / elapsed,
+            "tflops": rate * flops.causal / 1e12,
+            "data_wait": self._waited / elapsed,
+        }
+        if self._peak is not None:
+            work = {"mfu": flops.causal, "mfu_palm": flops.full, "mfu_6n": flops.weights}
+            values |= {name: rate * done / self._peak for name, done in work.items()}
+        self._reset()
+        return values
+
+
 def step_row(
     config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float, speed: dict[str, float]
 ) -> dict[str, Any]:
@@ -36,7 +91,7 @@ def step_row(
         values: metrics of the step, as numbers.
         size: bytes of text that its batch predicts.
         learning_rate: of the step.
-        speed: of `Throughput.read`.
+        speed: what `Throughput.read` returned.
     """
     row = {
         "loss": values.loss,
@@ -53,16 +108,9 @@ def step_row(
 
 def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
     """Shows the row of a training step."""
-    _log.info(
-        "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s",
-        step,
-        config.training.steps,
-        row["loss"],
-        row[config.model.metric],
-        row["grad_norm"],
-        row["learning_rate"],
-        row["tokens_per_second"],
-    )
+    names = ("loss", config.model.metric, "grad_norm", "learning_rate", "tokens_per_second")
+    text = "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s"
+    _log.info(text, step, config.training.steps, *(row[name] for name in names))
 
 
 def log_validation(step: int, values: dict[str, float]) -> None:
@@ -80,7 +128,7 @@ class MetricsWriter:
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if text.encode() != self.path.read_bytes():
-                # Written next to it first: no disk that is full, no kill may cost the rows of steps that stay done.
+                # A full disk or a kill must not cost the rows of steps that stay done.
                 partial = self.path.with_suffix(".partial")
                 partial.write_text(text, encoding="utf-8")
                 partial.replace(self.path)
@@ -101,18 +149,28 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Rows of a metrics.jsonl; damaged lines, such as a last one cut off by a crash, are left out with a warning."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line.decode()) if line else None
+        except (ValueError, RecursionError):
+            row = {}
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif line:
+            damaged.append(number)
+    if damaged:
+        _log.warning("%s: %d damaged lines are left out: %s", path, len(damaged), ", ".join(map(str, damaged)))
     return rows
 
 
 def plot_curve(folder: Path, *, baselines: dict[str, float], name: str = "bits_per_byte") -> Path:
-    """Draws the metric `name` of training and validation over steps from metrics.jsonl into loss.png."""
+    """Draws the metric `name` of training and validation over steps from metrics.jsonl into loss.png.
+
+    Raises:
+        ValueError: when metrics.jsonl has no value of the metric.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -121,9 +179,11 @@ def plot_curve(folder: Path, *, baselines: dict[str, float], name: str = "bits_p
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, label, marker in ((name, "training", None), (f"validation/{name}", "validation", "o")):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
+    if not axes.lines:
+        raise ValueError(f"{folder / METRICS} has no value of {name}")
     for (label, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=label)
     axes.set_xlabel("step")

@@ -15,6 +15,7 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.generation.text import TextModel, filled_in
 from jaxllm.models import Model
 from jaxllm.ops.sampling import Sampling
+from jaxllm.run.folder import SAMPLE
 
 # Greedy text of a small model repeats itself; this is mild enough to show what it learned.
 SAMPLING = Sampling(temperature=0.7, top_k=50)
@@ -22,18 +23,16 @@ _HELD_OUT = 2
 
 
 def write_sample(folder: Path, model: Model, params: Any, pipeline: Pipeline, config: TrainingConfig) -> str | None:
-    """Writes what the model makes of `config.sample_prompt` to sample.txt; None when no sample is asked for.
+    """Writes the model's answer to `config.sample_prompt` to sample.txt; None when no sample is wanted.
 
-    T5 also gets two held-out examples, of which the truth is shown.
+    T5 also gets two held-out examples, shown with their truth.
     """
     if not config.sample_tokens:
         return None
     text_model = TextModel.of(model, params, pipeline.tokenizer)
-    if model.config.encoder_decoder:
-        text = _fill_in(text_model, pipeline, config)
-    else:
-        text = _continue(text_model, config)
-    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    encoder_decoder = model.config.encoder_decoder
+    text = _fill_in(text_model, pipeline, config) if encoder_decoder else _continue(text_model, config)
+    (folder / SAMPLE).write_text(text, encoding="utf-8")
     return text
 
 
@@ -50,8 +49,7 @@ def _fill_in(text_model: TextModel, pipeline: Pipeline, config: TrainingConfig) 
     examples: list[tuple[np.ndarray, np.ndarray | None]] = list(itertools.islice(held_out, _HELD_OUT))
     if config.sample_prompt:
         examples.insert(0, (np.array(text_model.encode(config.sample_prompt), np.int32), None))
-    prompts = [inputs.tolist() for inputs, _ in examples]
-    answers = text_model.generate(prompts, max_new_tokens=config.sample_tokens)
+    answers = text_model.generate([inputs.tolist() for inputs, _ in examples], max_new_tokens=config.sample_tokens)
     parts = []
     for (inputs, truth), answer in zip(examples, answers, strict=True):
         parts += ["--- text with blanks", tokenizer.decode(before_end(inputs, tokenizer.eos_id))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,18 +16,17 @@ _log = logging.getLogger(__name__)
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turns the first SIGTERM or Ctrl-C into a flag; a second one acts as usual."""
     received: list[int] = []
-    try:
-        previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere the caller owns the signals
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-        def handle(number: int, _: Any) -> None:
-            received.append(number)
-            signal.signal(number, previous[number])
-            _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+        _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
 
-        for number in previous:
-            signal.signal(number, handle)
-    except ValueError:  # not in the main thread: the caller owns the signals
-        previous = {}
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield lambda: bool(received)
     finally:

@@ -1,8 +1,8 @@
 """The compiled steps of a run: train step, evaluation step and span evaluation, all with one path of attention.
 
 Where `model.attention: auto` may choose cuDNN, all are compiled before the first step, so that a plan that cuDNN
-refuses changes the path of the whole run. Elsewhere evaluations are compiled when they are first used. Out of scope:
-samples, which decode (`jaxllm.generation.fallback`).
+refuses changes the path of the whole run. Elsewhere evaluations are compiled when they are first used. Samples, which
+decode, have `jaxllm.generation.fallback`.
 """
 
 from __future__ import annotations
@@ -49,25 +49,16 @@ def make_steps(program: Program, mesh: Mesh | None) -> Steps:
     layout: dict[str, Any] = {}
     if mesh is not None:  # a step's new state stays where the old one is, whatever XLA would prefer
         layout = {"out_shardings": (state_shardings(program.abstract_state(), mesh), None)}
+    train_step = CompiledOnce(program.train_step, name="train step", donate_argnums=0, **layout)
+    eval_step = CompiledOnce(program.eval_step, name="evaluation step")
     predict = None
     if program.config.model.encoder_decoder:
         predict = CompiledOnce(make_predict_step(program, mesh), name="span evaluation")
-    return Steps(
-        program,
-        mesh,
-        CompiledOnce(program.train_step, name="train step", donate_argnums=0, **layout),
-        CompiledOnce(program.eval_step, name="evaluation step"),
-        predict,
-    )
+    return Steps(program, mesh, train_step, eval_step, predict)
 
 
 def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
-    """Compiles the train step, and all steps where cuDNN might refuse an attention.
-
-    Args:
-        steps: of `make_steps`.
-        state: as it will be given to the train step; it is only read.
-        batch: such as all that come.
+    """Compiles the train step, and all steps where cuDNN might refuse an attention; `state` and `batch` are only read.
 
     Returns:
         The same steps, or others with attention by blocks in plain JAX where cuDNN refused one of `attention: auto`.

@@ -1,8 +1,8 @@
 """A run, from its config to its last step: `pretrain` opens, builds, restores, compiles, checks, trains and finishes.
 
 Step n is dispatched before the metrics of step n-1 are read, and batch n+1 is copied to the device while it runs, so
-that the device never waits for the host. A stop signal is answered between steps, with a checkpoint. A loss that is
-not finite, or a loss scale that can't shrink any more, stops the run before anything is saved.
+that the device never waits for the host. A stop signal, or a batch that cannot be made, stops the run between steps
+with a checkpoint. A loss that is not finite, or a loss scale that can't shrink any more, stops it without one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 import optax
 
 from jaxllm.config import RunConfig
+from jaxllm.data import BatchError
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
-from jaxllm.data.tokenizer import Tokenizer, encode_blanks
+from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
 from jaxllm.run.checkpoint import Checkpoints
 from jaxllm.run.device import compilation_cache, detect_device
@@ -31,12 +32,11 @@ from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
 from jaxllm.run.folder import CHECKPOINTS, open_run_folder, settle_residual, write_config
 from jaxllm.run.overflow import OverflowWatch
-from jaxllm.run.record import MetricsWriter, log_step, log_validation, plot_curve, step_row
+from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, step_row
 from jaxllm.run.samples import write_sample
 from jaxllm.run.signals import stop_signals
 from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
-from jaxllm.run.throughput import Throughput
 from jaxllm.training.optimizer import build_schedule
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
@@ -54,9 +54,9 @@ class Summary(NamedTuple):
 
     Attributes:
         step: optimizer steps done in total.
-        resumed_from: step it started at, 0 for a new run.
+        resumed_from: step at which the call started, 0 for a new run.
         finished: whether the last step was reached.
-        validation: last evaluation: loss, bits_per_byte (T5: bits_per_target_byte, spans_exact), accuracy.
+        validation: the newest evaluation and its step, as `evaluate`; empty without one.
         folder: the run folder.
     """
 
@@ -68,20 +68,7 @@ class Summary(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a run works with; none of it is replaced after the steps are compiled.
-
-    Attributes:
-        folder: the run folder.
-        pipeline: the data.
-        feed: training batches on their way to the devices.
-        steps: the compiled steps, and the program and config that they are of.
-        schedule: learning rate by the count of updates.
-        checkpoints: those of the folder.
-        writer: rows of metrics.
-        overflow: attribution of values that are not finite.
-        meter: tokens per second.
-        on_progress: called with each step whose metrics have been read.
-    """
+    """What a run works with; none of it is replaced after the steps are compiled."""
 
     folder: Path
     pipeline: Pipeline
@@ -92,12 +79,20 @@ class Parts(NamedTuple):
     writer: MetricsWriter
     overflow: OverflowWatch
     meter: Throughput
-    on_progress: Callable[[int], None]
+    on_progress: Callable[[int], None]  # called with each step whose metrics have been read
 
     @property
     def config(self) -> RunConfig:
         """The config as it is in the run folder."""
         return self.steps.program.config
+
+
+class Pending(NamedTuple):
+    """A dispatched step whose metrics have not been read."""
+
+    step: int
+    metrics: StepMetrics
+    batch: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
@@ -107,26 +102,18 @@ class Progress:
     Attributes:
         state: train state on the devices; each step replaces it in place.
         step: optimizer steps dispatched.
-        resumed_from: the step at which this call started.
         position: position in the data after the batch of that step.
         saved: step of the newest checkpoint, -1 without one.
         validation: the newest evaluation, and its step.
+        unread: the newest step, until its metrics are read.
     """
 
     state: TrainState
     step: int
-    resumed_from: int
     position: dict[str, Any]
-    saved: int
-    validation: dict[str, float]
-
-
-class Pending(NamedTuple):
-    """A dispatched step whose metrics have not been read."""
-
-    step: int
-    metrics: StepMetrics
-    batch: dict[str, np.ndarray]
+    saved: int = -1
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)
+    unread: Pending | None = None
 
 
 def pretrain(
@@ -142,6 +129,7 @@ def pretrain(
     Raises:
         ValueError (ConfigError, DataError, FitError), CheckpointError, DeviceError: before training, naming the value
             and the fix; config, tokenizer and checkpoints of the folder are then as they were.
+        BatchError: when a batch cannot be made; the step that was reached is saved.
         TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
     until = _last_step(config, stop_at)
@@ -155,40 +143,34 @@ def pretrain(
         device = detect_device()
         mesh = make_mesh()
         steps = make_steps(program_of(config, mesh), mesh)
-        _check_prompt(config, pipeline.tokenizer)
+        if config.model.encoder_decoder and config.training.sample_tokens:
+            encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
         check_memory = announce_fit(steps.program, device)
         meter = Throughput(config, pipeline.recipe.lengths, device)
         # Restore.
         checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=config.training.keep)))
         progress = _restore(steps, checkpoints, pipeline)
+        resumed_from = progress.step
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
         feed = Prefetch(pipeline, mesh)
         with stop_signals() as stopped:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
-                steps = compile_steps(steps, progress.state, feed.read_ahead().placed)
+                steps = compile_steps(steps, progress.state, feed.peek().placed)
                 check_memory(steps.train_step.needed)
             writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
             if progress.step < until:
                 write_config(steps.program.config, folder)
             # Loop.
-            parts = Parts(
-                folder=folder,
-                pipeline=pipeline,
-                feed=feed,
-                steps=steps,
-                schedule=build_schedule(config.optimizer, steps=config.training.steps),
-                checkpoints=checkpoints,
-                writer=writer,
-                overflow=OverflowWatch(steps.program.config, progress.state.params, mesh=mesh),
-                meter=meter,
-                on_progress=on_progress or (lambda step: None),
-            )
+            schedule = build_schedule(config.optimizer, steps=config.training.steps)
+            overflow = OverflowWatch(steps.program.config, progress.state.params, mesh=mesh)
+            show = on_progress or (lambda step: None)
+            parts = Parts(folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter, show)
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
             _finish(parts, progress, baselines)
-        return Summary(progress.step, progress.resumed_from, finished, progress.validation, folder)
+        return Summary(progress.step, resumed_from, finished, progress.validation, folder)
 
 
 def _last_step(config: RunConfig, stop_at: int | None) -> int:
@@ -200,60 +182,60 @@ def _last_step(config: RunConfig, stop_at: int | None) -> int:
     return training.steps if stop_at is None else min(training.steps, stop_at)
 
 
-def _check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Refuses a sample prompt with a blank that the tokenizer lacks, before the run instead of after it."""
-    if config.model.encoder_decoder and config.training.sample_tokens:
-        encode_blanks(config.training.sample_prompt, tokenizer)
-
-
 def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Progress:
     """The run's newest checkpoint, or its beginning, with the pipeline at the same place."""
     start = find_start(steps.program, checkpoints, mesh=steps.mesh, tokenizer=pipeline.tokenizer)
-    saved = -1
-    if start.data is not None:
-        pipeline.set_state(start.data)
-        saved = start.step
-        note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
-        _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
-    return Progress(start.state, start.step, start.step, pipeline.get_state(), saved, validation={})
+    if start.data is None:
+        return Progress(start.state, start.step, pipeline.get_state())
+    pipeline.set_state(start.data)
+    note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
+    _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
+    return Progress(start.state, start.step, pipeline.get_state(), saved=start.step)
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
-    _log.info(
-        "%s, %.2fM parameters, %s in %s, tokenizer of %d",
-        program.config.model.family,
-        count_params(program.model) / 1e6,
-        pipeline.source_name,
-        program.config.precision.compute,
-        pipeline.tokenizer.vocab_size,
-    )
-    _log.info("baselines: %s", ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()))
+    family, compute = program.config.model.family, program.config.precision.compute
+    size, ids = count_params(program.model) / 1e6, pipeline.tokenizer.vocab_size
+    _log.info("%s, %.2fM parameters, %s in %s, tokenizer of %d", family, size, pipeline.source_name, compute, ids)
+    _log.info("baselines: %s", _listed(baselines))
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[], bool]) -> None:
-    """Steps up to `until`, or to the next step border after a stop signal, and saves there."""
-    training = parts.config.training
-    pending: Pending | None = None
-    while progress.step < until and not stopped():
-        previous, pending = pending, _dispatch(parts, progress, until=until)
-        if previous is not None:
-            _read(parts, progress, previous)
-        evaluates = progress.step % training.eval_every == 0
-        saves = progress.step % training.save_every == 0
-        if evaluates or saves or progress.step == until:
-            _read(parts, progress, pending)
-            pending = None
-        if evaluates or progress.step == training.steps:
-            _evaluate(parts, progress)
-        if saves:
-            _save(parts, progress)
-    if pending is not None:
-        _read(parts, progress, pending)
+    """Steps up to `until`, to a stop signal, or to a batch that cannot be made; saves the step that was reached."""
+    failure: BatchError | None = None
+    try:
+        while progress.step < until and not stopped():
+            _step(parts, progress, until=until)
+    except BatchError as error:
+        failure = error
+    _read(parts, progress, progress.unread)
     if progress.step > progress.saved:
         _save(parts, progress)
     parts.checkpoints.wait()
-    if progress.step < training.steps:
-        _log.info("stopped at step %d; the same command goes on from there", progress.step)
+    if failure is not None:
+        raise BatchError(f"{failure}; the run is saved at step {progress.step}") from failure
+    if progress.step < parts.config.training.steps:
+        _log.info("stopped at step %d; the same command resumes there", progress.step)
+
+
+def _step(parts: Parts, progress: Progress, *, until: int) -> None:
+    """One step, the metrics of the step before it, and the evaluation and the checkpoint that are due."""
+    training = parts.config.training
+    previous, progress.unread = progress.unread, _dispatch(parts, progress, until=until)
+    _read(parts, progress, previous)
+    evaluates = progress.step % training.eval_every == 0 or progress.step == training.steps
+    saves = progress.step % training.save_every == 0
+    if evaluates or saves or progress.step == until:
+        _read(parts, progress, progress.unread)
+        progress.unread = None
+    if evaluates:
+        _evaluate(parts, progress)
+    if saves:
+        _save(parts, progress)
 
 
 def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
@@ -268,8 +250,10 @@ def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
     return Pending(progress.step, metrics, batch)
 
 
-def _read(parts: Parts, progress: Progress, pending: Pending) -> None:
-    """Reads the metrics of a step: stops the run where they forbid to continue, and records them."""
+def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
+    """Reads the metrics of a step, if it has not been read: records them, or stops the run where they are bad."""
+    if pending is None:
+        return
     config = parts.config
     values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
     scaling = config.precision.loss_scale != "none"
@@ -330,11 +314,10 @@ def _stop(parts: Parts, step: int, reason: str) -> NoReturn:
     parts.checkpoints.wait()
     steps = parts.checkpoints.steps()
     good = f"step {steps[-1]} in {parts.checkpoints.folder}" if steps else "none yet"
-    again = f"anew or with training.init_from={parts.folder}" if steps else "anew"
+    again = f", from new parameters or with training.init_from={parts.folder}" if steps else ""
     raise TrainingStopped(
-        f"{reason} at step {step}; the last good checkpoint is {good}. Lower "
-        f"optimizer.learning_rate, lengthen warmup_steps or tighten clip_norm, and start another training.run_dir, "
-        f"{again}"
+        f"{reason} at step {step}; the last good checkpoint is {good}. Lower optimizer.learning_rate, lengthen "
+        f"warmup_steps or tighten clip_norm, and start another training.run_dir{again}"
     )
 
 
@@ -342,19 +325,18 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
     """Writes a sample of the model's text and draws the curve."""
     config, metric = parts.config, parts.config.model.metric
     if metric in progress.validation:
-        compared = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
-        _log.info("validation %s %.3f (%s)", metric.replace("_", " "), progress.validation[metric], compared)
+        value = progress.validation[metric]
+        _log.info("validation %s %.3f (%s)", metric.replace("_", " "), value, _listed(baselines))
     params = progress.state.params
-    if parts.steps.mesh is not None:  # decoding is for one device: a few tokens are not worth a layout of their own
+    if parts.steps.mesh is not None:  # a few tokens are decoded on one device
         params = jax.device_put(params, jax.devices()[0])
     text = write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
     if text:
         _log.info("sample:\n%s", text)
     try:
-        curve = plot_curve(parts.folder, baselines=baselines, name=metric)
-        _log.info("curve in %s, everything else beside it", curve)
-    except ModuleNotFoundError as error:  # a finished run must not fail for a picture
-        _log.warning("no curve is drawn: %s; its numbers are in metrics.jsonl", error)
+        _log.info("curve in %s", plot_curve(parts.folder, baselines=baselines, name=metric))
+    except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
+        _log.warning("no curve is drawn: %s", error)
 
 
 def _tokens(batch: dict[str, np.ndarray]) -> float:

@@ -80,9 +80,7 @@ def test_a_run_within_its_corpus_is_refused(corpus: Path, tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to(corpus)
     for run in (corpus, corpus / "runs" / "a", tmp_path / "link" / "a"):
         for config in (files(corpus), files(corpus, cache_dir=str(tmp_path / "cache"))):
-            with pytest.raises(
-                DataError, match=rf"folder {run} lies in data.path {corpus}.*; choose a training.run_dir"
-            ):
+            with pytest.raises(DataError, match=rf"folder {run} is in data.path {corpus}.*; choose a training.run_dir"):
                 build_pipeline(config, vocab_size=400, batch_size=2, seed=0, run_dir=run)
             assert not (run / "data").exists()
     # What is prepared is no document: only a run writes such files.

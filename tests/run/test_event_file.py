@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxllm.run.event_file import EventFile, crc32c
@@ -30,6 +33,16 @@ def test_bytes_are_those_of_another_writer(tmp_path: Path, monkeypatch: pytest.M
     (written,) = tmp_path.glob("*tfevents*")
     assert written.read_bytes() == GOLDEN  # before it is closed: each record is flushed
     file.close()
+
+
+def test_a_clock_that_was_set_back_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads a folder's files by name, and voids what came before by each file's start."""
+    for clock in (1700000000.25, 1600000000.0, 1700000000.25, 1800000000.0):
+        before = {path.name for path in tmp_path.iterdir()}
+        monkeypatch.setattr(time, "time", itertools.repeat(clock).__next__)
+        EventFile(tmp_path, resume_step=3).close()
+        (new,) = {path.name for path in tmp_path.iterdir()} - before
+        assert new > max(before, default="")
 
 
 def test_numbers_that_are_not_finite_are_null_and_not_drawn(tmp_path: Path) -> None:
@@ -57,6 +70,30 @@ def test_a_start_that_cannot_write_leaves_the_record_as_it_was(tmp_path: Path) -
         file.write(b'{"step": 40, "lo')  # a crash
     MetricsWriter(tmp_path, resume_step=20).close()
     assert read_metrics(path) == rows[:20] and path.read_bytes().endswith(b"\n")
+
+
+def test_damaged_lines_cost_no_other_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": 1 / step, "name": "läss"} for step in range(1, 21)]
+    other = [b"", b"{}", b"[]", b"3", b"null", b'{"step": "4"}', b'{"step": true}', b'{"step": 4.0}', b"\xff" * 9]
+    other += [b"[" * 100_000, b'{"step": 1' + b"0" * 5000 + b"}", b"\x00" * 512]
+    for _ in range(100):
+        lines = [json.dumps(row).encode() for row in rows]
+        bad = sorted(rng.choice(20, size=rng.integers(0, 6), replace=False).tolist())
+        for i in bad:
+            cut = lines[i][: rng.integers(1, len(lines[i]))]
+            lines[i] = [cut, cut + bytes([rng.integers(128, 256)]) + lines[i][len(cut) + 1 :], *other][rng.integers(14)]
+        path.write_bytes(b"\n".join(lines) + b"\n" * int(rng.integers(2)))
+        good = [row for i, row in enumerate(rows) if i not in bad]
+        named = [str(i + 1) for i in bad if lines[i]]
+        caplog.clear()
+        MetricsWriter(tmp_path, resume_step=18).close()
+        assert [record.getMessage() for record in caplog.records] == (
+            [f"{path}: {len(named)} damaged lines are left out: {', '.join(named)}"] if named else []
+        )
+        assert read_metrics(path) == [row for row in good if row["step"] <= 18]
+        assert len(caplog.records) == bool(named)  # what was left out is named once
 
 
 def test_the_trainer_imports_no_other_framework() -> None:

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from jaxllm.config import DataConfig
+from jaxllm.data.pipeline import Pipeline
 from jaxllm.run.feed import Prefetch, build_pipeline
 
 
-class Counting:
+class Counting(Pipeline):
     """A pipeline of batches 0, 1, 2, ... whose position is the number of the next."""
 
     def __init__(self) -> None:

@@ -21,6 +21,8 @@ import pytest
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import dump_config, load_config, parse_config
+from jaxllm.data import BatchError
+from jaxllm.data.pipeline import Pipeline
 from jaxllm.models import build, init_params
 from jaxllm.run import console, trainer
 from jaxllm.run.checkpoint import CheckpointError, Checkpoints
@@ -168,6 +170,81 @@ def test_a_stop_while_compiling_keeps_the_beginning(
             summary = pretrain(run)
             assert (summary.step, summary.finished) == (0, False)
     assert pretrain(run).finished and losses(run) == losses(whole[0])
+
+
+@pytest.mark.parametrize("broken", [3, 4, 8])
+def test_a_batch_that_cannot_be_made_leaves_a_checkpoint_of_the_step_before_it(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], shared: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """The last step is read ahead of an evaluation and a regular checkpoint where the fourth or eighth batch fails."""
+    run = config(tmp_path / "run", shared / "corpus")
+    read, made = Pipeline.__next__, []
+
+    def fails(pipeline: Pipeline) -> dict[str, np.ndarray]:
+        made.append(len(made) + 1)
+        if len(made) >= broken:
+            raise BatchError(f"no batch {broken}")
+        return read(pipeline)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "__next__", fails)
+        with pytest.raises(BatchError, match=rf"^no batch {broken}; the run is saved at step {broken - 1}$"):
+            pretrain(run)
+    assert final_params(run)[0] == broken - 1 and list(losses(run)) == list(range(1, broken)) and len(made) == broken
+    assert pretrain(run)[:3] == (8, broken - 1, True)
+    for a, b in zip(final_params(run), final_params(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(run) == losses(whole[0])
+
+
+def test_an_evaluation_that_cannot_be_made_leaves_a_checkpoint_of_its_step(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path / "run", shared / "corpus", training={"run_dir": str(tmp_path / "run"), "save_every": 100})
+
+    def fails(*_: object) -> None:
+        raise BatchError("no validation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "validation", fails)
+        with pytest.raises(BatchError, match="no validation; the run is saved at step 4"):
+            pretrain(run)
+    assert pretrain(run).resumed_from == 4 and losses(run) == losses(whole[0])
+
+
+def test_a_spoiled_step_is_not_saved_when_a_batch_cannot_be_made(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"training": {"save_every": 100}, "optimizer": {"learning_rate": 1e30, "clip_norm": None}}
+    run = config(tmp_path / "run", corpus, **changes)
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, run_dir=str(tmp_path / "run")))
+    read, made = Pipeline.__next__, []
+
+    def fails(pipeline: Pipeline) -> dict[str, np.ndarray]:
+        made.append(0)
+        if len(made) == 4:
+            raise BatchError("no batch")
+        return read(pipeline)
+
+    monkeypatch.setattr(Pipeline, "__next__", fails)
+    with pytest.raises(TrainingStopped, match="the last good checkpoint is none yet"):
+        pretrain(run)
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_finished_run_needs_no_record_of_its_metrics(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copy_of(whole[0], tmp_path / "run")
+    record = tmp_path / "run" / "metrics.jsonl"
+    for damage in (record.unlink, lambda: record.write_bytes(b"\xff\x00\n[]\n"), lambda: record.write_bytes(b"")):
+        (tmp_path / "run" / "loss.png").unlink(missing_ok=True)
+        caplog.clear()
+        damage()
+        with caplog.at_level("WARNING", logger="jaxllm"):
+            assert pretrain(run).finished
+        assert "no curve is drawn" in caplog.text and "has no value of bits_per_byte" in caplog.text
+        assert not (tmp_path / "run" / "loss.png").exists()
 
 
 def test_the_bar_is_moved_by_the_trainer(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,9 +395,8 @@ def test_home_is_one_place(tmp_path: Path, corpus: Path, monkeypatch: pytest.Mon
 def test_a_moved_run_is_not_started_again_where_it_was(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
     shutil.copytree(whole[0].training.run_dir, tmp_path / "moved")
     file = tmp_path / "moved" / "config.yaml"
-    with pytest.raises(
-        RunFolderError, match=rf"set training.run_dir={tmp_path / 'moved'} to go on with the run beside"
-    ):
+    named = rf"set training.run_dir={tmp_path / 'moved'} to resume the run in its folder"
+    with pytest.raises(RunFolderError, match=named):
         check_in_place(load_config(file), file, [])
     for folder in (str(tmp_path / "moved"), whole[0].training.run_dir):
         overrides = [f"training.run_dir={folder}"]
