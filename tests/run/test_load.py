@@ -1,4 +1,4 @@
-"""Talking to a saved model: prompts become ids as the family wants them, and the script's three ways in agree."""
+"""Text from a saved model: prompts become ids in the form of the family, and the script's three inputs agree."""
 
 from __future__ import annotations
 
