@@ -159,7 +159,7 @@ def _moved(params: Any, key: Any) -> Any:
 
 
 def lost_gradients(config: RunConfig, params: Any, batch: Any) -> dict[str, Any]:
-    """Histogram of the exponents of all weight gradients of a trained model, and the fraction lost in float16 at each scale."""
+    """Histogram of the exponents of all weight gradients of a trained model, and the fraction that float16 loses."""
     exact = _gradients(config, jnp.float32, params, batch, 0)
     there = exact != 0  # tokens that are not in the batch have none
     exponents, counts = np.unique(np.floor(np.log2(np.abs(exact[there]))).astype(int), return_counts=True)
