@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_research_code_runs(capsys) -> None:
-    code = re.search(r"```python\n(.+?)```", README, flags=re.S)
+    code = re.search(r"## Research code\n\n```python\n(.+?)```", README, flags=re.S)
     exec(compile(code.group(1), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.fullmatch(r"\[\[(\d+, ){4}\d+\]\]\n", printed)
