@@ -2,11 +2,11 @@
 
     python -m benchmarks.decode --shape A --batch 1          needs the extras `parity`
 
-Sides are ours, `generate` of transformers with its growing cache (eager) and with its static cache (compiled), and a
-loop around a compiled token step (`torch_models.greedy_loop`). Each runs in its own process, in turns, because a
-machine's speed drifts; ratios are taken within a turn. A time is that of a whole generation, prompt included, after one
-that warms up. The roofline is what a step must read (weights, and the cache up to the present length) over the read
-bandwidth measured in the same process. Results go to benchmarks/results/decode_*.json.
+The sides are ours, `generate` of transformers with its growing cache (eager) and with its static cache (compiled), and
+a loop around a compiled token step (`torch_models.greedy_loop`). Each runs in its own process, in turns, because a
+machine's speed drifts; ratios are taken within a turn. A time covers a whole generation with its prompt, after one that
+warms up. The roofline is the bytes that a step must read (weights, and the cache up to the present length) over the
+read bandwidth measured in the same process. Results go to benchmarks/results/decode_*.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIDES = ("jaxllm", "torch_dynamic", "torch_static", "torch_loop")
 
 
 def main() -> None:
-    """Alternates the sides, checks that they say the same, writes the ratios."""
+    """Alternates the sides, checks that they give the same tokens, and writes the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="A")
     parser.add_argument("--batch", type=int, default=1)
@@ -73,11 +73,11 @@ def _side(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _agreement(work: Path, *, exact: bool) -> float:
-    """Share of new tokens that are the same on all sides."""
+    """The fraction of new tokens that are the same on all sides."""
     ours, *theirs = (np.load(work / f"{side}.npy") for side in SIDES)
     shares = [float(np.mean(ours == other)) for other in theirs]
     if exact and min(shares) < 1:
-        raise SystemExit(f"only {min(shares):.1%} of the tokens agree: a speed of a wrong model says nothing")
+        raise SystemExit(f"only {min(shares):.1%} of the tokens agree: the speed of a wrong model means nothing")
     return min(shares)
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.load_hf --shape 1B        needs the extras `parity`, 3 GB of disk and twice that of memory
 
 A random bfloat16 checkpoint is written to a temporary folder and read from the page cache. Each side runs in its own
-process, alternating (ours, transformers, ours, transformers); imports and the backend's start are not timed. Ours are
-arrays of the process's own, transposed and stacked. Where no dtype changes, transformers maps the file: `seconds` has
-every page touched, `seconds_own` has every parameter copied out of the mapping, which training does at its first
+process, alternating (ours, transformers, ours, transformers); imports and the backend's start are not timed. Our
+arrays belong to the process, transposed and stacked. Where no dtype changes, transformers maps the file: `seconds`
+includes reading every page, and `seconds_own` copies every parameter out of the mapping, as training does at its first
 update. Samples of the weights are compared. Results go to benchmarks/results/load_hf_*.json.
 """
 
@@ -140,7 +140,7 @@ def compare(work: Path) -> None:
     ours, theirs = np.load(work / "jaxllm.npz"), np.load(work / "transformers.npz")
     for name in ("embed", "last"):
         if not np.array_equal(ours[name], theirs[name]):
-            raise SystemExit(f"the two sides read another {name}: a speed of wrong weights says nothing")
+            raise SystemExit(f"the two sides read different values of {name}: the speed of wrong weights means nothing")
 
 
 class _Measure:

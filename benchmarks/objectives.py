@@ -2,8 +2,8 @@
 
     python -m benchmarks.objectives
 
-Alone: 568 tokens -> 512 inputs and 114 targets, tokens of text per second, the variants taking turns; each variant's
-examples are turned back into their text first. Pipeline: read, tokenise, hide, pack, shuffle and batch the embedded
+Alone: 568 tokens -> 512 inputs and 114 targets, in tokens of text per second. The variants take turns, and the examples
+of each are turned back into their text first. Pipeline: read, tokenise, corrupt, pack, shuffle and batch the embedded
 corpus, next to reading and tokenising alone, which bounds it. Results go to benchmarks/results/objectives_*.json.
 """
 
@@ -40,7 +40,7 @@ def batched(rng: np.random.Generator, tokens: np.ndarray) -> Iterator[tuple[np.n
 
 
 def one_by_one(rng: np.random.Generator, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """NumPy on one example at a time, as the reference's graph does it."""
+    """NumPy on one example at a time, as T5's own TensorFlow graph does it."""
     noise, spans = noise_of(RAW, T5)
 
     def parts(items: int) -> np.ndarray:

@@ -4,9 +4,9 @@
 
 The models and rules are those of configs/llama_tiny.yaml and configs/t5_tiny.yaml, T5 as v1.0 (`ORIGINAL`), narrower
 and on shorter rows unless --full. All runs of a family take the very same arrays. Training amplifies any difference, so
-float32 runs whose initial parameters are moved by a thousandth (`MOVED`) say how far apart equals end. The gradients of
-the trained float32 model are then computed in float16 at several loss scales: an element is lost when float16 makes it
-0 and float32 does not. Results: benchmarks/results/precision_*.json, docs/images/precision_*.png.
+float32 runs whose initial parameters are moved by a thousandth (`MOVED`) show how far apart equal runs end. The
+gradients of the trained float32 model are then computed in float16 at several loss scales: an element is lost when
+float16 makes it 0 and float32 does not. Results: benchmarks/results/precision_*.json, docs/images/precision_*.png.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _moved(params: Any, key: Any) -> Any:
 
 
 def lost_gradients(config: RunConfig, params: Any, batch: Any) -> dict[str, Any]:
-    """Histogram of the exponents of all weight gradients of a trained model, and the part float16 loses by scale."""
+    """Histogram of the exponents of all weight gradients of a trained model, and the fraction that float16 loses."""
     exact = _gradients(config, jnp.float32, params, batch, 0)
     there = exact != 0  # tokens that are not in the batch have none
     exponents, counts = np.unique(np.floor(np.log2(np.abs(exact[there]))).astype(int), return_counts=True)

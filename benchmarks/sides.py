@@ -1,7 +1,7 @@
-"""What benchmarks next to another library share: each side in a process of its own, and how a result was made.
+"""Shared by benchmarks that run another library as well: each side in its own process, and how a result was made.
 
-All sides start with glibc told to ask for huge pages, as `scripts/pretrain.py` does for itself, unless GLIBC_TUNABLES
-says otherwise.
+All sides start with the variable that makes glibc request huge pages, as `scripts/pretrain.py` does for itself, unless
+GLIBC_TUNABLES is set already.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU by name, cores, and the widest vectors and matrices that it has: what ratios on a CPU depend on most."""
+    """The CPU by name, cores, and its widest vectors and matrices, on which ratios depend most."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -2,7 +2,7 @@
 
 A train step compiles forward and loss as one function of static shapes, updates with fused AdamW, clips the gradient,
 makes no cache and does not wait for the loss. A decoder is `generate` over a static cache, which transformers compiles,
-or a loop of our own around one compiled forward pass, with the greedy choice on the device.
+or our loop around one compiled forward pass, with the greedy choice on the device.
 """
 
 from __future__ import annotations

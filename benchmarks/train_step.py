@@ -6,7 +6,7 @@ Each side (ours, torch eager, torch compiled) runs in its own process, in turns,
 ratio is taken within each turn. torch runs as `torch_models.train_step` does: SDPA, no cache, fused AdamW, autocast for
 bfloat16; compiled, the forward pass and the loss are one function of static shapes. All sides clip the global norm and
 decay weights. Tokens are those of sources and targets; no dropout, no masks. `product_gflops` is the speed of each
-side's library at one matmul of the model. Most of a step are matmuls, and their ratio depends on the CPU.
+side's library at one matmul of the model. Matmuls are most of a step, and their ratio depends on the CPU.
 Results go to benchmarks/results/train_step_*.json.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
         **environment(),
     }
     path = save(f"train_step_{arguments.shape}_{arguments.dtype}", result)
-    print(f"{path.name}: {shown(result['ratio'])}; products alone {result['ratio_of_products']['median']:.2f}x")
+    print(f"{path.name}: {shown(result['ratio'])}; matmuls alone {result['ratio_of_products']['median']:.2f}x")
 
 
 def compare(work: Path, turn: dict[str, Any], dtype: str) -> float:
@@ -79,7 +79,7 @@ def compare(work: Path, turn: dict[str, Any], dtype: str) -> float:
     losses = [turn[side]["first_loss"] for side in SIDES]
     apart = (max(losses) - min(losses)) / max(losses)
     if max(difference, apart) > (2e-4 if dtype == "float32" else 5e-2):
-        raise SystemExit(f"logits differ by {difference}, losses by {apart}: a speed of a wrong model says nothing")
+        raise SystemExit(f"logits differ by {difference}, losses by {apart}: the speed of a wrong model means nothing")
     return difference
 
 

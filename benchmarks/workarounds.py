@@ -1,4 +1,4 @@
-"""What each form of `jaxllm.ops.backend` gains on this CPU, and so whether it is still needed.
+"""The gain of each form of `jaxllm.ops.backend` on this CPU, and so whether it is still needed.
 
     python -m benchmarks.workarounds [--turns 9] [ROW ...]
 
@@ -157,7 +157,7 @@ def compiled(row: Row) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one run."""
+    """Seconds of one run."""
     count, before = 0, time.perf_counter()
     while (spent := time.perf_counter() - before) < _SECONDS:
         run()

@@ -40,13 +40,13 @@ gc.set_threshold(20_000, 20, 20)  # jax makes many objects that stay: looking th
 TOLERANCE = {"float32": 1e-5, "float32_grad": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
 
-# Every program that XLA:CPU has compiled keeps some pages of its own, and Linux gives a process 65530 such pieces.
+# Every program that XLA:CPU has compiled keeps some mappings of memory, and Linux gives a process 65530 of them.
 _MOST_PIECES = 30_000
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Forgets compiled programs, between two files, before there is no room for more: XLA would end the process."""
+    """Drops compiled programs between two files when room runs short, since XLA would end the process."""
     pieces = Path("/proc/self/maps")
     if nextitem is None or nextitem.path == item.path or not pieces.exists():
         return
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Neighbours on one worker: what the tests of a file share is made once, and who has finished takes over."""
+    """Keeps the tests of a file on one worker, which makes shared fixtures once; idle workers take over tests."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
@@ -73,7 +73,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @contextlib.contextmanager
 def full_disk(size: int = 0) -> Iterator[None]:
-    """No file can grow beyond `size` bytes: like a full disk, what was cut to be written again is lost."""
+    """No file can grow beyond `size` bytes, as on a full disk: a file that was truncated for writing is lost."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -92,7 +92,7 @@ def open_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def unreadable(path: Path) -> Iterator[None]:
-    """A file in `open_folder` that nobody may read, nor this process as root: it is another user meanwhile."""
+    """A file in `open_folder` that this process cannot read: a process of root becomes another user meanwhile."""
     mode, user = path.stat().st_mode, os.geteuid()
     path.chmod(0)
     if user == 0:

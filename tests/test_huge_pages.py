@@ -1,4 +1,4 @@
-"""A script starts itself again, once and in the same process, where huge pages have to be asked for."""
+"""A script restarts itself once, in the same process, where huge pages must be requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from jaxllm.run.device import nvidia_devices
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-# What a restarted process says: its number, its arguments, the variable, and whether a large allocation asks.
+# Prints the process id, the arguments, the variable, and whether a large allocation requests huge pages.
 PROGRAM = """
 import ctypes, os, sys
 from huge_pages import restart_with_huge_pages

@@ -1,4 +1,4 @@
-"""Names of modules and parameters that the package declares are those of the parameter trees, and none is left."""
+"""The names of modules and parameters that the package declares are exactly those of the parameter trees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README says is true: its code runs, its commands are the gate's, its map names every room."""
+"""README is true: its code runs, its commands are the gate's, its table names every room."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_research_code_runs(capsys) -> None:
-    code = re.search(r"```python\n(.+?)```", README, flags=re.S)
+    code = re.search(r"## Research code\n\n```python\n(.+?)```", README, flags=re.S)
     exec(compile(code.group(1), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.fullmatch(r"\[\[(\d+, ){4}\d+\]\]\n", printed)
 
 
 def test_the_guide_to_looking_inside_runs(capsys) -> None:
-    """Its blocks one after the other, and the printed line is what it says."""
+    """Its blocks run one after the other, and print the line in its comment."""
     guide = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.+?)```", guide, flags=re.S))
     exec(compile(code, "docs/study.md", "exec"), {})

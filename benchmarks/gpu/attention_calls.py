@@ -38,7 +38,7 @@ class Attention(NamedTuple):
         heads: of queries.
         kv_heads: of keys and values.
         width: of a head, without document codes.
-        causal: whether keys after the query are hidden.
+        causal: whether keys after the query are masked.
         window: last positions that are seen; None is all.
         bias: whether the scores have one.
         lengths: whether rows have lengths; in the comparison one row is shorter.
@@ -120,7 +120,7 @@ def checked(case: Attention) -> Attention:
 
 
 class Operands(NamedTuple):
-    """Of one call.
+    """Arrays of one call.
 
     Attributes:
         inputs: query, key, value, and the bias where there is one.
@@ -240,7 +240,7 @@ def _finite(found: Any) -> jax.Array:
 
 
 def attend(case: Attention, ready: Future[Prepared], row: CallClass) -> dict[str, Any]:
-    """Compares and times one call, and says what its verdict changes; `row` is that of the table."""
+    """Compares and times one call, and adds what its verdict changes; `row` is its row of the table."""
     try:
         program = ready.result(timeout=60)
     except Exception as error:

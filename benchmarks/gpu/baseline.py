@@ -73,9 +73,9 @@ CASES = {
     "llama_8b_decode": Case("decode", "8b_b1", Form("loop")),
     "t5_large_decode": Case("decode", "t5_large_b1", Form("loop")),
 }
-# Float32 logits of both sides, relative to the largest; a GPU's own products are less exact than a CPU's.
+# Float32 logits of both sides, relative to the largest; matmuls on a GPU are less exact than on a CPU.
 _AGREE = 2e-3
-TOY_FORMS = {"train": 1, "decode": 2}  # forms in a dry run, each of which a CPU compiles for a minute
+TOY_FORMS = {"train": 1, "decode": 2}  # forms in a dry run; a CPU compiles each for a minute
 _SECONDS = 390.0
 _ONE = 180.0  # seconds that one process of theirs may take: a slow compilation must not eat the call
 _LEAST = 40.0  # seconds below which no process is started
@@ -164,7 +164,7 @@ def main(name: str, *, toy: bool) -> None:
     turns = Turns(name, toy=toy)
     turns.facts["logits_difference"] = difference = agreement(turns.case, toy=toy, limit=min(_ONE, turns.left()))
     if not difference < _AGREE:
-        raise SystemExit(f"{name}: the logits differ by {difference:.1e}; the speed of a wrong model says nothing")
+        raise SystemExit(f"{name}: the logits differ by {difference:.1e}; the speed of a wrong model means nothing")
     turns.ours(recorded=recorded(turns.case))
     search(turns, most=TOY_FORMS[turns.case.what] if toy else 99)
     if not toy:

@@ -22,7 +22,7 @@ def _query(names: tuple[str, ...], *options: str) -> list[str]:
 
 
 def smi(*names: str) -> dict[str, str]:
-    """Values of the first GPU by nvidia-smi's names of them; nothing where there is no nvidia-smi."""
+    """Values of the first GPU by nvidia-smi's names; empty without nvidia-smi."""
     command = _query(names, "--format=csv,noheader")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

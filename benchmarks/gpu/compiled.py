@@ -8,7 +8,7 @@
     python -m benchmarks.gpu.compiled configs/llama3_8b_80gb.yaml --card H100
 
 Memory, kernels and what they move are the compiler's own answer. Two things need a GPU and are missing: XLA does not
-time its candidates for each product, and cuDNN's attention is called by name but not built. So no speed is claimed.
+time its candidates for each matmul, and cuDNN's attention is called by name but not built. So no speed is claimed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MARKERS = "<!-- compiled for a GPU: benchmarks/gpu/compiled.py -->", "<!-- end o
 
 
 class Card(NamedTuple):
-    """What tells two Hopper cards apart.
+    """What differs between two Hopper cards.
 
     Attributes:
         name: as the driver gives it.
@@ -102,7 +102,7 @@ PRETENCE = {
     _CUDNN + "check_compute_capability": lambda capability: True,
     "jax.default_backend": lambda: "gpu",
 }
-# The flag of scripts/pretrain.py on a GPU, and full effort whatever the environment says.
+# The flag of scripts/pretrain.py on a GPU, and full effort whatever the environment has.
 _OPTIONS = {"xla_gpu_triton_gemm_any": True, "xla_backend_optimization_level": 3}
 
 
@@ -147,7 +147,7 @@ def devices_of(card: str, count: int) -> list[Any]:
 
 
 def place(tree: Any, layout: Any) -> Any:
-    """The shapes of a tree on devices that aren't there: one device, or as a layout says."""
+    """The shapes of a tree on devices that do not exist here: on one device, or split by a layout."""
     if isinstance(layout, jax.Device):
         layout = jax.sharding.SingleDeviceSharding(layout)
     if isinstance(layout, jax.sharding.Sharding):
@@ -240,7 +240,7 @@ def compile_case(
     seconds = time.perf_counter() - before
     memory, every = compiled.memory_analysis(), kernels(compiled.as_text())
     steps = program.steps
-    # Moved outside products: what fusion leaves to be read and written.
+    # Moved outside matmuls: what fusion leaves to be read and written.
     outside = sum(kernel.times * kernel.bytes for kernel in every if not kernel.product)
     return {
         "part": part,
@@ -292,8 +292,8 @@ def table(document: dict[str, Any]) -> str:
         memory = each["argument_gb"] + each["temporary_gb"]
         if each["part"] != "decode":
             estimate, products = each["estimated_gb"], each["gflops"] / each["needed_gflops"]
-            moved = f"{each['moved_outside_products_gb']:.0f} GB outside products"
-            other = f"estimate {estimate:.0f} GB; {products:.2f}x the products of forward and backward"
+            moved = f"{each['moved_outside_products_gb']:.0f} GB outside matmuls"
+            other = f"estimate {estimate:.0f} GB; {products:.2f}x the matmuls of forward and backward"
         else:
             moved = f"{each['moved_gb']:.2f} GB, {each['moved_gb'] / each['needed_gb']:.2f}x weights and cache"
             other = f"{1000 * each['temporary_gb']:.1f} MB next to weights and state"

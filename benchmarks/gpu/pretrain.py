@@ -131,7 +131,7 @@ class _Script:
             raise SystemExit(f"scripts/pretrain.py ended with {status}")
 
     def resumed_from(self) -> int:
-        """The step that it says it continues from; 0 when it starts from nothing."""
+        """The step from which it continues, by its log; 0 for a new run."""
         found = re.search(r"resuming .* from step (\d+)", " ".join("".join(self.lines).split()))
         return int(found[1]) if found else 0
 

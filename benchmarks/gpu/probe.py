@@ -1,10 +1,10 @@
-"""Facts of a GPU in about a minute, one line each: cuDNN's attention, matrix products, copies and sustained clocks.
+"""Facts of a GPU in about a minute, one line each: cuDNN's attention, matmuls, copies and sustained clocks.
 
     python -m benchmarks.gpu.probe [--toy]
 
 Each attention call that jaxllm makes is compared with float32 on the CPU, values and gradients, and timed at its real
-size (`benchmarks.gpu.attention_calls`); `change` names what a bad verdict changes in the code, or what a speed speaks
-for. A fact that fails does not stop the next. Lines also go to $OUT/probe.jsonl.
+size (`benchmarks.gpu.attention_calls`); `change` names what a bad verdict changes in the code, or which choice a speed
+supports. A fact that fails does not stop the next. Lines also go to $OUT/probe.jsonl.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECONDS = 80.0
 
 
 class Product(NamedTuple):
-    """A matrix product [m, k] x [k, n]; `decides` is what its speed speaks for."""
+    """A matmul [m, k] x [k, n]; `decides` names the choice that its speed supports."""
 
     m: int
     k: int
@@ -59,7 +59,7 @@ def main(name: str = "all", *, toy: bool = False) -> None:
     """Prints all facts (the one case is `all`); at toy sizes jax's own attention stands for cuDNN's."""
     del name
     start = time.monotonic()
-    # Programs are compiled ahead, in order: none of them holds a product, whose kernels XLA would time meanwhile.
+    # Programs are compiled ahead, in order. None has a matmul, since XLA would time its kernels meanwhile.
     pool = ThreadPoolExecutor(max_workers=1 if toy else 4)
     facts = [("machine", machine), *_attention_facts(pool, toy=toy)]
     facts += [("sustained", functools.partial(sustained, toy=toy)), ("copy", functools.partial(copy, toy=toy))]
@@ -104,7 +104,7 @@ def _attention_facts(pool: ThreadPoolExecutor, *, toy: bool) -> Iterator[tuple[s
 
 
 def multiply(product: Product, *, toy: bool) -> dict[str, Any]:
-    """Times one matrix product; its compilation holds XLA's own trials of kernels."""
+    """Times one matmul; its compilation includes XLA's own trials of kernels."""
     m, k, n = (64, 64, 64) if toy else product[:3]
     left, right = _random(m, k), _random(k, n)
     step = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.dtype(product.out)))
@@ -122,12 +122,12 @@ def _random(*shape: int) -> jax.Array:
 
 
 def sustained(*, toy: bool) -> dict[str, Any]:
-    """Products without a pause: the rate at the beginning and after seconds, and the clocks then."""
+    """Matmuls without a pause: the rate at the beginning and after seconds, and the clocks then."""
     side, seconds = (64, 0.05) if toy else (8192, 3.0)
     a = _random(side, side)
     step = jax.jit(lambda x: jnp.matmul(x, x))
     step(a).block_until_ready()
-    reader = ThreadPoolExecutor(max_workers=1)  # nvidia-smi takes as long as some products
+    reader = ThreadPoolExecutor(max_workers=1)  # nvidia-smi takes as long as some matmuls
     rates, watch, start = [], None, time.perf_counter()
     while (now := time.perf_counter()) - start < seconds:
         for _ in range(50):

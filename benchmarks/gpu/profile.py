@@ -1,8 +1,8 @@
 """Where the time of a step goes: the kernels of a jax.profiler trace, without TensorFlow.
 
-A trace holds every kernel with its duration. Kernels that differ in their number or their layer only are added up, and
-each line says which operation of jax it is: from the trace, or else from the text of the compiled program. The share
-of the time in which no kernel runs is the gap that a CUDA graph or larger kernels would close.
+A trace holds every kernel with its duration. Kernels that differ only in their number or layer are added up. Each
+line names their operation in jax, from the trace or from the text of the compiled program. The fraction of time in
+which no kernel runs is the gap that a CUDA graph or larger kernels would close.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def kernels(folder: str | Path, steps: int, *, program: str = "") -> Profile:
     """The profile of the newest trace in a folder.
 
     Raises:
-        ValueError: when there is no trace, or none of a device.
+        ValueError: without a trace, or without one of a device.
     """
     files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not files:
@@ -109,7 +109,7 @@ def sources(program: str) -> dict[str, str]:
 
 
 def _events(data: Any, known: dict[str, str]) -> Iterator[_Event]:
-    """Of the first GPU what its streams ran; without one, what XLA:CPU's threads ran."""
+    """What the first GPU's streams ran; without a GPU, what XLA:CPU's threads ran."""
     planes = list(data.planes)
     gpus = sorted((plane for plane in planes if plane.name.startswith("/device:GPU")), key=lambda plane: plane.name)
     for plane in gpus[:1] or planes:

@@ -30,7 +30,7 @@ class Kernel(NamedTuple):
         shape: of its result, as HLO writes it.
         times: how often one run of the program runs it.
         bytes: read and written each time.
-        flops: of its matrix products each time.
+        flops: of its matmuls each time.
     """
 
     name: str
@@ -169,7 +169,7 @@ def _workspace(calls: list[_Operation]) -> int:
 
 
 def _flops(computations: _Computations, operation: _Operation, shapes: dict[str, str]) -> int:
-    """Of the matrix products of an operation and of all that it calls; `shapes` are those of its operands."""
+    """Flops of the matmuls of an operation and of all that it calls; `shapes` are those of its operands."""
     if operation.operation == "dot":
         return _product_flops(operation, shapes, r"lhs_contracting_dims=\{([\d,]*)\}")
     if _CUBLAS in operation.line:

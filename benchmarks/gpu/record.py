@@ -21,7 +21,7 @@ _ASK = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind, s
 
 
 class NoGpuError(RuntimeError):
-    """This machine has no GPU that jax can use; the message says what was found."""
+    """This machine has no GPU that jax can use; the message names what was found."""
 
 
 class Machine(NamedTuple):

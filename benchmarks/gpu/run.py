@@ -244,7 +244,7 @@ def _output_of(case: Planned, lane: _Lane, *, limit: float) -> tuple[int | None,
 
 
 def _run(command: list[str], environment: dict[str, str], log: Any, *, limit: float) -> int | None:
-    # A session of its own, so that a case that takes too long goes with all processes that it started.
+    # Its own session: a case that takes too long is ended with all processes that it started.
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
     ) as process:

@@ -98,7 +98,7 @@ def insert(document: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
     """
     begin, end = markers
     if begin not in document or end not in document:
-        raise ValueError(f"there is no place for the table; put these two lines into it: {begin} and {end}")
+        raise ValueError(f"the table has no place; put these two lines into it: {begin} and {end}")
     before, rest = document.split(begin, 1)
     return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 

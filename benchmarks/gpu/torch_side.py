@@ -1,9 +1,9 @@
-"""One measurement of transformers on torch, in a process of its own: python -m benchmarks.gpu.torch_side WHAT JSON.
+"""One measurement of transformers on torch, in its own process: python -m benchmarks.gpu.torch_side WHAT JSON.
 
 `export` leaves a shallow model of a shape's width, tokens and its logits, for the other side to agree with; `train`
 and `decode` time one form of the baseline. The JSON object holds the arguments of the function. Each function yields
-what it has measured so far, and the last line printed is the most complete: a profiler that fails or hangs costs no
-rate. Exceptions become results as well, so that the caller records what went wrong.
+what it has measured so far, and the last line printed is the most complete: a profiler that fails or hangs does not
+lose the rate. Exceptions become results as well, so that the caller records what went wrong.
 """
 
 from __future__ import annotations

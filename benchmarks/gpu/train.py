@@ -34,7 +34,7 @@ class Case(NamedTuple):
         length: tokens of a row, of the encoder for T5.
         targets: tokens of a decoder row.
         compute: dtype; float16 comes with a dynamic loss scale.
-        documents: documents packed into a row and kept apart; 1 is no document mask at all. T5's rows hold one.
+        documents: documents packed into a row and kept apart; 1 turns the document mask off. T5's rows hold one.
         accumulation: microbatches.
         remat: what the backward pass computes again.
         lengths: whether T5's rows come with their lengths.
@@ -196,14 +196,14 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
 
 
 def _seconds_per_step(run: Callable[[int], Any], count: int) -> float:
-    """Of a run of `count` steps, which returns when the device has done them."""
+    """Seconds of a run of `count` steps, which returns when the device has done them."""
     before = time.perf_counter()
     run(count)
     return (time.perf_counter() - before) / count
 
 
 def speed(config: RunConfig, seconds: float) -> dict[str, float]:
-    """Tokens or sequences per second, and the part of the device's peak."""
+    """Tokens or sequences per second, and the fraction of the device's peak."""
     rows, length, targets = config.training.batch_size, config.data.sequence_length, config.data.target_length
     flops = train_flops(config.model, batch=rows, length=length, target_length=targets or 0)
     values = {"tflops": flops.causal / seconds / 1e12}
@@ -218,7 +218,7 @@ def speed(config: RunConfig, seconds: float) -> dict[str, float]:
 
 
 def memory(step: Any) -> dict[str, float]:
-    """Gigabytes that the executable asks for, and the most that the device has held."""
+    """Gigabytes that the executable allocates, and the most that the device has held."""
     analysis, stats = step.memory_analysis(), jax.devices()[0].memory_stats() or {}
     values = {} if analysis is None else {"temporary_gb": analysis.temp_size_in_bytes / 1e9}
     return values | ({"peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {})

@@ -25,9 +25,9 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    # Products by cuBLAS only; every MaxText recipe for GPUs sets this.
+    # Matmuls by cuBLAS only; every MaxText recipe for GPUs sets this.
     "cublas": Variant(flags=("xla_gpu_enable_triton_gemm=false",)),
-    # Products that share an operand stay apart, so that q, k and v are not sliced out of one result.
+    # Matmuls that share an operand stay apart, so that q, k and v are not sliced out of one result.
     "merger0": Variant(flags=("xla_gpu_dot_merger_threshold_mb=0",)),
     # The loop over tokens as one CUDA graph.
     "graphs": Variant(
@@ -36,7 +36,7 @@ VARIANTS = {
             "xla_gpu_graph_min_graph_size=1",
         )
     ),
-    # T5's rows without lengths: cuDNN is asked for a bias gradient, but for no padding mask.
+    # T5's rows without lengths: cuDNN then computes a bias gradient, but needs no padding mask.
     "nolengths": Variant(case={"lengths": False}),
     # Logits of the training loss wait in bfloat16 for their exponentials, which stay float32.
     "bf16_logits": Variant(settings=("precision.islands.logits=bfloat16",)),

@@ -169,7 +169,7 @@ def test_resume_is_exact(corpus: Path, tmp_path: Path, workers: int) -> None:
         next(pipeline)
     state = json.loads(json.dumps(pipeline.get_state()))
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)  # as a terminal's Ctrl-C does, beside the main process
+        os.kill(worker.pid, signal.SIGINT)  # as a terminal's Ctrl-C does, in addition to the main process
     want = [next(pipeline) for _ in range(6)]
     pipeline.close()
     resumed = open_pipeline(corpus, tmp_path / "run", workers=workers)
@@ -334,7 +334,7 @@ def t5_like() -> FastTokenizer:
 @pytest.mark.parametrize("make", [llama_like, t5_like])
 @pytest.mark.parametrize("text", ["ab ab", "a\n\u20ac \u00e9", "b  a"])
 def test_bytes_of_a_tokenizer_json_that_spells_as_sentencepiece(make: Callable[[], FastTokenizer], text: str) -> None:
-    """A space mark is one byte and so is <0x0A>; the first piece stands for a space that the text does not have."""
+    """A space mark and <0x0A> are one byte each; the first piece includes a space that the text does not have."""
     fast = make()
     fast.add_special_tokens(["</s>"])
     fast.add_tokens(["\u2581added\u20ac"])

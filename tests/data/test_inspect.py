@@ -1,4 +1,4 @@
-"""The audit tells a sound objective from one that drops tokens or draws spans by another law."""
+"""The audit accepts a sound objective, and finds dropped tokens and spans of a wrong distribution."""
 
 from __future__ import annotations
 

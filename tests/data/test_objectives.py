@@ -1,4 +1,4 @@
-"""Objectives: the reference's table, the exact law of its spans, and an inverse that gives every text back."""
+"""Objectives: T5's table of lengths, the exact distribution of its spans, and an inverse that restores every text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EOS = 1
 SENTINELS = np.arange(999, 899, -1, dtype=np.int32)
 T5 = Denoiser(0.15, 3.0)
 
-# inputs length, density, mean -> raw, inputs, targets: what random_spans_helper of the reference prints.
+# inputs length, density, mean -> raw, inputs, targets: the output of T5's random_spans_helper.
 TABLE = {
     (512, 0.15, 3.0): (568, 512, 114),
     (512, 0.15, 8.0): (588, 512, 100),
@@ -50,7 +50,7 @@ def test_lengths_are_the_references(case: tuple[int, float, float]) -> None:
 
 
 def reference_lengths(inputs: int, density: float, mean: float) -> tuple[int, int, int]:
-    """The search as the reference writes it, one step at a time."""
+    """The search as T5's code does it, one step at a time."""
 
     def made(raw: int) -> tuple[int, int]:
         noise = round(raw * density)
@@ -161,7 +161,7 @@ def test_span_lengths_follow_the_exact_law(items: int, part: int) -> None:
     observed = np.bincount(drawn[:, part] - 1, minlength=len(expected))
     joined = [np.append(values[:cut], values[cut:].sum()) for values in (observed, expected * rows)]
     assert chisquare(*joined).pvalue > 1e-4
-    if part == 0:  # and not the geometric law, which independent draws of mean 3 would give
+    if part == 0:  # and not the geometric distribution of independent draws of mean 3
         geometric = (28 / items) * (1 - 28 / items) ** np.arange(cut)
         geometric = np.append(geometric, 1 - geometric.sum()) * rows
         assert chisquare(joined[0], geometric).pvalue < 1e-6
@@ -178,7 +178,7 @@ def test_every_composition_is_equally_likely() -> None:
 @given(length=st.integers(1, 3000), seed=st.integers(0, 1000))
 def test_ul2_uses_every_token_once(length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    text = rng.permutation(np.arange(2, 2 + length)).astype(np.int32)  # each token tells where it was
+    text = rng.permutation(np.arange(2, 2 + length)).astype(np.int32)  # each token is its own place
     sentinels = np.arange(20_000, 19_900, -1, dtype=np.int32)
     modes = [np.array([10_000 + i, 10_000], np.int32) for i in range(len(UL2))]
     raw = [solve_lengths(each, inputs=126, targets=128).raw for each in UL2]

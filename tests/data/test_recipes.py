@@ -121,7 +121,7 @@ def test_rows_are_a_function_of_the_seed(runs: Path) -> None:
 
 @pytest.mark.parametrize("name", ["span_corruption", "prefix_lm"])
 def test_id_0_is_a_word_like_any_other(runs: Path, tmp_path: Path, name: str) -> None:
-    """The reference strips it; a tokenizer without a padding token gives it to text."""
+    """T5's own code strips it; a tokenizer without a padding token uses it for text."""
     plain = open_pipeline(runs, name, tokenizer=few_sentinels(tmp_path, 100))
     documents = [plain.tokenizer.encode(text) for text in texts(plain._source.validation, "text")]
     content = json.loads((tmp_path / "few.json").read_text())
@@ -142,7 +142,7 @@ def test_id_0_is_a_word_like_any_other(runs: Path, tmp_path: Path, name: str) ->
     np.testing.assert_array_equal(np.bincount(np.concatenate(restored)), want)
 
 
-def test_a_second_epoch_hides_other_spans(runs: Path, tmp_path: Path) -> None:
+def test_a_second_epoch_masks_other_spans(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for i in range(8):
         (tmp_path / "corpus" / f"{i}.txt").write_text(" ".join(str(i * 7919 + j * j) for j in range(100)))
@@ -197,7 +197,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_what_cannot_be_hidden_is_named(runs: Path, tmp_path: Path, message: str) -> None:
+def test_an_example_that_cannot_be_corrupted_is_named(runs: Path, tmp_path: Path, message: str) -> None:
     tokenizer = few_sentinels(tmp_path) if "sentinels" in message else "train"
     with pytest.raises(DataError, match=message):
         open_pipeline(runs, "span_corruption", **{"sequence_length": 64, **BAD[message], "tokenizer": tokenizer})

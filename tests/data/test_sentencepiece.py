@@ -1,4 +1,4 @@
-"""A SentencePiece model keeps what a tokenizer.json does: whole files, and text of whatever ids a model writes."""
+"""SentencePiece models, like tokenizer.json: files round-trip, and any ids that a model writes become text."""
 
 from __future__ import annotations
 

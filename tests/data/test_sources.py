@@ -1,4 +1,4 @@
-"""Preparing a corpus where something else continues: another run, a disk that fills up, an earlier start."""
+"""Preparing a corpus next to another run, on a disk that fills up, or after an interrupted start."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_run_within_its_corpus_is_refused(corpus: Path, tmp_path: Path) -> Non
             with pytest.raises(DataError, match=rf"folder {run} is in data.path {corpus}.*; choose a training.run_dir"):
                 build_pipeline(config, vocab_size=400, batch_size=2, seed=0, run_dir=run)
             assert not (run / "data").exists()
-    # What is prepared is no document: only a run writes such files.
+    # Prepared data are not documents: only a run writes such files.
     config = files(corpus, cache_dir=str(corpus / "cache"))
     first, again = (open_source(config, cache_dir=corpus / "cache") for _ in range(2))
     assert first.name == again.name and list(texts(first.train, "text")) == list(texts(again.train, "text"))

@@ -1,4 +1,4 @@
-"""Workers change no batch, end with the run, and what is wrong with them or a record ends in a sentence."""
+"""Workers change no batch and end with the run; their failures and bad records become one clear sentence."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_any_number_of_workers_gives_the_same_batches(corpus: Path, tmp_path: Pa
 
 
 def test_a_position_of_the_earlier_order_is_refused(corpus: Path, tmp_path: Path) -> None:
-    """Until 2026-11 each worker made batches of documents of its own."""
+    """Until 2026-11 each worker read its own documents and made whole batches."""
     with opened(corpus, tmp_path / "run") as pipeline:
         state = pipeline.get_state()
         pipeline.set_state({**state, "workers": 0})

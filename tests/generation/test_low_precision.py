@@ -1,4 +1,4 @@
-"""Decoding in bfloat16 and float16, cache and prepared parameters included: as near to the truth as a full forward."""
+"""Decoding in bfloat16 and float16, cache and prepared parameters included: as accurate as a full forward."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parameters(family: str) -> Any:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_steps_agree_with_a_full_forward_within_the_rounding(family: str, dtype: str) -> None:
-    """Next to the full forward, and both next to float32: caching may not cost a part of the format's digits."""
+    """Next to the full forward, and both next to float32: caching may not lose any of the format's digits."""
     model, exact = (build(CONFIGS[family], dtype=jnp.dtype(name)) for name in (dtype, "float32"))
     params = parameters(family)
     r, in_float32 = (make_request(each, params, llama.PROMPTS, max_new_tokens=8) for each in (model, exact))

@@ -104,7 +104,7 @@ CUT = Sampling(temperature=2.5, top_k=8, top_p=0.9, min_p=0.02, repetition_penal
     ],
 )
 def test_samples_follow_the_distribution(family: str, drafting: str, drafts: int, sampling: Sampling) -> None:
-    """Chi-square of the first two and of the last two of three tokens over all pairs, against the exact law."""
+    """Chi-square of all pairs of the first two, and of the last two, of three tokens against exact probabilities."""
     model, params, draft = models(family, drafting)
     rows, ends = 16_000, (3,) if sampling.min_new_tokens else ()
     options: dict[str, Any] = {"max_new_tokens": 3, "sampling": sampling, "eos_ids": ends}

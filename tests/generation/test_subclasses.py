@@ -1,4 +1,4 @@
-"""A subclass of a family's model decodes as what it computes, or is refused by name."""
+"""A subclass of a family's model decodes as it computes, or is refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Backwards(T5):
 
 
 class Compiled(Llama):
-    """An override that is no plain function."""
+    """An override that is not a plain function."""
 
     head = nn.jit(Llama.head)
 

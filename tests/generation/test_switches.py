@@ -55,12 +55,12 @@ def make(family: str) -> tuple[Any, Any]:
     return model, init_params(model, jax.random.key(0))
 
 
-OWN = ("sample", "beams", "speculative samples")  # what computes most of its own
+OWN = ("sample", "beams", "speculative samples")  # the ways that compute most themselves
 
 
 @pytest.mark.parametrize(("family", "way"), [*(("llama", way) for way in WAYS), *(("t5", way) for way in OWN)])
 def test_x64_changes_nothing(family: str, way: str) -> None:
-    """Warnings are errors in tests, jax's of a future error included."""
+    """Warnings are errors in tests, including jax's announcements of future errors."""
     want = WAYS[way](*make(family))
     with jax.enable_x64(True):
         assert WAYS[way](*make(family)) == want

@@ -1,4 +1,4 @@
-"""All of decoding on T5: the loop, samples, beams, scores and speculation are the ones of Llama."""
+"""All of decoding on T5, which shares the loop, samples, beams, scores and speculation with Llama."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxllm.models import build, init_params
 from jaxllm.ops.sampling import Sampling
 from tests.generation.uncached import generate_checked
 
-# Deeper decoder than encoder, and a start token of its own: what transformers can't decode, or is taken for padding.
+# A decoder deeper than the encoder, which transformers can't decode, and a start token that is not the padding.
 CONFIG = T5Config(
     vocab_size=37,
     d_model=16,
@@ -90,7 +90,7 @@ def test_beams_score_as_the_model_does_and_speculation_changes_nothing(model_and
 
 
 def test_drafts_come_from_the_encoders_input() -> None:
-    """The lookup proposes what follows in the source, whatever the decoder has said before."""
+    """The lookup proposes what follows in the source, whatever the decoder has written before."""
     from jaxllm.generation.speculative import _look_up
     from jaxllm.models import decoder_of
 

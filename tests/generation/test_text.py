@@ -1,4 +1,4 @@
-"""A text model is a function of text: what it writes is what `generate` gives for the ids of its prompt."""
+"""A text model is a function of text: it writes the tokens that `generate` gives for the ids of its prompt."""
 
 from __future__ import annotations
 

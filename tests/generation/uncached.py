@@ -16,7 +16,7 @@ from tests.conftest import TOLERANCE
 
 
 def generate_checked(model: Any, params: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-    """`generate`, of which every step is recomputed from the training parameters without a cache."""
+    """`generate`; every step is recomputed from the training parameters without a cache."""
     request = make_request(model, params, prompts, **options)
     tokens, logits = steps(request)
     check_steps(request, params, tokens, logits)

@@ -1,7 +1,7 @@
 """Run folders of an earlier commit: today's code resumes, generates from, converts and starts from them as it did.
 
-`make_runs.py` says how run_folders/ was made. Tokens are compared where the logits leave no doubt; what is copied (the
-converted tensors) is compared bit by bit; losses and gradient norms within the tolerance of the run's compute dtype.
+`make_runs.py` made run_folders/. Tokens are compared where the logits leave no doubt. Converted tensors are copies and
+are compared bit by bit; losses and gradient norms within the tolerance of the run's compute dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The golden parameter trees as paths of names, for tests of what repeats those names by hand."""
+"""The golden parameter trees as paths of names, for tests of code that repeats those names by hand."""
 
 from __future__ import annotations
 

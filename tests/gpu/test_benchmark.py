@@ -1,4 +1,4 @@
-"""The GPU benchmark: its programs at toy sizes, and a lane that keeps what it has measured whatever happens."""
+"""The GPU benchmark: its programs at toy sizes, and a runner that keeps its measurements whatever happens."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_every_program_is_planned_and_the_first_call_has_its_limit(capsys: pytes
     assert sum(case.seconds for case in plan.FIRST) <= plan.FIRST_SECONDS < 400
     for case in plan.EVERY:
         part, name = case.name.split("/")
-        if part != "tests":  # each is called with its name and toy, and profiled where the plan says so
+        if part != "tests":  # each is called with its name and toy, and profiled where the plan has it
             entry = importlib.import_module(f"benchmarks.gpu.{part}").main
             inspect.signature(entry).bind(name, toy=True, **({"profile": True} if case.profile else {}))
     assert plan.FIRST[0].name == "pretrain/llama_fp16"  # what the user asked for
@@ -282,7 +282,7 @@ def test_a_broken_line_costs_its_own_result_alone() -> None:
 
 
 def test_the_cases_need_no_data_library() -> None:
-    """Without carried wheels all cases but the script's still run."""
+    """Without carried wheels all cases still run, except the script's."""
     blocked = "tensorflow_datasets", "grain", "array_record", "pyarrow", "zstandard"
     code = f"""
 import sys

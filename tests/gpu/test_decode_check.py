@@ -26,7 +26,7 @@ def request(name: str, dtype: Any, **sizes: int) -> Request:
     return make_request(model, params, prompts, max_new_tokens=16)
 
 
-# XLA:CPU has no bfloat16 product of the shapes that a toy T5's decoding asks for.
+# XLA:CPU has no bfloat16 matmul of the shapes in a toy T5's decoding.
 @pytest.mark.parametrize(("name", "dtype"), [("1b", "float32"), ("1b", "bfloat16"), ("t5_large", "float32")])
 def test_decoding_agrees_with_a_forward_pass(name: str, dtype: str) -> None:
     found = first_chunk(request(name, jnp.dtype(dtype)))

@@ -80,7 +80,7 @@ def test_every_class_of_calls_is_probed() -> None:
 
 
 def test_the_comparison_is_of_the_same_class() -> None:
-    """A smaller call must not take another of cuDNN's ways."""
+    """A smaller call must not take another path inside cuDNN."""
     for case in ATTENTION.values():
         assert row_of(checked(case)).name.split(" beyond a head")[0] in row_of(case).name
 

@@ -21,8 +21,8 @@ def event(name: int, start: int, duration: int, *stats: tuple[int, int]) -> str:
     return f"events {{ metadata_id: {name} offset_ps: {start}000000 duration_ps: {duration}000000 {told} }}"
 
 
-# Two steps on two streams: each a product of 40 us, a fusion of 20 us in two layers, and a gap of 20 us between steps.
-# A copy overlaps with a product. The line of derived steps, and the host, are not kernels.
+# Two steps on two streams: each a matmul of 40 us, a fusion of 20 us in two layers, and a gap of 20 us between steps.
+# A copy overlaps with a matmul. The line of derived steps, and the host, are not kernels.
 GPU = f"""
 planes {{
   name: "/device:GPU:0"

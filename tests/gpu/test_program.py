@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.gpu.program import kernels, nbytes
 
-# A loop of five steps: a product of [8, 16] and [16, 4] in a fusion, and one row written into a buffer in place.
+# A loop of five steps: a matmul of [8, 16] and [16, 4] in a fusion, and one row written into a buffer in place.
 TEXT = """HloModule step, entry_computation_layout={(bf16[8,16]{1,0})->f32[8,4]{1,0}}
 
 %fused_dot (p0: bf16[8,16], p1: bf16[16,4]) -> f32[8,4] {
@@ -56,7 +56,7 @@ def test_kernels_are_counted_with_what_they_move() -> None:
     assert attention.attention and attention.product and not copied.product
 
 
-# A product by cuBLAS on its own, and one in a fusion that reads a slice of a stack; 64 bytes of each are scratch space.
+# A matmul by cuBLAS on its own, and one in a fusion that reads a slice of a stack; 64 bytes of each are scratch space.
 CUBLAS = """HloModule step, entry_computation_layout={(bf16[8,16]{1,0})->f32[8,4]{1,0}}
 
 %dynamic_slice (p0: bf16[5,16,8], p1: bf16[16,4], p2: s32[]) -> (f32[8,4], s8[64]) {

@@ -125,7 +125,7 @@ def test_copies_and_a_table_that_nothing_reads_are_ignored(tmp_path: Path, expor
 
 
 def test_a_tied_head_without_scaling_is_exported_as_a_copy(tmp_path: Path) -> None:
-    """4.x scales whatever is tied; only an own head is left alone by every version."""
+    """transformers 4.x scales every tied head; no version scales an untied one."""
     config = dataclasses.replace(V10, scale_logits=False)
     params = random_params(config)
     jaxllm.save_hf(tmp_path, build(config), params)

@@ -1,4 +1,4 @@
-"""Laws of `jaxllm.study`: reading changes nothing, an edit does what other parameters would, layers are told apart."""
+"""Invariants of `jaxllm.study`: reading changes nothing, an edit equals other parameters, layers are kept apart."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def close(found: Any, want: Any) -> None:
 
 
 def test_what_is_captured_is_the_layers_own_arithmetic() -> None:
-    """Streams add up, weights are a distribution that mixes the values, and the head turns the last into logits."""
+    """Residual streams add up, attention weights mix the values, and the head turns the last state into logits."""
     forward, params = family(LLAMA)
     logits, seen = capture(forward)(params, TOKENS)
     seen = {path.removeprefix("layers/"): value for path, value in seen.items()}
@@ -113,7 +113,7 @@ def test_numbered_scopes_around_a_model_are_not_its_layers(layers: str) -> None:
 
 
 def test_loops_over_own_layers_have_sites() -> None:
-    """Flax calls them by any name, and a plain scan by none."""
+    """Flax gives them any name, and a plain scan gives none."""
 
     class Block(nn.Module):
         @nn.compact

@@ -1,4 +1,4 @@
-"""A family is a config class and a row: one that the library has never seen goes through all of it."""
+"""A family is a config class and a row: an unknown one passes through the whole library."""
 
 from __future__ import annotations
 

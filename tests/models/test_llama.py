@@ -1,4 +1,4 @@
-"""Laws of the Llama: causality, packing, one result from both layer loops, and a frozen parameter tree."""
+"""Invariants of Llama: causality, packing, one result from both layer loops, and a frozen parameter tree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def apply(model: Model, params: Any, batch: jax.Array, **inputs: jax.Array) -> j
 
 @functools.cache
 def gradient_of(config: LlamaConfig) -> Any:
-    """A compiled loss and gradient, of which every layer loop needs the one of the default."""
+    """A compiled loss and gradient; the test of each layer loop needs the default's."""
     model = build(config)
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Calls that are wrong say so by name, while tracing at the latest, instead of computing something else."""
+"""Wrong calls are refused by name, while tracing at the latest, instead of computing something else."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_variables_are_told_from_parameters(config: LlamaConfig | T5Config) -> N
 
 
 def test_flaxs_dropout_key_is_not_left_unread() -> None:
-    """T5 would compute without dropout, and nobody could tell."""
+    """T5 would compute without dropout, silently."""
     model = build(dataclasses.replace(T5, dropout_rate=0.1))
     for method in ("__call__", "hidden"):
         with pytest.raises(ValueError, match=r"dropout takes key=, not rngs"):

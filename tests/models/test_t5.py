@@ -1,4 +1,4 @@
-"""Laws of the T5: documents and rows that never meet, causality, one result from every path, and a frozen tree."""
+"""Invariants of T5: documents and rows that never meet, causality, one result from every path, and a frozen tree."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_packed_equals_alone(t5: Compiled) -> None:
 def test_lengths_equal_segment_ids_and_an_empty_row_poisons_nothing(t5: Compiled) -> None:
     batch, lengths = _batch(9), np.array([5, 0], np.int32)
     weights = np.array([[1.0], [0.0]], np.float32) * np.ones((2, TARGET), np.float32)
-    weights[0, 3:] = 0  # the end of a target is padding, which causality hides from what comes before
+    weights[0, 3:] = 0  # the end of a target is padding, which causality masks for the tokens before it
     gradient = jax.jit(jax.value_and_grad(lambda params, batch: t5.loss(params, batch, None).loss))
     inside = (np.arange(SOURCE) < lengths[:, None]).astype(np.int32)
     segments = {"encoder_segment_ids": inside, "decoder_segment_ids": (weights > 0).astype(np.int32)}
@@ -310,7 +310,7 @@ def test_low_precision_is_close_and_logits_are_float32(t5: Compiled, dtype: str)
 
 
 def test_float16_survives_a_stream_beyond_its_range(t5: Compiled) -> None:
-    """What made T5 famous for NaN: one sum after the MLP above 65504."""
+    """T5's well-known NaN: one sum after the MLP above 65504."""
     loud = jax.tree.map(lambda leaf: leaf, t5.params)
     loud["encoder"]["layers"]["mlp"]["down_proj"]["kernel"] *= 3e4
     source, target = draw(42, 2, SOURCE), draw(43, 2, TARGET)

@@ -55,7 +55,7 @@ def test_a_float32_loss_keeps_to_strict_promotion(config: LlamaConfig | T5Config
 
 @pytest.mark.parametrize(("config", "attention"), [(LLAMA, "chunked"), (T5, "reference")], ids=["llama", "t5"])
 def test_derivatives_along_a_direction_and_of_derivatives(config: LlamaConfig | T5Config, attention: str) -> None:
-    """As README says: in reverse mode; forward, rules of the backward pass are refused without `forward_mode`."""
+    """Reverse mode works directly; forward mode needs `forward_mode`, and jax refuses it otherwise (as in README)."""
     mean = jax.jit(mean_loss(dataclasses.replace(config, attention=attention)))
     gradient, params = jax.jit(jax.grad(mean)), init_params(build(config), jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
@@ -67,7 +67,7 @@ def test_derivatives_along_a_direction_and_of_derivatives(config: LlamaConfig | 
         return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
     def slope(function: Callable[[Any], Any], width: float = 0.1) -> float:
-        """Of fourth order, so that little of its error is the width's."""
+        """A fourth-order difference, whose error depends little on its width."""
 
         def at(steps: int) -> Any:
             return function(jax.tree.map(lambda leaf, towards: leaf + steps * width * towards, params, along))

@@ -1,4 +1,4 @@
-"""Attention: every path equals the definition, masks hide what they must, and nothing is NaN."""
+"""Attention: every path equals the definition, masked pairs have no effect, and nothing is NaN."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def output_and_gradients(path: str, name: str | Pattern, arguments: list[jax.Arr
 
 @functools.cache
 def reference(name: str, biased: bool, dtype: str, length: int, width: int):
-    """Operands in `dtype`, and the reference's float32 results on them."""
+    """Operands in `dtype`, and float32 results of the path `reference` on them."""
     arguments = operands(length, length, dtype=dtype, width=width)
     if biased:
         arguments.append(jax.random.normal(jax.random.key(9), (1, 6, length, length)).astype(dtype))
@@ -120,7 +120,7 @@ def reference(name: str, biased: bool, dtype: str, length: int, width: int):
     return pattern, arguments, output_and_gradients("reference", pattern, exact, biased=biased)
 
 
-# On a GPU heads of 64, or 80 with codes, as models have them; one length whose bias rows are no multiple of 16 bytes.
+# On a GPU heads of 64, or 80 with codes, as models have; one length whose bias rows are not multiples of 16 bytes.
 ODD = {"causal": 370}
 
 
@@ -190,7 +190,7 @@ def gradients(path: str, slope: jax.Array, *arguments: jax.Array) -> list[np.nda
 
 
 def both_errors(slope: jax.Array, *arguments: jax.Array) -> list[tuple[float, float]]:
-    """Errors of each gradient by blocks and by the reference, relative to the reference in float32."""
+    """Errors of each gradient by `chunked` and by `reference`, relative to `reference` in float32."""
     exact = gradients("reference", slope, *(x.astype(jnp.float32) for x in arguments))
     paths = (gradients(path, slope, *arguments) for path in ("chunked", "reference"))
     ours, theirs = ([np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(p, exact, strict=True)] for p in paths)
@@ -199,7 +199,7 @@ def both_errors(slope: jax.Array, *arguments: jax.Array) -> list[tuple[float, fl
 
 @pytest.mark.parametrize("kept", [2**28, 0], ids=["kept", "recomputed"])
 def test_chunked_loses_no_small_gradients_in_float16(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient divided by a sum over hundreds of keys leaves float16's range, as the reference's do."""
+    """A gradient divided by a sum over hundreds of keys leaves float16's range, as in the path `reference`."""
     monkeypatch.setattr("jaxllm.ops.chunked_attention._KEPT_BYTES", kept)
     query, key, value = operands(512, 512, dtype=jnp.float16, heads=2, kv_heads=1)
     bias = jax.random.normal(jax.random.key(4), (1, 2, 512, 512)).astype(jnp.float16)
@@ -215,7 +215,7 @@ def test_chunked_loses_no_small_gradients_in_float16(kept: int, monkeypatch: pyt
 
 
 def test_chunked_loses_no_small_queries_in_float16() -> None:
-    """A query divided by a sum over a thousand keys would lie below float16's normal numbers."""
+    """A query divided by a sum over a thousand keys would be below float16's normal numbers."""
     query, key, value = operands(1024, 1024, dtype=jnp.float16, heads=2, kv_heads=1)
     slope = 64 * jax.random.normal(jax.random.key(3), query.shape)
     for ours, theirs in both_errors(slope, 0.005 * query, key, value):
@@ -224,7 +224,7 @@ def test_chunked_loses_no_small_queries_in_float16() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_chunked_gradients_are_exact_where_keys_and_values_have_much_in_common(dtype: str) -> None:
-    """What all scores of a query get wrong by the same amount does not average out over such keys."""
+    """An error that all scores of a query share does not average out over such keys."""
     query, key, value = operands(512, 512, heads=2, kv_heads=1)
     key, value = key + 2 * key[:1, :1], value + 4 * value[:1, :1]
     slope = jax.random.normal(jax.random.key(3), query.shape)

@@ -1,4 +1,4 @@
-"""Every platform choice states its figure, the jaxlib it was seen with, and what shows that it is still needed."""
+"""Every platform choice has its figure, its jaxlib version, and a check that it is still needed."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def undefined(scores: jax.Array, query_lengths: Any, key_lengths: Any) -> jax.Ar
 
 
 def careless(query: Any, key: Any, value: Any, **options: Any) -> jax.Array:
-    """cuDNN's attention at its worst: saves what it left in a row of padding, and multiplies it by 0 later."""
+    """cuDNN's attention at its worst: it saves undefined values in a row of padding, and multiplies them by 0 later."""
     query_lengths, key_lengths = options["query_seq_lengths"], options["key_value_seq_lengths"]
     groups = query.shape[2] // key.shape[2]
 

@@ -1,4 +1,4 @@
-"""The chunked vocabulary loss against the plain one, its memory and its number of products."""
+"""The chunked vocabulary loss against the plain one, its memory and its number of matmuls."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_three_products_with_the_head_and_never_all_logits() -> None:
 
 @pytest.mark.parametrize("target", [-100, -1, 11])
 def test_a_target_outside_the_vocabulary_is_nan_or_weighs_nothing(target: int) -> None:
-    """-100, say, which torch leaves out, must not be learned as the hundredth id from the end."""
+    """An id such as torch's ignored -100 must not be learned as the hundredth from the end."""
     hidden, head = jax.random.normal(jax.random.key(0), (1, 3, 4)), jax.random.normal(jax.random.key(1), (11, 4))
     targets = jnp.array([[1, target, 3]])
     masked = chunked_cross_entropy(hidden, head, targets, jnp.array([[1.0, 0.0, 1.0]]))

@@ -1,4 +1,4 @@
-"""Products of decoding: whichever way a matrix is stored, and for any number of rows, it is x times the kernel."""
+"""Matmuls of decoding equal x times the kernel, for each way to store a matrix and any number of rows."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_rotation_keeps_norms_and_sees_only_differences() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_both_passes_round_once(dtype: str) -> None:
-    """A slope is the sum of two products, which autodiff would round one by one."""
+    """A gradient is the sum of two products, which autodiff would round one by one."""
     x = jax.random.normal(jax.random.key(0), (2, 50, 3, 32)).astype(dtype)
     frequencies, scaling = rope_frequencies(RopeConfig(), head_dim=32, max_length=64)
     cos, sin = rope_cos_sin(jnp.arange(100_000, 100_050)[None], frequencies, scaling)

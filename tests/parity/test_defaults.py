@@ -1,4 +1,4 @@
-"""What a config.json leaves out is what transformers assumes, for every architecture."""
+"""Keys that a config.json leaves out get transformers' defaults, for every architecture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 @pytest.mark.parametrize("kind", [*llama.DEFAULTS, *t5.DEFAULTS])
 def test_a_bare_config_means_what_transformers_fills_in(kind: str, tmp_path: Path) -> None:
     whole = transformers.AutoConfig.for_model(kind).to_dict()
-    if kind == "umt5":  # transformers 5 says that it scales its logits, which it was not made with
+    if kind == "umt5":  # transformers 5 fills in scaled logits, but the model was not made with them
         del whole["scale_decoder_outputs"], whole["tie_word_embeddings"]
     found = []
     for name, raw in (("bare", {}), ("whole", whole)):

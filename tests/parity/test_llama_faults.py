@@ -1,6 +1,6 @@
-"""Mistakes that ports make, planted one at a time: each must move the logits beyond the tolerance that holds without.
+"""Typical mistakes of ports, one at a time: each must move the logits beyond the tolerance of the correct model.
 
-Against the recorded results, so that the suite's teeth do not depend on torch.
+Compared with the recorded results, so that this check of the suite does not depend on torch.
 """
 
 from __future__ import annotations

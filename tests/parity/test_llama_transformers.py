@@ -30,7 +30,7 @@ PACKED = "gqa_tied_linear"
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_logits_loss_and_every_gradient(name: str, llama_numbers, tmp_path: Path, llama_directory) -> None:
-    """On the directory that save_pretrained writes, which must read as the one without transformers does."""
+    """On the directory that save_pretrained writes, which must give the same as ours."""
     model = theirs.build(name)
     model.save_pretrained(tmp_path)
     (ours, params), (same, again) = jaxllm.load_hf(tmp_path), jaxllm.load_hf(llama_directory(name))

@@ -1,4 +1,4 @@
-"""The walk over both models names the first sublayer that differs, and none where none does."""
+"""The walk over both models names the first sublayer that differs, and none for equal models."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_logits_loss_and_every_gradient(name: str, t5_numbers: Callable[[str], cases.Numbers]) -> None:
-    """And the recorded greedy tokens, which ours are compared with, are those of this version."""
+    """The recorded greedy tokens, which ours are compared with, are also those of this version."""
     model = theirs.build(name)
     ours, want = t5_numbers(name), theirs.numbers(model)
     assert cases.logit_error(ours.logits, want.logits) < cases.LOGITS
@@ -63,7 +63,7 @@ def test_odd_numbers_of_buckets_are_read_and_computed_as_there(
 
 @pytest.mark.parametrize("name", ("v1_0_eps_start", "deep_decoder", "umt5"))
 def test_hidden_states_and_attention_maps(name: str, t5_directory: Callable[[str], Path]) -> None:
-    """Where the encoder's input is real; of padding each side makes something else, which nothing sees."""
+    """At real tokens of the encoder: the values at padding differ, and no attention reads them."""
     model, params = jaxllm.load_hf(t5_directory(name))
     want, real = theirs.inside(theirs.build(name)), cases.source_mask()
     vocab = model.config.vocab_size
@@ -108,7 +108,7 @@ def test_directories_of_transformers_open_here_and_ours_there(name: str, tmp_pat
 def test_dropout_stands_where_transformers_has_it(
     name: str, t5_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On both sides a function takes its place: no scale, so that no place can be moved across a product unseen."""
+    """A function replaces dropout on both sides. It is not a scale, which could move across a matmul unnoticed."""
     monkeypatch.setattr(
         torch.nn.functional,
         "dropout",

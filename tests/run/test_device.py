@@ -1,4 +1,4 @@
-"""What a process finds out about a GPU, and sets before jax opens it; devices are told apart by jax's names of them."""
+"""What a process finds out about a GPU, and sets before jax opens it; jax's names identify devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talking to a saved model: prompts become ids as the family wants them, and the script's three ways in agree."""
+"""Text from a saved model: prompts become ids in the form of the family, and the script's three inputs agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.config import LlamaConfig, T5Config, TrainingConfig
+from jaxllm.config import LlamaConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config.file import ConfigError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
@@ -24,7 +24,8 @@ from jaxllm.models import build, init_params
 from jaxllm.run.load import load_text_model
 from jaxllm.run.samples import write_sample
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "generate.py"
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "scripts" / "generate.py"
 SMALL = {"vocab_size": 384, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 
 
@@ -191,3 +192,11 @@ def test_one_source_of_prompts_is_asked_for(llama: Path, speak) -> None:
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run folder"):
         load_text_model(tmp_path)
+
+
+def test_readme_opens_a_run_as_it_shows(short_run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"<!-- own run -->\n```python\n(.+?)```", page, flags=re.S).group(1)
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("runs/llama_tiny", short_run.training.run_dir), "README.md", "exec"), names)
+    assert capsys.readouterr().out and names["model"].config == short_run.model

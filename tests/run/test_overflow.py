@@ -75,7 +75,7 @@ def test_a_dropped_batch_fits_when_the_scale_has_fallen_far_enough(dropping) -> 
 
 
 def test_the_compiled_step_looks_at_each_gradient_once(dropping) -> None:
-    """One look for the decision and the culprit, fused with the unscaling; the state is five scalars more."""
+    """One check gives the decision and the first non-finite group, fused with the unscaling; five scalars of state."""
     step, state = dropping
     text = step.lower(state, batch()).compile().as_text()
     looks = [line for line in text.splitlines() if " is-finite(" in line]
@@ -155,7 +155,7 @@ def test_single_layers_are_numbered_as_those_of_a_loop() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_one_nan_among_many_numbers_is_seen(dtype: str) -> None:
-    """Where nothing is infinite; a maximum alone would not do, since XLA:CPU's leaves NaNs out."""
+    """Without an infinite value; a maximum alone would miss it, since XLA:CPU's leaves NaNs out."""
     values = jnp.ones((64, 1024), dtype).at[7, 100].set(-1)
     observe = Observer(lambda x: 2 * jnp.sqrt(x), dtype)
     assert first_nonfinite(observe(abs(values))) is None
@@ -182,7 +182,7 @@ def t5_loss(residual: str | None):
 
 
 def large_t5(factor: float):
-    """Parameters whose second encoder layer adds activations of about `factor` to the stream."""
+    """Parameters whose second encoder layer adds activations of about `factor` to the residual stream."""
     params = init_params(build(T5_MODEL), jax.random.key(0))
     mlp = params["encoder"]["layers"]["mlp"]
     mlp["down_proj"]["kernel"] = mlp["down_proj"]["kernel"].at[1].multiply(factor)
@@ -277,7 +277,7 @@ def test_a_hopeless_run_stops_with_the_culprit_and_its_last_checkpoint(
 def test_a_run_without_a_scale_names_the_value_that_ended_it(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, compute: str, saved: int
 ) -> None:
-    """After the step every parameter is NaN: those of the checkpoint, or of the start, tell where it began."""
+    """After the step every parameter is NaN: those of the checkpoint, or of the start, show where it began."""
     run = small_run(tmp_path, "run", corpus, {"compute": compute})
     if saved:
         pretrain(run, stop_at=saved)

@@ -94,7 +94,7 @@ def whole(shared: Path) -> tuple[RunConfig, Summary]:
 
 
 def copy_of(run: RunConfig, folder: Path) -> RunConfig:
-    """The same run in a folder of its own, as far as it is."""
+    """A copy of the run as it is now, in another folder."""
     shutil.copytree(run.training.run_dir, folder)
     return dataclasses.replace(run, training=dataclasses.replace(run.training, run_dir=str(folder)))
 
@@ -455,7 +455,7 @@ def test_newest_and_best_are_kept(tmp_path: Path, reopened: bool, caplog: pytest
     for step, loss in enumerate([3.0, 1.0, math.nan, None, 2.5, 2.2, None], start=1):
         checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=loss)
         checkpoints.wait()
-        if reopened:  # another process knows no more than what is written
+        if reopened:  # another process has only what is written
             checkpoints.close()
             checkpoints = Checkpoints(tmp_path / "c", keep=2)
     assert checkpoints.steps() == [2, 6, 7]

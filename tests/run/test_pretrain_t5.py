@@ -91,7 +91,7 @@ def test_a_blank_that_the_tokenizer_lacks_is_found_at_the_start(folder: Path) ->
 
 @pytest.mark.parametrize("start", ["scratch", "run", "hf"])
 def test_fine_tuning_on_pairs(start: str, folder: Path, whole: tuple[RunConfig, Summary]) -> None:
-    """With a learning rate of nothing, so that where a run started from is what it ends with."""
+    """With a tiny learning rate, so that a run ends with the parameters that it started from."""
     pairs = folder / f"{start}.jsonl"
     records = [{"inputs": f"cat {i}", "targets": f"mat {i}"} for i in range(60)]
     pairs.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,4 +1,4 @@
-"""The residual stream of a float16 T5: decided when a run starts, written down, and kept."""
+"""The dtype of a float16 T5's residual stream: decided when a run starts, written to its config, and kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`training.init_from`: a run or a Hugging Face directory starts another run, and only as the model it was."""
+"""`training.init_from`: a run or a Hugging Face directory starts another run, and only as the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the structure tests look at: abstract programs of a run, and counts over jaxprs and lowered text."""
+"""Shared by the structure tests: abstract programs of a run, and counts over jaxprs and lowered text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
 
 
 def dot_flops(jaxpr: Any) -> int:
-    """Multiplications and additions of all matrix products."""
+    """Multiplications and additions of all matmuls."""
     total = 0
     for equation, times in equations(jaxpr):
         if equation.primitive.name == "dot_general":

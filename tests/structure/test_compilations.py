@@ -131,7 +131,7 @@ def decodings(family: str) -> dict[str, tuple[tuple[str, ...], Callable[[list[li
         "greedy": (("run",), lambda prompts, new: generate(model, params, prompts, max_new_tokens=new)),
         "samples": (("run",), lambda prompts, new: generate(model, params, prompts, max_new_tokens=new, **warm)),
         "stream": (pieces, streamed),
-        "stop strings": ((), stopped),  # the stream's programs
+        "stop strings": ((), stopped),  # the same programs as stream
         "beams": (
             ("_search",),
             lambda prompts, new: beam_search(model, params, prompts, max_new_tokens=new, search=search),

@@ -77,7 +77,7 @@ def test_the_cache_is_updated_in_place(family: str, request: pytest.FixtureReque
 
 
 def test_operations_of_a_layer_are_few(tiny: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel costs about a microsecond, whatever it does: a small model's speed is their number."""
+    """A kernel costs about a microsecond, whatever it does, so their number decides a small model's speed."""
     pretend_gpu(monkeypatch)
     layer = operations_of_a_layer(tiny)
     assert layer["dot_general"] == 4  # qkv, out, gate and up, down

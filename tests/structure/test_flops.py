@@ -1,4 +1,4 @@
-"""The published FLOP formulas are the matrix products of the traced step, exactly."""
+"""The published FLOP formulas equal the matmuls of the traced step, exactly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_t5_formula_is_the_dot_count_but_for_the_bias_tables() -> None:
     data = DataConfig(objective="span_corruption", sequence_length=16, target_length=8)
     config = RunConfig(model=model, data=data, training=TrainingConfig(batch_size=4, loss_chunk=16))
     # Each stack's table meets its one-hot buckets, one per distance, once forward and once backward; before that the
-    # gradients of a distance are summed by a product.
+    # gradients of a distance are summed by a matmul.
     bias = 2 * 2 * model.relative_buckets * model.num_heads * (2 * 16 + 2 * 8)
     bias += 2 * model.num_heads * (16 * (2 * 16 - 1) + 8 * (2 * 8 - 1))
     flops = train_flops(model, batch=4, length=16, target_length=8)

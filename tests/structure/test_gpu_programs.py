@@ -1,4 +1,4 @@
-"""What XLA's GPU compiler makes of one layer of each program at real width, for an H200 that isn't there."""
+"""One layer of each program at real width, compiled by XLA's GPU compiler for an H200 on a machine without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not COMPILER.exists(), reason="no GPU compiler: 
 
 
 def compiled(*cases: str, devices: int = 1) -> dict[str, dict[str, Any]]:
-    """Figures by case, from a process of its own: there jax finds the compiler, and nothing lowers its effort."""
+    """Figures by case, from another process: there jax finds the compiler, and nothing lowers its effort."""
     options = ["--layers", "1", "--devices", str(devices)]
     command = [sys.executable, "-m", "benchmarks.gpu.compiled", *cases, *options]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -33,7 +33,7 @@ def test_train_steps() -> None:
     for name, program in compiled(*most).items():
         assert program["aliased_gb"] == pytest.approx(program["state_gb"], rel=1e-6), name  # all of it updated in place
         assert program["argument_gb"] + program["temporary_gb"] < program["estimated_gb"], name
-        # What is computed again holds no product; the loss's last chunk is padded, and T5's bias is a small product.
+        # Rematerialisation repeats no matmul; the loss's last chunk is padded, and T5's bias is a small matmul.
         assert 1 <= program["gflops"] / program["needed_gflops"] < 1.05, name
         # Not wider than the model's: a code of documents behind each head takes kernels that pad and slice.
         assert program["fused_attention_heads"] == [64], name
@@ -47,7 +47,7 @@ def test_several_devices_exchange_weights_and_gradients_only() -> None:
     assert program["aliased_gb"] == pytest.approx(program["state_gb"], rel=1e-6)
     assert program["argument_gb"] + program["temporary_gb"] < program["estimated_gb"]
     sums, copies = program["collectives"].pop("reduce-scatter"), program["collectives"].pop("all-gather")
-    assert sums == pytest.approx(2 * copies, rel=0.01)  # float32 gradients beside 16-bit weights, each once
+    assert sums == pytest.approx(2 * copies, rel=0.01)  # float32 gradients and 16-bit weights, each once
     assert sum(program["collectives"].values()) < 1e-3  # vectors and scalars
     assert program["gflops"] / program["needed_gflops"] < 1.1 and program["fused_attention_heads"] == [64]
 
@@ -57,6 +57,6 @@ def test_decoding() -> None:
     for name, program in compiled(*most).items():
         assert program["aliased_gb"] == pytest.approx(program["state_gb"], rel=1e-6), name
         assert program["copied_gb"] < 1e-6 and program["temporary_gb"] < 1e-3, name
-        # Int8 weights are widened in the product that reads them, keys and values are read where they lie.
+        # Int8 weights are widened in the matmul that reads them; keys and values are read in place.
         assert program["moved_gb"] / program["needed_gb"] < 1.08, name
         assert program["kernels"] <= most[name], name

@@ -38,7 +38,7 @@ def counts(text: str, operation: str) -> list[int]:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts fusions as XLA:CPU makes them")
 def test_it_adds_unscaling_and_one_look_and_a_cpu_one_copy_of_each_moment() -> None:
-    """The skip itself is a part of fusions that were there before; the copies are explained in mixed_precision.md."""
+    """The skip itself is inside fusions that exist anyway; docs/mixed_precision.md explains the copies."""
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     plain, scaled = compiled_update(inner), compiled_update(dynamic_loss_scale(inner))
     more = [b - a for a, b in zip(counts(plain, "fusion"), counts(scaled, "fusion"), strict=True)]

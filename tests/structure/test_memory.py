@@ -41,7 +41,7 @@ def test_a_step_aliases_its_state_and_fits_its_estimate(tiny: LlamaConfig) -> No
     memory = traced.lower().compile().memory_analysis()
     state = traced.in_avals[0][0]
     held = sum(x.size * 4 for x in jax.tree.leaves((state.params, state.opt_state)))
-    # All that is donated and no more: the state, of which the step's number takes 4 bytes and the key's words 8.
+    # Exactly what is donated: the state, with 4 bytes for the step's number and 8 for the key.
     assert memory.alias_size_in_bytes == held + 4 + 8
     fit = estimate(config)
     assert fit.parameters == 4 * count_params(build(config.model))
@@ -69,7 +69,7 @@ def test_each_setting_moves_its_part_of_the_estimate(tiny: LlamaConfig) -> None:
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_no_parameter_counts_as_an_activation(tiny: LlamaConfig, layers: Literal["scan", "unroll"]) -> None:
-    """A few tokens in wide layers, whose slices of the stacked parameters the backward pass is given."""
+    """A few tokens in wide layers: the backward pass receives slices of the stacked parameters."""
     fit = estimate(run(dataclasses.replace(tiny, d_model=128, d_ff=2048, layers=layers), rows=1, length=4))
     assert fit.activations < fit.parameters / 3
 

@@ -127,7 +127,7 @@ def test_an_island_can_be_moved_and_nothing_else_moves(
 
 
 def test_logits_may_wait_in_bfloat16_and_nothing_is_computed_in_it() -> None:
-    """Only their storage moves: the ledger shows a cast after the product, and exponentials and sums in float32."""
+    """Only their storage moves: the ledger shows a cast after the matmul, and exponentials and sums in float32."""
     entries, plain = entries_of("llama", "bfloat16", logits="bfloat16"), entries_of("llama", "bfloat16")
     casts = {(e.inputs, e.output) for e in entries - plain}
     assert casts == {("float32", "bfloat16"), ("bfloat16", "float32")} and all(
@@ -137,7 +137,7 @@ def test_logits_may_wait_in_bfloat16_and_nothing_is_computed_in_it() -> None:
 
 
 def test_t5s_mlp_output_can_be_moved_both_ways() -> None:
-    """Into the stream's float32 under bfloat16 and out of it under float16, where it is cast right after its sum."""
+    """To float32, the residual stream's, under bfloat16, and to float16 under float16, right after its sum."""
 
     def casts(compute: str, **islands: str) -> bool:
         entries = entries_of("t5", compute, **islands)

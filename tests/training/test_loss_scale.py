@@ -149,7 +149,7 @@ def test_a_skipped_step_changes_no_bit(bad: float, wrap) -> None:
 
 
 def test_around_a_rule_it_changes_nothing_but_the_scale() -> None:
-    """Powers of two cancel exactly, so that clipping and Adam see the very gradients they would see alone."""
+    """Powers of two cancel exactly, so that clipping and Adam get the same gradients as without a scale."""
     plain, scaled = inner_rule(), dynamic_loss_scale(inner_rule(), growth_interval=2)
     states, params = [plain.init(PARAMS), scaled.init(PARAMS)], [PARAMS, PARAMS]
     update = [jax.jit(plain.update), jax.jit(scaled.update)]

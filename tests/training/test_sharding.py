@@ -1,4 +1,4 @@
-"""A run on several devices is the run on one; four host devices in one process of their own, for all laws at once."""
+"""A run on several devices equals the run on one; one process with four host devices checks all invariants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxllm.training.fit import estimate_fit
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import check_rows, make_mesh
 
-# Trains to step 4, copies the folder for the parent, continues to the end; then one step of which one device overflows.
+# Trains to step 4, copies the folder for the parent, continues to the end; then one step in which one device overflows.
 RUN = """
 import json, re, shutil, sys
 import jax, jax.numpy as jnp, numpy as np, optax

@@ -1,4 +1,4 @@
-"""Laws of a step: accumulation is exact, precision keeps master weights, every rule trains."""
+"""Invariants of a step: accumulation is exact, precision keeps master weights, every rule trains."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_every_name_in_the_config_has_its_own_entry_and_no_other_has_one() -> No
 
 @pytest.mark.parametrize(("setting", "name"), [("name", "lion"), ("schedule", "linear")])
 def test_a_name_that_only_the_config_knows_is_refused_by_name(setting: str, name: str) -> None:
-    """As while someone adds one: before, an optimizer became AdamW with RMS scaling, a schedule constant."""
+    """An unfinished addition: an unknown optimizer once became AdamW with RMS scaling, and a schedule constant."""
     config = OptimizerConfig()
     object.__setattr__(config, setting, name)
     with pytest.raises(ValueError, match=f"optimizer.{setting} '{name}' is not implemented; known: "):
@@ -202,7 +202,7 @@ def test_rms_scaling_is_per_layer_of_a_stack(tiny: LlamaConfig) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor"])
 def test_a_layer_of_a_stack_is_updated_as_if_it_were_alone(name: str) -> None:
-    """Also where one layer's gradient breaks out, which Adafactor clips."""
+    """Also where one layer's gradient is far larger, which Adafactor clips."""
     config = OptimizerConfig(name=name, learning_rate=1e-2, clip_norm=None, schedule="constant")
     rule = build_optimizer(config, PrecisionConfig(), steps=10)
     stack = jax.random.normal(jax.random.key(0), (3, 130, 140)) * jnp.array([1, 5, 0.1])[:, None, None]
@@ -224,7 +224,7 @@ def test_a_layer_of_a_stack_is_updated_as_if_it_were_alone(name: str) -> None:
 
 @pytest.mark.parametrize("b1", [0.9, 0.95, 0.99, 0.999])
 def test_a_first_moment_in_bfloat16_decays_by_the_exact_b1(b1: float) -> None:
-    """What bfloat16 takes is the rounding of one number between steps, not another decay: updates keep their size."""
+    """A bfloat16 moment is rounded between steps but decays as in float32, so updates keep their size."""
     options = {"b1": b1, "weight_decay": 0.0, "clip_norm": None, "schedule": "constant"}
     exact, low = (
         build_optimizer(OptimizerConfig(moment_dtype=dtype, **options), PrecisionConfig(), steps=10)
