@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import logging
@@ -78,8 +79,7 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
 
 def _tfds_builder(name: str, cache_dir: Path) -> Any:
     try:
-        import tensorflow_datasets.text  # registers the lazily loaded text datasets, such as c4 and wiki40b
-
+        importlib.import_module("tensorflow_datasets.text")  # registers lazily loaded ones, such as c4
         return tfds.builder(name, data_dir=str(cache_dir))
     except Exception as error:
         raise DataError(
