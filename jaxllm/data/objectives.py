@@ -78,9 +78,9 @@ class Lengths(NamedTuple):
 def noise_of(length: int, denoiser: Denoiser) -> Noise:
     """How many tokens and spans of a text of `length` are masked.
 
-    round(length * density) tokens, at least one masked and one kept; round(tokens / mean) spans, at least one. Spans and
-    the text between two are never empty, which limits their number. Source: random_spans_noise_mask of
-    google-research/text-to-text-transfer-transformer, which fails at that limit.
+    round(length * density) tokens, at least one masked and one kept; round(tokens / mean) spans, at least one. The
+    number of spans has a limit, since spans and the text between two are never empty. Source: random_spans_noise_mask
+    of google-research/text-to-text-transfer-transformer, which fails at that limit.
     """
     if length < 2:
         return Noise(0, 0)
@@ -222,8 +222,8 @@ def fill_spans(inputs: Tokens, targets: Tokens, *, sentinels: Tokens, eos_id: in
     inputs, targets = before_end(inputs, eos_id), before_end(targets, eos_id)
     order = np.full(1 + max(inputs.max(initial=0), targets.max(initial=0), sentinels.max(initial=0)), -1)
     order[sentinels] = np.arange(len(sentinels))
-    filling = {int(order[part[0]]): part[1:] for part in _split_before(targets, order[targets] >= 0)[1:]}
-    parts = _split_before(inputs, order[inputs] >= 0)
+    filling = {int(order[part[0]]): part[1:] for part in np.split(targets, np.flatnonzero(order[targets] >= 0))[1:]}
+    parts = np.split(inputs, np.flatnonzero(order[inputs] >= 0))
     found = [parts[0]]
     for part in parts[1:]:
         found += [filling.get(int(order[part[0]]), part[:0]), part[1:]]
@@ -233,10 +233,6 @@ def fill_spans(inputs: Tokens, targets: Tokens, *, sentinels: Tokens, eos_id: in
 def before_end(tokens: Tokens, eos_id: int) -> Tokens:
     """Tokens without the end that an example closes with."""
     return tokens[:-1] if len(tokens) and tokens[-1] == eos_id else tokens
-
-
-def _split_before(tokens: Tokens, marks: np.ndarray) -> Sequence[Tokens]:
-    return np.split(tokens, np.flatnonzero(marks))
 
 
 def denoise(
@@ -251,14 +247,8 @@ def denoise(
 ) -> Pairs:
     """A stretch of text, [n], cut into examples, each for a denoiser drawn with equal chances.
 
-    Args:
-        rng: draws denoisers and spans.
-        tokens: the text, at least one token; the last example may be shorter than the others.
-        denoisers: the choice.
-        raw: tokens of an example of each denoiser.
-        modes: ids before the inputs of each denoiser.
-        sentinels: ids of masked spans, in order.
-        eos_id: last token of inputs and targets.
+    `raw` has the tokens of an example of each denoiser, `modes` the ids before its inputs. The text has at least one
+    token; the last example may be shorter than the others.
     """
     kinds = rng.integers(len(denoisers), size=len(tokens) // min(raw) + 1)
     ends = np.cumsum(np.asarray(raw)[kinds])

@@ -16,12 +16,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import (
-    ConcatThenSplitIterDataset,
-    FlatMapIterDataset,
-    FlatMapTransform,
-    WindowShuffleIterDataset,
-)
+from grain import experimental
 
 from jaxllm.config import DataConfig
 from jaxllm.data import BatchError, DataError
@@ -42,7 +37,7 @@ _BYTES_PER_TOKEN = 4  # of the text that workers encode early: about a window, w
 _GROUP = 256  # documents that are packed together where they are not cut
 
 
-class _Rows(FlatMapTransform):
+class _Rows(experimental.FlatMapTransform):
     """Splits arrays [n, ...] into n rows."""
 
     max_fan_out = sys.maxsize
@@ -68,15 +63,8 @@ class Pipeline:
     ) -> None:
         """Opens the training iterator.
 
-        Args:
-            config: objective, fields and lengths.
-            source: documents.
-            tokenizer: text to ids.
-            batch_size: rows of a batch of this process.
-            seed: seed of the order.
-            process_index: this process reads every process_count-th document from this one on.
-            process_count: number of processes.
-            decoder_start_id: first decoder token of an example, for an encoder-decoder.
+        `batch_size` is the rows of a batch of this process, which reads every process_count-th document.
+        `decoder_start_id` is the first decoder token of an example, for an encoder-decoder.
         """
         shard = slice(process_index, None, process_count)
         self.tokenizer, self.source_name = tokenizer, source.name
@@ -171,9 +159,9 @@ class Pipeline:
         if self.recipe.cut is None:
             cuts = encoded.batch(_GROUP, batch_fn=list)
         else:
-            cuts = ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
-        rows = FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
-        return WindowShuffleIterDataset(rows, window_size=window or self._window(), seed=seed)
+            cuts = experimental.ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
+        rows = experimental.FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
+        return experimental.WindowShuffleIterDataset(rows, window_size=window or self._window(), seed=seed)
 
 
 def _rows_of_an_epoch(documents: int, sizes: Sequence[int], length: int) -> int:

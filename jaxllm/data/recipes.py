@@ -11,22 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.config import DataConfig
-from jaxllm.data import DataError
-from jaxllm.data.objectives import (
-    UL2,
-    Denoiser,
-    Lengths,
-    Pairs,
-    causal,
-    denoise,
-    fill_spans,
-    fills_rows,
-    join_prefix,
-    noise_of,
-    prefix_lm,
-    row_lengths,
-    solve_lengths,
-)
+from jaxllm.data import DataError, objectives
+from jaxllm.data.objectives import Denoiser, Lengths, Pairs, fills_rows, row_lengths
 from jaxllm.data.packing import Batch, pack_pairs
 from jaxllm.data.records import field
 from jaxllm.data.tokenizer import Tokenizer
@@ -77,7 +63,7 @@ def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Re
     """Next-token prediction: each document is (end, t1..tn) -> (t1..tn, end), so nothing crosses documents."""
 
     def encode(record: dict[str, Any]) -> Batch:
-        tokens, targets = causal(tokenizer.encode(field(record, config.text_key)), eos_id=tokenizer.eos_id)
+        tokens, targets = objectives.causal(tokenizer.encode(field(record, config.text_key)), eos_id=tokenizer.eos_id)
         return {"tokens": tokens, "targets": targets}
 
     length = config.sequence_length
@@ -113,14 +99,14 @@ def span_corruption_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: i
 
 def ul2_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
     """UL2's mixture of seven denoisers; the mode is text before the inputs, as in its released checkpoints."""
-    return _denoising(config, tokenizer, start_id, UL2)
+    return _denoising(config, tokenizer, start_id, objectives.UL2)
 
 
 def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoisers: Sequence[Denoiser]) -> Recipe:
     sentinels, eos = tokenizer.sentinel_ids, tokenizer.eos_id
     modes = [tokenizer.encode(each.mode) for each in denoisers]
     made = [_example_lengths(config, each, len(mode)) for each, mode in zip(denoisers, modes, strict=True)]
-    needed = max(noise_of(lengths.raw, each).spans for lengths, each in zip(made, denoisers, strict=True))
+    needed = max(objectives.noise_of(lengths.raw, each).spans for lengths, each in zip(made, denoisers, strict=True))
     if needed > len(sentinels):
         raise DataError(
             f"objective {config.objective} masks up to {needed} spans in an example, the tokenizer has "
@@ -143,13 +129,13 @@ def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoiser
 
     def expand(piece: Batch, rng: np.random.Generator) -> Batch:
         text = piece["tokens"][piece["tokens_segment_ids"] > 0]
-        pairs = denoise(rng, text, denoisers, raw=raw, modes=modes, sentinels=sentinels, eos_id=eos)
+        pairs = objectives.denoise(rng, text, denoisers, raw=raw, modes=modes, sentinels=sentinels, eos_id=eos)
         alone = fills_rows(config)
         return pack_pairs(pairs, inputs_length=rows[0], targets_length=rows[1], start_id=start_id, alone=alone)
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         mode = next((mode for mode in by_mode if np.array_equal(inputs[: len(mode)], mode)), inputs[:0])
-        return fill_spans(inputs[len(mode) :], targets, sentinels=sentinels, eos_id=eos)
+        return objectives.fill_spans(inputs[len(mode) :], targets, sentinels=sentinels, eos_id=eos)
 
     return Recipe(encode, {"tokens": _EXAMPLES_AT_ONCE * max(raw)}, expand, restore, rows)
 
@@ -157,9 +143,9 @@ def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoiser
 def _example_lengths(config: DataConfig, denoiser: Denoiser, mode_length: int) -> Lengths:
     """The longest example of a denoiser that fits a row and `data.example_length`."""
     inputs = config.sequence_length - mode_length
-    best = solve_lengths(denoiser, inputs=inputs, targets=config.target_length)
+    best = objectives.solve_lengths(denoiser, inputs=inputs, targets=config.target_length)
     if fills_rows(config):
-        exact = solve_lengths(denoiser, inputs=inputs)
+        exact = objectives.solve_lengths(denoiser, inputs=inputs)
         if config.target_length is not None and config.target_length < exact.targets:
             raise DataError(
                 f"span corruption of {exact.raw} tokens makes {exact.inputs} inputs and {exact.targets} targets, "
@@ -181,14 +167,14 @@ def prefix_lm_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) ->
     def expand(piece: Batch, rng: np.random.Generator) -> Batch:
         text = piece["tokens"][piece["tokens_segment_ids"] > 0]
         whole = len(text) // raw * raw
-        pairs = [prefix_lm(rng, text[:whole].reshape(-1, raw), eos_id=eos)]
+        pairs = [objectives.prefix_lm(rng, text[:whole].reshape(-1, raw), eos_id=eos)]
         if whole < len(text):
-            pairs.append(prefix_lm(rng, text[None, whole:], eos_id=eos))
+            pairs.append(objectives.prefix_lm(rng, text[None, whole:], eos_id=eos))
         joined = Pairs(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
         return pack_pairs(joined, inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return join_prefix(inputs, targets, eos_id=eos)
+        return objectives.join_prefix(inputs, targets, eos_id=eos)
 
     return Recipe(encode, {"tokens": _EXAMPLES_AT_ONCE * raw}, expand, restore, rows)
 
@@ -223,7 +209,7 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
         return pack_pairs(Pairs(*sides), inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return join_prefix(inputs, targets, eos_id=tokenizer.eos_id)
+        return objectives.join_prefix(inputs, targets, eos_id=tokenizer.eos_id)
 
     return Recipe(encode, None, expand, restore, rows)
 

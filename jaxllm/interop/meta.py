@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from jaxllm.config import LlamaConfig, RopeConfig
 from jaxllm.interop import InteropError, weight_dtype
@@ -88,8 +89,6 @@ def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def _open(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
         return load_file(path)
     try:
         import torch

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxllm.interop import InteropError, check_readable
 
@@ -155,21 +157,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_params(
-    files: TensorFiles,
-    entries: Sequence[Entry],
-    abstract: Any,
-    *,
-    dtype: Any = None,
-    ignored: Sequence[str] = (),
+    files: TensorFiles, entries: Sequence[Entry], abstract: Any, *, dtype: Any = None, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The parameter tree that `entries` describe, on the default device.
 
-    Args:
-        files: the directory.
-        entries: every parameter of the model.
-        abstract: tree of shapes, as `jaxllm.models.abstract_params` makes it.
-        dtype: of the parameters; None takes the narrowest that holds every tensor exactly.
-        ignored: patterns of tensors that may be there without a meaning.
+    `abstract` is the tree of shapes of `jaxllm.models.abstract_params`. `dtype` None takes the narrowest that holds
+    every tensor exactly. Tensors with a name that matches `ignored` may be there without a meaning.
 
     Raises:
         InteropError: naming the tensors that are missing, unexpected or of another shape or dtype.
@@ -206,15 +199,8 @@ def write_params(
 ) -> None:
     """Writes model.safetensors, or shards and their index when it would exceed `shard_bytes`.
 
-    Files of an earlier export are replaced once all new ones are whole.
-
-    Args:
-        folder: the directory, created if need be.
-        entries: every parameter.
-        params: the tree that `entries` describe, stacked over layers.
-        dtype: of the tensors; None keeps each parameter's.
-        shard_bytes: most bytes of tensors in a file.
-        texts: other files of the export by name, such as config.json.
+    Files of an earlier export are replaced once all new ones are whole. `dtype` None keeps each parameter's. `texts`
+    are other files of the export by name, such as config.json.
 
     Raises:
         InteropError, OSError: when a file cannot be written; those of an earlier export are as they were.
@@ -248,8 +234,6 @@ def write_params(
 
 
 def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
     try:
         return safe_open(str(path), framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -258,9 +242,6 @@ def _open(path: Path) -> Any:
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     try:
         save_file(arrays, str(path), metadata={"format": "pt"})
     except SafetensorError as error:
@@ -270,8 +251,7 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _hint(folder: Path) -> str:
     if not folder.is_dir():
         return "; there is no such directory"
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles:
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
         return f", only {pickles[0]}, a pickle; save it again with safe_serialization=True"
     return "; give the directory that save_pretrained wrote"
 
@@ -295,8 +275,7 @@ def _check(files: TensorFiles, entries: Sequence[Entry], leaves: _Leaves, ignore
         elif found.dtype not in _DTYPES:
             wrong.append(f"{name} is {found.dtype}; only {', '.join(_DTYPES)} are read, no quantised files")
     groups = (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shape or dtype", wrong))
-    problems = [f"{title}: {_listed(names)}" for title, names in groups if names]
-    if problems:
+    if problems := [f"{title}: {_listed(names)}" for title, names in groups if names]:
         raise InteropError(f"{files.folder} does not fit its config.json: " + "; ".join(problems))
 
 

@@ -21,7 +21,8 @@ import pytest
 from jaxllm.config import DataConfig
 from jaxllm.data import BatchError, DataError, workers
 from jaxllm.data.packing import Batch
-from jaxllm.data.pipeline import Pipeline, build_pipeline
+from jaxllm.data.pipeline import Pipeline
+from jaxllm.run.feed import build_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +95,7 @@ def test_a_dead_or_stopped_worker_is_named(
 ENDLESS = """
 import multiprocessing, os, sys, time
 from jaxllm.config import DataConfig
-from jaxllm.data.pipeline import build_pipeline
+from jaxllm.run.feed import build_pipeline
 if __name__ == "__main__":
     corpus, run = sys.argv[1:]
     config = DataConfig(source="files", path=corpus, sequence_length=32, validation_fraction=0.2, workers=2)
