@@ -1,7 +1,6 @@
 """From documents to token arrays: NumPy on the host, knowing no model.
 
-`DataError` is every complaint about data; importing the modules here loads TFDS, grain and tokenizers, importing
-jaxllm does not.
+Every error about data is a `DataError`. The modules here load TFDS, grain and tokenizers; `import jaxllm` does not.
 """
 
 
@@ -10,9 +9,9 @@ class DataError(ValueError):
 
 
 class BatchError(DataError):
-    """The next batch of a run that cannot be made; what was made before stays good, so that its step can be saved."""
+    """The next batch cannot be made; earlier ones stay good, so that their step can be saved."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a person needs of an error; a library's can continue for thousands of characters."""
+    """The beginning of an error's message, which in libraries can have thousands of characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

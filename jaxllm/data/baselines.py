@@ -1,4 +1,4 @@
-"""What a model is compared with: bits per byte of the same text under two models that need no training."""
+"""Baselines of a model: bits per byte of the same text under two models that need no training."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def simple_baselines(source: Source, tokenizer: Tokenizer, key: str) -> dict[str
 
 
 def _xz_bytes(data: bytes) -> int:
-    # A dictionary longer than the document finds nothing more in it, and costs its memory's first touch.
+    # A dictionary longer than the document would only cost memory.
     preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(len(data), 4096)}
     return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[preset]))

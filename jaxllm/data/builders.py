@@ -1,7 +1,7 @@
 """Two TFDS builders that need no network: the interpreter's standard library, and a user's own files.
 
-What a prepared dataset holds is in its name: a hash of the files and of the settings that shaped it, so that changed
-files are prepared again. TFDS registers builders globally, hence an importable module.
+The name of a prepared dataset holds a hash of the files and of the settings that shape it, so that changed files are
+prepared again. TFDS registers builders globally, so they need an importable module.
 """
 
 from __future__ import annotations
@@ -13,62 +13,56 @@ import io
 import json
 import os
 import platform
+import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import tensorflow_datasets as tfds
+import zstandard
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.records import damaged, refused
 
-# Tests, generated tables of code points, and what ships next to the library proper.
-_NOT_LIBRARY = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "site-packages",
-    "__pycache__",
-    "idle_test",
-}
+# Folders of tests, generated tables of code points, and programs that are not the library.
+_NOT_LIBRARY = set("test tests idlelib lib2to3 turtledemo site-packages __pycache__ idle_test".split())
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-SKIPPED = "skipped.json"  # beside the prepared documents: what is wrong with those that were left out
+_SURROGATE = re.compile("[\ud800-\udfff]")
+SKIPPED = "skipped.json"  # next to the prepared documents: the problems of those that were left out
 _Document = tuple[str, dict[str, str]]  # name and fields
 
 
 class ProblemLog:
-    """Decides what a bad document does, and keeps the error that TFDS would wrap."""
+    """Raises at the first bad document, or lists all of them.
+
+    Attributes:
+        first: the error that was raised, which TFDS wraps.
+        skipped: problems of the documents that were left out, unless the log stops.
+    """
 
     def __init__(self, *, stop: bool) -> None:
-        """`stop` raises at the first one; otherwise they are listed in `skipped`."""
         self.first: DataError | None = None
         self.skipped: list[str] = []
         self._stop = stop
 
     def report(self, message: str) -> None:
-        """A document that can be left out."""
+        """Reports a document that can be left out."""
         if self._stop:
             self.fail(f"{message}; repair it or set data.on_bad_text=skip")
         self.skipped.append(message)
 
-    def fail(self, message: str) -> None:
-        """A problem that nothing can be done about here."""
+    def fail(self, message: str) -> NoReturn:
+        """Raises for a problem that leaving documents out would not solve."""
         self.first = DataError(message)
         raise self.first
 
 
 @contextlib.contextmanager
 def undamaged(folder: Path) -> Iterator[None]:
-    """Names the folder of prepared data that can't be read: TFDS passes on errors of json, protobuf and array_record.
-
-    Raises:
-        DataError: in place of those, and for a file that may not be read.
-    """
+    """Turns errors of json, protobuf and array_record, and refusals of the system, into a DataError with the folder."""
     try:
         yield
     except DataError:
@@ -80,22 +74,26 @@ def undamaged(folder: Path) -> Iterator[None]:
 
 
 class LocalInfo(tfds.core.DatasetInfo):
-    """What is known of a dataset that no bucket holds."""
+    """Metadata of a local dataset."""
 
     def initialize_from_bucket(self) -> None:
-        """Nothing: TFDS makes a folder in the system's temporary one for what it finds, and leaves it there empty."""
+        """Does nothing: TFDS's search in its bucket leaves an empty folder in the temporary one."""
 
 
 class _TextBuilder(tfds.core.GeneratorBasedBuilder):
-    """Documents split by a hash of their content, so that equal documents fall on one side."""
+    """Documents split by a hash of their content, so that equal documents are in the same split."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, cache_dir: Path, label: str, config: DataConfig, problems: ProblemLog) -> None:
-        self._data, self._problems = config, problems
+    def __init__(
+        self, cache_dir: Path, config: DataConfig, problems: ProblemLog, *, files: list[Path], prefix: str, content: str
+    ) -> None:
+        self._data, self._problems, self._files = config, problems, files
         self._keys = ["text"] if config.source == "stdlib" else [config.text_key]
         if config.target_key is not None:
             self._keys.append(config.target_key)
+        digest = hashlib.sha256(f"{content}/{config.validation_fraction}".encode()).hexdigest()
+        label = f"{prefix}-{digest[:10]}"
         builder_config = tfds.core.BuilderConfig(name=label, version="1.0.0")
         with undamaged(cache_dir / self.name / label):
             super().__init__(data_dir=str(cache_dir), config=builder_config)
@@ -106,13 +104,11 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
-        return {
-            "train": self._generate_examples(held_out=False),
-            "validation": self._generate_examples(held_out=True),
-        }
+        splits = {"train": False, "validation": True}
+        return {name: self._generate_examples(held_out=held_out) for name, held_out in splits.items()}
 
     def _generate_examples(self, *, held_out: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        # Twice over the files, once for each split: a bad one is reported in the first pass only.
+        # This runs once for each split; only the first pass over the files keeps the problems.
         before = list(self._problems.skipped)
         for index, (name, fields) in enumerate(self._documents()):
             if is_held_out("\0".join(fields.values()), self._data.validation_fraction) == held_out:
@@ -123,7 +119,14 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
             (Path(self.data_dir) / SKIPPED).write_text(json.dumps(self._problems.skipped))
 
     def _documents(self) -> Iterator[_Document]:
-        raise TypeError(f"{type(self).__name__} must say what its documents are")
+        raise NotImplementedError
+
+    def _decode(self, data: bytes, where: str) -> str | None:
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self._problems.report(f"{where} is not UTF-8 (byte {error.start})")
+            return None
 
 
 class StdlibText(_TextBuilder):
@@ -133,7 +136,8 @@ class StdlibText(_TextBuilder):
     def for_interpreter(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> StdlibText:
         """The builder of this interpreter; its name holds the version and a hash of the content."""
         root = Path(sysconfig.get_path("stdlib"))
-        files = stdlib_files(root)
+        modules = (path for path in root.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(root).parts))
+        files = sorted(path for path in modules if path.is_file())
         if not files:
             raise DataError(
                 f"this Python has no library source in {root} (some distributions ship it compiled or zipped); "
@@ -142,26 +146,21 @@ class StdlibText(_TextBuilder):
         digest = hashlib.sha256()
         for path in files:
             digest.update(path.read_bytes())
-        label = f"python{platform.python_version()}-{_label(digest.hexdigest(), config)}"
-        builder = cls(cache_dir=cache_dir, label=label, config=config, problems=problems)
-        builder._files, builder._root = files, root
-        return builder
-
-    _files: list[Path]
-    _root: Path
+        prefix = f"python{platform.python_version()}"
+        return cls(cache_dir, config, problems, files=files, prefix=prefix, content=digest.hexdigest())
 
     def _documents(self) -> Iterator[_Document]:
+        root = sysconfig.get_path("stdlib")
         for path in self._files:
-            text = decode(path.read_bytes(), str(path), self._problems)
-            if text:
-                yield path.relative_to(self._root).as_posix(), {"text": text}
+            if text := self._decode(path.read_bytes(), str(path)):
+                yield path.relative_to(root).as_posix(), {"text": text}
 
 
 class FilesText(_TextBuilder):
-    """Documents of a file or folder: a .txt is one, a line of .jsonl or a row of .parquet is one.
+    """Documents of a file or folder: each .txt, each line of .jsonl, each row of .parquet.
 
-    Damage that leaves text valid is found where the format has a checksum: always in .gz, at its end (with
-    on_bad_text=skip the documents before it are kept); in .zst and .parquet if the writer put one there.
+    Damage that leaves text valid is found by a checksum. A .gz has one at its end; with on_bad_text=skip the documents
+    before it are kept. In .zst and .parquet the checksum is optional.
     """
 
     @classmethod
@@ -177,34 +176,27 @@ class FilesText(_TextBuilder):
         if not any(size for _, size, _ in stats):
             raise DataError(f"data.path {root}: all {len(files)} files are empty")
         keys = f"{config.text_key}/{config.target_key}/{config.on_bad_text}"
-        label = f"files-{_label(repr((stats, keys)), config)}"
-        builder = cls(cache_dir=cache_dir, label=label, config=config, problems=problems)
-        builder._files = files
-        return builder
-
-    _files: list[Path]
+        return cls(cache_dir, config, problems, files=files, prefix="files", content=repr((stats, keys)))
 
     def _documents(self) -> Iterator[_Document]:
+        readers = {".txt": self._whole, ".parquet": self._rows}
         for path in self._files:
-            reader = self._rows if path.name.endswith(".parquet") else self._lines
-            if path.suffix == ".txt":
-                reader = self._whole
             try:
-                yield from reader(path)
+                yield from readers.get(path.suffix, self._lines)(path)
             except OSError as error:
                 self._problems.fail(f"{path} cannot be read: {error.strerror or error}; make it readable")
             except MemoryError:
                 self._problems.fail(f"{path} holds a document too large for this machine's memory; split it")
 
     def _whole(self, path: Path) -> Iterator[_Document]:
-        text = decode(path.read_bytes(), str(path), self._problems)
+        text = self._decode(path.read_bytes(), str(path))
         if text and text.strip():
             yield str(path), {self._keys[0]: text}
 
     def _lines(self, path: Path) -> Iterator[_Document]:
         for number, line in enumerate(self._unpacked(path), start=1):
             where = f"{path}:{number}"
-            text = decode(line, where, self._problems)
+            text = self._decode(line, where)
             if text is None or not text.strip():
                 continue
             try:
@@ -215,8 +207,6 @@ class FilesText(_TextBuilder):
             yield from self._record(record, where)
 
     def _unpacked(self, path: Path) -> Iterator[bytes]:
-        import zstandard
-
         try:
             yield from _open_lines(path)
         except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -225,15 +215,13 @@ class FilesText(_TextBuilder):
     def _rows(self, path: Path) -> Iterator[_Document]:
         import pyarrow.parquet as pq
 
-        path.open("rb").close()  # what the system refuses is not damaged
+        path.open("rb").close()  # a refusal of the system is not damage
         try:
             table = pq.ParquetFile(path, page_checksum_verification=True)
         except Exception as error:
             self._problems.report(f"{path} is not a Parquet file ({first_line(error)})")
             return
-        missing = [key for key in self._keys if key not in table.schema_arrow.names]
-        if missing:
-            self._problems.fail(_missing_key(missing[0], str(path), table.schema_arrow.names))
+        self._require_keys(table.schema_arrow.names, str(path))
         for number, row in self._numbered(table, path):
             yield from self._record(row, f"{path}:{number}")
 
@@ -253,31 +241,34 @@ class FilesText(_TextBuilder):
         if not isinstance(record, dict):
             self._problems.report(f"{where} holds a {type(record).__name__}, not an object")
             return
-        for key in self._keys:
-            if key not in record:
-                self._problems.fail(_missing_key(key, where, list(record)))
+        self._require_keys(record, where)
         fields = {key: record[key] for key in self._keys}
-        wrong = [key for key, value in fields.items() if not isinstance(value, str)]
-        if wrong:
-            self._problems.report(f"{where}: {wrong[0]!r} is a {type(fields[wrong[0]]).__name__}, not text")
-            return
-        halves = [key for key, value in fields.items() if not _encodes(value)]
-        if halves:
-            self._problems.report(f"{where}: {halves[0]!r} holds half a surrogate pair, which is not UTF-8 text")
-            return
-        empty = [key for key, value in fields.items() if not value.strip()]
-        if not empty:
+        if problem := _problem(fields):
+            self._problems.report(f"{where}: {problem}")
+        elif all(value.strip() for value in fields.values()):
             yield where, fields
-        elif len(empty) < len(fields):
-            self._problems.report(f"{where}: {empty[0]!r} of the pair is empty")
+
+    def _require_keys(self, known: Collection[str], where: str) -> None:
+        for key in self._keys:
+            if key not in known:
+                names = ", ".join(sorted(known))
+                self._problems.fail(
+                    f"{where} has no field {key!r}; set data.text_key (or target_key) to one of: {names}"
+                )
+
+
+def _problem(fields: dict[str, Any]) -> str | None:
+    for key, value in fields.items():
+        if not isinstance(value, str):
+            return f"{key!r} is a {type(value).__name__}, not text"
+        if _SURROGATE.search(value):
+            return f"{key!r} holds half a surrogate pair, which is not UTF-8 text"
+    empty = [key for key, value in fields.items() if not value.strip()]
+    return f"{empty[0]!r} of the pair is empty" if 0 < len(empty) < len(fields) else None
 
 
 def files_below(root: Path) -> list[Path]:
-    """A file, or those of a folder and of all below it, sorted.
-
-    Raises:
-        DataError: for a folder that cannot be listed, whose documents would be missing silently.
-    """
+    """A file, or those of a folder and of all below it, sorted; a folder that cannot be listed is a DataError."""
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}; make it readable")
@@ -288,42 +279,10 @@ def files_below(root: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def stdlib_files(root: Path) -> list[Path]:
-    """The library's modules below `root`, sorted, without tests and demonstrations."""
-    found = (path for path in root.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(root).parts))
-    return sorted(path for path in found if path.is_file())
-
-
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to validation: a pure function of its content."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def decode(data: bytes, where: str, problems: ProblemLog) -> str | None:
-    """UTF-8 text, or None when it is not and the problem log lets it pass."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        problems.report(f"{where} is not UTF-8 (byte {error.start})")
-        return None
-
-
-def _label(content: str, config: DataConfig) -> str:
-    shaped = f"{content}/{config.validation_fraction}"
-    return hashlib.sha256(shaped.encode()).hexdigest()[:10]
-
-
-def _missing_key(key: str, where: str, known: list[str]) -> str:
-    return f"{where} has no field {key!r}; set data.text_key (or target_key) to one of: {', '.join(sorted(known))}"
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _open_lines(path: Path) -> Iterator[bytes]:
@@ -331,8 +290,6 @@ def _open_lines(path: Path) -> Iterator[bytes]:
         if path.suffix == ".gz":
             yield from gzip.open(file)
         elif path.suffix == ".zst":
-            import zstandard
-
             yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
         else:
             yield from file

@@ -1,8 +1,8 @@
-"""What a model is asked to do with text: span corruption, UL2's mixture of it, prefix-LM; each with its inverse.
+"""Training objectives: span corruption, UL2's mixture of it, prefix-LM, next token; each with its inverse.
 
-Pure functions on NumPy arrays, over a batch of equally long pieces of text at once: a generator and tokens in,
-(inputs, targets) out, both ending in the end-of-text token. Nothing here strips, pads or drops a token, and no id has
-a meaning except the sentinels, which text must not contain. Out of scope: where text comes from, and packing into rows.
+Pure functions on NumPy arrays, over a batch of equally long pieces of text: a generator and tokens in, (inputs,
+targets) out, both with the end-of-text token at the end. No token is stripped, padded or dropped. Text must not contain
+sentinels; other ids have no meaning here. Out of scope: where text comes from, and packing into rows.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Tokens = np.ndarray  # int32, [n] or [rows, n]
 
 
 class Denoiser(NamedTuple):
-    """One way to hide parts of a text.
+    """One way to mask spans of a text.
 
     Attributes:
-        density: part of the tokens that is hidden.
-        mean_span_length: mean length of a masked span; None hides one span, the end of the text.
-        mode: text put before the inputs (UL2's mode token); empty puts none.
+        density: fraction of the tokens that is masked.
+        mean_span_length: mean length of a masked span; None masks one span, the end of the text.
+        mode: text before the inputs (UL2's mode token), or empty.
     """
 
     density: float
@@ -46,14 +46,7 @@ UL2 = (
 
 
 class Pairs(NamedTuple):
-    """Examples of different lengths, each side joined into one array, so that no step loops over examples.
-
-    Attributes:
-        inputs: inputs of all examples.
-        input_lengths: length of each.
-        targets: targets of all examples.
-        target_lengths: length of each.
-    """
+    """Examples of different lengths, each side joined into one array, so that no step loops over examples."""
 
     inputs: Tokens
     input_lengths: np.ndarray
@@ -61,32 +54,21 @@ class Pairs(NamedTuple):
     target_lengths: np.ndarray
 
     def examples(self) -> list[tuple[Tokens, Tokens]]:
-        """Inputs and targets of one example after the other, for people and tests."""
+        """Inputs and targets of one example after the other."""
         inputs = np.split(self.inputs, np.cumsum(self.input_lengths)[:-1])
         targets = np.split(self.targets, np.cumsum(self.target_lengths)[:-1])
         return list(zip(inputs, targets, strict=True))[: len(self.input_lengths)]
 
 
 class Noise(NamedTuple):
-    """How much of a text is hidden.
-
-    Attributes:
-        tokens: masked tokens.
-        spans: spans they are in.
-    """
+    """How many tokens of a text are masked, and in how many spans."""
 
     tokens: int
     spans: int
 
 
 class Lengths(NamedTuple):
-    """Lengths of one example.
-
-    Attributes:
-        raw: tokens of text.
-        inputs: tokens of the encoder, end included.
-        targets: tokens of the decoder, end included.
-    """
+    """Tokens of one example: of its text, and of the encoder and decoder with their ends."""
 
     raw: int
     inputs: int
@@ -94,11 +76,11 @@ class Lengths(NamedTuple):
 
 
 def noise_of(length: int, denoiser: Denoiser) -> Noise:
-    """How many tokens and spans of a text of `length` are hidden.
+    """How many tokens and spans of a text of `length` are masked.
 
-    round(length * density), at least one token hidden and one kept; round(hidden / mean) spans, at least one, and not
-    more than can be told apart (a span is never empty, nor is what lies between two). Source: random_spans_noise_mask
-    of google-research/text-to-text-transfer-transformer, which fails where the last clause matters.
+    round(length * density) tokens, at least one masked and one kept; round(tokens / mean) spans, at least one. The
+    number of spans has a limit, since spans and the text between two are never empty. Source: random_spans_noise_mask
+    of google-research/text-to-text-transfer-transformer, which fails at that limit.
     """
     if length < 2:
         return Noise(0, 0)
@@ -112,18 +94,15 @@ def noise_of(length: int, denoiser: Denoiser) -> Noise:
 def lengths_of(raw: int, denoiser: Denoiser) -> Lengths:
     """Lengths of the example made of `raw` tokens: a sentinel stands for each span on both sides, then the end."""
     tokens, spans = noise_of(raw, denoiser)
-    # A single token is not hidden; a sentinel in the targets still says so (as the reference does).
+    # A single token is not masked; its targets still have a sentinel, as in T5's code.
     return Lengths(raw, raw - tokens + spans + 1, tokens + (spans if raw != 1 else 1) + 1)
 
 
 def solve_lengths(denoiser: Denoiser, *, inputs: int, targets: int | None = None) -> Lengths:
-    """The longest example whose inputs (and targets, where given) fit.
+    """The longest example whose inputs (and targets, where given) fit; DataError when not even two tokens fit.
 
-    At density 0.5 one token less on both sides when the targets would be longer than the inputs. Source:
+    At density 0.5, both sides have one token less when the targets would be longer than the inputs. Source:
     random_spans_helper of google-research/text-to-text-transfer-transformer; (512, 0.15, 3.0) gives 568, 512, 114.
-
-    Raises:
-        DataError: when not even two tokens fit.
     """
 
     def fits(raw: int) -> bool:
@@ -156,15 +135,15 @@ def row_lengths(config: DataConfig) -> tuple[int, int]:
 
 
 def fills_rows(config: DataConfig) -> bool:
-    """Whether one example fills a row, so that none shares it: span corruption of as much text as fits."""
+    """Whether one example fills a row: span corruption of as much text as fits."""
     return config.objective == "span_corruption" and config.example_length is None
 
 
 def compositions(rng: np.random.Generator, rows: int, items: int, parts: int) -> np.ndarray:
     """`items` split into `parts` non-empty parts, [rows, parts]: every such split is equally likely.
 
-    A split is a choice of parts - 1 of the items - 1 gaps. Each gap gets a random key whose lowest bits are replaced
-    by the gap's number, so that the smallest keys, found by partition, are the choice.
+    A split is a choice of parts - 1 of the items - 1 gaps: those with the smallest random keys. The lowest bits of a
+    key are the gap's number.
     """
     gaps = items - 1
     cuts = np.empty((rows, 0), np.int64)
@@ -189,7 +168,7 @@ def span_length_law(items: int, parts: int) -> np.ndarray:
 
 
 def noise_mask(rng: np.random.Generator, rows: int, length: int, denoiser: Denoiser) -> np.ndarray:
-    """Which tokens are hidden, bool [rows, length]: kept and hidden runs alternate, from kept to hidden."""
+    """Which tokens are masked, bool [rows, length]: kept and masked runs alternate, a kept one is first."""
     tokens, spans = noise_of(length, denoiser)
     if spans == 0:
         return np.zeros((rows, length), bool)
@@ -204,16 +183,14 @@ def span_corruption(
 ) -> tuple[Tokens, Tokens]:
     """Inputs with a sentinel for each masked span, targets with a sentinel before each; [rows, n] each.
 
-    The mask ends with a masked span, hence targets have no closing sentinel. Source: arXiv 1910.10683 section 3.1.4.
-
-    Raises:
-        DataError: when there are more spans than sentinels.
+    The text ends with a masked span, so targets have no closing sentinel. DataError for more spans than sentinels.
+    Source: arXiv 1910.10683 section 3.1.4.
     """
     rows, length = tokens.shape
     needed = max(noise_of(length, denoiser).spans, 1)
     if needed > len(sentinels):
         raise DataError(
-            f"{length} tokens hide {needed} spans, the tokenizer has {len(sentinels)} sentinels; raise "
+            f"{length} tokens get {needed} masked spans, the tokenizer has {len(sentinels)} sentinels; raise "
             f"data.mean_span_length, lower noise_density or data.example_length, or use another tokenizer"
         )
     mask = noise_mask(rng, rows, length, denoiser)
@@ -222,7 +199,7 @@ def span_corruption(
 
 
 def _mark_runs(tokens: Tokens, mask: np.ndarray, sentinels: Tokens, eos_id: int) -> Tokens:
-    """Each run of the mask becomes one sentinel, counted from the left; all rows have equally many runs."""
+    """Each run of the mask becomes one sentinel, counted from the left; all rows have the same number of runs."""
     rows, length = tokens.shape
     if length == 0:
         return np.full((rows, 1), eos_id, np.int32)
@@ -238,15 +215,15 @@ def _mark_runs(tokens: Tokens, mask: np.ndarray, sentinels: Tokens, eos_id: int)
 
 
 def fill_spans(inputs: Tokens, targets: Tokens, *, sentinels: Tokens, eos_id: int) -> Tokens:
-    """The text of one example, [n]: the inverse of `span_corruption`, exact; works on a model's targets too.
+    """The text of one example, [n]: the exact inverse of `span_corruption`, also for targets that a model wrote.
 
-    Each sentinel of the inputs is replaced by what follows it in the targets, by nothing where it is not there.
+    Each sentinel of the inputs is replaced by the tokens after it in the targets, if it is there.
     """
     inputs, targets = before_end(inputs, eos_id), before_end(targets, eos_id)
     order = np.full(1 + max(inputs.max(initial=0), targets.max(initial=0), sentinels.max(initial=0)), -1)
     order[sentinels] = np.arange(len(sentinels))
-    filling = {int(order[part[0]]): part[1:] for part in _split_before(targets, order[targets] >= 0)[1:]}
-    parts = _split_before(inputs, order[inputs] >= 0)
+    filling = {int(order[part[0]]): part[1:] for part in np.split(targets, np.flatnonzero(order[targets] >= 0))[1:]}
+    parts = np.split(inputs, np.flatnonzero(order[inputs] >= 0))
     found = [parts[0]]
     for part in parts[1:]:
         found += [filling.get(int(order[part[0]]), part[:0]), part[1:]]
@@ -256,10 +233,6 @@ def fill_spans(inputs: Tokens, targets: Tokens, *, sentinels: Tokens, eos_id: in
 def before_end(tokens: Tokens, eos_id: int) -> Tokens:
     """Tokens without the end that an example closes with."""
     return tokens[:-1] if len(tokens) and tokens[-1] == eos_id else tokens
-
-
-def _split_before(tokens: Tokens, marks: np.ndarray) -> Sequence[Tokens]:
-    return np.split(tokens, np.flatnonzero(marks))
 
 
 def denoise(
@@ -274,14 +247,8 @@ def denoise(
 ) -> Pairs:
     """A stretch of text, [n], cut into examples, each for a denoiser drawn with equal chances.
 
-    Args:
-        rng: draws denoisers and spans.
-        tokens: the text, at least one token; all is used, the last example may be shorter than the others.
-        denoisers: what may be drawn.
-        raw: tokens of an example of each denoiser.
-        modes: ids put before the inputs of each denoiser.
-        sentinels: ids that stand for masked spans, in order.
-        eos_id: ends inputs and targets.
+    `raw` has the tokens of an example of each denoiser, `modes` the ids before its inputs. The text has at least one
+    token; the last example may be shorter than the others.
     """
     kinds = rng.integers(len(denoisers), size=len(tokens) // min(raw) + 1)
     ends = np.cumsum(np.asarray(raw)[kinds])
@@ -295,11 +262,6 @@ def denoise(
         inputs, targets = span_corruption(rng, pieces, denoisers[kind], sentinels=sentinels, eos_id=eos_id)
         mode = np.broadcast_to(modes[kind].astype(np.int32), (len(starts), len(modes[kind])))
         parts.append((np.concatenate([mode, inputs], axis=1), targets))
-    return _join(parts)
-
-
-def _join(parts: Sequence[tuple[Tokens, Tokens]]) -> Pairs:
-    """Blocks of equally long examples as pairs."""
     fields = []
     for blocks in zip(*parts, strict=True):
         fields.append(np.concatenate([block.ravel() for block in blocks]))
@@ -310,7 +272,7 @@ def _join(parts: Sequence[tuple[Tokens, Tokens]]) -> Pairs:
 def prefix_lm(rng: np.random.Generator, tokens: Tokens, *, eos_id: int) -> Pairs:
     """Each text of [rows, n] cut at a uniformly drawn place: its beginning as inputs, the rest as targets.
 
-    A single token is all inputs. Source: arXiv 1910.10683 section 3.2.3.
+    A single token is an input. Source: arXiv 1910.10683 section 3.2.3.
     """
     rows, length = tokens.shape
     cut = rng.integers(1, length, size=(rows, 1)) if length > 1 else np.full((rows, 1), length)

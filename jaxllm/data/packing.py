@@ -1,9 +1,9 @@
 """Examples of an encoder-decoder in rows of two fixed lengths: packed with segment ids on both sides, or one a row.
 
-A packed row holds as many whole examples as fit on both sides; none is split or shortened. Segment ids count from 1 and
-are equal for the inputs and the targets of one example, so that one comparison masks self- and cross-attention alike;
-0 is padding. Relative positions inside a segment are plain differences, so that no positions are needed. Where one
-example fills a row, its length says all, and a GPU's fused attention needs no wider heads to tell examples apart.
+A packed row holds as many whole examples as fit on both sides. Segment ids count from 1; 0 is padding. Inputs and
+targets of one example have the same id, so that one comparison masks self- and cross-attention. Positions are not
+needed, since T5's are relative. Where one example fills a row, its length replaces the ids, which would cost a GPU's
+fused attention wider heads.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ Batch = dict[str, np.ndarray]
 def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_id: int, alone: bool = False) -> Batch:
     """Rows [n, inputs_length] and [n, targets_length] that hold every example once.
 
-    Decoder tokens are the targets shifted right inside each example, beginning with `start_id`. `alone` gives each
-    example a row, and `encoder_lengths` [n] in place of segment ids.
-
-    Raises:
-        DataError: when an example is longer than a row.
+    Decoder tokens are the targets shifted right inside each example, after `start_id`. `alone` gives each example a
+    row, and `encoder_lengths` [n] in place of segment ids. An example that is longer than a row is a DataError.
     """
     sizes = np.stack([pairs.input_lengths, pairs.target_lengths], axis=1)
     room = np.array([inputs_length, targets_length])
@@ -64,7 +61,7 @@ def pack_pairs(pairs: Pairs, *, inputs_length: int, targets_length: int, start_i
 def unpack_pairs(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
     """Inputs and targets of every example of packed rows, row by row: the inverse of `pack_pairs`, up to the order.
 
-    Of decoder-only rows, the tokens and targets of every document, or of the row where documents see each other.
+    For decoder-only rows, tokens and targets of every document, or of the row where documents attend to each other.
     """
     found = []
     tokens = batch["encoder_tokens"] if "encoder_tokens" in batch else batch["tokens"]
@@ -87,7 +84,7 @@ def segments_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """The row of each example, [n]: the largest first, each into the first row with room on both sides."""
+    """The row of each example, [n]: the largest is placed first, each into the first row with room on both sides."""
     rows = np.zeros(len(sizes), np.int64)
     free = np.tile(room, (len(sizes), 1))
     used = 0

@@ -1,9 +1,9 @@
 """Batches of a run as an iterator whose whole state is a small JSON object.
 
 documents -> shuffle, repeat (grain, seeded) -> tokenise -> join and cut -> mask, pack into rows -> shuffle rows in a
-window -> batch. A batch is a pure function of (config, seed, step), so that a resumed run sees what an uninterrupted
-one would have: randomness is keyed by the seed and the number of the cut, which no epoch repeats. Worker processes
-tokenise and change no batch, see `jaxllm.data.workers`. What an objective does is in one `Recipe`.
+window -> batch. A batch is a pure function of (config, seed, step), so a resumed run gets the batches of an
+uninterrupted one: random keys come from the seed and the number of the cut, which no epoch repeats. Worker processes
+tokenise and change no batch, see `jaxllm.data.workers`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import (
-    ConcatThenSplitIterDataset,
-    FlatMapIterDataset,
-    FlatMapTransform,
-    WindowShuffleIterDataset,
-)
+from grain import experimental
 
 from jaxllm.config import DataConfig
 from jaxllm.data import BatchError, DataError
@@ -33,18 +28,16 @@ from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.workers import EncodedDocuments, Task
 
-# Rows of one document follow each other out of packing; a batch should mix documents. At most this many rows and tokens
-# are shuffled together: they are all read before the first batch, and again on resume.
+# Rows and tokens that are shuffled together, so that a batch mixes documents. They are all read before the first batch,
+# and again on resume.
 _WINDOW_ROWS, _WINDOW_TOKENS = 4096, 2**20
 # grain's own 16 threads and 500 documents cost more in bookkeeping than they read ahead.
 _READING = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=32)
-# Text that workers encode ahead: about a window, which is read at once.
-_BYTES_PER_TOKEN = 4
-# Documents that are packed together where they are not cut.
-_GROUP = 256
+_BYTES_PER_TOKEN = 4  # of the text that workers encode early: about a window, which is read at once
+_GROUP = 256  # documents that are packed together where they are not cut
 
 
-class _Rows(FlatMapTransform):
+class _Rows(experimental.FlatMapTransform):
     """Splits arrays [n, ...] into n rows."""
 
     max_fan_out = sys.maxsize
@@ -54,13 +47,7 @@ class _Rows(FlatMapTransform):
 
 
 class Pipeline:
-    """Training batches (iterate it), validation batches, and what they are made of.
-
-    Attributes:
-        tokenizer: text to ids and back.
-        source_name: corpus and version.
-        recipe: what the objective does.
-    """
+    """Training batches (iterate it), validation batches, and their tokenizer, corpus and recipe."""
 
     def __init__(
         self,
@@ -76,27 +63,18 @@ class Pipeline:
     ) -> None:
         """Opens the training iterator.
 
-        Args:
-            config: objective, fields and lengths.
-            source: documents.
-            tokenizer: text to ids.
-            batch_size: rows of a batch of this process.
-            seed: of the order.
-            process_index: which fraction of the documents this process reads.
-            process_count: of how many.
-            decoder_start_id: first decoder token of an example, for an encoder-decoder.
+        `batch_size` is the rows of a batch of this process, which reads every process_count-th document.
+        `decoder_start_id` is the first decoder token of an example, for an encoder-decoder.
         """
         shard = slice(process_index, None, process_count)
         self.tokenizer, self.source_name = tokenizer, source.name
         self._config, self._source, self._batch_size = config, source, batch_size
         self.recipe = RECIPES[config.objective].recipe(config, tokenizer, decoder_start_id)
-        self._identity = {
-            "source": source.name,
-            "tokenizer": tokenizer.fingerprint,
-            "shard": f"{process_index}/{process_count}",
-        }
+        self._identity = {"source": source.name, "tokenizer": tokenizer.fingerprint}
+        self._identity["shard"] = f"{process_index}/{process_count}"
         numbers = range(len(source.train))[shard]
-        sizes = _sizes(source.train, config.text_key)
+        # Bytes of a sample of documents, each with its end.
+        sizes = [len(text.encode()) + 1 for text in sample_texts(source.train, config.text_key)]
         window = self._window(_rows_of_an_epoch(len(numbers), sizes, self.recipe.lengths[0]))
         order: Any = grain.MapDataset.source(numbers).seed(seed).shuffle().repeat()
         task = Task(order, source.train, config, tokenizer, decoder_start_id)
@@ -114,11 +92,7 @@ class Pipeline:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
-
-        Raises:
-            BatchError: when none can be made, saying why; positions that `get_state` gave before stay good.
-        """
+        """The next batch; BatchError when it cannot be made, after which earlier positions stay good."""
         try:
             return next(self._iterator)
         except DataError as error:
@@ -129,12 +103,8 @@ class Pipeline:
         return {**self._identity, "iterator": self._iterator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave.
-
-        Raises:
-            DataError: when it belongs to other data or another tokenizer, or to an earlier order of the data.
-        """
-        if workers := state.get("workers", 0):  # until 2026-11, each worker read and batched documents of its own
+        """Goes to a position of `get_state`; DataError for one of other data, another tokenizer or an old order."""
+        if workers := state.get("workers", 0):  # until 2026-11, each worker made its own batches
             raise DataError(
                 f"the checkpoint was made with data.workers={workers} by a version whose order depended on it; start "
                 f"another training.run_dir, with training.init_from for its parameters"
@@ -149,7 +119,7 @@ class Pipeline:
 
     def validation(self, count: int) -> Iterator[Batch]:
         """The first `count` validation batches, the same ones every time; the last one may hold padding rows."""
-        # Shuffled with a fixed seed, so that the first batches already come from many documents.
+        # A fixed seed, so that the first batches already come from many documents.
         documents = grain.MapDataset.source(self._source.validation).seed(0).shuffle()
         batches = self._rows(self._encoded(documents), seed=0).batch(self._batch_size, drop_remainder=False)
         for _, batch in zip(range(count), batches, strict=False):
@@ -161,29 +131,27 @@ class Pipeline:
         return iter(self._rows(self._encoded(chosen), seed=0).batch(self._batch_size, drop_remainder=False))
 
     def tokens(self, documents: int) -> Iterator[np.ndarray]:
-        """Tokens of the same documents, before the objective does anything; of pairs, both fields."""
+        """Tokens of the same documents before the objective; for pairs, of both fields."""
         keys = [key for key in (self._config.text_key, self._config.target_key) if key is not None]
         for i in range(min(documents, len(self._source.train))):
             yield from (self.tokenizer.encode(field(self._source.train[i], key)) for key in keys)
 
     def baselines(self) -> dict[str, float]:
-        """See `jaxllm.data.baselines.simple_baselines`; of pairs, of the answers."""
+        """See `jaxllm.data.baselines.simple_baselines`; for pairs, of the answers."""
         key = self._config.target_key or self._config.text_key
         return simple_baselines(self._source, self.tokenizer, key)
 
     def close(self) -> None:
         """Stops worker processes."""
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
+        self._iterator.close()
 
     def _encoded(self, documents: Any) -> Any:
         return documents.map(self.recipe.encode).to_iter_dataset(_READING)
 
     def _window(self, rows: int = _WINDOW_ROWS) -> int:
-        """How many rows are shuffled together, of `rows` at most."""
+        """How many rows are shuffled together, `rows` at most."""
         window = min(rows, _WINDOW_ROWS, max(_WINDOW_TOKENS // self.recipe.lengths[0], 1))
-        if self.recipe.cut is None:  # whole documents, shuffled before: only packing has put them into an order
+        if self.recipe.cut is None:  # whole documents are shuffled before; only packing has sorted them
             return min(window, _GROUP)
         return window
 
@@ -191,26 +159,21 @@ class Pipeline:
         if self.recipe.cut is None:
             cuts = encoded.batch(_GROUP, batch_fn=list)
         else:
-            cuts = ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
-        rows = FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
-        return WindowShuffleIterDataset(rows, window_size=window or self._window(), seed=seed)
-
-
-def _sizes(records: Sequence[Any], key: str) -> list[int]:
-    """Bytes of a sample of documents, each with its end."""
-    return [len(text.encode()) + 1 for text in sample_texts(records, key)]
+            cuts = experimental.ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
+        rows = experimental.FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
+        return experimental.WindowShuffleIterDataset(rows, window_size=window or self._window(), seed=seed)
 
 
 def _rows_of_an_epoch(documents: int, sizes: Sequence[int], length: int) -> int:
-    """At most how many rows the documents fill once, since no token is shorter than a byte.
+    """The most rows that the documents fill once, since no token is shorter than a byte.
 
-    To shuffle more than these together would take minutes to read three short documents again and again.
+    A larger window would read three short documents again and again, for minutes.
     """
     return max(math.ceil(documents * sum(sizes) / len(sizes) / length), 1)
 
 
 def _restore_tuples(state: Any) -> Any:
-    """Undoes what JSON did to grain's packing state: a slice is compared as a tuple there, a list never equals it."""
+    """Makes tuples of the lists in JSON where grain's packing state has them; a list never equals a tuple."""
     if isinstance(state, list):
         return [_restore_tuples(item) for item in state]
     if not isinstance(state, dict):

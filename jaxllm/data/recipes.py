@@ -1,7 +1,6 @@
-"""How each objective turns documents into rows: what is cut where, what is hidden, what the loss expects.
+"""One `Recipe` per objective: how documents are encoded, cut and masked, and which arrays a row holds.
 
-One `Recipe` per objective; the pipeline runs any of them and knows none. A decoder row is (tokens, positions,
-segment_ids, targets, weights); an encoder-decoder row is what `pack_pairs` makes.
+A decoder row is (tokens, positions, segment_ids, targets, weights); an encoder-decoder row is that of `pack_pairs`.
 """
 
 from __future__ import annotations
@@ -12,27 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.config import DataConfig
-from jaxllm.data import DataError
-from jaxllm.data.objectives import (
-    UL2,
-    Denoiser,
-    Lengths,
-    Pairs,
-    causal,
-    denoise,
-    fill_spans,
-    fills_rows,
-    join_prefix,
-    noise_of,
-    prefix_lm,
-    row_lengths,
-    solve_lengths,
-)
+from jaxllm.data import DataError, objectives
+from jaxllm.data.objectives import Denoiser, Lengths, Pairs, fills_rows, row_lengths
 from jaxllm.data.packing import Batch, pack_pairs
 from jaxllm.data.records import field
 from jaxllm.data.tokenizer import Tokenizer
 
-# Examples in a stretch of text that is cut, hidden and packed at once: enough to pack well and to vectorise over.
+# Examples in a stretch of text that is cut, masked and packed at once: enough to pack well and to vectorise over.
 _EXAMPLES_AT_ONCE = 64
 
 
@@ -41,7 +26,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         encode: record -> arrays of one document.
-        cut: length at which joined documents are cut, by array; None leaves documents whole, in groups.
+        cut: length at which joined documents are cut, by array; None for groups of whole documents.
         expand: one such cut (or list of documents) and a generator -> rows, arrays [n, ...].
         restore: inputs and targets of one example -> its text as tokens.
         lengths: tokens of a row: of the encoder (or the decoder-only model), and of the decoder (or 0).
@@ -58,14 +43,14 @@ Fields = dict[str, tuple[tuple[int, ...], type]]
 
 
 def decoder_fields(config: DataConfig) -> Fields:
-    """What a row of a decoder-only objective holds."""
+    """Arrays of a row of a decoder-only objective."""
     row = (config.sequence_length,)
     names = ("tokens", "targets", "positions", *(["segment_ids"] if config.document_mask else []))
     return {**{name: (row, np.int32) for name in names}, "weights": (row, np.float32)}
 
 
 def pair_fields(config: DataConfig) -> Fields:
-    """What a row of an encoder-decoder objective holds, see `pack_pairs`."""
+    """Arrays of a row of an encoder-decoder objective, see `pack_pairs`."""
     length, targets = ((size,) for size in row_lengths(config))
     fields: Fields = {"encoder_tokens": (length, np.int32), "decoder_tokens": (targets, np.int32)}
     fields |= {"targets": (targets, np.int32), "weights": (targets, np.float32)}
@@ -76,40 +61,30 @@ def pair_fields(config: DataConfig) -> Fields:
 
 def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
     """Next-token prediction: each document is (end, t1..tn) -> (t1..tn, end), so nothing crosses documents."""
-    del start_id
 
     def encode(record: dict[str, Any]) -> Batch:
-        tokens, targets = causal(tokenizer.encode(field(record, config.text_key)), eos_id=tokenizer.eos_id)
+        tokens, targets = objectives.causal(tokenizer.encode(field(record, config.text_key)), eos_id=tokenizer.eos_id)
         return {"tokens": tokens, "targets": targets}
 
     length = config.sequence_length
 
-    def expand(packed: Batch, rng: np.random.Generator) -> Batch:
-        del rng
+    def expand(packed: Batch, _: np.random.Generator) -> Batch:
         packed = {name: value.reshape(-1, length) for name, value in packed.items()}
         packed = {name: value[packed["tokens_segment_ids"][:, 0] > 0] for name, value in packed.items()}
         segments, positions = packed["tokens_segment_ids"], packed["tokens_positions"]
         inside = segments > 0
+        row = {"tokens": packed["tokens"], "targets": packed["targets"], "weights": inside.astype(np.float32)}
         if not config.document_mask:
-            # The row is one text; padding ends it, so that causality alone hides it.
-            return {
-                "tokens": packed["tokens"],
-                "targets": packed["targets"],
-                "positions": np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape).copy(),
-                "weights": inside.astype(np.float32),
-            }
-        # A row starts again: its first document is number 1, from position 0.
+            # The row is one text; padding is at its end, so the causal mask is enough.
+            whole = np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape).copy()
+            return {**row, "positions": whole}
+        # In each row, the first document is number 1 and begins at position 0.
         began = np.where(segments == segments[:, :1], positions[:, :1], 0)
-        return {
-            "tokens": packed["tokens"],
-            "targets": packed["targets"],
-            "positions": np.where(inside, positions - began, 0),
-            "segment_ids": np.where(inside, segments - segments[:, :1] + 1, 0),
-            "weights": inside.astype(np.float32),
-        }
+        row["positions"] = np.where(inside, positions - began, 0)
+        row["segment_ids"] = np.where(inside, segments - segments[:, :1] + 1, 0)
+        return row
 
-    def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        del inputs
+    def restore(_: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return targets[targets != tokenizer.eos_id]
 
     cut = _EXAMPLES_AT_ONCE * length
@@ -117,24 +92,24 @@ def causal_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Re
 
 
 def span_corruption_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
-    """T5's objective: documents joined without a mark between them, as the reference does."""
+    """T5's objective: documents are joined without a mark between them, as in T5's code."""
     denoiser = Denoiser(config.noise_density, config.mean_span_length)
     return _denoising(config, tokenizer, start_id, (denoiser,))
 
 
 def ul2_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
     """UL2's mixture of seven denoisers; the mode is text before the inputs, as in its released checkpoints."""
-    return _denoising(config, tokenizer, start_id, UL2)
+    return _denoising(config, tokenizer, start_id, objectives.UL2)
 
 
 def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoisers: Sequence[Denoiser]) -> Recipe:
     sentinels, eos = tokenizer.sentinel_ids, tokenizer.eos_id
     modes = [tokenizer.encode(each.mode) for each in denoisers]
     made = [_example_lengths(config, each, len(mode)) for each, mode in zip(denoisers, modes, strict=True)]
-    needed = max(noise_of(lengths.raw, each).spans for lengths, each in zip(made, denoisers, strict=True))
+    needed = max(objectives.noise_of(lengths.raw, each).spans for lengths, each in zip(made, denoisers, strict=True))
     if needed > len(sentinels):
         raise DataError(
-            f"objective {config.objective} hides up to {needed} spans in an example, the tokenizer has "
+            f"objective {config.objective} masks up to {needed} spans in an example, the tokenizer has "
             f"{len(sentinels)} sentinels (<extra_id_0> and on); use a tokenizer with more, lower data.example_length "
             f"or data.noise_density, or raise data.mean_span_length"
         )
@@ -147,20 +122,20 @@ def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoiser
         found = np.isin(tokens, sentinels)
         if found.any():
             raise DataError(
-                f"the tokenizer reads {tokenizer.decode(tokens[found][:1])!r} in a document as a sentinel, which "
-                f"makes hidden spans ambiguous; mark it as a special token in tokenizer.json"
+                f"the tokenizer reads {tokenizer.decode(tokens[found][:1])!r} in a document as a sentinel, so masked "
+                f"spans would be ambiguous; mark it as a special token in tokenizer.json"
             )
         return {"tokens": tokens}
 
     def expand(piece: Batch, rng: np.random.Generator) -> Batch:
         text = piece["tokens"][piece["tokens_segment_ids"] > 0]
-        pairs = denoise(rng, text, denoisers, raw=raw, modes=modes, sentinels=sentinels, eos_id=eos)
-        sizes = {"inputs_length": rows[0], "targets_length": rows[1]}
-        return pack_pairs(pairs, **sizes, start_id=start_id, alone=fills_rows(config))
+        pairs = objectives.denoise(rng, text, denoisers, raw=raw, modes=modes, sentinels=sentinels, eos_id=eos)
+        alone = fills_rows(config)
+        return pack_pairs(pairs, inputs_length=rows[0], targets_length=rows[1], start_id=start_id, alone=alone)
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         mode = next((mode for mode in by_mode if np.array_equal(inputs[: len(mode)], mode)), inputs[:0])
-        return fill_spans(inputs[len(mode) :], targets, sentinels=sentinels, eos_id=eos)
+        return objectives.fill_spans(inputs[len(mode) :], targets, sentinels=sentinels, eos_id=eos)
 
     return Recipe(encode, {"tokens": _EXAMPLES_AT_ONCE * max(raw)}, expand, restore, rows)
 
@@ -168,9 +143,9 @@ def _denoising(config: DataConfig, tokenizer: Tokenizer, start_id: int, denoiser
 def _example_lengths(config: DataConfig, denoiser: Denoiser, mode_length: int) -> Lengths:
     """The longest example of a denoiser that fits a row and `data.example_length`."""
     inputs = config.sequence_length - mode_length
-    best = solve_lengths(denoiser, inputs=inputs, targets=config.target_length)
+    best = objectives.solve_lengths(denoiser, inputs=inputs, targets=config.target_length)
     if fills_rows(config):
-        exact = solve_lengths(denoiser, inputs=inputs)
+        exact = objectives.solve_lengths(denoiser, inputs=inputs)
         if config.target_length is not None and config.target_length < exact.targets:
             raise DataError(
                 f"span corruption of {exact.raw} tokens makes {exact.inputs} inputs and {exact.targets} targets, "
@@ -181,7 +156,7 @@ def _example_lengths(config: DataConfig, denoiser: Denoiser, mode_length: int) -
 
 
 def prefix_lm_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> Recipe:
-    """The beginning of a stretch of text as inputs, the rest as targets; cut at a uniformly drawn place."""
+    """The beginning of a stretch of text as inputs and the rest as targets, cut at a uniformly drawn place."""
     eos = tokenizer.eos_id
     rows = row_lengths(config)
     raw = min(*rows, config.example_length or rows[0])
@@ -192,14 +167,14 @@ def prefix_lm_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) ->
     def expand(piece: Batch, rng: np.random.Generator) -> Batch:
         text = piece["tokens"][piece["tokens_segment_ids"] > 0]
         whole = len(text) // raw * raw
-        pairs = [prefix_lm(rng, text[:whole].reshape(-1, raw), eos_id=eos)]
+        pairs = [objectives.prefix_lm(rng, text[:whole].reshape(-1, raw), eos_id=eos)]
         if whole < len(text):
-            pairs.append(prefix_lm(rng, text[None, whole:], eos_id=eos))
+            pairs.append(objectives.prefix_lm(rng, text[None, whole:], eos_id=eos))
         joined = Pairs(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
         return pack_pairs(joined, inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return join_prefix(inputs, targets, eos_id=eos)
+        return objectives.join_prefix(inputs, targets, eos_id=eos)
 
     return Recipe(encode, {"tokens": _EXAMPLES_AT_ONCE * raw}, expand, restore, rows)
 
@@ -226,8 +201,7 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
             document[side] = np.concatenate([tokens[: room[side] - 1], end])
         return document
 
-    def expand(documents: list[Batch], rng: np.random.Generator) -> Batch:
-        del rng
+    def expand(documents: list[Batch], _: np.random.Generator) -> Batch:
         sides = []
         for side in keys:
             sides.append(np.concatenate([document[side] for document in documents]))
@@ -235,7 +209,7 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
         return pack_pairs(Pairs(*sides), inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
 
     def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return join_prefix(inputs, targets, eos_id=tokenizer.eos_id)
+        return objectives.join_prefix(inputs, targets, eos_id=tokenizer.eos_id)
 
     return Recipe(encode, None, expand, restore, rows)
 
@@ -245,7 +219,7 @@ class Objective(NamedTuple):
 
     Attributes:
         recipe: (config, tokenizer, first decoder token) -> `Recipe`.
-        fields: arrays of a batch by name, each as the shape of a row's part and its dtype.
+        fields: arrays of a batch by name, each as its shape in a row and its dtype.
     """
 
     recipe: Callable[[DataConfig, Tokenizer, int], Recipe]

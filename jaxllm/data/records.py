@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Records(Sequence[Any]):
     """Records of a split by number; one that cannot be read is an error that names its file and the fix."""
 
     def __init__(self, source: Sequence[Any], files: Sequence[tuple[str, int]]) -> None:
-        """`source` reads them; `files` are their paths, each with how many of the records it holds, in order."""
+        """`source` reads them; `files` are their paths in order, each with its number of records."""
         self._source = source
         self._files = [path for path, _ in files]
         self._ends = list(itertools.accumulate(count for _, count in files))
@@ -26,18 +26,8 @@ class Records(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._source)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        """One record.
-
-        Raises:
-            DataError: when it is damaged or its file cannot be read.
-        """
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: Any) -> Any:
+        """One record; DataError when it is damaged or its file cannot be read."""
         try:
             return self._source[index]
         except Exception as error:  # array_record and protobuf raise their own
@@ -50,19 +40,17 @@ class Records(Sequence[Any]):
 
 
 def damaged(folder: Path, error: Exception, where: str = "") -> DataError:
-    """The complaint about prepared data: damaged, unless it is the system that does not let a file be read."""
+    """The error for prepared data that cannot be read: damage, or a refusal of the system."""
     refusal = refused(folder) or (error if isinstance(error, OSError) else None)
     if refusal is not None:
         reason = refusal.strerror or refusal
         return DataError(f"{refusal.filename or folder} cannot be read: {reason}; make it readable")
-    return DataError(
-        f"what was prepared in {folder} is damaged ({where}{first_line(error)}); remove that folder, to be prepared "
-        f"again"
-    )
+    words = f"{where}{first_line(error)}"
+    return DataError(f"data prepared in {folder} is damaged ({words}); remove that folder, to prepare it again")
 
 
 def refused(folder: Path) -> OSError | None:
-    """Why the system does not open a file of a folder, or None: libraries tell that no better than damage."""
+    """The error of the system when it opens the files of a folder, or None; libraries call a refusal damage."""
     try:
         for path in folder.rglob("*"):
             if path.is_file():
@@ -72,7 +60,7 @@ def refused(folder: Path) -> OSError | None:
     return None
 
 
-# A unigram on this much is within one percent of one on 5 MB, and reading it does not hold up a start.
+# A unigram on this much is within one percent of one on 5 MB, and reading it takes little time.
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 400, 2**20
 
 
@@ -94,11 +82,7 @@ def sample_texts(records: Sequence[Any], key: str) -> Iterator[str]:
 
 
 def field(record: dict[str, Any], key: str) -> str:
-    """One text of a record, decoded.
-
-    Raises:
-        DataError: when the record has no such field, naming those it has.
-    """
+    """One text of a record, decoded; DataError when it has no such field."""
     if key not in record:
         raise DataError(f"records have no field {key!r}; set data.text_key to one of: {', '.join(sorted(record))}")
     value = record[key]

@@ -1,13 +1,14 @@
 """Where documents come from: the embedded corpus, the user's files, or any TFDS name, all through one path.
 
-TFDS prepares each as ArrayRecord once and reads it as a random-access data source, which needs no TensorFlow. The two
-builders live in `jaxllm.data.builders`; the split into training and validation is theirs, by a hash of the content.
+TFDS prepares each as ArrayRecord once and reads it as a random-access data source, which needs no TensorFlow. The
+builders for the embedded corpus and for files are in `jaxllm.data.builders`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import logging
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tensorflow_datasets as tfds
+
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
@@ -23,7 +26,7 @@ from jaxllm.data.records import Records
 
 _log = logging.getLogger(__name__)
 
-# A full disk in the words of the system, and of TFDS before it begins: array_record passes them on as text alone.
+# A full disk in the words of the system and of TFDS; array_record passes on only the text.
 _NO_SPACE = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "Not enough disk space")
 
 
@@ -31,9 +34,9 @@ class Source(NamedTuple):
     """Documents of a corpus.
 
     Attributes:
-        name: what it is and in which version, for logs and checkpoints.
+        name: corpus and version, for logs and checkpoints.
         train: random access to records, dicts of bytes.
-        validation: the held-out part.
+        validation: the held-out records.
     """
 
     name: str
@@ -45,7 +48,7 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
     """Prepares the corpus of a config if that has not been done, and opens it.
 
     Raises:
-        DataError: when it is missing, empty, unreadable, or can't be had without a network.
+        DataError: when it is missing, empty or unreadable, or needs a network.
     """
     problems = ProblemLog(stop=config.on_bad_text == "stop")
     try:
@@ -68,17 +71,15 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
         messages = json.loads(skipped.read_text()) if skipped.is_file() else ()
     for message in messages:
         _log.warning("skipped %s", message)
-    train, validation = _splits(builder, config)
+    # A reader that is made from the folder alone can be sent to worker processes.
+    with undamaged(skipped.parent):
+        train, validation = _splits(tfds.builder_from_directory(builder.data_dir), config)
     return Source(builder.info.full_name, train, validation)
 
 
 def _tfds_builder(name: str, cache_dir: Path) -> Any:
-    import tensorflow_datasets as tfds
-
     try:
-        # Registers the text datasets that are loaded lazily, such as c4 and wiki40b.
-        import tensorflow_datasets.text
-
+        importlib.import_module("tensorflow_datasets.text")  # registers lazily loaded ones, such as c4
         return tfds.builder(name, data_dir=str(cache_dir))
     except Exception as error:
         raise DataError(
@@ -92,35 +93,34 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
             builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         if builder.data_path.exists():
-            return  # whole, as it is put in place: another run that prepares the same was faster
+            return  # another run has prepared the same; folders are renamed into place when they are whole
         if problems.first is not None:
             raise problems.first from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        name = builder.info.full_name
         if isinstance(error, MemoryError):
             raise DataError(
-                f"{builder.info.full_name} needs more memory to be prepared than this machine has free; end other "
-                f"programs, or split its largest documents"
+                f"{name} needs more memory to be prepared than this machine has free; end other programs, or split its "
+                f"largest documents"
             ) from error
         no_space = next((words for words in _NO_SPACE if words in first_line(error)), None)
         if no_space is not None:
             raise OSError(errno.ENOSPC, no_space) from error
         if "No examples were yielded" in str(error):
             raise DataError(
-                f"{builder.info.full_name}: the training or the validation split is empty; both are needed: add "
-                f"documents or raise data.validation_fraction"
+                f"{name}: the training or the validation split is empty; both are needed: add documents or raise "
+                f"data.validation_fraction"
             ) from error
         raise DataError(
-            f"{builder.info.full_name} could not be prepared without TensorFlow ({first_line(error)}); it may need a "
-            f"network, Apache Beam, or to be prepared elsewhere as array_record and put into data.cache_dir"
+            f"{name} could not be prepared without TensorFlow ({first_line(error)}); it may need a network or Apache "
+            f"Beam. Or prepare it elsewhere as array_record and put it into data.cache_dir"
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps TFDS's prints, bars and advice about downloads out of a run's log."""
-    import tensorflow_datasets as tfds
-
     tfds.disable_progress_bar()
     logger = logging.getLogger("absl")
     level = logger.level
@@ -133,24 +133,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _splits(builder: Any, config: DataConfig) -> tuple[Records, Records]:
-    import tensorflow_datasets as tfds
-
-    # Read from the folder alone: that reader can be sent to worker processes, a builder with its own arguments can't.
-    with undamaged(Path(builder.data_dir)):
-        builder = tfds.builder_from_directory(builder.data_dir)
-        return _opened(builder, config)
-
-
-def _opened(builder: Any, config: DataConfig) -> tuple[Records, Records]:
     known = builder.info.splits
     if config.source in ("stdlib", "files") and set(known) != {"train", "validation"}:
         raise ValueError(f"dataset_info.json has the splits {', '.join(known)}, not train and validation")
-    held_out = next((name for name in ("validation", "test") if name in known), None)
-    if held_out is not None:
-        names = ("train", held_out)
-    else:
-        percent = max(round(100 * config.validation_fraction), 1)
-        names = (f"train[{percent}%:]", f"train[:{percent}%]")
+    percent = max(round(100 * config.validation_fraction), 1)
+    names = (f"train[{percent}%:]", f"train[:{percent}%]")
+    for held_out in ("test", "validation"):
+        if held_out in known:
+            names = ("train", held_out)
     for name in {name.partition("[")[0] for name in names}:
         _check_lengths(known[name])
     train, validation = (_records(builder, name) for name in names)
@@ -159,7 +149,7 @@ def _opened(builder: Any, config: DataConfig) -> tuple[Records, Records]:
             f"{builder.info.full_name} has {len(train)} training and {len(validation)} validation documents; both "
             f"are needed: add documents or raise data.validation_fraction"
         )
-    _ = train[0], validation[0]  # what can't be read is better found now
+    _ = train[0], validation[0]  # raises now where records cannot be read
     return train, validation
 
 
@@ -169,11 +159,7 @@ def _records(builder: Any, split: str) -> Records:
 
 
 def _check_lengths(split: Any) -> None:
-    """Compares dataset_info.json with the files: with fewer documents there, the rest would never be read.
-
-    Raises:
-        ValueError: naming the file.
-    """
+    """Compares dataset_info.json with the files, whose last documents would not be read if it had fewer."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     for path, count in zip(split.filepaths, split.shard_lengths, strict=True):

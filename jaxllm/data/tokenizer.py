@@ -1,8 +1,8 @@
 """Text to ids and back, losslessly: a byte-level BPE of the `tokenizers` library, or a SentencePiece model.
 
-Ids of a trained tokenizer: pad 0, end 1, unknown 2, then bytes and merges, and 100 sentinels at the end, counted down
-from the last id as T5 does. Text that spells a special token never becomes one; `tokenizers` forgets that setting in
-pickles and files, so it is set again in both places.
+Ids of a trained tokenizer: pad 0, end 1, unknown 2, then bytes and merges, then 100 sentinels, which count down from
+the last id as in T5. Text that spells a special token never becomes one; pickles and files of `tokenizers` lack that
+setting, so it is set again after loading.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Tokenizer:
     Attributes:
         vocab_size: number of ids, sentinels included.
         pad_id: padding.
-        eos_id: end of a document, and what its first token is predicted from.
-        sentinel_ids: ids of the sentinels, the first one first; empty when the tokenizer has none.
+        eos_id: end of a document, and the input for its first token.
+        sentinel_ids: ids of the sentinels in order; empty when the tokenizer has none.
     """
 
     def __init__(self, fast: _Fast) -> None:
@@ -76,14 +76,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json, whole or not at all, in a folder that may be new."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(self._fast.to_str(pretty=True), encoding="utf-8")
-        partial.replace(path)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        _write_whole(Path(path), self._fast.to_str(pretty=True).encode())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -104,20 +97,18 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _no_panic(what: str) -> Iterator[None]:
-    """Names what a tokenizer fails on: a panic of the library, as of a pattern without end, is not an `Exception`."""
+    """Turns a panic of the library, as of an endless pattern, into a DataError; it is not an `Exception`."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise DataError(
-            f"the tokenizer fails on {what} ({first_line(error)}); use another, or repair the patterns in its "
-            f"tokenizer.json"
-        ) from None
+        fix = "use another, or repair the patterns in its tokenizer.json"
+        raise DataError(f"the tokenizer fails on {what} ({first_line(error)}); {fix}") from None
 
 
 def _byte_counter(fast: _Fast) -> Callable[[str], int]:
-    """Counts the UTF-8 bytes that a token of the vocabulary stands for, by what the tokenizer's decoder makes of it."""
+    """Counts the UTF-8 bytes that a token of the vocabulary stands for, by the tokenizer's decoder."""
     decoder = json.loads(fast.decoder.__getstate__()) if fast.decoder else {}
     parts = decoder.get("decoders", [decoder])
     kinds = {part.get("type") for part in parts}
@@ -127,14 +118,14 @@ def _byte_counter(fast: _Fast) -> Callable[[str], int]:
     marks = [part["replacement"] for part in parts if part.get("type") == "Metaspace"]
     replaced = [part for part in parts if part.get("type") == "Replace" and part["content"] == " "]
     marks += [part["pattern"]["String"] for part in replaced if "String" in part["pattern"]]
-    single = {f"<0x{byte:02X}>" for byte in range(256)}  # bytes of what no other token holds, where all are there
+    single = {f"<0x{byte:02X}>" for byte in range(256)}  # byte fallback, where all of them are there
     if any(fast.token_to_id(token) is None for token in single):
         single = set()
 
     def count(token: str) -> int:
         if token in single:
             return 1
-        for mark in marks:  # U+2581 for a space, as SentencePiece has it
+        for mark in marks:  # U+2581 for a space, as in SentencePiece
             token = token.replace(mark, " ")
         return len(token.encode())
 
@@ -142,16 +133,15 @@ def _byte_counter(fast: _Fast) -> Callable[[str], int]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A bare SentencePiece .model; control symbols are never produced from text by the library itself."""
+    """A bare SentencePiece .model; the library never makes control symbols from text."""
 
     def __init__(self, path: Path) -> None:
         """Loads it through the optional extra `sentencepiece`."""
         try:
             import sentencepiece
         except ImportError:
-            raise DataError(
-                f"{path} is a SentencePiece model; reading it needs: pip install 'jaxllm[sentencepiece]'"
-            ) from None
+            needs = "reading it needs: pip install 'jaxllm[sentencepiece]'"
+            raise DataError(f"{path} is a SentencePiece model; {needs}") from None
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.Load(str(path))
@@ -170,7 +160,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.array(self._model.EncodeAsIds(text), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids; those beyond the pieces, which a larger model may write, say nothing."""
+        """The text of ids; those beyond the pieces, which a larger model may write, are skipped."""
         return self._model.DecodeIds([int(i) for i in ids if i < self.vocab_size])
 
     @functools.cached_property
@@ -191,29 +181,30 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, path: str | Path) -> None:
         """Writes the .model next to where a tokenizer.json would be, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(self._model.serialized_model_proto())
-        partial.replace(path.with_suffix(".model"))
+        _write_whole(Path(path).with_suffix(".model"), self._model.serialized_model_proto())
 
     def _restrict(self) -> None:
         """SentencePiece needs no restriction."""
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids; any text round-trips exactly.
 
     Raises:
-        DataError: when the vocabulary has no room for bytes, specials and sentinels, or a text is given for texts.
+        DataError: when the vocabulary has no room for bytes, specials and sentinels, or `texts` is one str.
     """
     if isinstance(texts, str):  # its letters would be the texts
         raise DataError("texts must be many texts, got one str; put it into a list")
     if vocab_size < _SMALLEST:
-        raise DataError(
-            f"model.vocab_size {vocab_size} is too small for 256 bytes, 3 special tokens and {NUM_SENTINELS} "
-            f"sentinels; use at least {_SMALLEST}"
-        )
+        needed = f"256 bytes, 3 special tokens and {NUM_SENTINELS} sentinels; use at least {_SMALLEST}"
+        raise DataError(f"model.vocab_size {vocab_size} is too small for {needed}")
     fast = _Fast(models.BPE(unk_token=_UNK))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -229,9 +220,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def encode_blanks(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of an encoder input, int32, in which each <extra_id_i> of the text is sentinel i, with the end token last.
+    """Ids of an encoder input, int32: each <extra_id_i> of the text is sentinel i, and the end token is last.
 
-    Spaces alone before, between or after sentinels add no token: people write them to keep the sentinels apart.
+    Text of spaces alone before, between or after sentinels adds no token.
 
     Raises:
         ValueError: for a sentinel that the tokenizer doesn't have.
@@ -240,10 +231,8 @@ def encode_blanks(text: str, tokenizer: Tokenizer) -> np.ndarray:
     ids = [tokenizer.encode(parts[0]) if len(parts) == 1 or parts[0].strip(" ") else _NOTHING]
     for number, words in zip(parts[1::2], parts[2::2], strict=True):
         if int(number) >= len(tokenizer.sentinel_ids):
-            raise ValueError(
-                f"the prompt has <extra_id_{number}>, the tokenizer has {len(tokenizer.sentinel_ids)} sentinels, "
-                f"numbered from 0"
-            )
+            known = f"the tokenizer has {len(tokenizer.sentinel_ids)} sentinels, numbered from 0"
+            raise ValueError(f"the prompt has <extra_id_{number}>, {known}")
         ids += [tokenizer.sentinel_ids[[int(number)]], tokenizer.encode(words) if words.strip(" ") else _NOTHING]
     return np.concatenate([*ids, [tokenizer.eos_id]]).astype(np.int32)
 

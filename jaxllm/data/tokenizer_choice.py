@@ -1,7 +1,7 @@
-"""Which tokenizer a config describes, and whether it may take the place of one that is kept already.
+"""Which tokenizer a config describes, and whether it may replace one that is kept already.
 
 A run that has made a step never gets another tokenizer, since its parameters belong to these ids. Before that the
-config decides, except that a tokenizer which a person put there is not replaced.
+config decides, but a tokenizer that a person put there is not replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
-# What determines a tokenizer: the fingerprint of a given file, or the corpus and size that one is trained for.
+# What determines a tokenizer: the fingerprint of a given file, or the corpus and size of a trained one.
 Origin = dict[str, Any]
 
 
@@ -27,7 +27,7 @@ class Kept(NamedTuple):
     """A tokenizer that is kept for a run.
 
     Attributes:
-        origin: its origin, with the keys of the wanted one; None where no file records it.
+        origin: with the keys of the wanted one; None where no file records it.
         by_run: whether a run made it; otherwise a person put it there.
     """
 
@@ -43,11 +43,7 @@ class Choice(enum.Enum):
 
 
 class Refuse(NamedTuple):
-    """Neither is right.
-
-    Attributes:
-        reason: predicate of an error message about the kept tokenizer, or where there is none about its folder.
-    """
+    """Neither is right; `reason` is the predicate of an error about the kept tokenizer, or about its folder."""
 
     reason: str
 
@@ -67,10 +63,7 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     | of another origin, by a run     | any                        | no    | make, which replaces it           |
     | of another origin, by a run     | any                        | yes   | refuse                            |
 
-    Args:
-        kept: the tokenizer that is there, if any.
-        wanted: the origin that the config describes, None where the file that it names is missing.
-        begun: whether the run has made a step.
+    `wanted` is the origin that the config describes; `begun` is whether the run has made a step.
     """
     if kept is None:
         return Refuse("holds a run whose tokenizer is not there any more") if begun else Choice.MAKE
@@ -81,15 +74,13 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     if not changed:
         return Choice.KEEP
     if begun or not kept.by_run:
-        return Refuse(
-            f"is not the tokenizer of this config ({changed}; files of a corpus count with their names, sizes and "
-            f"times)"
-        )
+        counted = "files of a corpus count with their names, sizes and times"
+        return Refuse(f"is not the tokenizer of this config ({changed}; {counted})")
     return Choice.MAKE
 
 
 def given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer of the file that the config names; None where it names none, or one that is missing."""
+    """The tokenizer of the file in the config; None where the config has no file, or a missing one."""
     if config.tokenizer == "train" or not Path(config.tokenizer).expanduser().exists():
         return None
     return load_tokenizer(config.tokenizer)
@@ -106,11 +97,7 @@ def origin_of(given: Tokenizer | None, config: DataConfig, source: Source, *, vo
 
 
 def make_tokenizer(config: DataConfig, source: Source, *, vocab_size: int) -> Tokenizer:
-    """The tokenizer that the config describes, loaded or trained on the corpus.
-
-    Raises:
-        DataError: when its file is missing, or it cannot be trained.
-    """
+    """The tokenizer that the config describes, loaded or trained; DataError when neither is possible."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
     every = itertools.chain.from_iterable(texts(source.train, key) for key in _fields(config))

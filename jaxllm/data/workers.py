@@ -1,7 +1,7 @@
 """Documents encoded by worker processes and taken in the order of their numbers, so that workers change no batch.
 
-A worker encodes whole documents, each of them alone. What depends on several documents (joining, cutting, shuffling)
-stays in the main process. The position is the number of the next document, with any number of workers or none.
+A worker encodes single documents; joining, cutting and shuffling stay in the main process. The position is the number
+of the next document, with any number of workers or none.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from jaxllm.data.recipes import RECIPES
 from jaxllm.data.records import Records
 from jaxllm.data.tokenizer import Tokenizer
 
-# Seconds to wait for a worker: it needs milliseconds for a request, and at most a minute to start on a busy machine.
-TIME_LIMIT = 300.0
-_GRACE = 5.0  # seconds that a killed process may need to go
-# A request holds about this much text: enough to spare messages, little enough to share the work evenly.
+TIME_LIMIT = 300.0  # seconds to wait for a worker, which may need a minute to start on a busy machine
+_GRACE = 5.0  # seconds to wait for a killed process
+# Text of a request: enough to spare messages, little enough to share the work evenly.
 _REQUEST_BYTES, _REQUEST_DOCUMENTS = 2**16, 256
 
 
@@ -40,8 +39,8 @@ class Task(NamedTuple):
 
     Attributes:
         order: number of a document -> number of its record.
-        records: of the corpus.
-        config: names the objective, whose recipe is made again in the worker.
+        records: records of the corpus.
+        config: its objective has the recipe, which is made again in the worker.
         tokenizer: text to ids.
         start_id: first decoder token.
     """
@@ -62,14 +61,7 @@ class EncodedDocuments(grain.IterDataset[Batch]):
     """Documents in a given order, encoded by processes that start when the first one is read."""
 
     def __init__(self, task: Task, *, workers: int, size: float, ahead: float) -> None:
-        """Starts nothing yet.
-
-        Args:
-            task: what the workers do.
-            workers: how many processes.
-            size: mean bytes of a document.
-            ahead: bytes of text that are encoded before they are needed.
-        """
+        """`size` is the mean bytes of a document, `ahead` the bytes of text that are encoded early."""
         super().__init__()
         self._task, self._workers = task, workers
         self._request = min(max(int(_REQUEST_BYTES / size), 1), _REQUEST_DOCUMENTS)
@@ -80,7 +72,7 @@ class EncodedDocuments(grain.IterDataset[Batch]):
 
 
 class _Iterator(grain.DatasetIterator[Batch]):
-    """Its state is that of grain's own reader of documents, so that checkpoints hold nothing of workers."""
+    """Has the state of grain's reader of documents, so that checkpoints do not depend on workers."""
 
     def __init__(self, pool: _Pool, *, request: int, depth: int) -> None:
         super().__init__()
@@ -115,7 +107,7 @@ class _Iterator(grain.DatasetIterator[Batch]):
 
 
 class _Job:
-    """Numbers of documents, and what came of them."""
+    """Numbers of documents, their arrays once they are encoded, and the worker that encodes them."""
 
     def __init__(self, numbers: range) -> None:
         self.numbers = numbers
@@ -124,9 +116,9 @@ class _Job:
 
 
 class _Pool:
-    """Worker processes, each with a thread here that hands it one job after the other.
+    """Worker processes, each with a thread that sends it one job after the other.
 
-    The threads keep a worker that is stopped, even in the middle of an answer, from blocking the main thread.
+    Because of the threads, a worker that is stopped in the middle of an answer cannot block the main thread.
     """
 
     def __init__(self, task: Task, workers: int) -> None:
@@ -136,7 +128,7 @@ class _Pool:
         self._threads: list[threading.Thread] = []
 
     def submit(self, numbers: range) -> _Job:
-        """Puts a job behind those that wait; the first one starts the workers."""
+        """Puts a job into the queue; the first one starts the workers."""
         job = _Job(numbers)
         self._jobs.put(job)
         if not self._processes:
@@ -145,11 +137,7 @@ class _Pool:
         return job
 
     def result(self, job: _Job) -> list[Batch]:
-        """Encoded documents of a job, in the order of its numbers.
-
-        Raises:
-            DataError: when they cannot be made, the worker ended, or it does not answer.
-        """
+        """Encoded documents of a job; DataError when they cannot be made, or the worker ended or does not answer."""
         try:
             return job.answer.result(TIME_LIMIT)
         except TimeoutError:
@@ -160,7 +148,7 @@ class _Pool:
             ) from None
 
     def close(self) -> None:
-        """Ends the workers, whatever they do, and their threads: one that outlives the interpreter would abort it."""
+        """Kills the workers and ends their threads: a thread that outlives the interpreter would abort it."""
         processes, self._processes = self._processes, []
         if not processes:  # grain closes again when the interpreter has taken its modules apart
             return
@@ -173,15 +161,15 @@ class _Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        # Ctrl-C and a stop signal reach the workers too. The main process needs them up to its next step border, and
-        # then ends them. A process inherits blocked signals, which covers its start as well.
+        # Ctrl-C and SIGTERM reach workers too, but the main process needs them until its current step is complete.
+        # A process inherits blocked signals, which covers its start as well.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             for _ in range(self._workers):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs, self._task), daemon=True)
                 process.start()
-                theirs.close()  # or the end of the worker would not end the connection
+                theirs.close()  # so that the end of the worker ends the connection
                 self._processes.append(process)
                 self._threads.append(threading.Thread(target=self._attend, args=(process, ours), daemon=True))
                 self._threads[-1].start()
@@ -215,24 +203,23 @@ class _Pool:
 
 def _ended(process: BaseProcess, where: str) -> str:
     code = process.exitcode
+    how = f"exit code {code}"
+    fix = 'its message is above; a script that uses data.workers needs `if __name__ == "__main__":`'
     if code is not None and code < 0:
         how = f"signal {-code}" + (", as when memory runs out" if code == -signal.SIGKILL else "")
         fix = "start the same command again, with fewer data.workers if memory was short"
-    else:
-        how = f"exit code {code}"
-        fix = 'its own message is above; a script that uses data.workers needs `if __name__ == "__main__":`'
     return f"worker process {process.pid} ended ({how}) while it read {where}; {fix}"
 
 
 def _work(connection: Connection, task: Task) -> None:
-    """Body of a worker: numbers in, encoded documents or a complaint out."""
+    """Body of a worker: receives numbers, sends encoded documents or an error's message."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     encode = task.encoder()
     while True:
         try:
             numbers = connection.recv()
             connection.send(_answer(encode, numbers))
-        except (EOFError, OSError):  # the main process has gone
+        except (EOFError, OSError):  # the main process has ended
             return
 
 
@@ -246,7 +233,7 @@ def _answer(encode: Callable[[int], Batch], numbers: range) -> list[Batch] | str
 
 
 def _end_with_parent() -> None:
-    """Ends this process with the main one, however that ended and whatever this one waits for."""
+    """Ends this process when the main one ends, even while this one waits."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

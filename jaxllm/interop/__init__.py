@@ -13,11 +13,18 @@ class InteropError(ValueError):
     """A checkpoint of another library that cannot be read or written; the message names what is wrong in it."""
 
 
+# transformers' name of an activation: ours.
+ACTIVATIONS: dict[str, Any] = {
+    **{"silu": "silu", "swish": "silu", "relu": "relu"},
+    **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+}
+
+
 def weight_dtype(dtype: Any) -> Any:
-    """The NumPy dtype that a user asked for weights to have.
+    """The NumPy dtype of weights that a user chose.
 
     Raises:
-        InteropError: when it is none that weights can have: casting them to integers would destroy them silently.
+        InteropError: for another than a float: casting weights to integers would destroy them silently.
     """
     known = ("float32", "bfloat16", "float16", *(["float64"] if jax.config.read("jax_enable_x64") else []))
     try:
@@ -30,11 +37,7 @@ def weight_dtype(dtype: Any) -> Any:
 
 
 def check_readable(path: Path) -> None:
-    """Opens a file, since libraries call one that the system refuses missing or damaged.
-
-    Raises:
-        InteropError: with the system's reason.
-    """
+    """Raises InteropError with the system's reason where a file cannot be opened; libraries call it damaged."""
     try:
         path.open("rb").close()
     except OSError as error:

@@ -1,8 +1,7 @@
 """Hugging Face directories to (model, parameters) and back, without torch or transformers.
 
-A family is a module with `DEFAULTS`, `IGNORED`, `read_config`, `write_config` and `entries`; this file finds it by
-config.json's model_type and moves the tensors. Out of scope: names of tensors and keys (the families), bytes
-(`safetensors_dir`), tokenizers.
+A family is a module with `DEFAULTS`, `IGNORED`, `read_config`, `write_config` and `entries`, found by the model_type of
+config.json. Out of scope: names of tensors and keys (the families), bytes (`safetensors_dir`), tokenizers.
 """
 
 from __future__ import annotations
@@ -52,13 +51,8 @@ def load_hf(path: str | Path, *, dtype: Any = None) -> tuple[Model, dict[str, An
     dtype = None if dtype is None else weight_dtype(dtype)
     config, files = _open(path)
     module = _FAMILIES[config.family]
-    params = read_params(
-        files,
-        module.entries(config),
-        abstract_params(build(config)),
-        dtype=dtype,
-        ignored=module.IGNORED,
-    )
+    shapes = abstract_params(build(config))
+    params = read_params(files, module.entries(config), shapes, dtype=dtype, ignored=module.IGNORED)
     return build(config, dtype=jnp.result_type(*jax.tree.leaves(params))), params
 
 
@@ -87,8 +81,7 @@ def save_hf(
         shard_bytes: most bytes of tensors in a file.
 
     Raises:
-        InteropError: when no architecture of transformers has this combination of settings, naming it, or the
-            parameters are not the model's.
+        InteropError: when no architecture of transformers has these settings, or the parameters are another model's.
     """
     module = _FAMILIES.get(model.config.family)
     if module is None:
@@ -101,8 +94,8 @@ def save_hf(
         raise InteropError(str(error)) from None
     kinds = [jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)] if dtype is None else [dtype]
     kind = jnp.result_type(*kinds).name
-    ids = {} if special_ids is None else _special_keys(special_ids)
-    # Both spellings: 4.x knows torch_dtype, 5.x prefers dtype. Absent ids would become the architecture's defaults.
+    ids = _special_keys(special_ids or SpecialIds())
+    # 4.x reads torch_dtype, 5.x prefers dtype. Absent ids would become the architecture's defaults.
     raw |= {"dtype": kind, "torch_dtype": kind, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | ids
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -111,30 +104,25 @@ def save_hf(
     if ids:
         start = {key: raw[key] for key in ("decoder_start_token_id",) if key in raw}
         configs["generation_config.json"] = ids | start
-    entries, texts = module.entries(model.config), {name: _json(value) for name, value in configs.items()}
-    write_params(folder, entries, params, dtype=dtype, shard_bytes=shard_bytes, texts=texts)
-    if not ids:  # those of an earlier export would go before the nulls of config.json
+    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in configs.items()}
+    write_params(folder, module.entries(model.config), params, dtype=dtype, shard_bytes=shard_bytes, texts=texts)
+    if not ids:  # those of an earlier export would take precedence over the nulls of config.json
         (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def special_ids(path: str | Path) -> SpecialIds:
-    """Begin, end and padding ids of a directory; generation_config.json goes before config.json.
-
-    What neither says is the architecture's default, as in transformers.
+    """Begin, end and padding ids of a directory: generation_config.json, then config.json, then the defaults.
 
     Raises:
-        InteropError: when one of the files is no JSON object, or an id in it no number.
+        InteropError: when one of the files is not a JSON object, or an id in it is not an integer.
     """
     folder = Path(path).expanduser()
-    raw = read_json(folder / "config.json")
-    defaults = _family(folder, raw).DEFAULTS[raw["model_type"]]
-    raw = defaults | raw
+    _, raw = _settings(folder)
     path = folder / "generation_config.json"
     if path.is_file():
         given = {key: value for key, value in read_json(path).items() if value is not None}
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         try:
-            _check_kinds(given, dict.fromkeys(ids))
+            _check_kinds(given, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
         except InteropError as error:
             raise InteropError(f"{path}: {error}") from None
         raw |= given
@@ -146,29 +134,32 @@ def special_ids(path: str | Path) -> SpecialIds:
 def _open(path: str | Path) -> tuple[ModelConfig, TensorFiles]:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise InteropError(f"{folder} is no directory; give the one that save_pretrained wrote (nothing is downloaded)")
-    raw = read_json(folder / "config.json")
-    module = _family(folder, raw)
+        raise InteropError(f"{folder} is not a directory; give one that save_pretrained wrote (nothing is downloaded)")
+    module, settings = _settings(folder)
     files = TensorFiles(folder)
     try:
-        _check_kinds(raw, module.DEFAULTS[raw["model_type"]])
-        return module.read_config(raw, files), files
+        _check_kinds(settings, module.DEFAULTS[settings["model_type"]])
+        if settings.get("quantization_config"):
+            raise InteropError("quantization_config is set; only unquantised weights are read")
+        return module.read_config(settings, files), files
     except InteropError as error:
         raise InteropError(f"{folder / 'config.json'}: {error}") from None
     except ValueError as error:  # of our config's own invariants
         raise InteropError(f"{folder / 'config.json'} cannot be a model here: {error}") from None
 
 
-def _family(folder: Path, raw: dict[str, Any]) -> ModuleType:
+def _settings(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+    """The family of a directory, and its config.json over the defaults of the architecture."""
+    raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
     for module in _FAMILIES.values():
         if isinstance(kind, str) and kind in module.DEFAULTS:
-            return module
+            return module, module.DEFAULTS[kind] | raw
     known = ", ".join(name for module in _FAMILIES.values() for name in module.DEFAULTS)
     raise InteropError(f"{folder / 'config.json'} has model_type {kind!r}; known: {known}")
 
 
-# Keys whose null means something: as many as, the width that follows, all positions, no such token.
+# Keys that may be null.
 _NULLABLE = (
     *("num_key_value_heads", "head_dim", "num_decoder_layers", "sliding_window"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
@@ -176,7 +167,7 @@ _NULLABLE = (
 
 
 def _check_kinds(raw: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Requires of each known key the kind of its default, so that a wrong one is not met as a trace inside JAX."""
+    """Refuses values of another type than their default; they would fail inside JAX."""
     for key, default in defaults.items():
         value = raw.get(key, default)
         kinds = (int, float) if isinstance(default, float) else (int if default is None else type(default),)
@@ -190,7 +181,3 @@ def _special_keys(ids: SpecialIds) -> dict[str, Any]:
     eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
     keys = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
     return {key: value for key, value in keys.items() if value is not None}
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"

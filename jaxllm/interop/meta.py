@@ -1,8 +1,7 @@
 """Meta's original Llama layout to ours: params.json next to consolidated.NN files, one per model-parallel rank.
 
-Ranks hold slices that are joined here, and q and k are stored for rotation of neighbouring pairs, which a reordering
-of rows turns into the halves that we and Hugging Face rotate. The files are torch pickles as a rule, and only for those
-is torch imported; consolidated.*.safetensors need nothing. Out of scope: streaming, all ranks are opened at once.
+The slices of the ranks are joined here. q and k are stored for rotation of neighbouring pairs; rows are reordered into
+the halves that we and Hugging Face rotate. Only torch pickles (.pth) need torch. All ranks are opened at once.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from jaxllm.config import LlamaConfig, RopeConfig
 from jaxllm.interop import InteropError, weight_dtype
@@ -39,8 +40,8 @@ def load_meta(path: str | Path, *, max_length: int | None = None, dtype: Any = N
 
     Args:
         path: directory with params.json and consolidated files.
-        max_length: context length, which params.json does not say; None is 131072 for scaled RoPE and else 8192 for a
-            RoPE base of Llama 3 and 2048 for the rest (Llama 2 was made for 4096).
+        max_length: context length, which params.json lacks. None is 131072 for scaled RoPE, 8192 for the RoPE base of
+            Llama 3, and 2048 for the rest (Llama 2 was made for 4096).
         dtype: of the parameters; None keeps the files'.
 
     Raises:
@@ -71,11 +72,11 @@ def load_meta(path: str | Path, *, max_length: int | None = None, dtype: Any = N
     if not config.tie_embeddings:
         params["lm_head"] = _join(ranks, "output.weight", 0)
     kind = weight_dtype(embed.dtype if dtype is None else dtype)
-    return build(config, dtype=kind), _to_jax(params, kind)
+    return build(config, dtype=kind), jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), params)
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head (a matrix's or a bias's), pairs 2i, 2i+1 moved to i, i + H/2; heads 0 changes nothing."""
+    """Rows of each head, 2i and 2i+1 moved to i and i + H/2; nothing changes for heads = 0."""
     if not heads:
         return rows
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
@@ -88,25 +89,16 @@ def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def _open(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
         return load_file(path)
     try:
         import torch
     except ImportError:
         raise InteropError(f"{path} is a torch pickle; reading it needs: pip install torch") from None
     tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return {name: _array(tensor, torch.bfloat16, torch.int16) for name, tensor in tensors.items()}
-
-
-def _array(tensor: Any, half: Any, bits: Any) -> np.ndarray:
-    return tensor.view(bits).numpy().view(jnp.bfloat16) if tensor.dtype == half else tensor.numpy()
-
-
-def _to_jax(tree: Any, dtype: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _to_jax(value, dtype) for key, value in tree.items()}
-    return jnp.asarray(tree, dtype)
+    return {
+        name: tensor.view(torch.int16).numpy().view(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        for name, tensor in tensors.items()
+    }
 
 
 def _join(ranks: Sequence[Tensors], name: str, axis: int | None) -> np.ndarray:
@@ -129,7 +121,6 @@ def _config(raw: dict[str, Any], ranks: Sequence[Tensors], *, vocab_size: int, m
         high = float(raw.get("rope_high_freq_factor") or 4.0)
         rope = RopeConfig(type="llama3", theta=theta, factor=factor, high_freq_factor=high, original_max_length=8192)
         longest = 131072
-    tied = "output.weight" not in first
     return LlamaConfig(
         vocab_size=vocab_size,
         d_model=raw["dim"],
@@ -141,7 +132,7 @@ def _config(raw: dict[str, Any], ranks: Sequence[Tensors], *, vocab_size: int, m
         max_length=max_length or longest,
         rope=rope,
         norm_eps=raw.get("norm_eps", 1e-5),
-        tie_embeddings=tied,
+        tie_embeddings="output.weight" not in first,
         qkv_bias="layers.0.attention.wq.bias" in first,
         out_bias="layers.0.attention.wo.bias" in first,
         mlp_bias="layers.0.feed_forward.w1.bias" in first,

@@ -1,8 +1,8 @@
-"""A directory of safetensors files as a parameter tree, and back: one table of names drives both.
+"""A directory of safetensors files as a parameter tree, and back: one list of `Entry` drives both.
 
-A family lists its parameters as `Entry`s; reading fills one preallocated stack per parameter, piece by piece on several
-threads, so that no tensor exists twice as a whole. Each piece opens its file again, because the pages of a mapped file
-count as the process's memory until it is closed. Out of scope: which name belongs to which parameter, config.json.
+Reading fills one preallocated stack per parameter, piece by piece on several threads, so that no tensor exists twice
+as a whole. Each piece opens its file again: the pages of a mapped file count as the process's memory until it is
+closed. Out of scope: the names of a family, config.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxllm.interop import InteropError, check_readable
 
@@ -30,8 +33,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _PIECE_BYTES = 1 << 25  # of a file, read through one mapping by one thread
 _THREADS = min(8, os.cpu_count() or 1)
-# Rows read and transposed at once: NumPy then writes whole cache lines, from rows that the cache holds. Of a multiple
-# of 4096 bytes, rows would all compete for the same few lines of it; the padding spreads them.
+# Rows read and transposed at once, so that NumPy writes whole cache lines from rows in the cache.
+# Rows of a multiple of 4096 bytes would compete for the same few cache lines; the padding spreads them.
 _ROWS, _PAD = 128, 32
 
 
@@ -40,8 +43,8 @@ class Entry(NamedTuple):
 
     Attributes:
         path: its keys in the parameter tree.
-        name: the tensor; `{}` stands for the number of the layer when the parameter is stacked over layers.
-        layers: how many layers are stacked; 0 for a parameter that is not.
+        name: the tensor; `{}` stands for the number of the layer of a stacked parameter.
+        layers: how many layers are stacked; 0 for a parameter that is not stacked.
         transposed: whether the last two axes are swapped in the file (kernels are [out, in] there).
     """
 
@@ -55,6 +58,10 @@ class Entry(NamedTuple):
         return [self.name.format(i) for i in range(self.layers)] if self.layers else [self.name]
 
 
+_File = dict[str, tuple[Entry, int]]  # its tensors, each with its parameter and layer
+_Leaves = Mapping[tuple[str, ...], Any]
+
+
 class _Info(NamedTuple):
     file: Path
     shape: tuple[int, ...]
@@ -62,7 +69,7 @@ class _Info(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of a directory by name; their data are read when asked for.
+    """The tensors of a directory by name; their data are read on demand.
 
     Attributes:
         folder: the directory.
@@ -85,7 +92,7 @@ class TensorFiles:
 
     @contextlib.contextmanager
     def tensor(self, name: str) -> Iterator[Any]:
-        """A tensor to take rows from by slices, each copied out of the file, which is open until the block ends."""
+        """A tensor whose slices of rows are copied out of the file; the file is open until the block ends."""
         with _open(self.info[name].file) as file:
             yield file.get_slice(self._alias.get(name, name))
 
@@ -100,36 +107,33 @@ class TensorFiles:
         return True
 
     def _headers(self) -> Iterator[tuple[str, _Info]]:
-        shards = self._shards()
-        for path, wanted in shards.items():
+        for path, wanted in self._shards().items():
             with _open(path) as file:
                 present = set(file.keys())
-                for name in sorted(present) if wanted is None else wanted:
+                for name in wanted or sorted(present):
                     if name not in present:
                         raise InteropError(f"{self.folder / INDEX} places tensor {name} in {path.name}, which lacks it")
                     part = file.get_slice(name)
                     yield name, _Info(path, tuple(part.get_shape()), part.get_dtype())
 
-    def _shards(self) -> dict[Path, list[str] | None]:
+    def _shards(self) -> dict[Path, list[str]]:
+        """Files and the tensors that the index places there; all of the file where there is no index."""
         if (self.folder / SINGLE).is_file():
-            return {self.folder / SINGLE: None}
+            return {self.folder / SINGLE: []}
         if not (self.folder / INDEX).is_file():
             raise InteropError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{_hint(self.folder)}")
         placed = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
             raise InteropError(f"{self.folder / INDEX} has no weight_map of tensor names to files")
-        shards: dict[Path, list[str] | None] = {}
+        shards: dict[Path, list[str]] = {}
         for name, file in placed.items():
             if file in ("", ".", "..") or "/" in file or "\\" in file:
                 raise InteropError(
                     f"{self.folder / INDEX} places tensor {name} in {file!r}, which is not a file of its folder; files "
                     f"elsewhere are not read"
                 )
-            names = shards.setdefault(self.folder / file, [])
-            assert names is not None
-            names.append(name)
-        missing = [path.name for path in shards if not path.is_file()]
-        if missing:
+            shards.setdefault(self.folder / file, []).append(name)
+        if missing := [path.name for path in shards if not path.is_file()]:
             raise InteropError(f"{self.folder} lacks {_listed(missing)}, which {INDEX} names; fetch it again")
         return shards
 
@@ -153,33 +157,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_params(
-    files: TensorFiles,
-    entries: Sequence[Entry],
-    abstract: Any,
-    *,
-    dtype: Any = None,
-    ignored: Sequence[str] = (),
+    files: TensorFiles, entries: Sequence[Entry], abstract: Any, *, dtype: Any = None, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The parameter tree that `entries` describe, on the default device.
 
-    Args:
-        files: the directory.
-        entries: every parameter of the model.
-        abstract: tree of shapes, as `jaxllm.models.abstract_params` makes it.
-        dtype: of the parameters; None takes the narrowest that holds every tensor exactly.
-        ignored: patterns of tensors that may be there and mean nothing.
+    `abstract` is the tree of shapes of `jaxllm.models.abstract_params`. `dtype` None takes the narrowest that holds
+    every tensor exactly. Tensors with a name that matches `ignored` may be there without a meaning.
 
     Raises:
-        InteropError: naming the tensors that are missing, unexpected or of another shape or kind.
+        InteropError: naming the tensors that are missing, unexpected or of another shape or dtype.
     """
-    _check(files, entries, abstract, ignored)
+    leaves = flatten_dict(abstract)
+    _check(files, entries, leaves, ignored)
     if dtype is None:
         found = {files.info[name].dtype for entry in entries for name in entry.tensors()}
         dtype = jnp.result_type(*(_DTYPES[kind] for kind in found))
-    params: dict[str, Any] = {}
+    params: dict[tuple[str, ...], jax.Array] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for entry in entries:
-            stack = _empty(_leaf(abstract, entry.path).shape, jnp.dtype(dtype))
+            stack = _empty(leaves[entry.path], jnp.dtype(dtype))
             outs = stack if entry.layers else stack[None]
             pieces = [
                 pool.submit(_fill, out, files, name, entry.transposed, *piece)
@@ -188,8 +184,8 @@ def read_params(
             ]
             for piece in pieces:
                 piece.result()
-            _put(params, entry.path, jax.device_put(stack))
-    return params
+            params[entry.path] = jax.device_put(stack)
+    return unflatten_dict(params)
 
 
 def write_params(
@@ -203,34 +199,29 @@ def write_params(
 ) -> None:
     """Writes model.safetensors, or shards and their index when it would exceed `shard_bytes`.
 
-    Files of an earlier export are replaced once all new ones are whole.
-
-    Args:
-        folder: the directory, created if need be.
-        entries: every parameter.
-        params: the tree that `entries` describe, stacked over layers.
-        dtype: of the tensors; None keeps each parameter's.
-        shard_bytes: most bytes of tensors in a file.
-        texts: other files of the export by name, such as config.json.
+    Files of an earlier export are replaced once all new ones are whole. `dtype` None keeps each parameter's. `texts`
+    are other files of the export by name, such as config.json.
 
     Raises:
         InteropError, OSError: when a file cannot be written; those of an earlier export are as they were.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = _plan(entries, params, dtype, shard_bytes)
-    names = [SINGLE] if len(plan) == 1 else [_shard_name(i, len(plan)) for i in range(len(plan))]
-    if len(plan) > 1:
+    leaves, texts = flatten_dict(params), dict(texts or {})
+    plan = _plan(entries, leaves, dtype, shard_bytes)
+    count = len(plan)
+    names = [SINGLE]
+    if count > 1:
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         placed = {name: file for tensors, file in zip(plan, names, strict=True) for name in tensors}
-        total = sum(_size(entry, params, dtype) for tensors in plan for entry, _ in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        texts = {**(texts or {}), INDEX: json.dumps(index, indent=2)}
-    new = [folder / name for name in (*names, *(texts or {}))]
+        total = sum(_size(entry, leaves, dtype) for tensors in plan for entry, _ in tensors.values())
+        texts[INDEX] = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=2)
+    new = [folder / name for name in (*names, *texts)]
     partial = [path.with_name(f"{path.name}.partial") for path in new]
     try:
         for path, tensors in zip(partial, plan, strict=False):
-            _save(path, {name: _tensor(entry, i, params, dtype) for name, (entry, i) in tensors.items()})
-        for path, text in zip(partial[len(plan) :], (texts or {}).values(), strict=True):
+            _save(path, {name: _tensor(entry, i, leaves, dtype) for name, (entry, i) in tensors.items()})
+        for path, text in zip(partial[count:], texts.values(), strict=True):
             path.write_text(text, encoding="utf-8")
         for path, whole in zip(partial, new, strict=True):
             path.replace(whole)
@@ -243,8 +234,6 @@ def write_params(
 
 
 def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
     try:
         return safe_open(str(path), framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -253,9 +242,6 @@ def _open(path: Path) -> Any:
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     try:
         save_file(arrays, str(path), metadata={"format": "pt"})
     except SafetensorError as error:
@@ -265,15 +251,14 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _hint(folder: Path) -> str:
     if not folder.is_dir():
         return "; there is no such directory"
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles:
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
         return f", only {pickles[0]}, a pickle; save it again with safe_serialization=True"
     return "; give the directory that save_pretrained wrote"
 
 
-def _check(files: TensorFiles, entries: Sequence[Entry], abstract: Any, ignored: Sequence[str]) -> None:
+def _check(files: TensorFiles, entries: Sequence[Entry], leaves: _Leaves, ignored: Sequence[str]) -> None:
     layers = max(entry.layers for entry in entries)
-    if layers > len(files.info):  # names of so many would take minutes to make
+    if layers > len(files.info):  # the names of so many would take minutes to make
         raise InteropError(
             f"config.json makes {layers} layers, but the files of {files.folder} hold {len(files.info)} tensors"
         )
@@ -282,20 +267,15 @@ def _check(files: TensorFiles, entries: Sequence[Entry], abstract: Any, ignored:
     missing = [name for name in wanted if name not in files.info]
     unexpected = [name for name in files.info if name not in wanted and not unused.fullmatch(name)]
     wrong = []
-    for name, entry in wanted.items():
-        if name in missing:
-            continue
-        shape = _file_shape(entry, _leaf(abstract, entry.path).shape)
+    for name in (name for name in wanted if name in files.info):
+        shape = _file_shape(wanted[name], leaves[wanted[name].path].shape)
         found = files.info[name]
         if found.shape != shape:
             wrong.append(f"{name} {list(found.shape)}, config.json makes it {list(shape)}")
         elif found.dtype not in _DTYPES:
-            wrong.append(
-                f"{name} is {found.dtype}; only {', '.join(_DTYPES)} are weights (quantised files are not read)"
-            )
+            wrong.append(f"{name} is {found.dtype}; only {', '.join(_DTYPES)} are read, no quantised files")
     groups = (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shape or dtype", wrong))
-    problems = [f"{title}: {_listed(names)}" for title, names in groups if names]
-    if problems:
+    if problems := [f"{title}: {_listed(names)}" for title, names in groups if names]:
         raise InteropError(f"{files.folder} does not fit its config.json: " + "; ".join(problems))
 
 
@@ -309,12 +289,12 @@ def _file_shape(entry: Entry, shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2]) if entry.transposed else shape
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array aligned so that XLA's CPU client takes it over instead of copying it."""
-    size = math.prod(shape) * dtype.itemsize
+def _empty(like: Any, dtype: np.dtype) -> np.ndarray:
+    """An array of the shape of `like`, with the alignment that lets XLA's CPU client use it without a copy."""
+    size = like.size * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(dtype).reshape(shape)
+    return buffer[start : start + size].view(dtype).reshape(like.shape)
 
 
 def _pieces(info: _Info) -> Iterator[tuple[int, int]]:
@@ -328,7 +308,7 @@ def _steps(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool, start: int, stop: int) -> None:
-    """Rows start..stop of a tensor into `out`, of which they are columns when it is transposed."""
+    """Copies rows start..stop of a tensor into `out`, as columns when it is transposed."""
     scratch = np.empty((_ROWS, out.shape[0] + _PAD), out.dtype)[:, :-_PAD] if transposed else out
     with files.tensor(name) as tensor:
         for first, last in _steps(start, stop, _ROWS):
@@ -341,7 +321,7 @@ def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool, star
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:
     if (part.dtype, out.dtype) == (jnp.bfloat16, jnp.float32):
-        # The upper half of the bits; by its extension type, NumPy would convert with all other threads waiting.
+        # The upper half of the bits. NumPy's conversion by the extension type would block all other threads.
         np.left_shift(part.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
     elif part.dtype == out.dtype:
         _bits(out)[...] = _bits(part)
@@ -354,45 +334,29 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16) if array.dtype.itemsize == 2 else array
 
 
-def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
-def _tensor(entry: Entry, layer: int, params: Any, dtype: Any) -> np.ndarray:
-    leaf = _leaf(params, entry.path)
-    array = np.asarray(leaf)[layer] if entry.layers else np.asarray(leaf)
+def _tensor(entry: Entry, layer: int, leaves: _Leaves, dtype: Any) -> np.ndarray:
+    array = np.asarray(leaves[entry.path])
+    array = array[layer] if entry.layers else array
     array = array if dtype is None else array.astype(dtype)
     return np.ascontiguousarray(array.swapaxes(-1, -2) if entry.transposed else array)
 
 
-def _size(entry: Entry, params: Any, dtype: Any) -> int:
-    leaf = _leaf(params, entry.path)
+def _size(entry: Entry, leaves: _Leaves, dtype: Any) -> int:
+    leaf = leaves[entry.path]
     return leaf.size // max(entry.layers, 1) * jnp.dtype(leaf.dtype if dtype is None else dtype).itemsize
 
 
-def _plan(entries: Sequence[Entry], params: Any, dtype: Any, shard_bytes: int) -> list[dict[str, tuple[Entry, int]]]:
+def _plan(entries: Sequence[Entry], leaves: _Leaves, dtype: Any, shard_bytes: int) -> list[_File]:
     """Tensors of each file, layer by layer."""
     ordered = [(entry, i, name) for entry in entries for i, name in enumerate(entry.tensors())]
     ordered.sort(key=lambda item: (item[0].layers > 0, item[1]))
-    shards: list[dict[str, tuple[Entry, int]]] = [{}]
+    shards: list[_File] = [{}]
     used = 0
     for entry, i, name in ordered:
-        size = _size(entry, params, dtype)
+        size = _size(entry, leaves, dtype)
         if used + size > shard_bytes and shards[-1]:
             shards.append({})
             used = 0
         shards[-1][name] = (entry, i)
         used += size
     return shards
-
-
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

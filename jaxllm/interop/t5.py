@@ -1,9 +1,9 @@
 """T5, mT5 and UMT5 of transformers (v1.1, Flan, UL2 and ByT5 are T5): names of tensors, and config.json both ways.
 
-What a config.json means for the head changed twice. transformers 4.x reads tie_word_embeddings: false as "own head, no
-scaling" (v1.1). 5.x calls every model tied, keeps the scaling in scale_decoder_outputs and lets a head that differs in
-the file win. So here the scaling comes from the newer key where it exists, and the tie from the file alone. Not here:
-reading files.
+The meaning of config.json for the head changed twice. transformers 4.x reads tie_word_embeddings: false as "own head,
+no scaling" (v1.1). 5.x calls every model tied, keeps the scaling in scale_decoder_outputs, and prefers a head in the
+file that differs. Here the scaling comes from the newer key where it exists, and the tie from the file alone.
+Out of scope: reading files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import T5Config
-from jaxllm.interop import InteropError
+from jaxllm.interop import ACTIVATIONS, InteropError
 from jaxllm.interop.safetensors_dir import Entry, TensorFiles
 
 # What each architecture assumes for keys that config.json leaves out (transformers' documented defaults).
@@ -37,23 +37,21 @@ DEFAULTS = {"t5": _T5, "mt5": _MT5, "umt5": _MT5}
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
-# Copies of the one embedding, and a table that the oldest files have and no code ever read.
+# Copies of the one embedding, and a table of the oldest files that no code ever read.
 IGNORED = (
     r"shared\.weight|(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight",
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
 
-_ACTIVATIONS: dict[str, Any] = {
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
+# Settings that at most change their name, ours: theirs.
+_SETTINGS = {
+    **{name: name for name in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "dropout_rate")},
+    "head_dim": "d_kv",
+    "relative_buckets": "relative_attention_num_buckets",
+    "relative_max_distance": "relative_attention_max_distance",
+    "norm_eps": "layer_norm_epsilon",
+    "init_factor": "initializer_factor",
 }
-_ACTIVATION_NAMES = {"relu": "relu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
-
-_PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 _TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -77,56 +75,38 @@ def entries(config: T5Config) -> list[Entry]:
         for i, (ours, norm, theirs) in enumerate(parts):
             stem, path = f"{stack}.block.{{}}.layer.{i}", (stack, "layers")
             found.append(Entry((*path, norm, "weight"), f"{stem}.layer_norm.weight", layers))
-            for name, letter in _PROJECTIONS.items():
+            for letter in "qkvo":
                 tensor = f"{stem}.{theirs}.{letter}.weight"
-                found.append(Entry((*path, ours, name, "kernel"), tensor, layers, transposed=True))
+                found.append(Entry((*path, ours, f"{letter}_proj", "kernel"), tensor, layers, transposed=True))
         stem = f"{stack}.block.{{}}.layer.{len(parts)}"
         found.append(Entry((stack, "layers", "mlp_norm", "weight"), f"{stem}.layer_norm.weight", layers))
-        for name, theirs in _mlp(config).items():
+        inner = {"gate_proj": "wi_0", "up_proj": "wi_1"} if config.gated else {"up_proj": "wi"}
+        for name, theirs in (inner | {"down_proj": "wo"}).items():
             tensor = f"{stem}.DenseReluDense.{theirs}.weight"
             found.append(Entry((stack, "layers", "mlp", name, "kernel"), tensor, layers, transposed=True))
     return found
 
 
-def _mlp(config: T5Config) -> dict[str, str]:
-    inner = {"gate_proj": "wi_0", "up_proj": "wi_1"} if config.gated else {"up_proj": "wi"}
-    return {**inner, "down_proj": "wo"}
-
-
-def read_config(raw: dict[str, Any], files: TensorFiles) -> T5Config:
-    """Our config of a config.json; `files` tell whether the head is tied.
+def read_config(value: dict[str, Any], files: TensorFiles) -> T5Config:
+    """Our config of a config.json with defaults; `files` decide whether the head is tied.
 
     Raises:
         InteropError: for a setting that our model cannot reproduce.
     """
-    kind = raw["model_type"]
-    value = DEFAULTS[kind] | raw
-    if value.get("quantization_config"):
-        raise InteropError("quantization_config is set; only unquantised weights are read")
     tied = _tied(files)
-    scaled = _scaled(kind, raw, tied=tied)
+    scaled = _scaled(value, tied=tied)
     if tied and not scaled and _HEAD not in files.info:
         files.alias(_HEAD, _EMBEDDINGS[0])
     gated, activation = _feed_forward(value)
     return T5Config(
-        vocab_size=value["vocab_size"],
-        d_model=value["d_model"],
-        d_ff=value["d_ff"],
-        num_layers=value["num_layers"],
+        **{ours: value[theirs] for ours, theirs in _SETTINGS.items()},
         num_decoder_layers=value["num_decoder_layers"] or 0,
-        num_heads=value["num_heads"],
-        head_dim=value["d_kv"],
-        relative_buckets=value["relative_attention_num_buckets"],
-        relative_max_distance=value["relative_attention_max_distance"],
-        relative_per_layer=kind == "umt5",
-        norm_eps=value["layer_norm_epsilon"],
+        relative_per_layer=value["model_type"] == "umt5",
         activation=activation,
         gated=gated,
         tie_embeddings=tied,
         scale_logits=scaled,
-        dropout_rate=value["dropout_rate"],
         decoder_start_id=value.get("decoder_start_token_id") or 0,
-        init_factor=value["initializer_factor"],
     )
 
 
@@ -138,31 +118,20 @@ def write_config(config: T5Config) -> dict[str, Any]:
     """
     if config.scale_logits and not config.tie_embeddings:
         raise InteropError(
-            "transformers 4.x scales logits only where it ties the embeddings; got scale_logits without "
-            "tie_embeddings, which it would open as another model. Multiply lm_head by d_model ** -0.5 and "
-            "set scale_logits: false"
+            "got scale_logits without tie_embeddings; transformers 4.x scales logits only where it ties the "
+            "embeddings. Multiply lm_head by d_model ** -0.5 and set scale_logits: false"
         )
     if config.gated and config.activation == "gelu":
         raise InteropError("transformers' gated-gelu is the tanh form; a gated MLP with activation: gelu has no name")
     kind = "umt5" if config.relative_per_layer else "t5"
-    name = _ACTIVATION_NAMES[config.activation]
-    word = "gelu" if config.gated and name == "gelu_new" else name
+    tanh = "gelu" if config.gated else "gelu_new"  # gated-gelu is the tanh form
+    word = tanh if config.activation == "gelu_tanh" else config.activation
     return {
         "model_type": kind,
         "architectures": [f"{kind.upper()}ForConditionalGeneration"],
         "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
-        "d_model": config.d_model,
-        "d_kv": config.head_dim,
-        "d_ff": config.d_ff,
-        "num_layers": config.num_layers,
+        **{theirs: getattr(config, ours) for ours, theirs in _SETTINGS.items()},
         "num_decoder_layers": config.num_decoder_layers,
-        "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.relative_buckets,
-        "relative_attention_max_distance": config.relative_max_distance,
-        "dropout_rate": config.dropout_rate,
-        "layer_norm_epsilon": config.norm_eps,
-        "initializer_factor": config.init_factor,
         "feed_forward_proj": f"gated-{word}" if config.gated else word,
         "decoder_start_token_id": config.decoder_start_id,
         "tie_word_embeddings": config.scale_logits,
@@ -171,7 +140,7 @@ def write_config(config: T5Config) -> dict[str, Any]:
 
 
 def _tied(files: TensorFiles) -> bool:
-    """Names the embedding's tensor `shared.weight` and says whether the head is the same one."""
+    """Whether the head is the embedding, whose tensor is named `shared.weight` from here on."""
     found = [name for name in _EMBEDDINGS if name in files.info]
     if not found and _HEAD in files.info:
         found = [_HEAD]  # of a tied model, saved under one of its names
@@ -183,31 +152,31 @@ def _tied(files: TensorFiles) -> bool:
     return _HEAD not in files.info or (bool(found) and files.same(found[0], _HEAD))
 
 
-def _scaled(kind: str, raw: dict[str, Any], *, tied: bool) -> bool:
+def _scaled(value: dict[str, Any], *, tied: bool) -> bool:
     """Whether the decoder's output is multiplied by d_model ** -0.5 before the head.
 
-    mT5 never does. UMT5 was made without, but transformers 5.0 to 5.23 scaled it and wrote tie_word_embeddings: true
-    into files with a head of their own: without the newer key, only a head that is really tied is believed.
+    mT5 has no scaling, and UMT5 was trained without. But transformers 5.0 to 5.23 scaled UMT5, and wrote
+    tie_word_embeddings: true for files with a separate head. Without the newer key, it counts only for a tied head.
     """
-    if kind == "mt5":
+    if value["model_type"] == "mt5":
         return False
-    if "scale_decoder_outputs" in raw:
-        return bool(raw["scale_decoder_outputs"])
-    if kind == "umt5":
-        return tied and bool(raw.get("tie_word_embeddings", False))
-    return raw.get("tie_word_embeddings") is not False
+    if "scale_decoder_outputs" in value:
+        return bool(value["scale_decoder_outputs"])
+    if value["model_type"] == "umt5":
+        return tied and bool(value.get("tie_word_embeddings", False))
+    return value.get("tie_word_embeddings") is not False
 
 
 def _feed_forward(value: dict[str, Any]) -> tuple[bool, Any]:
-    """Gated or not, and our name of the activation; config.json may repeat both, and then must not contradict."""
+    """Gated or not, and our name of the activation; other keys of config.json may repeat both."""
     *gate, name = value["feed_forward_proj"].split("-")
     if gate not in ([], ["gated"]):
         raise InteropError(f"feed_forward_proj {value['feed_forward_proj']!r} is neither `gated-X` nor `X`")
-    # "gated-gelu" means the tanh form in every family; plain "gelu" is what it says.
+    # "gated-gelu" means the tanh form in every family; plain "gelu" is the exact one.
     name = "gelu_new" if value["feed_forward_proj"] == "gated-gelu" else name
     name = value.get("dense_act_fn") or name
-    if name not in _ACTIVATIONS:
-        raise InteropError(f"activation {name!r} is not one of {', '.join(_ACTIVATIONS)}")
+    if name not in ACTIVATIONS:
+        raise InteropError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
     if value.get("is_gated_act", bool(gate)) != bool(gate):
         raise InteropError(f"is_gated_act contradicts feed_forward_proj {value['feed_forward_proj']!r}")
-    return bool(gate), _ACTIVATIONS[name]
+    return bool(gate), ACTIVATIONS[name]

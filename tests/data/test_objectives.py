@@ -98,7 +98,7 @@ def test_span_corruption_is_inverted_exactly(length, density, mean, seed, data) 
     rng = np.random.default_rng(seed)
     noise = noise_of(length, denoiser)
     if noise.spans > len(SENTINELS):
-        with pytest.raises(DataError, match=f"hide {noise.spans} spans, the tokenizer has 100 sentinels"):
+        with pytest.raises(DataError, match=f"get {noise.spans} masked spans, the tokenizer has 100 sentinels"):
             span_corruption(rng, np.zeros((1, length), np.int32), denoiser, sentinels=SENTINELS, eos_id=EOS)
         return
     tokens = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 900, (3, length), dtype=np.int32)

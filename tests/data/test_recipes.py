@@ -185,7 +185,7 @@ def test_long_pairs_stop_or_are_cut_with_an_end(runs: Path, pairs: Path) -> None
 
 
 BAD = {
-    r"hides up to 70 spans in an example, the tokenizer has 3 sentinels": {
+    r"masks up to 70 spans in an example, the tokenizer has 3 sentinels": {
         "noise_density": 0.5,
         "sequence_length": 282,
     },

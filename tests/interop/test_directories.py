@@ -212,7 +212,7 @@ def test_old_buffers_are_ignored(tmp_path: Path) -> None:
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InteropError, match=r"no config.json"):
         jaxllm.load_hf(tmp_path)
-    with pytest.raises(InteropError, match=r"meta-llama/Llama-3.2-1B is no directory; .*nothing is downloaded"):
+    with pytest.raises(InteropError, match=r"meta-llama/Llama-3.2-1B is not a directory; .*nothing is downloaded"):
         jaxllm.load_hf("meta-llama/Llama-3.2-1B")
     jaxllm.save_hf(tmp_path, build(TINY), random_params(TINY), shard_bytes=20_000)
     shard = tmp_path / "model-00002-of-00003.safetensors"

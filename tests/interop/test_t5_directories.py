@@ -166,7 +166,7 @@ def test_feed_forward_names(tmp_path: Path, exports: Any, proj: str, gated: bool
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"feed_forward_proj": "gated-tanh"}, "activation 'tanh' is not one of relu"),
+        ({"feed_forward_proj": "gated-tanh"}, "activation 'tanh' is not one of silu"),
         ({"feed_forward_proj": "double-gelu"}, "neither `gated-X` nor `X`"),
         ({"is_gated_act": False}, "is_gated_act contradicts feed_forward_proj 'gated-gelu'"),
         ({"quantization_config": {"bits": 4}}, "only unquantised weights"),
