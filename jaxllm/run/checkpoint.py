@@ -1,15 +1,18 @@
 """Checkpoints: everything that orbax does for a run, and for parameters alone.
 
-A checkpoint is atomic (written next to and renamed), written in the background, and holds the train state, the data
-iterator's state and a small record. The newest `keep` stay, and the best by validation loss. What orbax would
-silently cast or leave half restored is compared here. Reading takes the newest whole checkpoint. Restoring a run also
-sets newer, damaged ones aside: a disk that fails for a moment must cost no checkpoint.
+A checkpoint is atomic (written next to and renamed), written in the background, and holds the train state, the
+position in the data, and fingerprints of both. The newest `keep` stay, and the best by validation loss. orbax's files
+have no checksum of arrays, so what was restored is compared with the fingerprints of what was to be saved: a
+difference is damage, as is any failure to read. Reading takes the newest whole checkpoint. Restoring a run also sets
+newer, damaged ones aside: a disk that fails for a moment must cost no checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +24,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
+from jaxllm.data.records import refused
 from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
+from jaxllm.training.fingerprint import named_fingerprints, path_name, total
 
 _log = logging.getLogger(__name__)
 
@@ -31,12 +36,17 @@ T = TypeVar("T")
 _STATE, _DATA, _PARAMS = "state", "data", "params"
 # The key of the custom metadata that lets another process find the best checkpoint.
 _LOSS = "validation_loss"
-# orbax and tensorstore raise these for missing, truncated or garbled files.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+# Keys of the second item: position, fingerprints of the state by leaf, and checksum of the position.
+_POSITION, _LEAVES, _CHECKSUM = "position", "fingerprints", "checksum"
+_RECORD = {_POSITION, _LEAVES, _CHECKSUM}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which and why."""
+
+
+class _Damaged(Exception):
+    """What a checkpoint holds is not what was saved."""
 
 
 class Restored(NamedTuple):
@@ -88,21 +98,23 @@ class Checkpoints:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
         for step in self.steps():
-            with contextlib.suppress(*_UNREADABLE):  # `restore` says so, if it is asked for this one
+            with contextlib.suppress(Exception):  # `restore` reports it, if it comes to this one
                 self._note_loss(step, (self._manager.metadata(step).custom_metadata or {}).get(_LOSS))
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> None:
-        """Starts writing a checkpoint; an error of the previous one surfaces here."""
+    def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> str:
+        """Starts writing a checkpoint; returns its fingerprint. An error of the save before surfaces here."""
         self._note_loss(step, validation_loss)
-        items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _DATA: ocp.args.JsonSave(data)})
+        record = _record(data, state)  # before the save, which may read buffers that change
+        items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _DATA: ocp.args.JsonSave(record)})
         try:
             self._manager.save(step, args=items, custom_metadata={_LOSS: validation_loss}, force=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot save step {step} in {self.folder}: {error}") from error
+        return total(record[_LEAVES])
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
@@ -161,7 +173,12 @@ class Checkpoints:
         state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
         wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
         restored = self._manager.restore(step, args=wanted)
-        return without_dropped_leaf(restored[_STATE]), restored[_DATA]
+        state, record = without_dropped_leaf(restored[_STATE]), restored[_DATA]
+        if not _RECORD & record.keys():
+            _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
+            return state, record
+        _verify(state, record)
+        return state, record[_POSITION]
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -172,22 +189,25 @@ class Checkpoints:
                 f"checkpoint {step} in {self.folder} holds parameters alone; choose another training.run_dir, with "
                 f"training.init_from={self.folder.parent}"
             )
-        have = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+        have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
         for path, want in jax.tree_util.tree_leaves_with_path(abstract_state):
-            leaf = have.get(_name(path))
+            leaf = have.get(path_name(path))
             if leaf is None or not hasattr(leaf, "dtype") or jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
                 continue
             if leaf.dtype != want.dtype or tuple(leaf.shape) != tuple(want.shape):
                 raise CheckpointError(
-                    f"checkpoint {step} in {self.folder} holds {_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
+                    f"checkpoint {step} in {self.folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
                     f"this run needs {want.dtype}{list(want.shape)}"
                 )
 
 
 def save_params(folder: Path, params: Any) -> None:
     """Writes parameters alone as the checkpoint of step 0: a start for other runs, which no run resumes."""
+    step = folder.absolute() / "0"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save((folder / "0" / _STATE).absolute(), args=ocp.args.PyTreeSave({_PARAMS: params}))
+        writer.save(step / _STATE, args=ocp.args.PyTreeSave({_PARAMS: params}))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(step / _DATA, args=ocp.args.JsonSave(_record({}, {_PARAMS: params})))
 
 
 def load_params(folder: Path, abstract_params: Any) -> Any:
@@ -203,7 +223,11 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
     def read(step: int) -> Any:
         options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return jax.device_put(reader.restore(folder / str(step) / _STATE, args=options)[_PARAMS])
+            found = jax.device_put(reader.restore(folder / str(step) / _STATE, args=options))
+        if (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                _verify(found, reader.restore(folder / str(step) / _DATA))
+        return found[_PARAMS]
 
     steps = sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
     found, damaged = _newest_whole(folder, steps, read)
@@ -214,19 +238,51 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
     raise CheckpointError(f"no checkpoint in {folder} yet; train the run until its first (training.save_every)")
 
 
+def _record(position: Mapping[str, Any], tree: Any) -> dict[str, Any]:
+    return {_POSITION: position, _LEAVES: named_fingerprints(tree), _CHECKSUM: _checksum(position)}
+
+
+def _verify(restored: Any, record: Mapping[str, Any]) -> None:
+    """Compares a restored tree, which may be a part of what was saved, with the second item of its checkpoint.
+
+    Raises:
+        _Damaged: naming the first leaf that differs.
+    """
+    if not _RECORD & record.keys():  # of an earlier version
+        return
+    if record.keys() != _RECORD or record[_CHECKSUM] != _checksum(record[_POSITION]):
+        raise _Damaged("the position in the data is not the one that was saved")
+    for path, digits in named_fingerprints(restored).items():
+        if record[_LEAVES].get(path) != digits:
+            raise _Damaged(f"{path} has fingerprint {digits}, {record[_LEAVES].get(path)} was saved")
+
+
+def _checksum(position: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _newest_whole(
     folder: Path, steps: Sequence[int], read: Callable[[int], T]
 ) -> tuple[tuple[int, T] | None, list[int]]:
-    """The newest of `steps` (oldest first) that can be read, with its contents, and the newer ones that cannot."""
+    """The newest of `steps` (oldest first) that can be read, with its contents, and the newer ones that cannot.
+
+    orbax and tensorstore raise errors of many kinds for damaged files, so that all count as damage, but for those
+    that another checkpoint would meet too: memory, permissions, and shapes that do not fit.
+    """
     damaged: list[int] = []
     for step in reversed(steps):
         try:
             return (step, read(step)), damaged
-        except _UNREADABLE as error:
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            refusal = refused(folder / str(step))
+            if refusal is not None:
+                raise CheckpointError(
+                    f"cannot read {refusal.filename}: {refusal.strerror}; make it readable"
+                ) from error
             _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, first_line(error))
             damaged.append(step)
     return None, damaged
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)

@@ -292,7 +292,8 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
 
 def _save(parts: Parts, progress: Progress) -> None:
     loss = progress.validation.get("loss") if progress.validation.get("step") == progress.step else None
-    parts.checkpoints.save(progress.step, progress.state, progress.position, validation_loss=loss)
+    saved = parts.checkpoints.save(progress.step, progress.state, progress.position, validation_loss=loss)
+    parts.writer.write(progress.step, {"fingerprint": saved})
     progress.saved = progress.step
 
 
