@@ -55,10 +55,7 @@ class Turn(NamedTuple):
 
 
 class CrossCache(NamedTuple):
-    """Keys and values of the encoder's output, per decoder layer, and its tokens that are not padding.
-
-    `prefill` makes it once; the decode loop closes over it and never writes it.
-    """
+    """Keys and values of the encoder's output per decoder layer, made once, and its tokens that are not padding."""
 
     keys: tuple[Float[Array, "B N S H"], ...]
     values: tuple[Float[Array, "B N S H"], ...]
@@ -120,8 +117,7 @@ def append(
 ) -> Turn:
     """One token per row, all in the next slot; if the cache `wraps` around, the first slot follows the last.
 
-    Attention is the model's `own`, if any. It reads the first `attended` slots, or all; no token may be in
-    the others.
+    Attention is the model's `own`, if any. It reads the first `attended` slots, or all; the others must be empty.
     """
     slot = cache.slot % cache.positions.shape[1] if wraps else cache.slot
     held = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], slot, axis=1)
@@ -131,10 +127,9 @@ def append(
 
 
 def extend(cache: KVCache, positions: Int[Array, "B T"], own: Attend | None, *, window: int | None = None) -> Turn:
-    """T tokens per row, each in the slot of its own position; the cache must not wrap around.
+    """T tokens per row, each in the slot of its position; the cache must not wrap around.
 
-    Rows may advance by different counts: a later call replaces what it feeds again, and no query sees beyond its own
-    position.
+    Rows may advance by different counts: a later call overwrites its positions, and no query sees beyond its position.
     """
     rows = jnp.arange(positions.shape[0])[:, None]
     held = cache.positions.at[rows, positions].set(positions, mode="drop")
@@ -214,7 +209,7 @@ def attend_many(
 
 
 def _attend_by(own: Attend | None, default: Callable[..., Array]) -> Callable[..., Array]:
-    """`default`, or a model's own attention, whose scale is its own."""
+    """`default`, or a model's own attention, which includes its scale."""
     if own is None:
         return default
 

@@ -156,7 +156,7 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Appends one token per row, at `positions` but all in the same slot; returns the logits of the next.
 
-    It reads the first `attended` slots, or all; no token may be in the others. `length` is as in `prefill`.
+    It reads the first `attended` slots, or all; the others must be empty. `length` is as in `prefill`.
     """
     window = model.config.sliding_window
     turn = kv.append(cache, positions, model.attend, wraps=True, window=window, attended=attended)

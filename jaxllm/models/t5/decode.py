@@ -185,7 +185,7 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Appends one token per row, at `positions` from 0 but all in the same slot; returns the logits of the next.
 
-    It reads the first `attended` slots, or all; no token may be in the others. `cross` and the first cache are from the
+    It reads the first `attended` slots, or all; the others must be empty. `cross` and the first cache are from the
     same call of `prefill`.
     """
     turn = kv.append(cache, positions, model.attend, attended=attended)

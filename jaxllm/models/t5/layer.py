@@ -255,11 +255,11 @@ class DecoderLayer(_Layer):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        encoded: Float[Array, "#B S D"],
         attend: Callable[..., Array],
-        attend_cross: Callable[..., Array],
         bias_of: BiasOf,
         key: Array | None,
+        encoded: Float[Array, "#B S D"],
+        attend_cross: Callable[..., Array],
     ) -> Float[Array, "B T D"]:
         """One layer over whole sequences; `attend` and `attend_cross` are `whole_attention`s."""
         drop = self._drop(_DECODER_PLACES, key)

@@ -7,7 +7,7 @@ is `jaxllm.models.t5.decode`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -37,20 +37,23 @@ from jaxllm.ops.relative_bias import relative_bias
 
 
 class _Stack(nn.Module):
-    """What encoder and decoder share: stacked layers, one bias table for all of them, and a last norm."""
+    """Stacked layers, one bias table for all of them, and a last norm; encoder and decoder differ in their layer."""
 
+    layer_class: ClassVar[type[nn.Module]]
+    bidirectional: ClassVar[bool]
     config: T5Config
     dtype: Any
     islands: Islands = DEFAULT_ISLANDS
     attend: Attend | None = None
     position_bias: PositionBias | None = None
 
-    def _create(self, layer: nn.Module, num_layers: int, *inputs: Any) -> None:
-        """Creates the layers, the shared bias table and the last norm; `inputs` are a layer's, between x and bias."""
-        c = self.config
+    def _create(self, num_layers: int, *cross: Any) -> None:
+        """Creates the layers, the shared bias table and the last norm; `cross` are a decoder layer's last inputs."""
+        c, layer = self.config, self._layer()
 
         def init_layer(key: Array) -> Params:
-            variables: Any = layer.init(key, jnp.zeros((1, 1, c.d_model), self.dtype), *inputs, lambda _: None, None)
+            x = jnp.zeros((1, 1, c.d_model), self.dtype)
+            variables: Any = layer.init(key, x, _first, lambda _: None, None, *cross)
             return variables["params"]
 
         create_stack(self, init_layer, num_layers)
@@ -59,31 +62,67 @@ class _Stack(nn.Module):
         self.relative_bias = None if c.relative_per_layer else create_table(self, c)
         self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
 
-    def _run(self, layer: nn.Module, x: Array, key: Array | None, *inputs: Any) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        pattern: Pattern,
+        key: Array | None,
+        encoded: Float[Array, "#B S D"] | None = None,
+        cross_pattern: Pattern | None = None,
+    ) -> Float[Array, "B T D"]:
         """Dropout, the layers, the last norm, dropout; from the residual stream's dtype to the compute dtype."""
-        c = self.config
+        c, layer, length, cross = self.config, self._layer(), x.shape[1], ()
+        attend = self._attention(pattern, length, length)
+        if encoded is not None and cross_pattern is not None:
+            cross = encoded, self._attention(cross_pattern, length, encoded.shape[1])
+        bias_of = self._bias_of(length)
         embed_key, layers_key, last_key = split_keys(key if c.dropout_rate else None, 3)
         layers = self.get_variable("params", "layers")
         keys = None if layers_key is None else jax.random.split(layers_key, jax.tree.leaves(layers)[0].shape[0])
 
         def run(params: Params, h: Array, own_key: Array | None) -> Array:
-            return apply(layer, params, h, *inputs, own_key)
+            return apply(layer, params, h, attend, bias_of, own_key, *cross)
 
         x = dropout(x, embed_key, rate=c.dropout_rate)
         x = apply_stack(run, layers, x, keys, mode=c.layers, remat=c.remat)
         return dropout(self.final_norm(x).astype(self.dtype), last_key, rate=c.dropout_rate)
 
+    def _layer(self) -> nn.Module:
+        return self.layer_class(self.config, self.dtype, self.islands, parent=None)
+
     def _attention(self, pattern: Pattern, queries: int, keys: int) -> Callable[..., Array]:
         options = {"queries": queries, "keys": keys, "softmax_dtype": self.islands.softmax}
         return whole_attention(self.config, self.attend, pattern, **options)
 
-    def _bias_of(self, length: int, *, bidirectional: bool) -> BiasOf:
+    def _bias_of(self, length: int) -> BiasOf:
         @jax.named_scope("relative_bias")  # the precision ledger reads it
         def build(table: Array) -> Array:
-            options = {"bidirectional": bidirectional, "dtype": self.islands.relative_bias}
+            options = {"bidirectional": self.bidirectional, "dtype": self.islands.relative_bias}
             return whole_bias(self.config, self.position_bias, table, length, **options).astype(self.dtype)
 
         return own_or_shared(build, self.relative_bias)
+
+
+class Encoder(_Stack):
+    """Layers that see the whole source."""
+
+    layer_class = EncoderLayer
+    bidirectional = True
+
+    def setup(self) -> None:
+        """Creates the encoder's parameters."""
+        self._create(self.config.num_layers)
+
+
+class Decoder(_Stack):
+    """Layers that see the past, and the encoder's output."""
+
+    layer_class = DecoderLayer
+    bidirectional = False
+
+    def setup(self) -> None:
+        """Creates the decoder's parameters."""
+        self._create(self.config.num_decoder_layers, jnp.zeros((1, 1, self.config.d_model), self.dtype), _first)
 
 
 def whole_bias(
@@ -95,50 +134,6 @@ def whole_bias(
         return own(table, positions, positions, bidirectional=bidirectional)
     options = {"max_distance": c.relative_max_distance, "bidirectional": bidirectional, "dtype": dtype}
     return relative_bias(table, queries=length, keys=length, **options)
-
-
-class Encoder(_Stack):
-    """Layers that see the whole source."""
-
-    def setup(self) -> None:
-        """Creates the encoder's parameters."""
-        self._create(self._layer(), self.config.num_layers, _first)
-
-    def __call__(self, x: Float[Array, "B S D"], pattern: Pattern, key: Array | None) -> Float[Array, "B S D"]:
-        """Embedded tokens to the output that decoders attend to."""
-        length = x.shape[1]
-        attend = self._attention(pattern, length, length)
-        return self._run(self._layer(), x, key, attend, self._bias_of(length, bidirectional=True))
-
-    def _layer(self) -> EncoderLayer:
-        return EncoderLayer(self.config, self.dtype, self.islands, parent=None)
-
-
-class Decoder(_Stack):
-    """Layers that see the past, and the encoder's output."""
-
-    def setup(self) -> None:
-        """Creates the decoder's parameters."""
-        encoded = jnp.zeros((1, 1, self.config.d_model), self.dtype)
-        self._create(self._layer(), self.config.num_decoder_layers, encoded, _first, _first)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        encoded: Float[Array, "#B S D"],
-        pattern: Pattern,
-        cross_pattern: Pattern,
-        key: Array | None,
-    ) -> Float[Array, "B T D"]:
-        """Embedded tokens to the normalised last hidden state."""
-        length = x.shape[1]
-        attend = self._attention(pattern, length, length)
-        attend_cross = self._attention(cross_pattern, length, encoded.shape[1])
-        bias_of = self._bias_of(length, bidirectional=False)
-        return self._run(self._layer(), x, key, encoded, attend, attend_cross, bias_of)
-
-    def _layer(self) -> DecoderLayer:
-        return DecoderLayer(self.config, self.dtype, self.islands, parent=None)
 
 
 def _first(query: Array, *_: Array, **__: Any) -> Array:
@@ -234,7 +229,7 @@ class T5(nn.Module):
         check_shape(encoded, "the encoder's output", (rows, length, width), (1, length, width))
         pattern = documents.decoder(*decoder_tokens.shape)
         cross_pattern = documents.cross(decoder_tokens.shape, encoded.shape[:2])
-        x = self.decoder(self._embed(decoder_tokens), encoded, pattern, cross_pattern, key)
+        x = self.decoder(self._embed(decoder_tokens), pattern, key, encoded, cross_pattern)
         return scale_output(self.config, x)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
