@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -119,7 +119,7 @@ class Adapter:
 
     model: Any
 
-    def without_cudnn(self) -> Self:
+    def without_cudnn(self) -> Any:
         """See `Decoder`."""
         return replace(self, model=self.model.clone(config=replace(self.model.config, attention="chunked")))
 

@@ -25,19 +25,12 @@ from jaxllm.models.t5.decode import T5Decoder
 
 
 class Family(NamedTuple):
-    """The differences between families that their config classes do not hold.
+    """The differences between families that their config classes do not hold."""
 
-    Attributes:
-        module: Flax module of (config, dtype, islands).
-        hidden: (model, params, batch, key) -> hidden states [B, T, D] of a training batch; a None key drops nothing.
-        flops: (config, batch, length, target_length) -> work of a train step.
-        decoder: model -> its side of the decoding loops.
-    """
-
-    module: type[nn.Module]
-    hidden: Callable[..., jax.Array]
-    flops: Callable[[Any, int, int, int], Flops]
-    decoder: Callable[[Any], Decoder]
+    module: type[nn.Module]  # of (config, dtype, islands)
+    hidden: Callable[..., jax.Array]  # (model, params, batch, key or None) -> states [B, T, D] of a training batch
+    flops: Callable[[Any, int, int, int], Flops]  # (config, batch, length, target_length) -> work of a train step
+    decoder: Callable[[Any], Decoder]  # model -> its side of the decoding loops
 
 
 FAMILIES: dict[str, Family] = {

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.models.checks import refuse
-from jaxllm.models.hook_points import mark
 from jaxllm.ops import norms
 from jaxllm.ops.linear import biased_linear, linear
 
@@ -64,18 +63,9 @@ class Parts(NamedTuple):
     qkv: Callable[[Array], tuple[Array, Array, Array]]  # queries [B, T, N, H], keys and values [B, T, K, H]
     out: Map  # of all heads [B, T, N * H]
     mlp_norm: Map
-    gate_up: Callable[[Array], tuple[Array | None, Array]]  # the gate, None without one, and its factor [B, T, F]
+    gate_up: Callable[[Array], tuple[Any, Array]]  # the gate, None without one, and its factor [B, T, F]
     activation: Map  # of the gate, or of the factor alone
     down: Map  # of the neurons [B, T, F]
-
-
-def neurons_of(parts: Parts, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-    """The MLP's neurons: activation(gate) * up, or activation(up) without a gate."""
-    gate, up = parts.gate_up(h)
-    if gate is None:
-        return mark(parts.activation(mark(up, "up")), "neurons")
-    gate, up = mark(gate, "gate"), mark(up, "up")
-    return mark(parts.activation(gate) * up, "neurons")
 
 
 class Linear(nn.Module):

@@ -120,14 +120,8 @@ def prefill(
     """
     c, count = model.config, tokens.shape[1]
     positions = jnp.arange(count)[None]
-    cache = kv.init_cache(
-        batch=tokens.shape[0],
-        capacity=capacity,
-        num_layers=c.num_layers,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        dtype=dtype or params.embed.dtype,
-    )
+    sizes = {"num_layers": c.num_layers, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
+    cache = kv.init_cache(batch=tokens.shape[0], capacity=capacity, dtype=dtype or params.embed.dtype, **sizes)
     update = kv.fill(cache, lengths, count, window=c.sliding_window)
     whole = whole_attention(c, model.attend, positions, lengths=lengths)
     rotate = rotation(c, model.rotate, positions, length=length or capacity)

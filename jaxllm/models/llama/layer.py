@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models.functions import Attend, Pairs, Rotate, dense_mask
 from jaxllm.models.hook_points import add, mark
-from jaxllm.models.layers import Map, Parts, neurons_of
+from jaxllm.models.layers import Map, Parts
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
@@ -37,7 +37,10 @@ def layer_body(
     query, key, value = mark(rotate(query), "query"), mark(rotate(key), "key"), mark(value, "value")
     mixed = mark(attend(query, key, value), "heads")
     x = add(x, parts.out(mixed.reshape(*x.shape[:2], -1)), "attention")
-    return add(x, parts.down(neurons_of(parts, parts.mlp_norm(x))), "mlp")
+    gate, up = parts.gate_up(parts.mlp_norm(x))
+    gate, up = mark(gate, "gate"), mark(up, "up")
+    neurons = mark(parts.activation(gate) * up, "neurons")
+    return add(x, parts.down(neurons), "mlp")
 
 
 def rotation(config: LlamaConfig, own: Rotate | None, positions: Int[Array, "#B T"], *, length: int) -> Map:

@@ -145,14 +145,8 @@ def prefill(
             key, value = source_keys_values(_cross_parts(c, layer.cross), encoded, rows=batch)
         keys.append(jnp.swapaxes(key, 1, 2))
         values.append(jnp.swapaxes(value, 1, 2))
-    cache = kv.init_cache(
-        batch=batch,
-        capacity=capacity,
-        num_layers=c.num_decoder_layers,
-        num_kv_heads=c.num_heads,
-        head_dim=c.head_dim,
-        dtype=dtype or params.embed.dtype,
-    )
+    sizes = {"num_layers": c.num_decoder_layers, "num_kv_heads": c.num_heads, "head_dim": c.head_dim}
+    cache = kv.init_cache(batch=batch, capacity=capacity, dtype=dtype or params.embed.dtype, **sizes)
     return CrossCache(tuple(keys), tuple(values), jnp.arange(count)[None] < encoder_lengths[:, None]), cache
 
 

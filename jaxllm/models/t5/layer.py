@@ -21,7 +21,7 @@ from jaxllm.config import T5Config
 from jaxllm.models.checks import refuse
 from jaxllm.models.functions import Attend, Pairs, dense_mask
 from jaxllm.models.hook_points import Drop, add, mark
-from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Map, Parts, RMSNorm, neurons_of
+from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Map, Parts, RMSNorm
 from jaxllm.ops.activations import ACTIVATIONS
 from jaxllm.ops.attention import attention
 from jaxllm.ops.dropout import dropout, split_keys
@@ -83,7 +83,9 @@ def _cross_attention(parts: CrossParts, h: Array, attend: Map) -> Array:
 
 @jax.named_scope("mlp")
 def _mlp(parts: Parts, h: Array, drop: Drop | None) -> Array:
-    neurons = neurons_of(parts, h)
+    gate, up = parts.gate_up(h)
+    up = mark(up, "up")
+    neurons = mark(parts.activation(up) if gate is None else parts.activation(mark(gate, "gate")) * up, "neurons")
     return parts.down(neurons if drop is None else drop(neurons, "neurons"))
 
 
@@ -152,7 +154,7 @@ class T5Attention(nn.Module):
         return self.query(h), keys, values
 
     def query(self, h: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        """Queries."""
+        """Queries of one input."""
         return self._heads(self.q_proj(h))
 
     def keys_values(self, source: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
