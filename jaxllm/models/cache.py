@@ -1,16 +1,16 @@
 """The key/value caches of decoding: preallocated, passed in and returned, never repeated to query heads.
 
-Arrays are per layer and head-major, [R, S, H], where R = B * K counts the heads of row 0, then those of row 1: a step
-then updates each in place under donation and reads a head's keys contiguously. (With axes B and K apart, XLA:CPU drops
-a batch of 1 for its products, and copies the whole cache for that.) On a GPU a layer of a single row has one store for
-both, [2K, S, H] with the keys before the values, so that a step updates it in one kernel instead of two. `positions`
-says which token of its row a slot holds, so that ragged prompts leave holes instead of shifting, rejected drafts stay
-invisible until they are overwritten, and a sliding window can wrap around. The layout, int8 included, is known to the
-functions of this module only.
+Arrays are per layer and head-major, [R, S, H], where R = B * K counts the heads of row 0, then those of row 1. A step
+updates each in place under donation and reads a head's keys contiguously. (With axes B and K apart, XLA:CPU drops a
+batch of 1 in its matmuls, and copies the whole cache for that.) On a GPU a layer of a single row has one store for
+both, [2K, S, H] with the keys before the values: a step updates it in one kernel instead of two. `positions` holds the
+position of each slot's token. Ragged prompts leave holes instead of shifting, rejected drafts stay invisible until they
+are overwritten, and a sliding window can wrap around. Only this module depends on the layout, int8 included.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,47 +26,36 @@ from jaxllm.ops.quantize import Quantized, quantize
 # Keys or values of one layer, quantised over H; [B, N, S, H] in a cross cache, which is only read.
 Store = Float[Array, "R S H"] | Float[Array, "B N S H"] | Quantized
 Stores = tuple[Store, Store | None]  # of keys and of values; None where the first holds both
-Read = tuple[Array, Array | None]  # [R, A, H], and its scales [R, A] where it is quantised
+Read = tuple[Array, Array | None]  # [R, A, H], and the scales [R, A] of a quantised store
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far.
+    """Keys and values of the tokens so far."""
 
-    Attributes:
-        keys: per layer [B * K, S, H], rotated; or [B * 2K, S, H] with the values: of each row, its keys first.
-        values: per layer [B * K, S, H]; or None where `keys` holds them.
-        positions: position of the token in each slot [B, S]; -1 is an empty slot or padding.
-        slot: tokens written so far, the same for all rows; the next goes to slot % S.
-    """
-
-    keys: tuple[Any, ...]
-    values: tuple[Any, ...]
-    positions: Int[Array, "B S"]
-    slot: Int[Array, ""]
+    keys: tuple[Any, ...]  # per layer [B * K, S, H], rotated; or [2K, S, H] with the values behind the keys
+    values: tuple[Any, ...]  # per layer [B * K, S, H]; or None where `keys` holds them
+    positions: Int[Array, "B S"]  # of the token in each slot; -1 is an empty slot or padding
+    slot: Int[Array, ""]  # tokens written so far, the same for all rows; the next one's slot is slot % S
 
 
 class Update(NamedTuple):
-    """What one call changes in a cache.
-
-    Attributes:
-        write: a store and new entries [B, T, K, H] to the store that holds them.
-        positions: of the cache, afterwards.
-        slot: of the cache, afterwards.
-    """
+    """What one call changes in a cache: `write(store, new [B, T, K, H])`, and `positions` and `slot` afterwards."""
 
     write: Callable[[Store, Array], Store]
     positions: Int[Array, "B S"]
     slot: Int[Array, ""]
 
 
-class CrossCache(NamedTuple):
-    """What a decoder reads of its encoder: made once by prefill, closed over by the decode loop, never written.
+class Turn(NamedTuple):
+    """One call on a cache that holds a prompt."""
 
-    Attributes:
-        keys: per decoder layer [B, N, S, H].
-        values: per decoder layer [B, N, S, H].
-        visible: tokens of the source that are not padding [B, S].
-    """
+    update: Update
+    pairs: Pairs  # queries of the new tokens, and the slots that they see
+    attend: Callable[..., Array]  # (queries, keys, values, pairs, scale=) -> mixed values, on a layer's stores
+
+
+class CrossCache(NamedTuple):
+    """Keys and values of the encoder's output per decoder layer, made once, and its tokens that are not padding."""
 
     keys: tuple[Float[Array, "B N S H"], ...]
     values: tuple[Float[Array, "B N S H"], ...]
@@ -75,7 +64,7 @@ class CrossCache(NamedTuple):
 
 def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
     """An empty cache of `capacity` slots; dtype int8 stores it quantised."""
-    # Not for several rows: their keys would no longer be one piece, which XLA's fused softmax needs.
+    # Not for several rows: XLA's fused softmax needs their keys in one piece.
     joined = backend.on_gpu() and batch == 1
     shape = (batch * num_kv_heads * (2 if joined else 1), capacity, head_dim)
 
@@ -92,13 +81,13 @@ def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int,
 
 
 def fill(cache: KVCache, lengths: Int[Array, " B"], count: int, *, window: int | None = None) -> Update:
-    """Prompts into an empty cache: `count` columns, of which the first `lengths` are real.
+    """Prompts into an empty cache: `count` columns; the first `lengths` of a row are real.
 
-    A cache that is no wider than the window may wrap around. It holds each prompt's last tokens, oldest first, so that
-    the oldest is replaced first.
+    A cache at most as wide as the window may wrap around. It holds each prompt's last tokens, oldest first, so that the
+    oldest is replaced first.
 
     Raises:
-        ValueError: when the prompts exceed the capacity and no window lets their beginning go.
+        ValueError: when the prompts exceed the capacity and no window drops their beginning.
     """
     capacity = cache.positions.shape[1]
     if count > capacity and capacity != window:
@@ -117,46 +106,45 @@ def fill(cache: KVCache, lengths: Int[Array, " B"], count: int, *, window: int |
     return Update(write_last, positions, jnp.asarray(held, jnp.int32))
 
 
-def append(cache: KVCache, positions: Int[Array, " B"], *, wraps: bool = False) -> Update:
-    """One token per row, all in the next slot; after the last slot comes the first, if it `wraps` around."""
+def append(
+    cache: KVCache,
+    positions: Int[Array, " B"],
+    own: Attend | None,
+    *,
+    wraps: bool = False,
+    window: int | None = None,
+    attended: int | None = None,
+) -> Turn:
+    """One token per row, all in the next slot; if the cache `wraps` around, the first slot follows the last.
+
+    Attention is the model's `own`, if any. It reads the first `attended` slots, or all; the others must be empty.
+    """
     slot = cache.slot % cache.positions.shape[1] if wraps else cache.slot
     held = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], slot, axis=1)
-    return Update(lambda store, new: write(store, new, slot), held, cache.slot + 1)
+    update = Update(lambda store, new: write(store, new, slot), held, cache.slot + 1)
+    pairs = visible_pairs(held[:, :attended], positions[:, None], window=window)
+    return Turn(update, pairs, _attend_by(own, attend_one))
 
 
-def extend(cache: KVCache, positions: Int[Array, "B T"]) -> Update:
-    """T tokens per row, each in the slot of its own position; the cache must not wrap around.
+def extend(cache: KVCache, positions: Int[Array, "B T"], own: Attend | None, *, window: int | None = None) -> Turn:
+    """T tokens per row, each in the slot of its position; the cache must not wrap around.
 
-    Rows may advance by different counts: what a later call feeds at a position replaces what was there, and nothing
-    sees beyond its own position.
+    Rows may advance by different counts: a later call overwrites its positions, and no query sees beyond its position.
     """
     rows = jnp.arange(positions.shape[0])[:, None]
     held = cache.positions.at[rows, positions].set(positions, mode="drop")
-    return Update(lambda store, new: write_at(store, new, positions), held, cache.slot)
-
-
-def put(
-    write_one: Callable[[Store, Array], Store],
-    keys: Store,
-    values: Store | None,
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-) -> Stores:
-    """A layer's stores after `write_one(store, new)` on each, or on the one that holds both."""
-    if values is None:
-        return write_one(keys, jnp.concatenate([key, value], axis=2)), None
-    return write_one(keys, key), write_one(values, value)
+    update = Update(lambda store, new: write_at(store, new, positions), held, cache.slot)
+    return Turn(update, visible_pairs(held, positions, window=window), _attend_by(own, attend_many))
 
 
 def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> Store:
     """Puts T new entries at slots slot..slot+T-1; the caller has checked that they fit (XLA would clamp)."""
-    return jax.tree.map(
-        lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, slot, axis=1), store, _entries(store, new)
-    )
+    put_one = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+    return jax.tree.map(put_one, store, _entries(store, new))
 
 
 def write_at(store: Store, new: Float[Array, "B T K H"], slots: Int[Array, "B T"]) -> Store:
-    """Puts T new entries of each row at slots of its own; those beyond the capacity are dropped."""
+    """Puts T new entries of each row at the row's slots; those beyond the capacity are dropped."""
     slots = jnp.repeat(slots, new.shape[2], axis=0)  # [R, T]
     rows = jnp.arange(slots.shape[0])[:, None]
     return jax.tree.map(lambda old, part: old.at[rows, slots].set(part, mode="drop"), store, _entries(store, new))
@@ -171,10 +159,10 @@ def _entries(store: Store, new: Float[Array, "B T K H"]) -> Float[Array, "R T H"
 def attend_one(
     query: Float[Array, "B 1 N H"], keys: Store, values: Store | None, pairs: Pairs, *, scale: float
 ) -> Float[Array, "B 1 N H"]:
-    """Attention of one query per row over the first A slots, those of the mask.
+    """Attention of one query per row over the mask's first A slots.
 
-    Both matmuls are bound by reading the cache: multiply-and-sum, which XLA fuses with the conversion of a narrow
-    cache, or for float32 on a CPU a dot, which is 2 to 5 times as fast there.
+    Reading the cache bounds both matmuls. They multiply and sum, because XLA fuses that with the conversion of a narrow
+    cache. For float32 on a CPU they are dots, 2 to 5 times as fast there.
     """
     batch, _, heads, width = query.shape
     (keys, key_scale), (values, value_scale) = _read_both(keys, values, batch, pairs.mask.shape[2])
@@ -215,18 +203,17 @@ def _scores_by_dot(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) ->
 def attend_many(
     query: Float[Array, "B T N H"], keys: Store, values: Store | None, pairs: Pairs, *, scale: float
 ) -> Float[Array, "B T N H"]:
-    """Attention of T queries per row over the first A slots, those of the mask of each."""
+    """Attention of T queries per row over the mask's first A slots."""
     key, value = _plain(keys, values, query, pairs)
     return masked_attention(query, key, value, mask=pairs.mask, scale=scale, bias=pairs.bias)
 
 
-def attend_by(own: Attend | None, default: Callable[..., Array]) -> Callable[..., Array]:
-    """`default`, which is `attend_one` or `attend_many`, or a model's own attention in its place."""
+def _attend_by(own: Attend | None, default: Callable[..., Array]) -> Callable[..., Array]:
+    """`default`, or a model's own attention, which includes its scale."""
     if own is None:
         return default
 
     def attend(query: Array, keys: Store, values: Store | None, pairs: Pairs, *, scale: float) -> Array:
-        del scale  # an own attention includes one
         return own(query, *_plain(keys, values, query, pairs), pairs)
 
     return attend
@@ -256,14 +243,14 @@ def _read_both(keys: Store, values: Store | None, batch: int, count: int) -> tup
 
 
 def _read(store: Store, count: int) -> Read:
-    """[R, A, H] of the first A slots, and the scales [R, A] of what is quantised."""
+    """[R, A, H] of the first A slots, and the scales [R, A] of a quantised store."""
     if isinstance(store, Quantized):
         return store.values[:, :count], store.scale[:, :count]
     return store.reshape(-1, *store.shape[-2:])[:, :count], None
 
 
 def visible_pairs(positions: Int[Array, "B S"], query: Int[Array, "B T"], *, window: int | None = None) -> Pairs:
-    """Queries at positions, and the slots whose token is not after theirs and is within the window."""
+    """Queries at positions, and the slots that hold a token up to theirs and within the window."""
     slots = positions[:, None]
     seen = (slots >= 0) & (slots <= query[..., None])
     if window is not None:
@@ -272,7 +259,7 @@ def visible_pairs(positions: Int[Array, "B S"], query: Int[Array, "B T"], *, win
 
 
 def repeat_rows(cache: KVCache, times: int) -> KVCache:
-    """Each row `times` times in a row: samples or beams of one prompt share its prefill."""
+    """Each row `times` times in succession: samples or beams of one prompt share its prefill."""
     batch = cache.positions.shape[0]
 
     def repeat(store: Array) -> Array:
@@ -284,12 +271,12 @@ def repeat_rows(cache: KVCache, times: int) -> KVCache:
 
 
 def repeat_tree(tree: Any, times: int) -> Any:
-    """Each row of every array `times` times in a row."""
+    """Each row of every array `times` times in succession."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 def reorder_rows(cache: KVCache, rows: Int[Array, " B"], *, start: int) -> KVCache:
-    """Row i takes over what row rows[i] holds from slot `start` on; before it the rows must agree (one prompt)."""
+    """Row i takes over row rows[i] from slot `start` on; the slots before must be equal (one prompt)."""
 
     def move(store: Array) -> Array:
         latest = store[:, start:]

@@ -1,33 +1,25 @@
-"""Misuse that would compute something else without a word: each is an error with its fix."""
+"""Misuse that would silently compute something else: each is an error with its fix."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 
 def refuse(module: nn.Module, *names: str) -> None:
-    """Raises ValueError for parameters that the module would leave unread, since they are another model's."""
+    """Raises ValueError for parameters that the module would leave unread: they are another model's."""
     found = [name for name in names if module.has_variable("params", name)]
     if found:
         raise ValueError(
-            f"the parameters hold {', '.join(found)} in {type(module).__name__}, which the model's config does not "
-            f"have: they are another model's"
+            f"the parameters hold {', '.join(found)} in {type(module).__name__}, but the model's config does not have "
+            "it: use the parameters of the same model"
         )
 
 
-def check_depth(params: dict[str, Any], num_layers: int) -> None:
-    """Raises ValueError for a stack of another depth, which would run all the same."""
-    found = jax.tree.leaves(params)[0].shape[0]
-    if found != num_layers:
-        raise ValueError(f"the parameters hold {found} layers, the model's config has {num_layers}: use the same model")
-
-
 def check_tokens(tokens: Any, name: str) -> None:
-    """Raises ValueError unless tokens are an integer array [B, T], neither of them 0."""
+    """Raises ValueError unless tokens are an integer array [B, T], not empty."""
     shape, dtype = getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
     if shape is None or dtype is None:
         raise ValueError(f"{name} must be an integer array [B, T], got {type(tokens).__name__}; use jnp.asarray")

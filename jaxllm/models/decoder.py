@@ -1,15 +1,15 @@
-"""What the decoding loops need of a model family, and nothing else of it: one small adapter per family.
+"""What the decoding loops need of a model family: one small adapter per family.
 
 An adapter is a hashable value around a model, so that it can be a static argument. `context` is what a generation
-keeps besides the cache: nothing for a decoder, the encoder's keys and values for an encoder-decoder. It is closed over
-by the loops, never carried, so that it is neither copied nor mistaken for another batch's.
+keeps besides the cache: None for a decoder, the encoder's keys and values for an encoder-decoder. The loops close over
+it and never carry it, so that it is neither copied nor mistaken for another batch's.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -20,23 +20,14 @@ from jaxllm.models.params import Model
 
 
 class Plan(NamedTuple):
-    """Static sizes of one generation: two requests of equal plans share compiled code.
+    """Static sizes of one generation: two requests of equal plans share compiled code."""
 
-    Attributes:
-        prompt: columns of the padded prompts.
-        new: most new tokens, rounded up.
-        start: cache slots that are in use before the first new token.
-        slots: of the cache; fewer than start + new when a sliding window wraps around.
-        length: context length that dynamic and longrope scaling assume.
-        cache_dtype: name of the cache's dtype; None is that of the computation.
-    """
-
-    prompt: int
-    new: int
-    start: int
-    slots: int
-    length: int | None
-    cache_dtype: str | None
+    prompt: int  # columns of the padded prompts
+    new: int  # most new tokens, rounded up
+    start: int  # cache slots in use before the first new token
+    slots: int  # of the cache; fewer than start + new when a sliding window wraps around
+    length: int | None  # context length that dynamic and longrope scaling assume
+    cache_dtype: str | None  # name of the cache's dtype; None is the compute dtype
 
 
 @runtime_checkable
@@ -49,11 +40,11 @@ class Decoder(Protocol):
         ...
 
     def without_cudnn(self) -> Decoder:
-        """The same, with attention over prompts by blocks in plain JAX."""
+        """The same with `attention: chunked`, which cuDNN cannot refuse."""
         ...
 
     def prepare(self, params: Any, *, int8: bool = False) -> Any:
-        """The decoding layout of training parameters, which must be the model's; returns what is already prepared.
+        """The decoding layout of training parameters; prepared ones are returned as they are.
 
         Raises:
             TypeError: for a subclass of the family's model that overrides a method.
@@ -66,7 +57,7 @@ class Decoder(Protocol):
         ...
 
     def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
-        """Sizes for padded prompts and new tokens; `needed` tokens are really in the longest row."""
+        """Sizes for padded prompts and new tokens; the longest row really holds `needed` tokens."""
         ...
 
     def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
@@ -82,15 +73,15 @@ class Decoder(Protocol):
     def extend(
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
     ) -> tuple[Array, KVCache]:
-        """Appends T tokens per row at positions of their own; logits [B, T, V] after each."""
+        """Appends T tokens per row at the given positions; logits [B, T, V] after each."""
         ...
 
     def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-        """Tokens [B, T] that count as said before the first new one, and which of them are real."""
+        """Tokens [B, T] before the first new one, as penalties of repetition count them, and which of them are real."""
         ...
 
     def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
-        """Where drafts are looked up [B, W], its lengths; what has been said, whose end is looked for, its lengths."""
+        """Text in which drafts are looked up [B, W], its lengths; text so far, whose end is looked up, its lengths."""
         ...
 
     def full_logits(
@@ -105,11 +96,7 @@ _NOT_DECODED = {"lens"}
 
 
 def check_methods(model: type, family: type) -> None:
-    """Refuses a subclass with a method of its own in place of the family's: decoding does not call those.
-
-    Raises:
-        TypeError: naming the methods.
-    """
+    """Raises TypeError for a subclass that overrides methods of the family: decoding does not call those."""
     subclasses = model.__mro__[: model.__mro__.index(family)]
     changed = {
         name
@@ -121,32 +108,34 @@ def check_methods(model: type, family: type) -> None:
     if changed - _NOT_DECODED:
         names = ", ".join(f"{model.__name__}.{name}" for name in sorted(changed - _NOT_DECODED))
         raise TypeError(
-            f"cannot decode with {names}: decoding has functions of its own for {family.__name__} and would ignore it; "
+            f"cannot decode with {names}: decoding has its own functions for {family.__name__} and would ignore it; "
             f"use score or model.apply, which call it, or generate with a plain {family.__name__}"
         )
 
 
-def by_blocks(model: Any) -> Any:
-    """The model with attention that no library can refuse."""
-    return model.clone(config=replace(model.config, attention="chunked"))
+@dataclass(frozen=True)
+class Adapter:
+    """What the adapters of Llama and T5 share."""
+
+    model: Any
+
+    def without_cudnn(self) -> Any:
+        """See `Decoder`."""
+        return replace(self, model=self.model.clone(config=replace(self.model.config, attention="chunked")))
 
 
-def check_prepared(model: Model, embed: Array, layers: dict[str, int], depths: dict[str, int]) -> None:
-    """Refuses parameters in the decoding layout of another model, as far as depths and embedding show it.
-
-    Raises:
-        ValueError: with what was found and what the config has.
-    """
-    c = model.config
-    if layers != depths or embed.shape != (c.vocab_size, c.d_model):
-        raise ValueError(
-            f"the prepared parameters are not those of the model: layers {layers}, embedding {embed.shape}; the config "
-            f"has {depths} and {(c.vocab_size, c.d_model)}"
-        )
+def check_prepared(model: Model, embed: Array, **layers: tuple[int, int]) -> None:
+    """Raises ValueError unless prepared parameters have the model's embedding and, per stack, its number of layers."""
+    shape = (model.config.vocab_size, model.config.d_model)
+    wrong = [f"{found} {stack} layers, not {want}" for stack, (found, want) in layers.items() if found != want]
+    if embed.shape != shape:
+        wrong.append(f"embedding {embed.shape}, not {shape}")
+    if wrong:
+        raise ValueError(f"the prepared parameters are not those of the model: {'; '.join(wrong)}")
 
 
 def join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
-    """Each prompt and right after it its new tokens."""
+    """Each prompt, followed directly by its new tokens."""
     columns = lengths[:, None] + jnp.arange(new.shape[1])
     joined = jnp.pad(tokens, ((0, 0), (0, new.shape[1])))
     return joined.at[jnp.arange(tokens.shape[0])[:, None], columns].set(new)

@@ -1,8 +1,7 @@
-"""The families: one row for each, and what is done alike with a model of any.
+"""The families: one row for each, and the functions that serve a model of any family.
 
 To add one, write its config class (`jaxllm.config.model.MODEL_CONFIGS`), its module and functions, and a row of
-`FAMILIES`; a row of `jaxllm.interop.hf` reads and writes its Hugging Face files. Nothing else asks which family a model
-is of.
+`FAMILIES`. A row of `jaxllm.interop.hf` reads and writes its Hugging Face files.
 """
 
 from __future__ import annotations
@@ -19,26 +18,19 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.models.flops import Flops
 from jaxllm.models.layers import DEFAULT_ISLANDS, Islands
 from jaxllm.models.llama import model as llama
-from jaxllm.models.llama.decoder import LlamaDecoder
+from jaxllm.models.llama.decode import LlamaDecoder
 from jaxllm.models.params import Model, check_model
 from jaxllm.models.t5 import model as t5
-from jaxllm.models.t5.decoder import T5Decoder
+from jaxllm.models.t5.decode import T5Decoder
 
 
 class Family(NamedTuple):
-    """What differs between families beyond what their config classes hold.
+    """The differences between families that their config classes do not hold."""
 
-    Attributes:
-        module: Flax module of (config, dtype, islands).
-        hidden: (model, params, batch, key) -> hidden states [B, T, D] of a training batch; key None is no dropout.
-        flops: (config, batch, length, target_length) -> work of a train step.
-        decoder: model -> its side of the decoding loops.
-    """
-
-    module: type[nn.Module]
-    hidden: Callable[..., jax.Array]
-    flops: Callable[[Any, int, int, int], Flops]
-    decoder: Callable[[Any], Decoder]
+    module: type[nn.Module]  # of (config, dtype, islands)
+    hidden: Callable[..., jax.Array]  # (model, params, batch, key or None) -> states [B, T, D] of a training batch
+    flops: Callable[[Any, int, int, int], Flops]  # (config, batch, length, target_length) -> work of a train step
+    decoder: Callable[[Any], Decoder]  # model -> its side of the decoding loops
 
 
 FAMILIES: dict[str, Family] = {
@@ -67,7 +59,7 @@ def build(config: ModelConfig, *, dtype: Any = jnp.float32, islands: Islands = D
         islands: dtypes of what does not follow `dtype`.
 
     Raises:
-        ValueError: for what is no model config, or a dtype that is not floating.
+        ValueError: for anything but a model config, or a dtype that is not floating.
     """
     if not isinstance(config, ModelConfig):
         hint = "; pass its .model" if hasattr(config, "model") else ""

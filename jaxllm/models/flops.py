@@ -1,6 +1,6 @@
 """Floating-point operations of one training step; each family has its own formula.
 
-The formulas count what the algorithm needs: recomputation and the embedding lookup are not work.
+The formulas count the algorithm's work, without recomputation and the embedding lookup.
 """
 
 from __future__ import annotations
@@ -9,14 +9,8 @@ from typing import NamedTuple
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of one training step.
+    """Floating-point operations of one training step."""
 
-    Attributes:
-        causal: attention counts only the pairs that are seen; publish this one.
-        full: attention counts all pairs, as PaLM and most tables do.
-        weights: without attention, 6 N per token.
-    """
-
-    causal: float
-    full: float
-    weights: float
+    causal: float  # attention counts only visible pairs; publish this one
+    full: float  # attention counts all pairs, as in PaLM and most tables
+    weights: float  # without attention, 6 N per token

@@ -1,4 +1,4 @@
-"""An own attention or position function of a model: what it gets, the same in training, scoring and decoding.
+"""A model's own attention or position function: its arguments, the same in training, scoring and decoding.
 
     def soft_capped(query, key, value, pairs):
         scores = jnp.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
@@ -22,13 +22,13 @@ from jaxllm.ops.masks import Pattern
 
 
 class Pairs(NamedTuple):
-    """What is known of the pairs of queries and keys.
+    """The pairs of queries and keys.
 
     Attributes:
         mask: pairs that may attend.
         query_positions: of the queries in their documents or rows.
         key_positions: of the keys; -1 in an empty slot of a cache.
-        bias: T5's relative bias; None where there is none.
+        bias: T5's relative bias, or None.
         drop: dropout of the attention weights; None outside training.
     """
 
@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
 
 # Queries [B, T, N, H], keys and values [B, S, K, H] to the mixed values [B, T, N, H]; the scale is the function's own.
 Attend = Callable[[Array, Array, Array, Pairs], Array]
-# Queries or keys [B, T, N, H] and their positions [#B, T] to the same with the positions in them.
+# Queries or keys [B, T, N, H] and their positions [#B, T] to queries or keys that contain the positions.
 Rotate = Callable[[Array, Array], Array]
 # (table [R, N], positions of queries [#B, T], of keys [#B, S], bidirectional=) to T5's bias of scores [#B, N, T, S];
 # only the encoder's is bidirectional.

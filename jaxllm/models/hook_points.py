@@ -7,10 +7,10 @@ from collections.abc import Callable
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-Drop = Callable[[Array, str], Array]  # a value, and the place that dropout has a key of its own for
+Drop = Callable[[Array, str], Array]  # a value, and the name of its place, whose key it uses
 
 # Each name, and whether `remat: elementwise` keeps the value: no matmul then runs twice, cheap operations do.
-# `attention_weights` is one more: `jaxllm.ops.attention` names it on the path that builds them.
+# `jaxllm.ops.attention` names one more, `attention_weights`, on the path that builds them.
 HOOK_POINTS = {
     "input": False,
     "query": True,

@@ -5,6 +5,7 @@ Out of scope: mathematics (`jaxllm.ops`), loops over layers (`jaxllm.models.stac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,21 +18,22 @@ from jaxllm.ops import norms
 from jaxllm.ops.linear import biased_linear, linear
 
 Params = dict[str, Any]
+Map = Callable[[Array], Array]
 
 
 class Islands(NamedTuple):
     """Dtypes of what a model does not compute in its compute dtype; None is the default.
 
-    Below float32 an island takes sums inside it along, in the backward pass most of all: the precision ledger shows
-    which. Prefill and decoding keep the defaults.
+    An island below float32 narrows sums inside it too, most of them in the backward pass; the precision ledger lists
+    them. Prefill and decoding keep the defaults.
 
     Attributes:
         norms: squares, root and quotient of RMSNorm; float32.
-        softmax: scores after their product, and weights before theirs; float32.
+        softmax: scores after their matmul, and weights before theirs; float32.
         relative_bias: T5's bias from its table on; float32 until it is laid out, then the compute dtype.
-        mlp_output: what T5's MLP gives to the residual stream; the compute dtype, but float32 under float16.
-        residual: the stream, where layers add up; the compute dtype, but float32 in a float16 T5. A run on a GPU with
-            bfloat16 sets it to that (`jaxllm.run.folder.settle_residual`).
+        mlp_output: output of T5's MLP; the compute dtype, but float32 under float16.
+        residual: the residual stream; the compute dtype, but float32 in a float16 T5. A run on a GPU with bfloat16 sets
+            it to that (`jaxllm.run.folder.settle_residual`).
         logits: of the training loss, as they are stored; float32. Their exponentials always are.
     """
 
@@ -45,17 +47,29 @@ class Islands(NamedTuple):
 
 DEFAULT_ISLANDS = Islands()
 
-# Of parameters when they are created; left to jax, they would be float64 under jax_enable_x64.
+# Dtype of new parameters; by jax's default it would be float64 under jax_enable_x64.
 MASTER = jnp.float32
 
 
 def apply(module: nn.Module, params: Params, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
-    """`module.apply` for modules that hold parameters and nothing else, so that the result is the method's own."""
+    """`module.apply` for modules that hold nothing but parameters."""
     return module.apply({"params": params}, *args, method=method, **kwargs)
 
 
+class Parts(NamedTuple):
+    """A layer's maps, each from its own parameters; the norms' outputs are in the compute dtype."""
+
+    attn_norm: Map
+    qkv: Callable[[Array], tuple[Array, Array, Array]]  # queries [B, T, N, H], keys and values [B, T, K, H]
+    out: Map  # of all heads [B, T, N * H]
+    mlp_norm: Map
+    gate_up: Callable[[Array], tuple[Any, Array]]  # the gate, None without one, and its factor [B, T, F]
+    activation: Map  # of the gate, or of the factor alone
+    down: Map  # of the neurons [B, T, F]
+
+
 class Linear(nn.Module):
-    """x @ kernel (+ bias); the kernel is [in, out], float32 as a parameter and in x's dtype in the product."""
+    """x @ kernel (+ bias); the kernel is [in, out], float32 as a parameter and in x's dtype in the matmul."""
 
     inputs: int
     outputs: int
@@ -99,7 +113,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) 
 
 @jax.custom_vjp
 def _lookup(table: Array, tokens: Array) -> Array:
-    # Indexing would take the nearest row for a wrong id, or count from the end: answers that nobody can tell are wrong.
+    # Indexing would take the nearest row for a wrong id, or count from the end: plausible, but wrong.
     return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 

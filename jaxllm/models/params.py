@@ -1,4 +1,4 @@
-"""Parameters of a model of any family: made at random, described, counted, compared."""
+"""Parameters of a model of any family: random, as shapes, counted, compared."""
 
 from __future__ import annotations
 
@@ -20,34 +20,32 @@ Model = nn.Module
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
     """Random parameters in float32, a plain dict; `key` is a `jax.random.key(seed)`.
 
-    Jitted, because op-by-op initialisation costs seconds; models that are equal share what was compiled.
+    Equal models share one compiled program: op-by-op initialisation would cost seconds.
 
     Raises:
-        ValueError: for what is no model, or not one key.
+        ValueError: for anything but a model and one key.
     """
     check_model(model)
-    _check_key(key)
-    return _init(model.clone(), key)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(model: Model, key: jax.Array) -> Any:
-    return model.init(key, *_inputs(model))["params"]
-
-
-def check_model(model: Any) -> None:
-    """Raises ValueError for what `build` has not made, such as a config."""
-    if not (isinstance(model, nn.Module) and isinstance(getattr(model, "config", None), ModelConfig)):
-        raise ValueError(f"the first argument must be a model as `build` makes it, got {type(model).__name__}")
-
-
-def _check_key(key: Any) -> None:
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     old = dtype == jnp.uint32 and shape == (2,)  # a jax.random.PRNGKey
     if not old and not (typed and shape == ()):
         got = f"{dtype}{list(shape)}; jax.vmap takes several" if typed and shape else repr(key)
         raise ValueError(f"key must be one key, e.g. jax.random.key(0), got {got}")
+    return _init(model.clone(), key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: Model, key: jax.Array) -> Any:
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    inputs = (tokens, tokens) if model.config.encoder_decoder else (tokens,)
+    return model.init(key, *inputs)["params"]
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for anything that `build` has not made, such as a config."""
+    if not (isinstance(model, nn.Module) and isinstance(getattr(model, "config", None), ModelConfig)):
+        raise ValueError(f"the first argument must be a model as `build` makes it, got {type(model).__name__}")
 
 
 def abstract_params(model: Model) -> dict[str, Any]:
@@ -55,17 +53,8 @@ def abstract_params(model: Model) -> dict[str, Any]:
     return _init.eval_shape(model.clone(), jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def _inputs(model: Model) -> tuple[jax.Array, ...]:
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return (tokens, tokens) if model.config.encoder_decoder else (tokens,)
-
-
 def check_params(model: Model, params: Any) -> None:
-    """Compares training parameters with the model's: their names and shapes.
-
-    Raises:
-        ValueError: naming those that are missing, left over or of another shape.
-    """
+    """Raises ValueError naming training parameters that are missing, left over or of another shape."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -1,9 +1,9 @@
 """Loops over a stack of equal layers: in training and scoring, and through a cache.
 
 Parameters of all layers of a stack are one tree with a leading axis L, whichever way the loop is compiled: `scan`
-compiles a layer once, `unroll` compiles them all and lets XLA fuse across them. The tree is a plain dict that a
-layer's `apply` takes slice by slice. Decoding rearranges it into a tuple of layers and unrolls, because a scan over
-stacked weights would slice (copy) them at every step. Out of scope: what a layer computes.
+compiles a layer once, `unroll` compiles them all and lets XLA fuse across them. Decoding rearranges the tree into a
+tuple of layers and unrolls, because a scan over stacked weights would slice (copy) them at every step. Out of scope:
+what a layer computes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,28 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
 from jaxllm.models.hook_points import KEPT
 from jaxllm.models.layers import Params
+from jaxllm.ops.matrices import Matrix, Rows, stored
 
 Hold = Callable[[Array, Array], kv.Stores]
 
 
-def init_stack(key: Array, init_layer: Callable[[Array], Params], num_layers: int) -> Params:
-    """Parameters of `num_layers` equal layers, stacked on a new leading axis."""
-    return jax.vmap(init_layer)(jax.random.split(key, num_layers))
+def create_stack(module: nn.Module, init_layer: Callable[[Array], Params], num_layers: int) -> None:
+    """Creates a module's parameters `layers`, those of equal layers on a new leading axis, and checks their number."""
+    # Not by module.param alone: it would trace the initialiser again.
+    if not module.has_variable("params", "layers"):
+        module.param("layers", lambda key: jax.vmap(init_layer)(jax.random.split(key, num_layers)))
+    found = jax.tree.leaves(module.get_variable("params", "layers"))[0].shape[0]
+    if found != num_layers:
+        raise ValueError(f"the parameters hold {found} layers, the model's config has {num_layers}: use the same model")
 
 
 def unstack(params: Any) -> list[Any]:
@@ -45,15 +53,10 @@ def apply_stack(
     mode: str,
     remat: str,
 ) -> Float[Array, "B T D"]:
-    """Runs x through `layer(params[i], x, per_layer[i])` for every i.
+    """Runs x through `layer(params[i], x, per_layer[i])` for every i; `mode` is scan or unroll.
 
-    Args:
-        layer: pure function of one layer's parameters, the residual stream, and what is its own (such as a key).
-        params: stacked parameters, leading axis L.
-        x: residual stream.
-        per_layer: tree with a leading axis L, or None.
-        mode: scan or unroll.
-        remat: none, elementwise, dots or full.
+    `params` and `per_layer` (such as keys, or None) are trees with a leading axis L; `remat` is none, elementwise, dots
+    or full.
     """
     body = _rematerialised(layer, remat)
     if mode == "scan":
@@ -70,17 +73,24 @@ def _rematerialised(layer: Callable[..., Array], remat: str) -> Callable[..., Ar
     policies = jax.checkpoint_policies
     if remat == "none":
         return layer
-    policy = {
-        "elementwise": policies.save_from_both_policies(policies.save_only_these_names(*KEPT), _is_fused_attention),
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _is_fused_attention),
-        "full": policies.nothing_saveable,
-    }[remat]
+    if remat == "full":
+        return jax.checkpoint(layer, policy=policies.nothing_saveable)
+    kept = {"elementwise": policies.save_only_these_names(*KEPT), "dots": policies.dots_with_no_batch_dims_saveable}
+    policy = policies.save_from_both_policies(kept[remat], _is_fused_attention)
     return jax.checkpoint(layer, policy=policy)
 
 
 def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
     """A fused kernel's output and softmax statistics: neither a dot nor named, and without them it would run twice."""
     return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def embed_and_head(params: Params, *, dtype: Any, int8: bool) -> tuple[Float[Array, "V D"], Matrix]:
+    """Embedding and head for decoding: one array when they are tied and not quantised."""
+    embed, tied = params["embed"].astype(dtype), "lm_head" not in params
+    if tied and not int8:
+        return embed, Rows(embed)
+    return embed, stored(params["embed" if tied else "lm_head"].T, dtype=dtype, int8=int8)
 
 
 def decode_stack(
@@ -94,18 +104,16 @@ def decode_stack(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs x through `layer(params[i], x, hold)` for every i; returns it and the updated cache.
 
-    Args:
-        layer: one layer; `hold(key, value)` writes its new keys and values and returns its stores.
-        params: of each layer, in the decoding layout.
-        x: residual stream.
-        cache: before the call.
-        update: what the call changes in it.
-        scope: name of the stack, for profiles and `jaxllm.study`.
+    In a layer, `hold(key, value)` writes its new keys and values and returns its stores. `scope` names the stack in
+    profiles and for `jaxllm.study`.
     """
     held: list[kv.Stores] = []
 
     def hold(keys: kv.Store, values: kv.Store | None, key: Array, value: Array) -> kv.Stores:
-        held.append(kv.put(update.write, keys, values, key, value))
+        if values is None:  # one store for both
+            held.append((update.write(keys, jnp.concatenate([key, value], axis=2)), None))
+        else:
+            held.append((update.write(keys, key), update.write(values, value)))
         return held[-1]
 
     for i, (each, keys, values) in enumerate(zip(params, cache.keys, cache.values, strict=True)):

@@ -1,14 +1,13 @@
 """Llama's decoding half: prompts into a cache, then one or several tokens at a time.
 
 Pure functions on the decoding layout: one NamedTuple per layer instead of stacks, cast once, with q, k, v and gate, up
-as one matrix each, so that a step reads every weight once and in few kernels. Layers are unrolled, because a scan
-over stacked weights would slice (copy) them at every step. Out of scope: training, choosing tokens.
+as one matrix each. A step reads every weight once and in few kernels. Out of scope: training, choosing tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,12 +16,14 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
-from jaxllm.models.functions import Pairs
-from jaxllm.models.llama.layer import Parts, layer_body, rotation, whole_attention
+from jaxllm.models.decoder import Adapter, Plan, check_methods, check_prepared, join
+from jaxllm.models.layers import Parts, apply
+from jaxllm.models.llama.layer import layer_body, rotation, whole_attention
 from jaxllm.models.llama.model import Llama
-from jaxllm.models.stack import Hold, decode_stack, unstack
+from jaxllm.models.params import check_params
+from jaxllm.models.stack import Hold, decode_stack, embed_and_head, unstack
 from jaxllm.ops.activations import ACTIVATIONS
-from jaxllm.ops.matrices import Matrix, Rows, project, stored
+from jaxllm.ops.matrices import Matrix, project, stored
 from jaxllm.ops.norms import rms_norm
 
 
@@ -33,7 +34,7 @@ class Projection(NamedTuple):
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:
-        """Maps the last axis; a bias joins the accumulator before it is rounded, as in training."""
+        """Maps the last axis; the bias is added before the sum is rounded, as in training."""
         if self.bias is None:
             return project(x, self.kernel)
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -65,16 +66,13 @@ class LlamaParams(NamedTuple):
 def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False) -> LlamaParams:
     """The decoding layout of training parameters, in the compute dtype.
 
-    Args:
-        params: as `init_params` or a checkpoint holds them.
-        dtype: of the weights that are not quantised, and of the computation.
-        int8: store all matrices but the embedding as int8 with a float32 scale per output channel.
+    With `int8`, all matrices but the embedding are stored as int8 with a float32 scale per output channel.
     """
-    store = functools.partial(stored, dtype=dtype, int8=int8)
 
     def joined(layer: dict[str, Any], *names: str) -> Projection:
         kernel, bias = ([layer[name][part] for name in names if part in layer[name]] for part in ("kernel", "bias"))
-        return Projection(store(jnp.concatenate(kernel, axis=1)), jnp.concatenate(bias).astype(dtype) if bias else None)
+        matrix = stored(jnp.concatenate(kernel, axis=1), dtype=dtype, int8=int8)
+        return Projection(matrix, jnp.concatenate(bias).astype(dtype) if bias else None)
 
     def norm(tree: dict[str, Any], name: str) -> Array | None:
         return tree[name]["weight"].astype(dtype) if name in tree else None
@@ -92,9 +90,7 @@ def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False
         )
         for layer in unstack(params["layers"])
     )
-    embed = params["embed"].astype(dtype)
-    tied = "lm_head" not in params
-    head = Rows(embed) if tied and not int8 else store(params["embed" if tied else "lm_head"].T)
+    embed, head = embed_and_head(params, dtype=dtype, int8=int8)
     return LlamaParams(embed, layers, params["final_norm"]["weight"].astype(dtype), head)
 
 
@@ -111,37 +107,31 @@ def prefill(
     """Logits of the token after each prompt, and the cache.
 
     Args:
-        model: its config, and its own attention and positions where it has them.
+        model: its config, own attention and own positions are used.
         params: decoding layout.
         tokens: prompts, padded on the right.
         lengths: real tokens of each row, at least 1.
-        capacity: slots of the cache; a sliding window needs no more than it is wide, and then wraps around.
+        capacity: slots of the cache; with a sliding window, its width is enough, and the cache wraps around.
         length: context length that dynamic and longrope scaling assume; None is `capacity`.
         dtype: of the cache; None is that of the parameters.
 
     Raises:
-        ValueError: when the prompt exceeds the capacity and no window lets its beginning go.
+        ValueError: when the prompt exceeds the capacity and no window drops its beginning.
     """
-    c, (batch, count) = model.config, tokens.shape
+    c, count = model.config, tokens.shape[1]
     positions = jnp.arange(count)[None]
-    cache = kv.init_cache(
-        batch=batch,
-        capacity=capacity,
-        num_layers=c.num_layers,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        dtype=dtype or params.embed.dtype,
-    )
+    sizes = {"num_layers": c.num_layers, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
+    cache = kv.init_cache(batch=tokens.shape[0], capacity=capacity, dtype=dtype or params.embed.dtype, **sizes)
     update = kv.fill(cache, lengths, count, window=c.sliding_window)
-    attend = whole_attention(c, model.attend, positions, lengths=lengths)
+    whole = whole_attention(c, model.attend, positions, lengths=lengths)
     rotate = rotation(c, model.rotate, positions, length=length or capacity)
 
     def layer(part: LayerParams, x: Array, hold: Hold) -> Array:
-        def attend_new(query: Array, key: Array, value: Array) -> Array:
+        def attend(query: Array, key: Array, value: Array) -> Array:
             hold(key, value)
-            return attend(query, key, value)
+            return whole(query, key, value)
 
-        return layer_body(_parts(c, part), x, attend_new, rotate)
+        return layer_body(_parts(c, part), x, attend, rotate)
 
     x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, update, scope="layers")
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
@@ -158,21 +148,13 @@ def decode_step(
     length: int | None = None,
     attended: int | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Appends one token per row, all in the same slot, and returns the logits of the next.
+    """Appends one token per row, at `positions` but all in the same slot; returns the logits of the next.
 
-    Args:
-        model: as in `prefill`.
-        params: decoding layout.
-        cache: from `prefill` or an earlier step.
-        tokens: one per row.
-        positions: of those tokens in their rows.
-        length: as in `prefill`.
-        attended: read only so many first slots; the caller knows that the rest is empty. None reads all.
+    It reads the first `attended` slots, or all; the others must be empty. `length` is as in `prefill`.
     """
-    update, columns = kv.append(cache, positions, wraps=True), positions[:, None]
-    pairs = kv.visible_pairs(update.positions[:, :attended], columns, window=model.config.sliding_window)
-    look = kv.attend_by(model.attend, kv.attend_one)
-    logits, cache = _through_cache(model, params, cache, tokens[:, None], update, pairs, look, length)
+    window = model.config.sliding_window
+    turn = kv.append(cache, positions, model.attend, wraps=True, window=window, attended=attended)
+    logits, cache = _through_cache(model, params, cache, tokens[:, None], turn, length)
     return logits[:, 0], cache
 
 
@@ -186,32 +168,23 @@ def extend(
     length: int | None = None,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """Appends T tokens per row as `kv.extend` does, and returns the logits after each."""
-    update = kv.extend(cache, positions)
-    pairs = kv.visible_pairs(update.positions, positions, window=model.config.sliding_window)
-    look = kv.attend_by(model.attend, kv.attend_many)
-    return _through_cache(model, params, cache, tokens, update, pairs, look, length)
+    turn = kv.extend(cache, positions, model.attend, window=model.config.sliding_window)
+    return _through_cache(model, params, cache, tokens, turn, length)
 
 
 def _through_cache(
-    model: Llama,
-    params: LlamaParams,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    update: kv.Update,
-    pairs: Pairs,
-    look: Callable[..., Array],
-    length: int | None,
+    model: Llama, params: LlamaParams, cache: KVCache, tokens: Int[Array, "B T"], turn: kv.Turn, length: int | None
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     c = model.config
-    rotate = rotation(c, model.rotate, pairs.query_positions, length=length or cache.positions.shape[1])
+    rotate = rotation(c, model.rotate, turn.pairs.query_positions, length=length or cache.positions.shape[1])
 
     def layer(part: LayerParams, x: Array, hold: Hold) -> Array:
         def attend(query: Array, key: Array, value: Array) -> Array:
-            return look(query, *hold(key, value), pairs, scale=c.head_dim**-0.5)
+            return turn.attend(query, *hold(key, value), turn.pairs, scale=c.head_dim**-0.5)
 
         return layer_body(_parts(c, part), x, attend, rotate)
 
-    x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, update, scope="layers")
+    x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, turn.update, scope="layers")
     return _logits(c, params, x), cache
 
 
@@ -242,3 +215,77 @@ def _parts(c: LlamaConfig, layer: LayerParams) -> Parts:
 
 def _logits(config: LlamaConfig, params: LlamaParams, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     return project(rms_norm(x, params.final_norm, eps=config.norm_eps), params.head, dtype=jnp.float32)
+
+
+class LlamaDecoder(Adapter):
+    """Llama's side of the decoding loops: a decoder continues its prompt."""
+
+    def prepare(self, params: Any, *, int8: bool = False) -> LlamaParams:
+        """See `Decoder`."""
+        check_methods(type(self.model), Llama)
+        if isinstance(params, LlamaParams):
+            check_prepared(self.model, params.embed, decoder=(len(params.layers), self.model.config.num_layers))
+            return params
+        check_params(self.model, params)
+        return prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
+
+    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+        """See `Decoder`; only dynamic scaling extends the context."""
+        c = self.model.config
+        worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        longest = len(prompts[worst])
+        context = int(c.max_length * (c.rope.factor or 1)) if c.rope.type == "dynamic" else c.max_length
+        if longest + new - 1 > context:
+            raise ValueError(
+                f"prompt {worst} of {longest} tokens and {new} new ones need {longest + new - 1} positions, the "
+                f"model's context has {context} (model.max_length); shorten the prompt or max_new_tokens"
+            )
+
+    def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
+        """See `Decoder`."""
+        c = self.model.config
+        slots = prompt + new
+        if wraps and c.sliding_window is not None:
+            slots = min(slots, c.sliding_window)
+        # Only with these two does the length change the frequencies; others share one compiled program.
+        length = needed if c.rope.type in ("dynamic", "longrope") else c.max_length
+        return Plan(prompt, new, prompt, slots, length, cache_dtype)
+
+    def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
+        """See `Decoder`."""
+        dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
+        options = {"capacity": plan.slots, "length": plan.length, "dtype": dtype}
+        logits, cache = prefill(self.model, params, tokens, lengths, **options)
+        return None, logits, cache, lengths
+
+    def step(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
+    ) -> tuple[Array, KVCache]:
+        """See `Decoder`."""
+        options = {"length": plan.length, "attended": attended}
+        return decode_step(self.model, params, cache, tokens, positions, **options)
+
+    def extend(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
+    ) -> tuple[Array, KVCache]:
+        """See `Decoder`."""
+        return extend(self.model, params, cache, tokens, positions, length=plan.length)
+
+    def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+        """See `Decoder`: the prompt."""
+        return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+
+    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
+        """See `Decoder`: the row itself, prompt and new tokens."""
+        joined = join(tokens, lengths, new)
+        return joined, lengths + counts, joined, lengths + counts
+
+    def full_logits(
+        self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
+    ) -> Float[Array, "B N V"]:
+        """See `Decoder`."""
+        columns = lengths[:, None] + jnp.arange(new.shape[1])
+        joined = join(tokens, lengths, new)
+        hidden = apply(self.model, params, joined, length=length, method="hidden")
+        before = jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
+        return apply(self.model, params, before, method="logits")

@@ -1,47 +1,24 @@
 """One layer of a Llama: the same body for training, scoring, prefill and decoding.
 
 What differs comes as arguments: the maps of the layer's parameters in either layout (`Parts`), and the two functions
-that research code may replace, attention and positions. Out of scope: the parameters themselves.
+that research code may replace, attention and positions.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
 from jaxllm.models.functions import Attend, Pairs, Rotate, dense_mask
 from jaxllm.models.hook_points import add, mark
+from jaxllm.models.layers import Map, Parts
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
-
-Map = Callable[[Array], Array]
-
-
-class Parts(NamedTuple):
-    """A layer's maps, each from its own parameters.
-
-    Attributes:
-        attn_norm: in front of attention, into the compute dtype.
-        qkv: queries [B, T, N, H], keys and values [B, T, K, H], with the norms of heads where the model has them.
-        out: of all heads [B, T, N * H].
-        mlp_norm: in front of the MLP, into the compute dtype.
-        gate_up: the MLP's gate and its factor, both [B, T, F].
-        activation: of the gate.
-        down: of the MLP's neurons [B, T, F].
-    """
-
-    attn_norm: Map
-    qkv: Callable[[Array], tuple[Array, Array, Array]]
-    out: Map
-    mlp_norm: Map
-    gate_up: Callable[[Array], tuple[Array, Array]]
-    activation: Map
-    down: Map
 
 
 def layer_body(
@@ -53,7 +30,7 @@ def layer_body(
         parts: the layer's maps.
         x: residual stream.
         attend: queries, keys and values of these tokens to the mixed values [B, T, N, H].
-        rotate: queries or keys [B, T, N, H], to have their positions in them.
+        rotate: queries or keys [B, T, N, H] to the same with their positions in them.
     """
     x = mark(x, "input")
     query, key, value = parts.qkv(parts.attn_norm(x))
@@ -87,14 +64,8 @@ def whole_attention(
     softmax_dtype: Any = None,
 ) -> Callable[[Array, Array, Array], Array]:
     """Causal attention over whole sequences, or a model's own, in documents or in rows of `lengths` tokens."""
-    pattern = Pattern(
-        causal=True,
-        window=config.sliding_window,
-        query_segments=segment_ids,
-        key_segments=segment_ids,
-        query_lengths=lengths,
-        key_lengths=lengths,
-    )
+    # Causal, with a window; queries and keys are the same tokens.
+    pattern = Pattern(True, config.sliding_window, segment_ids, segment_ids, lengths, lengths)
     if own is not None:
         count = positions.shape[1]
         pairs = Pairs(dense_mask(pattern, count, count), positions, positions)

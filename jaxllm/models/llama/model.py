@@ -13,23 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
-from jaxllm.models.checks import check_depth, check_shape, check_tokens, refuse
+from jaxllm.models.checks import check_shape, check_tokens, refuse
 from jaxllm.models.flops import Flops
 from jaxllm.models.functions import Attend, Rotate
-from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Params, RMSNorm, apply, embed
-from jaxllm.models.llama.layer import Map, Parts, layer_body, rotation, whole_attention
-from jaxllm.models.stack import apply_stack, init_stack
+from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Map, Params, Parts, RMSNorm, apply, embed
+from jaxllm.models.llama.layer import layer_body, rotation, whole_attention
+from jaxllm.models.stack import apply_stack, create_stack
 from jaxllm.ops.activations import ACTIVATIONS
 
 
 class LlamaLayer(nn.Module):
-    """The parameters of one layer, for training and scoring.
-
-    Attributes:
-        config: architecture.
-        dtype: of the sublayers; the residual stream x keeps its own.
-        islands: dtypes of what does not follow it.
-    """
+    """The parameters of one layer, for training and scoring; `dtype` is that of the sublayers."""
 
     config: LlamaConfig
     dtype: Any
@@ -39,7 +33,7 @@ class LlamaLayer(nn.Module):
         """Creates the projections and norms, named as in design.md."""
         c, norms = self.config, self.islands.norms
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        residual_std = c.init_std / (2 * c.num_layers) ** 0.5  # GPT-2: keeps the stream's variance at init
+        residual_std = c.init_std / (2 * c.num_layers) ** 0.5  # GPT-2: keeps the residual stream's variance
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps, norms)
         self.q_proj = Linear(c.d_model, queries, c.init_std, c.qkv_bias)
         self.k_proj = Linear(c.d_model, keys, c.init_std, c.qkv_bias)
@@ -86,8 +80,8 @@ class Llama(nn.Module):
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
         islands: dtypes of what does not follow `dtype`.
-        attend: attention of its own (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
-        rotate: positions of its own in queries and keys, here and in decoding; None is RoPE.
+        attend: an own attention (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
+        rotate: own positions in queries and keys, here and in decoding; None is RoPE.
     """
 
     config: LlamaConfig
@@ -101,10 +95,7 @@ class Llama(nn.Module):
         c = self.config
         normal = nn.initializers.normal(c.init_std)
         self.embed = self.param("embed", normal, (c.vocab_size, c.d_model), MASTER)
-        # Not by self.param alone: it would trace the initialiser again.
-        if not self.has_variable("params", "layers"):
-            self.param("layers", init_stack, self._init_layer, c.num_layers)
-        check_depth(self._layers(), c.num_layers)
+        create_stack(self, self._init_layer, c.num_layers)
         self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
         if c.tie_embeddings:
             refuse(self, "lm_head")
@@ -128,10 +119,9 @@ class Llama(nn.Module):
             length: context length that dynamic and longrope scaling assume; None is T.
 
         Raises:
-            ValueError: while tracing, for tokens that are no integers [B, T], or parameters of another model.
+            ValueError: while tracing, for tokens that are not integers [B, T], or parameters of another model.
         """
-        x = self.hidden(tokens, positions=positions, segment_ids=segment_ids, length=length)
-        return self.logits(x)
+        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids, length=length))
 
     def hidden(
         self,
@@ -153,7 +143,7 @@ class Llama(nn.Module):
         layer = LlamaLayer(c, self.dtype, self.islands, parent=None)
         x = apply_stack(
             lambda params, h, _: apply(layer, params, h, attend, rotate),
-            self._layers(),
+            self.get_variable("params", "layers"),
             embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or self.dtype),
             mode=c.layers,
             remat=c.remat,
@@ -165,15 +155,12 @@ class Llama(nn.Module):
         return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
 
     def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of a stream at any layer, as `jaxllm.study` captures it: last norm, then head (the logit lens)."""
+        """Logits of any layer's residual stream, as `jaxllm.study` captures it: last norm, head (the logit lens)."""
         return self.logits(self.final_norm(x).astype(self.dtype))
 
     def head(self) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding when tied."""
         return jnp.asarray(self.embed if self.config.tie_embeddings else self.lm_head, self.dtype)
-
-    def _layers(self) -> Any:
-        return self.get_variable("params", "layers")
 
     def _rotation(self, positions: Array, length: int) -> Map:
         return rotation(self.config, self.rotate, positions, length=length)
@@ -186,8 +173,8 @@ class Llama(nn.Module):
 
 
 def hidden(model: Llama, params: Any, batch: Mapping[str, Any], key: Array | None = None) -> Float[Array, "B T D"]:
-    """Hidden states of a training batch, `tokens` [B, T] with `positions` and `segment_ids` where wanted."""
-    del key  # there is no dropout
+    """Hidden states of a training batch: `tokens` [B, T], and `positions` and `segment_ids` if it has them."""
+    del key  # Llama has no dropout
     inputs = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
     return apply(model, params, batch["tokens"], **inputs, method="hidden")
 

@@ -1,14 +1,13 @@
 """T5's decoding half: sources into an immutable cross cache, then targets one or several tokens at a time.
 
 Pure functions on the decoding layout, as for Llama: one NamedTuple per layer, cast once, projections of one input
-joined. The encoder's keys and values are computed once per layer in `prefill`; they belong to that batch and are never
-written again, so a decode loop closes over them. Out of scope: training, choosing tokens.
+joined. Out of scope: training, choosing tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +17,13 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import T5Config
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
+from jaxllm.models.decoder import Adapter, Plan, check_methods, check_prepared
 from jaxllm.models.functions import Pairs
-from jaxllm.models.stack import Hold, decode_stack, unstack
+from jaxllm.models.layers import Parts, apply
+from jaxllm.models.params import check_params
+from jaxllm.models.stack import Hold, decode_stack, embed_and_head, unstack
 from jaxllm.models.t5.layer import (
     CrossParts,
-    Parts,
     layer_body,
     own_or_shared,
     scale_output,
@@ -30,23 +31,14 @@ from jaxllm.models.t5.layer import (
     stream_dtype,
     whole_attention,
 )
-from jaxllm.models.t5.model import T5
+from jaxllm.models.t5.model import T5, whole_bias
 from jaxllm.ops.activations import ACTIVATIONS
 from jaxllm.ops.masks import Pattern
-from jaxllm.ops.matrices import Matrix, Rows, project, stored
+from jaxllm.ops.matrices import Matrix, project, stored
 from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.relative_bias import relative_bias, relative_bias_at
+from jaxllm.ops.relative_bias import relative_bias_at
 
 Table = Float[Array, "R N"]
-
-
-class AttentionParams(NamedTuple):
-    """Attention of a stream over itself; `table` is the layer's own relative bias (UMT5), or None."""
-
-    norm: Array
-    qkv: Matrix
-    out: Matrix
-    table: Table | None
 
 
 class CrossParams(NamedTuple):
@@ -58,20 +50,17 @@ class CrossParams(NamedTuple):
     out: Matrix
 
 
-class MLPParams(NamedTuple):
-    """`up` is gate and up joined when gated."""
+class LayerParams(NamedTuple):
+    """One layer; `table` is its own relative bias (UMT5), `cross` a decoder's; gate and up are joined when gated."""
 
-    norm: Array
+    attn_norm: Array
+    qkv: Matrix
+    out: Matrix
+    table: Table | None
+    cross: Any  # CrossParams, or None in the encoder
+    mlp_norm: Array
     up: Matrix
     down: Matrix
-
-
-class LayerParams(NamedTuple):
-    """One layer; `cross` is None in the encoder."""
-
-    attention: AttentionParams
-    cross: CrossParams | None
-    mlp: MLPParams
 
 
 class StackParams(NamedTuple):
@@ -92,49 +81,40 @@ class T5Params(NamedTuple):
 
 
 def prepare_for_decode(params: dict[str, Any], *, dtype: Any, int8: bool = False) -> T5Params:
-    """The decoding layout of training parameters, in the compute dtype.
-
-    Args:
-        params: as `init_params` or a checkpoint holds them.
-        dtype: of the weights that are not quantised, and of the computation.
-        int8: store all matrices but the embedding as int8 with a float32 scale per output channel.
-    """
-    store = functools.partial(stored, dtype=dtype, int8=int8)
+    """The decoding layout of training parameters, in the compute dtype; `int8` as for Llama."""
 
     def joined(tree: dict[str, Any], *names: str) -> Matrix:
         kernel = jnp.concatenate([tree[name]["kernel"] for name in names if name in tree], axis=1)
-        return store(kernel)
+        return stored(kernel, dtype=dtype, int8=int8)
 
-    def cast(tree: dict[str, Any], name: str) -> Array | None:
-        return tree[name].astype(dtype) if name in tree else None
+    def table(tree: dict[str, Any]) -> Array | None:
+        return tree["relative_bias"].astype(dtype) if "relative_bias" in tree else None
 
     def norm(tree: dict[str, Any], name: str) -> Array:
         return tree[name]["weight"].astype(dtype)
-
-    def attention_of(tree: dict[str, Any]) -> AttentionParams:
-        part = tree["attention"]
-        qkv, out = joined(part, "q_proj", "k_proj", "v_proj"), joined(part, "o_proj")
-        return AttentionParams(norm(tree, "attn_norm"), qkv, out, cast(tree, "relative_bias"))
 
     def cross_of(tree: dict[str, Any]) -> CrossParams:
         part = tree["cross_attention"]
         query, pair = joined(part, "q_proj"), joined(part, "k_proj", "v_proj")
         return CrossParams(norm(tree, "cross_norm"), query, pair, joined(part, "o_proj"))
 
-    def mlp_of(tree: dict[str, Any]) -> MLPParams:
-        part = tree["mlp"]
-        return MLPParams(norm(tree, "mlp_norm"), joined(part, "gate_proj", "up_proj"), joined(part, "down_proj"))
-
     def layer_of(tree: dict[str, Any]) -> LayerParams:
-        cross = cross_of(tree) if "cross_attention" in tree else None
-        return LayerParams(attention_of(tree), cross, mlp_of(tree))
+        return LayerParams(
+            attn_norm=norm(tree, "attn_norm"),
+            qkv=joined(tree["attention"], "q_proj", "k_proj", "v_proj"),
+            out=joined(tree["attention"], "o_proj"),
+            table=table(tree),
+            cross=cross_of(tree) if "cross_attention" in tree else None,
+            mlp_norm=norm(tree, "mlp_norm"),
+            up=joined(tree["mlp"], "gate_proj", "up_proj"),
+            down=joined(tree["mlp"], "down_proj"),
+        )
 
     def stack_of(tree: dict[str, Any]) -> StackParams:
         layers = tuple(layer_of(layer) for layer in unstack(tree["layers"]))
-        return StackParams(layers, cast(tree, "relative_bias"), norm(tree, "final_norm"))
+        return StackParams(layers, table(tree), norm(tree, "final_norm"))
 
-    embed, tied = params["embed"].astype(dtype), "lm_head" not in params
-    head = Rows(embed) if tied and not int8 else store(params["embed" if tied else "lm_head"].T)
+    embed, head = embed_and_head(params, dtype=dtype, int8=int8)
     return T5Params(embed, stack_of(params["encoder"]), stack_of(params["decoder"]), head)
 
 
@@ -150,7 +130,7 @@ def prefill(
     """Encodes the sources and makes an empty cache; the first token to feed is `config.decoder_start_id`.
 
     Args:
-        model: its config, and its own attention and bias where it has them.
+        model: its config, own attention and own bias are used.
         params: decoding layout.
         encoder_tokens: sources, padded on the right.
         encoder_lengths: real tokens of each row.
@@ -160,20 +140,13 @@ def prefill(
     c, (batch, count) = model.config, encoder_tokens.shape
     encoded = _encode(model, params, encoder_tokens, encoder_lengths)
     keys, values = [], []
-    layers = [layer.cross for layer in params.decoder.layers if layer.cross is not None]
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(params.decoder.layers):
         with jax.named_scope(f"decoder/layers/{i}"):
-            key, value = source_keys_values(_cross_parts(c, layer), encoded, rows=batch)
+            key, value = source_keys_values(_cross_parts(c, layer.cross), encoded, rows=batch)
         keys.append(jnp.swapaxes(key, 1, 2))
         values.append(jnp.swapaxes(value, 1, 2))
-    cache = kv.init_cache(
-        batch=batch,
-        capacity=capacity,
-        num_layers=c.num_decoder_layers,
-        num_kv_heads=c.num_heads,
-        head_dim=c.head_dim,
-        dtype=dtype or params.embed.dtype,
-    )
+    sizes = {"num_layers": c.num_decoder_layers, "num_kv_heads": c.num_heads, "head_dim": c.head_dim}
+    cache = kv.init_cache(batch=batch, capacity=capacity, dtype=dtype or params.embed.dtype, **sizes)
     return CrossCache(tuple(keys), tuple(values), jnp.arange(count)[None] < encoder_lengths[:, None]), cache
 
 
@@ -183,19 +156,13 @@ def _encode(model: T5, params: T5Params, tokens: Int[Array, "B S"], lengths: Int
     attend = whole_attention(c, model.attend, pattern, queries=count, keys=count)
 
     def build(table: Table) -> Array:
-        if model.position_bias is not None:
-            positions = jnp.arange(count)[None]
-            bias = model.position_bias(table, positions, positions, bidirectional=True)
-        else:
-            options = {"max_distance": c.relative_max_distance, "bidirectional": True}
-            bias = relative_bias(table, queries=count, keys=count, **options)
-        return bias.astype(params.embed.dtype)
+        return whole_bias(c, model.position_bias, table, count, bidirectional=True).astype(params.embed.dtype)
 
     bias_of = own_or_shared(build, params.encoder.table)
     x = _embed(params, tokens)
     for i, layer in enumerate(params.encoder.layers):
         with jax.named_scope(f"encoder/layers/{i}"):
-            own = functools.partial(attend, bias=bias_of(layer.attention.table), drop=None)
+            own = functools.partial(attend, bias=bias_of(layer.table), drop=None)
             x = layer_body(_parts(c, layer), x, own)
     return _norm(c, x, params.encoder.final_norm)
 
@@ -210,21 +177,13 @@ def decode_step(
     *,
     attended: int | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Appends one token per row, all in the same slot, and returns the logits of the next.
+    """Appends one token per row, at `positions` from 0 but all in the same slot; returns the logits of the next.
 
-    Args:
-        model: as in `prefill`.
-        params: decoding layout.
-        cross: of the same call of `prefill` as the cache.
-        cache: from `prefill` or an earlier step.
-        tokens: one per row, first `config.decoder_start_id`.
-        positions: of those tokens in their rows, from 0.
-        attended: read only so many first slots; the caller knows that the rest is empty. None reads all.
+    It reads the first `attended` slots, or all; the others must be empty. `cross` and the first cache are from the
+    same call of `prefill`.
     """
-    update = kv.append(cache, positions)
-    pairs = kv.visible_pairs(update.positions[:, :attended], positions[:, None])
-    look = kv.attend_by(model.attend, kv.attend_one)
-    logits, cache = _through_cache(model, params, cross, cache, tokens[:, None], update, pairs, look)
+    turn = kv.append(cache, positions, model.attend, attended=attended)
+    logits, cache = _through_cache(model, params, cross, cache, tokens[:, None], turn)
     return logits[:, 0], cache
 
 
@@ -237,28 +196,19 @@ def extend(
     positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """Appends T tokens per row as `kv.extend` does, and returns the logits after each."""
-    update = kv.extend(cache, positions)
-    pairs = kv.visible_pairs(update.positions, positions)
-    look = kv.attend_by(model.attend, kv.attend_many)
-    return _through_cache(model, params, cross, cache, tokens, update, pairs, look)
+    turn = kv.extend(cache, positions, model.attend)
+    return _through_cache(model, params, cross, cache, tokens, turn)
 
 
 def _through_cache(
-    model: T5,
-    params: T5Params,
-    cross: CrossCache,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    update: kv.Update,
-    pairs: Pairs,
-    look: Callable[..., Array],
+    model: T5, params: T5Params, cross: CrossCache, cache: KVCache, tokens: Int[Array, "B T"], turn: kv.Turn
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     c, sources = model.config, cross.visible.shape[1]
+    places = turn.pairs.query_positions, turn.pairs.key_positions
     source_mask = jnp.broadcast_to(cross.visible[:, None], (*tokens.shape, sources))
-    source_pairs = Pairs(source_mask, pairs.query_positions, jnp.arange(sources)[None])
+    source_pairs = Pairs(source_mask, places[0], jnp.arange(sources)[None])
 
     def build(table: Table) -> Array:
-        places = pairs.query_positions, pairs.key_positions
         if model.position_bias is not None:
             return model.position_bias(table, *places, bidirectional=False)
         capacity = cache.positions.shape[1]
@@ -267,46 +217,44 @@ def _through_cache(
     bias_of = own_or_shared(build, params.decoder.table)
 
     def layer(part: tuple[LayerParams, kv.Store, kv.Store], x: Array, hold: Hold) -> Array:
-        own, source_keys, source_values = part
-        seen = pairs._replace(bias=bias_of(own.attention.table))
+        own, *source = part
+        pairs = turn.pairs._replace(bias=bias_of(own.table))
 
         def attend(query: Array, key: Array, value: Array) -> Array:
-            return look(query, *hold(key, value), seen, scale=1.0)
+            return turn.attend(query, *hold(key, value), pairs, scale=1.0)
 
         def attend_source(query: Array) -> Array:
-            return look(query, source_keys, source_values, source_pairs, scale=1.0)
+            return turn.attend(query, *source, source_pairs, scale=1.0)
 
-        return layer_body(_parts(c, own), x, attend, attend_source)
+        return layer_body(_parts(c, own), x, attend, (_cross_parts(c, own.cross), attend_source))
 
     layers = list(zip(params.decoder.layers, cross.keys, cross.values, strict=True))
-    x, cache = decode_stack(layer, layers, _embed(params, tokens), cache, update, scope="decoder/layers")
-    return _logits(c, params, _norm(c, x, params.decoder.final_norm)), cache
+    x, cache = decode_stack(layer, layers, _embed(params, tokens), cache, turn.update, scope="decoder/layers")
+    x = scale_output(c, _norm(c, x, params.decoder.final_norm))
+    return project(x, params.head, dtype=jnp.float32), cache
 
 
 def _parts(c: T5Config, layer: LayerParams) -> Parts:
-    attention, cross, mlp = layer
-
     def qkv(h: Array) -> tuple[Array, Array, Array]:
-        joined = _heads(c, project(h, attention.qkv), 3)
+        joined = _heads(c, project(h, layer.qkv), 3)
         return joined[:, :, 0], joined[:, :, 1], joined[:, :, 2]
 
     def gate_up(h: Array) -> tuple[Array | None, Array]:
-        up = project(h, mlp.up)
+        up = project(h, layer.up)
         if not c.gated:
             return None, up
         gate, up = jnp.split(up, 2, axis=-1)
         return gate, up
 
     return Parts(
-        attn_norm=lambda x: _norm(c, x, attention.norm),
+        attn_norm=lambda x: _norm(c, x, layer.attn_norm),
         qkv=qkv,
-        out=lambda mixed: project(mixed, attention.out),
-        cross=None if cross is None else _cross_parts(c, cross),
-        mlp_norm=lambda x: _norm(c, x, mlp.norm),
+        out=lambda mixed: project(mixed, layer.out),
+        mlp_norm=lambda x: _norm(c, x, layer.mlp_norm),
         gate_up=gate_up,
         activation=ACTIVATIONS[c.activation],
         # The sum that overflows float16, see `T5MLP.down`.
-        down=lambda neurons: project(neurons, mlp.down, dtype=stream_dtype(neurons.dtype)),
+        down=lambda neurons: project(neurons, layer.down, dtype=stream_dtype(neurons.dtype)),
     )
 
 
@@ -336,5 +284,64 @@ def _embed(params: T5Params, tokens: Array) -> Array:
     return params.embed[tokens].astype(stream_dtype(params.embed.dtype))
 
 
-def _logits(c: T5Config, params: T5Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    return project(scale_output(c, x), params.head, dtype=jnp.float32)
+class T5Decoder(Adapter):
+    """T5's side of the decoding loops: an encoder-decoder answers its prompt, from the decoder's start token on."""
+
+    def prepare(self, params: Any, *, int8: bool = False) -> T5Params:
+        """See `Decoder`."""
+        check_methods(type(self.model), T5)
+        if isinstance(params, T5Params):
+            encoder = (len(params.encoder.layers), self.model.config.num_layers)
+            decoder = (len(params.decoder.layers), self.model.config.num_decoder_layers)
+            check_prepared(self.model, params.embed, encoder=encoder, decoder=decoder)
+            return params
+        check_params(self.model, params)
+        return prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
+
+    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+        """See `Decoder`; relative positions have no longest context, but padding alone is not an input."""
+        for i, prompt in enumerate(prompts):
+            if all(token == pad_id for token in prompt):
+                raise ValueError(f"prompt {i} holds only padding (id {pad_id}): the encoder would see nothing")
+
+    def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
+        """See `Decoder`: only the start token precedes the new ones in the cache."""
+        return Plan(prompt, new, 1, 1 + new, None, cache_dtype)
+
+    def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
+        """See `Decoder`."""
+        dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
+        cross, cache = prefill(self.model, params, tokens, lengths, capacity=plan.slots, dtype=dtype)
+        zeros = jnp.zeros_like(lengths)
+        start = zeros + self.model.config.decoder_start_id
+        logits, cache = decode_step(self.model, params, cross, cache, start, zeros, attended=1)
+        return cross, logits, cache, zeros + 1
+
+    def step(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
+    ) -> tuple[Array, KVCache]:
+        """See `Decoder`."""
+        return decode_step(self.model, params, context, cache, tokens, positions, attended=attended)
+
+    def extend(
+        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
+    ) -> tuple[Array, KVCache]:
+        """See `Decoder`."""
+        return extend(self.model, params, context, cache, tokens, positions)
+
+    def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+        """See `Decoder`: the start token, not the encoder's input."""
+        begun = jnp.full((tokens.shape[0], 1), self.model.config.decoder_start_id, jnp.int32)
+        return begun, jnp.ones(begun.shape, bool)
+
+    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
+        """See `Decoder`: the encoder's input."""
+        return tokens, lengths, new, counts
+
+    def full_logits(
+        self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
+    ) -> Float[Array, "B N V"]:
+        """See `Decoder`."""
+        begun = jnp.full((tokens.shape[0], 1), self.model.config.decoder_start_id, new.dtype)
+        shifted = jnp.concatenate([begun, new[:, :-1]], axis=1)
+        return apply(self.model, params, tokens, shifted, encoder_lengths=lengths)

@@ -19,7 +19,7 @@ class Documents(NamedTuple):
         encoder_segment_ids: document of each source token, 0 = padding; None is one document, number 1.
         decoder_segment_ids: document of each decoder token, which sees the source of the same number.
         encoder_lengths: real source tokens of each row, where a row is one document and padding ends it. They replace
-            segment ids and are faster on a GPU, whose fused attention supports lengths but no documents.
+            segment ids and are faster on a GPU, whose fused attention supports lengths but not documents.
     """
 
     encoder_segment_ids: Int[Array, "#B S"] | None = None
@@ -28,17 +28,14 @@ class Documents(NamedTuple):
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Documents:
-        """Those of a training batch, whichever fields it has."""
+        """Those of a training batch, from the fields that it has."""
         return cls(**{name: batch[name] for name in cls._fields if name in batch})
 
     def encoder(self, rows: int, length: int) -> Pattern:
         """The encoder's attention over itself."""
         check_shape(self.encoder_segment_ids, "encoder_segment_ids", (rows, length))
-        return Pattern(
-            query_segments=self.encoder_segment_ids,
-            key_segments=self.encoder_segment_ids,
-            **self._lengths(rows, rows),
-        )
+        segments = self.encoder_segment_ids
+        return Pattern(query_segments=segments, key_segments=segments, **self._lengths(rows, rows))
 
     def decoder(self, rows: int, length: int) -> Pattern:
         """The decoder's attention over itself."""
@@ -46,7 +43,7 @@ class Documents(NamedTuple):
         return Pattern(causal=True, query_segments=self.decoder_segment_ids, key_segments=self.decoder_segment_ids)
 
     def cross(self, targets: tuple[int, ...], sources: tuple[int, ...]) -> Pattern:
-        """The decoder's attention over the encoder's output, which is one source for all rows or one for each."""
+        """The decoder's attention over the encoder's output: one source for all rows, or one for each."""
         check_shape(self.encoder_segment_ids, "encoder_segment_ids", sources)
         lengths = self._lengths(sources[0], targets[0])
         if self.encoder_segment_ids is None and self.decoder_segment_ids is None:
@@ -57,12 +54,12 @@ class Documents(NamedTuple):
         )
 
     def _lengths(self, sources: int, rows: int) -> dict[str, Any]:
-        """Real keys of each row, at least one: the output of an empty row means nothing anyway."""
+        """Real keys of each row, at least one: the output of an empty row has no meaning."""
         lengths = self.encoder_lengths
         if lengths is None:
             return {}
         if self.encoder_segment_ids is not None or self.decoder_segment_ids is not None:
-            raise ValueError("encoder_lengths say that a row is one document: give them or segment ids, not both")
+            raise ValueError("encoder_lengths make each row one document: give them or segment ids, not both")
         check_shape(lengths, "encoder_lengths", (sources,))
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise ValueError(f"encoder_lengths must be integers, got {lengths.dtype}")

@@ -1,13 +1,13 @@
 """T5 (arXiv 1910.10683) and its relatives v1.1, Flan, mT5, UMT5, ByT5, UL2: an encoder-decoder with relative positions.
 
-Pure entry points on one parameter tree: `__call__` and `hidden` for training and scoring, `encode` and `decode` for its
-halves. None takes a cache; decoding is `jaxllm.models.t5.decode`. Out of scope: objectives, Hugging Face names.
+`__call__` and `hidden` are for training and scoring, `encode` and `decode` for the halves. None takes a cache; decoding
+is `jaxllm.models.t5.decode`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -15,73 +15,90 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import T5Config
-from jaxllm.models.checks import check_depth, check_shape, check_tokens, refuse
+from jaxllm.models.checks import check_shape, check_tokens, refuse
 from jaxllm.models.flops import Flops
 from jaxllm.models.functions import Attend, PositionBias
 from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Params, RMSNorm, apply, embed
-from jaxllm.models.stack import apply_stack, init_stack
+from jaxllm.models.stack import apply_stack, create_stack
 from jaxllm.models.t5.documents import ONE_A_ROW, Documents
-from jaxllm.models.t5.layer import BiasOf, own_or_shared, scale_output, stream_dtype, whole_attention
-from jaxllm.models.t5.modules import DecoderLayer, EncoderLayer, create_table
+from jaxllm.models.t5.layer import (
+    BiasOf,
+    DecoderLayer,
+    EncoderLayer,
+    create_table,
+    own_or_shared,
+    scale_output,
+    stream_dtype,
+    whole_attention,
+)
 from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.relative_bias import relative_bias
 
 
 class _Stack(nn.Module):
-    """What encoder and decoder share: stacked layers, one bias table for all of them, and a last norm."""
+    """Stacked layers, one bias table for all of them, and a last norm; encoder and decoder differ in their layer."""
 
+    layer_class: ClassVar[type[nn.Module]]
+    bidirectional: ClassVar[bool]
     config: T5Config
     dtype: Any
     islands: Islands = DEFAULT_ISLANDS
     attend: Attend | None = None
     position_bias: PositionBias | None = None
 
-    def _create(self, num_layers: int, init_layer: Callable[[Array], Params]) -> None:
-        """Creates the layers, the shared bias table and the last norm."""
-        c = self.config
-        # Not by self.param alone: it would trace the initialiser again.
-        if not self.has_variable("params", "layers"):
-            self.param("layers", init_stack, init_layer, num_layers)
-        check_depth(self.get_variable("params", "layers"), num_layers)
+    def _create(self, num_layers: int, *cross: Any) -> None:
+        """Creates the layers, the shared bias table and the last norm; `cross` are a decoder layer's last inputs."""
+        c, layer = self.config, self._layer()
+
+        def init_layer(key: Array) -> Params:
+            x = jnp.zeros((1, 1, c.d_model), self.dtype)
+            variables: Any = layer.init(key, x, _first, lambda _: None, None, *cross)
+            return variables["params"]
+
+        create_stack(self, init_layer, num_layers)
         if c.relative_per_layer:
             refuse(self, "relative_bias")
         self.relative_bias = None if c.relative_per_layer else create_table(self, c)
         self.final_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
 
-    def _run(self, layer: Callable[[Params, Array, Array | None], Array], x: Array, key: Array | None) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        pattern: Pattern,
+        key: Array | None,
+        encoded: Float[Array, "#B S D"] | None = None,
+        cross_pattern: Pattern | None = None,
+    ) -> Float[Array, "B T D"]:
         """Dropout, the layers, the last norm, dropout; from the residual stream's dtype to the compute dtype."""
-        c = self.config
+        c, layer, length, cross = self.config, self._layer(), x.shape[1], ()
+        attend = self._attention(pattern, length, length)
+        if encoded is not None and cross_pattern is not None:
+            cross = encoded, self._attention(cross_pattern, length, encoded.shape[1])
+        bias_of = self._bias_of(length)
         embed_key, layers_key, last_key = split_keys(key if c.dropout_rate else None, 3)
         layers = self.get_variable("params", "layers")
         keys = None if layers_key is None else jax.random.split(layers_key, jax.tree.leaves(layers)[0].shape[0])
+
+        def run(params: Params, h: Array, own_key: Array | None) -> Array:
+            return apply(layer, params, h, attend, bias_of, own_key, *cross)
+
         x = dropout(x, embed_key, rate=c.dropout_rate)
-        x = apply_stack(layer, layers, x, keys, mode=c.layers, remat=c.remat)
+        x = apply_stack(run, layers, x, keys, mode=c.layers, remat=c.remat)
         return dropout(self.final_norm(x).astype(self.dtype), last_key, rate=c.dropout_rate)
 
+    def _layer(self) -> nn.Module:
+        return self.layer_class(self.config, self.dtype, self.islands, parent=None)
+
     def _attention(self, pattern: Pattern, queries: int, keys: int) -> Callable[..., Array]:
-        softmax_dtype = self.islands.softmax
-        return whole_attention(
-            self.config, self.attend, pattern, queries=queries, keys=keys, softmax_dtype=softmax_dtype
-        )
+        options = {"queries": queries, "keys": keys, "softmax_dtype": self.islands.softmax}
+        return whole_attention(self.config, self.attend, pattern, **options)
 
-    def _bias_of(self, length: int, *, bidirectional: bool) -> BiasOf:
-        c, own = self.config, self.position_bias
-
+    def _bias_of(self, length: int) -> BiasOf:
         @jax.named_scope("relative_bias")  # the precision ledger reads it
         def build(table: Array) -> Array:
-            if own is not None:
-                positions = jnp.arange(length)[None]
-                return own(table, positions, positions, bidirectional=bidirectional).astype(self.dtype)
-            bias = relative_bias(
-                table,
-                queries=length,
-                keys=length,
-                max_distance=c.relative_max_distance,
-                bidirectional=bidirectional,
-                dtype=self.islands.relative_bias,
-            )
-            return bias.astype(self.dtype)
+            options = {"bidirectional": self.bidirectional, "dtype": self.islands.relative_bias}
+            return whole_bias(self.config, self.position_bias, table, length, **options).astype(self.dtype)
 
         return own_or_shared(build, self.relative_bias)
 
@@ -89,55 +106,34 @@ class _Stack(nn.Module):
 class Encoder(_Stack):
     """Layers that see the whole source."""
 
+    layer_class = EncoderLayer
+    bidirectional = True
+
     def setup(self) -> None:
         """Creates the encoder's parameters."""
-        self._create(self.config.num_layers, self._init_layer)
-
-    def __call__(self, x: Float[Array, "B S D"], pattern: Pattern, key: Array | None) -> Float[Array, "B S D"]:
-        """Embedded tokens to the output that decoders attend to."""
-        layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
-        attend = self._attention(pattern, x.shape[1], x.shape[1])
-        bias_of = self._bias_of(x.shape[1], bidirectional=True)
-        return self._run(lambda params, h, own_key: apply(layer, params, h, attend, bias_of, own_key), x, key)
-
-    def _init_layer(self, key: Array) -> Params:
-        x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
-        layer = EncoderLayer(self.config, self.dtype, self.islands, parent=None)
-        variables: Any = layer.init(key, x, _first, lambda _: None, None)
-        return variables["params"]
+        self._create(self.config.num_layers)
 
 
 class Decoder(_Stack):
     """Layers that see the past, and the encoder's output."""
 
+    layer_class = DecoderLayer
+    bidirectional = False
+
     def setup(self) -> None:
         """Creates the decoder's parameters."""
-        self._create(self.config.num_decoder_layers, self._init_layer)
+        self._create(self.config.num_decoder_layers, jnp.zeros((1, 1, self.config.d_model), self.dtype), _first)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        encoded: Float[Array, "#B S D"],
-        pattern: Pattern,
-        cross_pattern: Pattern,
-        key: Array | None,
-    ) -> Float[Array, "B T D"]:
-        """Embedded tokens to the normalised last hidden state."""
-        layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
-        attend = self._attention(pattern, x.shape[1], x.shape[1])
-        attend_cross = self._attention(cross_pattern, x.shape[1], encoded.shape[1])
-        bias_of = self._bias_of(x.shape[1], bidirectional=False)
 
-        def run(params: Params, h: Array, own_key: Array | None) -> Array:
-            return apply(layer, params, h, encoded, attend, attend_cross, bias_of, own_key)
-
-        return self._run(run, x, key)
-
-    def _init_layer(self, key: Array) -> Params:
-        x = jnp.zeros((1, 1, self.config.d_model), self.dtype)
-        layer = DecoderLayer(self.config, self.dtype, self.islands, parent=None)
-        variables: Any = layer.init(key, x, x, _first, _first, lambda _: None, None)
-        return variables["params"]
+def whole_bias(
+    c: T5Config, own: PositionBias | None, table: Array, length: int, *, bidirectional: bool, dtype: Any = None
+) -> Float[Array, "#B N T T"]:
+    """The bias of whole sequences, or a model's own."""
+    if own is not None:
+        positions = jnp.arange(length)[None]
+        return own(table, positions, positions, bidirectional=bidirectional)
+    options = {"max_distance": c.relative_max_distance, "bidirectional": bidirectional, "dtype": dtype}
+    return relative_bias(table, queries=length, keys=length, **options)
 
 
 def _first(query: Array, *_: Array, **__: Any) -> Array:
@@ -152,8 +148,8 @@ class T5(nn.Module):
         config: architecture.
         dtype: of activations and matmul inputs; logits are float32.
         islands: dtypes of what does not follow `dtype`.
-        attend: attention of its own (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
-        position_bias: of its own from each table, here and in decoding; None is T5's relative bias.
+        attend: an own attention (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
+        position_bias: an own bias from each table, here and in decoding; None is T5's relative bias.
     """
 
     config: T5Config
@@ -173,7 +169,7 @@ class T5(nn.Module):
         if c.tie_embeddings:
             refuse(self, "lm_head")
         else:
-            # As T5X, and what v1.0's scaled tied head amounts to; a standard deviation of 1 starts at tens of nats.
+            # As in T5X, and equal to v1.0's scaled tied head; a standard deviation of 1 starts at tens of nats.
             head = nn.initializers.normal(c.init_factor * c.d_model**-0.5)
             self.lm_head = self.param("lm_head", head, (c.vocab_size, c.d_model), MASTER)
 
@@ -189,14 +185,8 @@ class T5(nn.Module):
     ) -> Float[Array, "B T V"]:
         """Float32 logits of the target after each decoder token.
 
-        Args:
-            encoder_tokens: source ids.
-            decoder_tokens: targets shifted right, each document starting with `config.decoder_start_id`.
-            encoder_segment_ids: document of each source token, 0 = padding; None is one document, number 1.
-            decoder_segment_ids: document of each decoder token, which sees the source of the same number.
-            encoder_lengths: real source tokens of each row, where a row is one document and padding ends it: instead
-                of segment ids, and faster on a GPU, whose fused attention knows lengths but no documents.
-            key: of dropout; None is no dropout.
+        Decoder tokens are targets shifted right, each document starting with `config.decoder_start_id`. Segment ids and
+        lengths are the fields of `Documents`. `key` is that of dropout; without it nothing is dropped.
 
         Raises:
             ValueError: while tracing, for tokens that are not integers [B, T], lengths together with segment ids, or
@@ -221,7 +211,7 @@ class T5(nn.Module):
     def encode(
         self, encoder_tokens: Int[Array, "B S"], documents: Documents = ONE_A_ROW, *, key: Array | None = None
     ) -> Float[Array, "B S D"]:
-        """The encoder's output; at padding it means nothing."""
+        """The encoder's output; it has no meaning at padding."""
         check_tokens(encoder_tokens, "encoder_tokens")
         return self.encoder(self._embed(encoder_tokens), documents.encoder(*encoder_tokens.shape), key)
 
@@ -239,7 +229,7 @@ class T5(nn.Module):
         check_shape(encoded, "the encoder's output", (rows, length, width), (1, length, width))
         pattern = documents.decoder(*decoder_tokens.shape)
         cross_pattern = documents.cross(decoder_tokens.shape, encoded.shape[:2])
-        x = self.decoder(self._embed(decoder_tokens), encoded, pattern, cross_pattern, key)
+        x = self.decoder(self._embed(decoder_tokens), pattern, key, encoded, cross_pattern)
         return scale_output(self.config, x)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -247,7 +237,7 @@ class T5(nn.Module):
         return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
 
     def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of the decoder's stream at any layer, as `jaxllm.study` captures it: last norm, then head."""
+        """Logits of the decoder's residual stream at any layer, as `jaxllm.study` captures it: last norm, head."""
         return self.logits(scale_output(self.config, self.decoder.final_norm(x).astype(self.dtype)))
 
     def head(self) -> Float[Array, "V D"]:
@@ -259,10 +249,7 @@ class T5(nn.Module):
 
 
 def hidden(model: T5, params: Any, batch: Mapping[str, Any], key: Array | None = None) -> Float[Array, "B T D"]:
-    """The decoder's hidden states of a training batch.
-
-    It holds `encoder_tokens` [B, S], `decoder_tokens` [B, T], and the fields of `Documents` that apply.
-    """
+    """The decoder's hidden states of a batch: `encoder_tokens` [B, S], `decoder_tokens` [B, T], any of `Documents`."""
     tokens = batch["encoder_tokens"], batch["decoder_tokens"]
     return apply(model, params, *tokens, Documents.of(batch), key=key, method="hidden")
 
