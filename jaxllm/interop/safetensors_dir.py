@@ -117,7 +117,7 @@ class TensorFiles:
                     yield name, _Info(path, tuple(part.get_shape()), part.get_dtype())
 
     def _shards(self) -> dict[Path, list[str]]:
-        """Files and the tensors that the index places there; all of the file where there is no index."""
+        """Files, each with the tensors that the index places there; an empty list is all of them."""
         if (self.folder / SINGLE).is_file():
             return {self.folder / SINGLE: []}
         if not (self.folder / INDEX).is_file():
