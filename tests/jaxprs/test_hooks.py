@@ -250,7 +250,7 @@ OWN_SLOPE.defvjp(lambda p, ids: (FORWARD(p, ids), p), lambda p, grad: (p, None))
         (lambda: capture(lambda p, ids: ids * 2, "heads"), r"none: it runs no model"),
         (
             lambda: capture(family(LLAMA, attention="chunked")[0], "attention_weights"),
-            r"build the model with `attention: reference`",
+            r"build the model with `attention: ref",
         ),
         (lambda: capture(jax.grad(lambda p, ids: FORWARD(p, ids).sum())), r"is in a gradient"),
         (
