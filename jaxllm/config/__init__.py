@@ -4,4 +4,5 @@ from jaxllm.config.model import LlamaConfig, ModelConfig, Objective, RopeConfig,
 from jaxllm.config.run import DataConfig, Float, Island, OptimizerConfig, PrecisionConfig, RunConfig, TrainingConfig
 
 __all__ = ["LlamaConfig", "ModelConfig", "Objective", "RopeConfig", "T5Config"]
-__all__ += ["DataConfig", "Float", "Island", "OptimizerConfig", "PrecisionConfig", "RunConfig", "TrainingConfig"]
+__all__ += ["DataConfig", "Float", "Island", "OptimizerConfig", "PrecisionConfig"]
+__all__ += ["RunConfig", "TrainingConfig"]

@@ -122,8 +122,8 @@ def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
             continue
         value = node.pop(key)
         if value != default:
-            message = f"{name} no longer exists; {_yaml_word(default)} is the only value that is still accepted"
-            raise ConfigError(f"{message}, got {value!r}; remove the key, or use an earlier jaxllm for this config")
+            only = f"{_yaml_word(default)} is the only value that is still accepted, got {value!r}"
+            raise ConfigError(f"{name} no longer exists; {only}; remove the key, or use an earlier jaxllm")
     return kept
 
 

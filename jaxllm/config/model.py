@@ -12,10 +12,10 @@ RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 # Settings that families share, with their meaning.
 Layers = Annotated[Literal["scan", "unroll"], "scan compiles one layer; unroll compiles all and runs faster"]
 Remat = Annotated[
-    Literal["none", "elementwise", "dots", "full"], "what the backward pass recomputes; dots is all but matmuls"
+    Literal["none", "elementwise", "dots", "full"], "what the backward pass recomputes; dots: all but matmuls"
 ]
 Attention = Annotated[
-    Literal["auto", "reference", "chunked", "cudnn"], "auto picks a kernel by platform and shape, and logs it once"
+    Literal["auto", "reference", "chunked", "cudnn"], "auto picks a kernel by platform and shape and logs it"
 ]
 
 
@@ -46,7 +46,7 @@ class RopeConfig:
             require(high > low, f"rope high_freq_factor {high} must exceed low_freq_factor {low}")
         if self.type == "longrope":
             short, long = len(self.short_factor), len(self.long_factor)
-            message = f"longrope needs head_dim / 2 numbers in short_factor and long_factor, got {short} and {long}"
+            message = f"longrope needs head_dim / 2 short_factor and long_factor each, got {short} and {long}"
             require(short == long > 0, message)
 
 
@@ -79,7 +79,7 @@ class ModelConfig:
 
     @property
     def resizable(self) -> tuple[str, ...]:
-        """Settings in which a run may differ from its first checkpoint, in addition to those of every family."""
+        """Settings in which a run may differ from its first checkpoint, besides those of every family."""
         return ()
 
 
@@ -109,7 +109,7 @@ class LlamaConfig(ModelConfig):
     out_bias: Annotated[bool, "bias on the attention output"] = False
     mlp_bias: Annotated[bool, "bias on the three MLP projections"] = False
     qk_norm: Annotated[bool, "RMSNorm over each head of q and k (Qwen3)"] = False
-    sliding_window: Annotated[int | None, at_least(1), "last positions attended to (Mistral); null is all"] = None
+    sliding_window: Annotated[int | None, at_least(1), "last positions attended to (Mistral); null: all"] = None
     activation: Annotated[Activation, "gate of the MLP"] = "silu"
     init_std: Annotated[float, "standard deviation of initial weights"] = 0.02
     layers: Layers = "scan"

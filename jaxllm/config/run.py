@@ -78,7 +78,7 @@ class DataConfig:
         int | None, at_least(2), "tokens in a decoder row; null, for span corruption, fits sequence_length"
     ] = None
     example_length: Annotated[
-        int | None, at_least(2), "tokens of an encoder-decoder's example; null fills a row, less packs several"
+        int | None, at_least(2), "encoder-decoder: tokens of an example; null fills a row, less packs several"
     ] = None
     too_long: Annotated[
         Literal["stop", "truncate"], "for a seq2seq pair longer than a row: stop, or truncate all but its end"
@@ -100,7 +100,7 @@ class DataConfig:
         found = f"got source {self.source!r} and path {self.path!r}"
         message = f"source: files needs path, and no other source takes one; {found}"
         require((self.source == "files") == (self.path is not None), message)
-        message = f"document_mask: false is for objective causal, got {self.objective}; its examples must not mix"
+        message = f"document_mask: false needs objective causal, got {self.objective}: its examples must not mix"
         require(self.document_mask or self.objective == "causal", message)
         found = f"got objective {self.objective!r} and target_key {self.target_key!r}"
         message = f"objective: seq2seq needs target_key, and no other objective takes one; {found}"
@@ -146,7 +146,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_model_fits()
         self._check_lengths()
-        message = "training.init_from needs its own tokenizer; set data.tokenizer to the tokenizer.json in that folder"
+        message = "training.init_from needs its tokenizer; set data.tokenizer to the tokenizer.json in that folder"
         require(self.training.init_from is None or self.data.tokenizer != "train", message)
         warmup, decay, steps = self.optimizer.warmup_steps, self.optimizer.decay_steps, self.training.steps
         message = f"optimizer.warmup_steps {warmup} + decay_steps {decay} exceed training.steps {steps}"
@@ -162,8 +162,8 @@ class RunConfig:
         message = f"data.objective {objective!r} does not fit model.family {model.family!r}"
         require(objective in model.objectives, f"{message}; use {known}{reason}")
         absent = ", ".join(sorted(model.absent_islands & islands.keys()))
-        message = f"model.family {model.family!r} has no such island: {absent}; remove it from precision.islands"
-        require(not absent, message)
+        message = f"model.family {model.family!r} has no such island: {absent}"
+        require(not absent, f"{message}; remove it from precision.islands")
         softmax = islands.get("softmax", "float32")
         message = f"model.attention {model.attention!r} computes its softmax in float32"
         fix = f"use attention: reference with precision.islands softmax: {softmax}"
@@ -171,11 +171,14 @@ class RunConfig:
 
     def _check_lengths(self) -> None:
         model, data, training = self.model, self.data, self.training
-        free = not model.encoder_decoder or data.objective == "span_corruption" or data.target_length is not None
-        require(free, f"objective {data.objective} on an encoder-decoder needs data.target_length, e.g. 114")
+        derived = not model.encoder_decoder or data.objective == "span_corruption"
+        require(
+            derived or data.target_length is not None,
+            f"objective {data.objective} on an encoder-decoder needs data.target_length, e.g. 114",
+        )
         tokens = training.batch_size // training.accumulation * data.sequence_length
-        message = f"training.batch_size {training.batch_size} makes microbatches of {tokens} tokens, over int32's range"
-        require(tokens < 2**31, f"{message}; lower it or raise training.accumulation")
+        message = f"training.batch_size {training.batch_size} makes microbatches of {tokens} tokens"
+        require(tokens < 2**31, f"{message}, over int32's range; lower it or raise training.accumulation")
         message = f"data.sequence_length {data.sequence_length} exceeds model.max_length {model.context}"
         fits = model.context is None or data.sequence_length <= model.context
         require(fits, f"{message}; shorten the rows or raise max_length")

@@ -95,9 +95,10 @@ def beam_search(
     min_new_tokens: int = 0,
     cache_dtype: str | None = None,
 ) -> list[list[Beam]]:
-    """The `search.returned` best beams of each prompt, best first; a beam ends at an end token or at `max_new_tokens`.
+    """The `search.returned` best beams of each prompt, best first.
 
-    The two penalties on tokens are those of `Sampling`; the other arguments are those of `generate`.
+    A beam ends at an end token or at `max_new_tokens`. `repetition_penalty` and `min_new_tokens` are those of
+    `Sampling`; the other arguments are those of `generate`.
 
     Raises:
         ValueError: as `generate`, or for fewer tokens in the vocabulary than candidates.
@@ -190,7 +191,7 @@ def _init(decoding: GenerateState, beams: int, settings: Settings) -> BeamState:
 def _select(
     state: BeamState, settings: Settings, search: BeamSettings, limit: Array
 ) -> tuple[BeamState, Int[Array, " B"]]:
-    """The state with the next running beams and the updated finished ones, and the token to feed to each beam."""
+    """The state with the next running and the updated finished beams, and the token to feed to each beam."""
     d, (rows, beams) = state.decoding, state.scores.shape
     vocab = d.logits.shape[-1]
     banned = ban_end(settings, d.count[None], vocab)

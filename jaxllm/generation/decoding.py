@@ -90,7 +90,7 @@ def generate_stream(
     decode: Decode | None = None,
     cache_dtype: str | None = None,
 ) -> Iterator[list[list[int]]]:
-    """As `generate`, yielding each row's new tokens in chunks of at most 32; a finished row yields empty lists.
+    """As `generate`, yielding each row's new tokens in chunks of at most 32; a finished row yields [].
 
     The arguments and errors are those of `generate`. Bad arguments raise at the call, before the first chunk.
 

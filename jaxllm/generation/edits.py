@@ -1,4 +1,4 @@
-"""Decoding with values replaced inside the model: every function here takes `edited` parameters as parameters.
+"""Decoding with values replaced inside the model: parameters with edits, which all functions here accept.
 
 The loops call the model by `run_model`, so the edits apply to the prompt and to every step after it. The cache then
 holds edited keys and values.

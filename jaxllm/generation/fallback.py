@@ -1,4 +1,4 @@
-"""A fallback for cuDNN's refusals of the attention of a prompt: `attention: auto` takes blocks in plain JAX instead.
+"""A fallback where cuDNN refuses the attention of a prompt: `attention: auto` takes blocks in plain JAX.
 
 jax lowers and compiles when a function is first called, so that call raises the refusal; nothing is donated there.
 Steps after the prompt attend to a cache and never use cuDNN.

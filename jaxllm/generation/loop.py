@@ -101,7 +101,7 @@ def decode_chunk(
 
 
 def read_lengths(plan: Plan, chunk: int) -> list[tuple[int, int]]:
-    """Pairs (slots to read, number of new tokens that they suffice for); the slots double, the last pair reads all."""
+    """Pairs (slots to read, new tokens that they suffice for); the slots double, the last pair reads all."""
     if plan.slots < plan.start + plan.new:  # a sliding window has wrapped around
         return [(plan.slots, plan.new)]
     pairs, done, attended = [], 0, _LEAST_ATTENDED
@@ -119,7 +119,7 @@ def read_lengths(plan: Plan, chunk: int) -> list[tuple[int, int]]:
 def run(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array, limit: Array
 ) -> Int[Array, "B N"]:
-    """A whole generation; columns from `limit` on, and those after a row's end token, are undefined or padding."""
+    """A whole generation; columns from `limit` on are undefined, and those after an end token padding."""
     context, state = read_prompts(decoder, settings, params, tokens, lengths, keys)
     out = jnp.full((state.positions.shape[0], settings.plan.new), settings.pad_id, jnp.int32)
 

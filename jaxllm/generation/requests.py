@@ -180,6 +180,6 @@ def _row_keys(seed: int | Sequence[int], prompts: int, samples: int) -> jax.Arra
     if single:
         base = jax.vmap(jax.random.fold_in, (None, 0))(base[0], np.arange(prompts))
     elif len(seeds) != prompts:
-        raise ValueError(f"seed must be one number, or one per prompt: got {len(seeds)} for {prompts} prompts")
+        raise ValueError(f"seed must be one number or one per prompt, got {len(seeds)} for {prompts} prompts")
     rows = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(samples)))(base)
     return rows.reshape(-1)

@@ -54,8 +54,8 @@ def score(
     check_prompts(model, prompts, new=longest, pad_id=pad_id)
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
     new, counts = pad(continuations, bucket(longest, 16), pad_id)
-    needed = int(lengths.max()) + longest
-    plan = decoder.plan(prompt=tokens.shape[1], new=new.shape[1], needed=needed, cache_dtype=None, wraps=False)
+    sizes = {"prompt": tokens.shape[1], "new": new.shape[1], "needed": int(lengths.max()) + longest}
+    plan = decoder.plan(**sizes, cache_dtype=None, wraps=False)
     arguments = plan.length, params, tokens, lengths, new
     out = np.asarray(fall_back(lambda each: _log_probabilities(each, *arguments), decoder))
     return [row[:count].tolist() for row, count in zip(out, counts, strict=True)]

@@ -49,7 +49,10 @@ def write(text_model: TextModel, prompts: list[str], *, stream: bool, batch_size
 
 
 def write_stream(text_model: TextModel, prompt: str, *, seed: int, **options: Any) -> str:
-    """Writes the text of a prompt piece by piece; returns a line about its speed. Options as `TextModel.generate`."""
+    """Writes the text of a prompt piece by piece; returns a line about the speed.
+
+    Options are those of `TextModel.generate_stream`.
+    """
     counts, times, begun = [], [], time.perf_counter()
 
     def counted() -> Iterator[list[list[int]]]:

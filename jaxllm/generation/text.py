@@ -55,7 +55,7 @@ class TextModel(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, params: Any, tokenizer: Tokenizer, *, int8: bool = False) -> TextModel:
-        """A model in memory with the special ids of its tokenizer, as a run trains it; `int8` quantizes the matrices.
+        """A model in memory with the special ids of its tokenizer; `int8` quantizes the matrices.
 
         Raises:
             ValueError: for parameters of another model.
@@ -122,7 +122,7 @@ class TextModel(NamedTuple):
         """
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # in arguments and standard input, Python reads such bytes as surrogates
+        except UnicodeEncodeError as error:  # Python reads such bytes of an argument as surrogates
             byte = ord(text[error.start]) & 0xFF
             raise ValueError(f"the prompt is not UTF-8 text (byte 0x{byte:x} at character {error.start})") from None
         if not self.model.config.encoder_decoder:
@@ -135,7 +135,7 @@ class TextModel(NamedTuple):
         return self.tokenizer.decode([i for i in ids if i not in dropped])
 
     def pieces(self, stream: Iterable[list[list[int]]]) -> Iterator[str]:
-        """Text of the first row of a stream of chunks; a character appears once all of its bytes are there."""
+        """Text of the first row of a stream of chunks; characters appear once all their bytes are there."""
         ids: list[int] = []
         sent = ""
         for chunk in stream:
@@ -161,7 +161,7 @@ def filled_in(
     *,
     marks: tuple[str, str] = ("", ""),
 ) -> str:
-    """The text of `inputs`; each sentinel is replaced by its tokens in `answer`, if any, between two marks."""
+    """The text of `inputs`; the tokens in `answer`, between two marks, replace each sentinel."""
     answers: dict[int, np.ndarray] = {}
     for part in _before_sentinels(answer, tokenizer):
         answers.setdefault(int(part[0]), part[1:])

@@ -105,7 +105,7 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
 
 
 def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtypeStruct]]:
-    """A function of the same arguments that returns {path: shape and dtype over all layers} without computing.
+    """A function of the same arguments that returns {path: shape and dtype over all layers}, uncomputed.
 
     >>> import jaxllm
     >>> model = jaxllm.build(jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2))
@@ -133,7 +133,7 @@ class _HookPoints:
         """Path and layer of a hook point; an empty path for any other operation."""
         if eqn.primitive.name != "name":
             if _holds_hook_point(eqn):
-                raise ValueError(f"a hook point is inside {eqn.primitive.name}: capture or edit the function in it")
+                raise ValueError(f"a hook point is inside {eqn.primitive.name}: capture or edit inside it")
             return "", None
         path = _path(place, eqn.params["name"])
         self._seen[path] = None
@@ -166,11 +166,11 @@ def _matches(path: str, name: str) -> bool:
 def _path(place: Place, name: str) -> str:
     """Such as decoder/layers/cross_attention/query: names of modules, with `layers` for a layer class."""
     if any("jvp(" in stack or "transpose(" in stack for stack in place.stacks):
-        raise ValueError(f"hook point {name} is in a gradient: differentiate the captured or edited function instead")
+        raise ValueError(f"hook point {name} is in a gradient: differentiate the captured or edited function")
     if place.steps:
         inside = place.stacks[place.stacks.index(LOOP) + 1 :]
         if LOOP in inside or numbers(inside):
-            raise ValueError(f"hook point {name} is in a loop that is not over layers: capture or edit inside it")
+            raise ValueError(f"hook point {name} is in a loop not over layers: capture or edit inside it")
     # A module without a parent has its class as name: the model itself, and a layer taken out of its stack.
     modules = ["layers" if part.endswith("Layer") else part for part in label(place.stacks)[1].split("/")]
     return "/".join([module for module in modules if module and not module[:1].isupper()] + [name])

@@ -1,4 +1,4 @@
-"""Runs a function from its jaxpr and passes every operation to a visitor, which may record and replace its results.
+"""Runs a function from its jaxpr; a visitor sees every operation and may record and replace its results.
 
 The function itself needs no hooks and stays as fast as it is. A loop over layers stays a loop: values recorded inside
 have one more axis. `hooks`, `derivatives` and `observe` in this package have the visitors.
@@ -20,7 +20,7 @@ FORWARD, REVERSED = "loop", "reversed loop"
 class Place(NamedTuple):
     """The position of an operation in the program, from the outside in."""
 
-    path: tuple[int | str, ...] = ()  # its index in each program, and FORWARD or REVERSED for each loop around it
+    path: tuple[int | str, ...] = ()  # index in each program, FORWARD or REVERSED for each loop
     stacks: tuple[str, ...] = ()  # name stacks, with `LOOP` at each border of a loop
     steps: tuple[jax.Array, ...] = ()  # iteration of each loop, as traced integers
 

@@ -22,7 +22,7 @@ from jaxllm.jaxprs.programs import is_backward, label
 class Reading(NamedTuple):
     """One intermediate value."""
 
-    block: str  # module around it and its number in the stack, such as LlamaLayer[2]; empty outside all modules
+    block: str  # module around it and its number, such as LlamaLayer[2]; empty outside all modules
     name: str  # block, inner module and operation, such as LlamaLayer[2]/down_proj: convert_element_type
     backward: bool  # whether it belongs to the backward pass
     largest: float  # largest magnitude; inf or NaN when any element is
@@ -62,7 +62,7 @@ def first_nonfinite(readings: Sequence[Reading]) -> Reading | None:
 
 
 def headroom(readings: Sequence[Reading], dtype: Any) -> dict[str, float]:
-    """For each block, how often its largest value may double in `dtype`: log2(largest number / largest value)."""
+    """For each block, how often its largest value may double: log2(largest number of `dtype` / value)."""
     top = math.log2(float(jnp.finfo(dtype).max))
     bits: dict[str, float] = {}
     for reading in readings:

@@ -48,7 +48,11 @@ _BACKWARD = " (backward)"
 _ISLAND_FUNCTIONS = ("exp", "exp2", "log", "log1p", "rsqrt", "sqrt", "sin", "cos")
 # Operations that an island may run below float32: its function, and sums of its gradient. A `jax.named_scope` marks the
 # island; those of logits and the residual stream compute nothing below float32.
-_MOVED = {"norms": ("rsqrt", "reduce_sum"), "softmax": ("exp", "reduce_sum"), "relative_bias": ("reduce_sum",)}
+_MOVED = {
+    "norms": ("rsqrt", "reduce_sum"),
+    "softmax": ("exp", "reduce_sum"),
+    "relative_bias": ("reduce_sum",),
+}
 
 
 def allowed(config: PrecisionConfig) -> set[tuple[str, str]]:
@@ -75,7 +79,7 @@ def train_step_ledger(config: RunConfig) -> Counter[Entry]:
 
 
 def ledger(jaxpr: Any) -> Counter[Entry]:
-    """Entries of a program and how often each runs; a condition counts its larger branch, a while one iteration."""
+    """Entries of a program and how often each runs: the larger branch of a condition, a while once."""
     return _walk(jaxpr, (), 1)
 
 
@@ -90,7 +94,7 @@ def violations(entries: Counter[Entry], excused: Collection[tuple[str, str]] = (
 
 
 def format_ledger(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> str:
-    """A table with one line per entry; those below float32 are marked LOW, or moved if `excused` (see `violations`)."""
+    """A table with one line per entry; those below float32 are marked LOW, or moved if `excused`."""
     rows = [("", "count", *Entry._fields)]
     bad = set(violations(entries, excused))
     marks = {entry: "LOW" if entry in bad else "moved" if entry.low else "" for entry in entries}

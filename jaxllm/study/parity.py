@@ -52,7 +52,7 @@ class Row(NamedTuple):
     name: str  # such as `layer 3 attention`
     absolute: float  # largest difference
     relative: float  # the same over the largest magnitude in transformers
-    divergence: float | None = None  # mean KL of the two next-token distributions in nats; None except for logits
+    divergence: float | None = None  # mean KL of next tokens in nats; None except for logits
 
 
 def walk(path: str | Path, tokens: np.ndarray) -> Iterator[Row]:

@@ -255,11 +255,11 @@ OWN_SLOPE.defvjp(lambda p, ids: (FORWARD(p, ids), p), lambda p, grad: (p, None))
         (lambda: capture(jax.grad(lambda p, ids: FORWARD(p, ids).sum())), r"is in a gradient"),
         (
             lambda: capture(lambda p, ids: jax.lax.map(lambda i: FORWARD(p, i), ids[None])),
-            r"in a loop that is not over layers",
+            r"in a loop not over layers",
         ),
         (
             lambda: capture(lambda p, ids: jax.lax.map(lambda i: UNROLLED(p, i), ids[None])),
-            r"in a loop that is not over layers",
+            r"in a loop not over layers",
         ),
         (lambda: capture(OWN_SLOPE), r"a hook point is inside custom_vjp_call"),
         (
