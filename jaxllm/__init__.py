@@ -4,9 +4,8 @@
     model, params = jaxllm.load_run("runs/llama_tiny")   # load_hf for a Hugging Face directory
     text = jaxllm.load_text_model("runs/llama_tiny")     # with its tokenizer
 
-`import jaxllm` loads jax, flax and optax, but no library for data, checkpoints or comparison. Names of the host side,
-such as `pretrain`, load theirs at first use. Rooms: `config`, `ops`, `jaxprs`, `data`, `models`, `interop`,
-`generation`, `training`, `run` and `study`, whose modules are imported by name.
+`import jaxllm` loads jax, flax and optax, but no library for data, checkpoints or comparison. Names that need one,
+such as `pretrain`, load it at first use. Import the modules of a room by name, such as `jaxllm.run.load`.
 """
 
 from __future__ import annotations
@@ -14,29 +13,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import (
-    DataConfig,
-    LlamaConfig,
-    OptimizerConfig,
-    PrecisionConfig,
-    RopeConfig,
-    RunConfig,
-    T5Config,
-    TrainingConfig,
-)
 from jaxllm.config.file import ConfigError, load_config
-from jaxllm.generation import (
-    BeamSettings,
-    Sampling,
-    beam_search,
-    edited,
-    generate,
-    generate_speculative,
-    generate_stream,
-    score,
-)
+from jaxllm.config.model import LlamaConfig, RopeConfig, T5Config
+from jaxllm.config.run import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainingConfig
+from jaxllm.generation.beam import BeamSettings, beam_search
+from jaxllm.generation.decoding import generate, generate_stream
+from jaxllm.generation.edits import edited
+from jaxllm.generation.scoring import score
+from jaxllm.generation.speculative import generate_speculative
 from jaxllm.interop.hf import load_hf, save_hf
 from jaxllm.models import T5, Llama, build, count_params, init_params
+from jaxllm.ops.sampling import Sampling
 from jaxllm.training.loss_scale import dynamic_loss_scale
 from jaxllm.training.program import program_of
 
@@ -48,7 +35,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Names whose modules import libraries for data or checkpoints; each loads when it is first used.
+# Names whose modules import libraries for data or checkpoints; each loads at its first use.
 _LAZY = {
     "TextModel": "jaxllm.generation.text",
     "load_run": "jaxllm.run.load",
@@ -58,40 +45,12 @@ _LAZY = {
 }
 _ROOMS = ("config", "data", "generation", "interop", "jaxprs", "models", "ops", "run", "study", "training")
 
-__all__ = [
-    "T5",
-    "BeamSettings",
-    "ConfigError",
-    "DataConfig",
-    "Llama",
-    "LlamaConfig",
-    "OptimizerConfig",
-    "PrecisionConfig",
-    "RopeConfig",
-    "RunConfig",
-    "Sampling",
-    "T5Config",
-    "TextModel",
-    "TrainingConfig",
-    "beam_search",
-    "build",
-    "count_params",
-    "dynamic_loss_scale",
-    "edited",
-    "generate",
-    "generate_speculative",
-    "generate_stream",
-    "init_params",
-    "load_config",
-    "load_hf",
-    "load_run",
-    "load_text_model",
-    "load_tokenizer",
-    "pretrain",
-    "program_of",
-    "save_hf",
-    "score",
-]
+__all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "T5Config", "load_config"]
+__all__ += ["DataConfig", "OptimizerConfig", "PrecisionConfig", "RunConfig", "TrainingConfig"]
+__all__ += ["T5", "Llama", "build", "count_params", "init_params", "load_hf", "save_hf"]
+__all__ += ["BeamSettings", "Sampling", "beam_search", "edited", "generate", "generate_speculative"]
+__all__ += ["TextModel", "generate_stream", "load_run", "load_text_model", "load_tokenizer", "score"]
+__all__ += ["dynamic_loss_scale", "pretrain", "program_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,17 +3,6 @@
 from jaxllm.config.model import LlamaConfig, ModelConfig, Objective, RopeConfig, T5Config
 from jaxllm.config.run import DataConfig, Float, Island, OptimizerConfig, PrecisionConfig, RunConfig, TrainingConfig
 
-__all__ = [
-    "DataConfig",
-    "Float",
-    "Island",
-    "LlamaConfig",
-    "ModelConfig",
-    "Objective",
-    "OptimizerConfig",
-    "PrecisionConfig",
-    "RopeConfig",
-    "RunConfig",
-    "T5Config",
-    "TrainingConfig",
-]
+__all__ = ["LlamaConfig", "ModelConfig", "Objective", "RopeConfig", "T5Config"]
+__all__ += ["DataConfig", "Float", "Island", "OptimizerConfig", "PrecisionConfig"]
+__all__ += ["RunConfig", "TrainingConfig"]

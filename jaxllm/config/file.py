@@ -1,6 +1,6 @@
-"""YAML <-> `RunConfig`: one file is one run, with `key.path=value` overrides after it.
+"""YAML <-> `RunConfig`: one file is one run; overrides `key.path=value` follow it.
 
-This module finds keys, retired settings and the numbers that YAML takes for text. The classes of `jaxllm.config` check
+This module handles keys, retired settings and numbers that YAML reads as text. The classes of `jaxllm.config` check
 the values (`jaxllm.config.setting`).
 """
 
@@ -9,21 +9,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
+
+import yaml
 
 from jaxllm.config.model import MODEL_CONFIGS
 from jaxllm.config.run import RunConfig
 from jaxllm.config.setting import SettingError, nearest, settings_of, type_name
 
-# Settings that no longer exist, as section.key, with the default they had. The config.yaml of an older run holds all
-# settings of its time: one of these at its default is dropped, another value is an error.
+# Settings that no longer exist, as section.key, with their old defaults. The config.yaml of an older run holds all
+# settings of its time: a retired one is dropped at its default, another value is an error.
 RETIRED: dict[str, Any] = {"precision.retries": 0}
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it and the fix."""
+    """A wrong setting; the message names it and the fix."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -32,8 +35,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: naming the key, what was found, and what to write instead.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no config file {path}; the ones that come with jaxllm are in configs/")
@@ -68,8 +69,6 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """The run with settings such as `training.steps=100` changed; see `load_config` for the errors."""
     if not overrides:
         return config
-    import yaml
-
     raw = yaml.safe_load(dump_config(config))
     for override in overrides:
         _apply(raw, override)
@@ -78,27 +77,22 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML; reading it back gives an equal object."""
-    import yaml
-
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    raw = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def config_differences(old: Any, new: Any, *, ignored: Collection[str] = (), prefix: str = "") -> list[str]:
     """Keys whose values differ between two configs, or two sections of them, as `key.path: old -> new`.
 
-    Args:
-        old: a config dataclass.
-        new: another, of any class.
-        ignored: keys that may differ, with those below them.
-        prefix: of the keys of a section, such as "model.".
+    The keys in `ignored` and those below them may differ. `prefix` is that of a section's keys, such as "model.".
     """
     left, right = (_flatten(dataclasses.asdict(config), prefix) for config in (old, new))
-    missing = "(absent)"
+    absent = "(absent)"
+    pairs = {key: (left.get(key, absent), right.get(key, absent)) for key in [*left, *right]}
     return [
-        f"{key}: {left.get(key, missing)} -> {right.get(key, missing)}"
-        for key in dict.fromkeys([*left, *right])
-        if left.get(key, missing) != right.get(key, missing)
-        and not any(f"{key}.".startswith(f"{name}.") for name in ignored)
+        f"{key}: {before} -> {after}"
+        for key, (before, after) in pairs.items()
+        if before != after and not any(f"{key}.".startswith(f"{name}.") for name in ignored)
     ]
 
 
@@ -117,7 +111,7 @@ def key_table() -> str:
 
 
 def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
-    """The same settings without those in `RETIRED`; raises ConfigError for one that is not at its old default."""
+    """The settings without those in `RETIRED`; raises ConfigError for one that is not at its old default."""
     kept = copy.deepcopy(raw)
     for name, default in RETIRED.items():
         *path, key = name.split(".")
@@ -128,17 +122,13 @@ def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
             continue
         value = node.pop(key)
         if value != default:
-            raise ConfigError(
-                f"{name} no longer exists; {_yaml_word(default)} is the only value that is still accepted, "
-                f"got {value!r}; remove the key, or read this config with an earlier jaxllm"
-            )
+            only = f"{_yaml_word(default)} is the only value that is still accepted, got {value!r}"
+            raise ConfigError(f"{name} no longer exists; {only}; remove the key, or use an earlier jaxllm")
     return kept
 
 
 def _check_keys(node: Any, path: Path) -> None:
-    """Refuses a key that one section has twice: YAML silently keeps the last."""
-    import yaml
-
+    """Refuses a key that occurs twice in a section: YAML silently keeps the last."""
     if not isinstance(node, yaml.MappingNode):
         return
     lines: dict[str, int] = {}
@@ -173,9 +163,8 @@ def _run_of(raw: dict[str, Any]) -> RunConfig:
         if name not in kinds:
             raise ConfigError(f"unknown section {name!r}{nearest(str(name), kinds)}")
     if "model" not in raw:
-        raise ConfigError(
-            f"no model section; start it with {' or '.join(f'`family: {name}`' for name in MODEL_CONFIGS)}"
-        )
+        families = " or ".join(f"`family: {name}`" for name in MODEL_CONFIGS)
+        raise ConfigError(f"no model section; start it with {families}")
     kinds["model"] = _model_kind(raw["model"])
     return RunConfig(**{name: _parse(kinds[name], value, (name,)) for name, value in raw.items()})
 
@@ -190,7 +179,7 @@ def _model_kind(raw: Any) -> type:
 
 
 def _parse(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
-    """A value of the file, ready to be checked: a class of settings from a dict, anything else with its numbers."""
+    """A value of the file, ready to be checked: a dict becomes a class of settings, and text a number."""
     if not hasattr(kind, "__dataclass_fields__"):
         return [_number(kind, item) for item in value] if isinstance(value, list) else _number(kind, value)
     key, declared, raw = ".".join(path), settings_of(kind), {} if value is None else value
@@ -219,7 +208,7 @@ def _check_names(kind: type, raw: dict[str, Any], path: tuple[str, ...]) -> None
 
 
 def _number(kind: Any, value: Any) -> Any:
-    """A number in its declared type: to PyYAML 3e-4, which has no point, is text, and 1.0e+3 is not an int."""
+    """A number in its declared type: PyYAML reads 3e-4 (no point) as text, and 1.0e+3 as a float."""
     kinds = get_args(kind) or (kind,)
     if isinstance(value, str) and (int in kinds or float in kinds):
         with contextlib.suppress(ValueError):
@@ -228,8 +217,6 @@ def _number(kind: Any, value: Any) -> Any:
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    import yaml
-
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
@@ -255,9 +242,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value

@@ -1,7 +1,4 @@
-"""The settings of a model: all that it receives, and all that a checkpoint needs to be read again.
-
-Out of scope: the settings of a run (`jaxllm.config.run`).
-"""
+"""The settings of a model: all that it receives, and all that is needed to read a checkpoint."""
 
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,19 +7,15 @@ from jaxllm.config.setting import at_least, below, positive, require, settings
 
 Objective = Literal["causal", "prefix_lm", "span_corruption", "ul2", "seq2seq"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 # Settings that families share, with their meaning.
-Layers = Annotated[
-    Literal["scan", "unroll"],
-    "scan compiles one layer once; unroll compiles all of them and runs faster. Same result",
-]
+Layers = Annotated[Literal["scan", "unroll"], "scan compiles one layer; unroll compiles all and runs faster"]
 Remat = Annotated[
-    Literal["none", "elementwise", "dots", "full"],
-    "what the backward pass recomputes: none, elementwise, dots (all but matmuls) or full",
+    Literal["none", "elementwise", "dots", "full"], "what the backward pass recomputes; dots: all but matmuls"
 ]
 Attention = Annotated[
-    Literal["auto", "reference", "chunked", "cudnn"],
-    "auto picks a kernel by platform and shape and logs its name once",
+    Literal["auto", "reference", "chunked", "cudnn"], "auto picks a kernel by platform and shape and logs it"
 ]
 
 
@@ -30,14 +23,9 @@ Attention = Annotated[
 class RopeConfig:
     """Rotary position embedding: base and length extension (names of transformers' rope_parameters)."""
 
-    type: Annotated[
-        Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"],
-        "how positions beyond the trained context are reached; default does not extend it",
-    ] = "default"
+    type: Annotated[RopeType, "how the trained context is stretched; default does not stretch it"] = "default"
     theta: Annotated[float, positive, "base of the geometric series of wavelengths"] = 10000.0
-    factor: Annotated[
-        float | None, at_least(1), "by how much the trained context is stretched; null lets yarn and longrope derive it"
-    ] = None
+    factor: Annotated[float | None, at_least(1), "context stretch; null derives it (yarn, longrope)"] = None
     original_max_length: Annotated[int | None, "context before stretching; null means the model's max_length"] = None
     low_freq_factor: Annotated[float, "llama3: wavelengths beyond original/low are fully interpolated"] = 1.0
     high_freq_factor: Annotated[float, "llama3: wavelengths below original/high are left alone"] = 4.0
@@ -54,37 +42,26 @@ class RopeConfig:
         if self.type in ("linear", "dynamic", "llama3"):
             require(self.factor is not None, f"rope type {self.type} needs factor, e.g. factor: 8.0")
         if self.type == "llama3":
-            require(
-                self.high_freq_factor > self.low_freq_factor,
-                f"rope high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}",
-            )
+            low, high = self.low_freq_factor, self.high_freq_factor
+            require(high > low, f"rope high_freq_factor {high} must exceed low_freq_factor {low}")
         if self.type == "longrope":
-            require(
-                bool(self.short_factor) and len(self.short_factor) == len(self.long_factor),
-                f"longrope needs short_factor and long_factor of the same length (head_dim / 2), got "
-                f"{len(self.short_factor)} and {len(self.long_factor)}",
-            )
+            short, long = len(self.short_factor), len(self.long_factor)
+            message = f"longrope needs head_dim / 2 short_factor and long_factor each, got {short} and {long}"
+            require(short == long > 0, message)
 
 
 class ModelConfig:
-    """What the rest of the library reads of every family: these facts, and the settings below them.
+    """The facts and settings of a family that the rest of the library reads.
 
     A family's config class gives the facts, declares the settings and has the decorator `settings`.
-
-    Attributes:
-        encoder_decoder: whether an encoder reads the inputs; a decoder alone otherwise.
-        objectives: what `data.objective` may be.
-        absent_islands: names of `precision.islands` that the family does not have.
-        outgrows_float16: whether a trained model's residual stream exceeds float16's range.
-        metric: name of the bits per byte of text: of all of it, or of the part that the decoder predicts.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # a family's class is a dataclass; this one has no fields
-    encoder_decoder: ClassVar[bool]
-    objectives: ClassVar[tuple[Objective, ...]]
-    absent_islands: ClassVar[frozenset[str]]
-    outgrows_float16: ClassVar[bool]
-    metric: ClassVar[str]
+    encoder_decoder: ClassVar[bool]  # whether an encoder reads the inputs; otherwise there is only a decoder
+    objectives: ClassVar[tuple[Objective, ...]]  # allowed values of `data.objective`
+    absent_islands: ClassVar[frozenset[str]]  # names of `precision.islands` that the family does not have
+    outgrows_float16: ClassVar[bool]  # whether a trained model's residual stream exceeds float16's range
+    metric: ClassVar[str]  # name of the bits per byte of all text, or of the text that the decoder predicts
 
     family: str
     vocab_size: int
@@ -102,7 +79,7 @@ class ModelConfig:
 
     @property
     def resizable(self) -> tuple[str, ...]:
-        """Settings in which a run may differ from the checkpoint that it starts from, besides those of every family."""
+        """Settings in which a run may differ from its first checkpoint, besides those of every family."""
         return ()
 
 
@@ -132,9 +109,7 @@ class LlamaConfig(ModelConfig):
     out_bias: Annotated[bool, "bias on the attention output"] = False
     mlp_bias: Annotated[bool, "bias on the three MLP projections"] = False
     qk_norm: Annotated[bool, "RMSNorm over each head of q and k (Qwen3)"] = False
-    sliding_window: Annotated[
-        int | None, at_least(1), "attend to this many last positions (Mistral); null attends to all"
-    ] = None
+    sliding_window: Annotated[int | None, at_least(1), "last positions attended to (Mistral); null: all"] = None
     activation: Annotated[Activation, "gate of the MLP"] = "silu"
     init_std: Annotated[float, "standard deviation of initial weights"] = 0.02
     layers: Layers = "scan"
@@ -145,25 +120,17 @@ class LlamaConfig(ModelConfig):
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim == 0:
-            require(
-                self.d_model % self.num_heads == 0,
-                f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}; change one or set head_dim",
-            )
+            message = f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}"
+            require(self.d_model % self.num_heads == 0, f"{message}; change one or set head_dim")
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
-            f"use a divisor such as {_largest_divisor(self.num_heads, self.num_kv_heads)}",
-        )
-        require(
-            self.head_dim % 2 == 0,
-            f"head_dim must be even for RoPE's pairs, got {self.head_dim}; use {self.head_dim + 1}",
-        )
+        message = f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+        divisor = _largest_divisor(self.num_heads, self.num_kv_heads)
+        require(divisor == self.num_kv_heads, f"{message}; use a divisor such as {divisor}")
+        message = f"head_dim must be even for RoPE's pairs, got {self.head_dim}; use {self.head_dim + 1}"
+        require(self.head_dim % 2 == 0, message)
         if self.rope.type == "longrope":
-            require(
-                len(self.rope.long_factor) == self.head_dim // 2,
-                f"longrope factors need head_dim / 2 = {self.head_dim // 2} numbers, got {len(self.rope.long_factor)}",
-            )
+            wanted, found = self.head_dim // 2, len(self.rope.long_factor)
+            require(found == wanted, f"longrope factors need head_dim / 2 = {wanted} numbers, got {found}")
         if self.rope.type == "dynamic":
             require(self.head_dim > 2, "dynamic RoPE divides by head_dim - 2; use a head_dim above 2")
 
@@ -197,9 +164,7 @@ class T5Config(ModelConfig):
     num_heads: Annotated[int, at_least(1), "attention heads"]
     head_dim: Annotated[int, at_least(1), "width of a head (d_kv); num_heads * head_dim need not equal d_model"] = 64
     relative_buckets: Annotated[
-        int,
-        at_least(4),
-        "rows of the relative position bias table; of an odd number the encoder leaves the last unused",
+        int, at_least(4), "rows of the relative position bias table; the encoder does not use an odd last row"
     ] = 32
     relative_max_distance: Annotated[int, "distance from which all positions share the last bucket"] = 128
     relative_per_layer: Annotated[bool, "a bias table in every layer (UMT5) instead of one per stack"] = False
@@ -218,18 +183,14 @@ class T5Config(ModelConfig):
     def __post_init__(self) -> None:
         if self.num_decoder_layers == 0:
             object.__setattr__(self, "num_decoder_layers", self.num_layers)
-        require(
-            self.relative_max_distance > self.relative_buckets // 2,
-            f"relative_max_distance {self.relative_max_distance} must exceed relative_buckets / 2 = "
-            f"{self.relative_buckets // 2}, the distance at which the logarithmic buckets start",
-        )
-        require(
-            self.decoder_start_id < self.vocab_size,
-            f"decoder_start_id {self.decoder_start_id} is outside the vocabulary of {self.vocab_size}",
-        )
+        distance, exact = self.relative_max_distance, self.relative_buckets // 2
+        message = f"relative_max_distance {distance} must exceed relative_buckets / 2 = {exact}"
+        require(distance > exact, f"{message}, where the logarithmic buckets start")
+        start, size = self.decoder_start_id, self.vocab_size
+        require(start < size, f"decoder_start_id {start} is outside the vocabulary of {size}")
 
 
-# The config class of each family, by the `family` that a file names; `jaxllm.models.family` has the rest of a family.
+# The config class of each family, by its name in files; `jaxllm.models.family` has the rest of a family.
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "t5": T5Config}
 
 

@@ -2,9 +2,9 @@
 
     steps: Annotated[int, at_least(1), "optimizer steps"] = 1000
 
-declares a setting: its type, its bounds, its meaning and its default. `settings` turns a class of such lines into a
-frozen dataclass whose constructor checks every value, wherever it comes from: a file, Python, another library's files.
-Modules of such classes do without `from __future__ import annotations`: the texts would be compiled again at import.
+declares a setting: its type, its bounds, its meaning and its default. `settings` turns a class of such lines into
+a frozen dataclass whose constructor checks every value, from a file or from Python. Modules of such classes do
+without `from __future__ import annotations`: at import, Python would compile the annotations again from text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = typing.TypeVar("T")
 
 
 class Bound(NamedTuple):
-    """A condition on a number: `compare(number, limit)`; the words name it in an error."""
+    """A condition on a number: `compare(number, limit)`; errors contain the words."""
 
     words: str
     compare: Callable[[Any, Any], bool]
@@ -40,28 +40,16 @@ positive = above(0)
 
 
 class Setting(NamedTuple):
-    """One declaration.
+    """One declaration."""
 
-    Attributes:
-        kind: type.
-        bounds: conditions on a number.
-        meaning: what it does, in one sentence.
-        default: value or, without one, `dataclasses.MISSING`.
-    """
-
-    kind: Any
+    kind: Any  # the type
     bounds: tuple[Bound, ...]
-    meaning: str
-    default: Any
+    meaning: str  # one sentence
+    default: Any  # `dataclasses.MISSING` for a required setting
 
 
 class SettingError(ValueError):
-    """Values of settings that cannot be used.
-
-    Attributes:
-        owner: name of the class.
-        problems: name of each setting -> what it must be, and what was found.
-    """
+    """Wrong values of settings: `problems` maps each name to what it must be and what was found."""
 
     def __init__(self, owner: str, problems: dict[str, str]) -> None:
         super().__init__(owner, problems)
@@ -75,9 +63,9 @@ class SettingError(ValueError):
 def settings(cls: type[T]) -> type[T]:
     """Makes a frozen dataclass of a class of declarations.
 
-    Its constructor converts and checks each setting and raises SettingError for a wrong type or a broken bound. Then it
-    calls the `__post_init__` of the class, which checks how settings fit together. The meanings become the
-    `Attributes:` of the docstring.
+    Its constructor converts and checks each setting and raises SettingError for a wrong type or a broken bound.
+    Then the `__post_init__` of the class checks how settings fit together. The meanings become the docstring's
+    `Attributes:`.
 
     >>> @settings
     ... class Walk:

@@ -1,7 +1,7 @@
-"""Beam search with transformers' rules: which candidates finish, how they are scored, when a row can't improve.
+"""Beam search with the rules of transformers (`_beam_search` in transformers/generation/utils.py).
 
-One compiled loop for both families. Beams of a prompt share its prefill; after each step the cache follows the chosen
-parents, from the first new token on. Reference: transformers/generation/utils.py, `_beam_search`.
+One compiled loop serves both families. The beams of a prompt share its prefill. After each step the cache is reordered
+to follow the chosen parents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxllm.models.cache import reorder_rows
 from jaxllm.models.decoder import Decoder
 from jaxllm.ops.sampling import Sampling, process, to_numbers
 
-# What transformers adds to a score to rule a beam out; finite, so that sums stay ordered.
+# Added to a score to rule a beam out, as in transformers; finite, so that sums stay ordered.
 _RULED_OUT = -1e9
 
 
@@ -32,7 +32,7 @@ class Beam(NamedTuple):
     """One finished beam.
 
     Attributes:
-        tokens: new tokens, the end token included.
+        tokens: new tokens, including the end token.
         score: sum of log-probabilities / number of tokens ** length_penalty.
     """
 
@@ -42,14 +42,14 @@ class Beam(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSettings:
-    """How a beam search is run; hashable, so that it can be a static argument.
+    """Options of a beam search; hashable, so that it can be a static argument.
 
     Attributes:
-        beams: kept at every step.
+        beams: number of beams kept at every step.
         length_penalty: exponent of the length that divides a score; above 0 favours long outputs.
-        early_stopping: True ends a row once `beams` have finished; False once the best running one, at its present
-            length, can't beat the worst finished; never, once it can't at the longest possible length.
-        returned: best beams to return of each row.
+        early_stopping: True ends a row once `beams` have finished. False ends it once the best running beam, at its
+            present length, can't beat the worst finished one; never compares at the longest possible length.
+        returned: number of beams to return for each row.
     """
 
     beams: int
@@ -63,35 +63,23 @@ class BeamSettings:
         if self.beams < 2:
             raise ValueError(f"beams must be at least 2, got {self.beams}; one beam is a greedy generate")
         if not 1 <= self.returned <= self.beams:
-            raise ValueError(f"returned must lie in 1..{self.beams} (beams), got {self.returned}")
+            raise ValueError(f"returned must be in 1..{self.beams} (beams), got {self.returned}")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping must be True, False or never, got {self.early_stopping!r}")
 
 
 class BeamState(NamedTuple):
-    """The carry of the search; rows of `decoding` are beams, next to each other per prompt.
+    """The carry of the search: K running beams of each prompt, and the best K finished ones."""
 
-    Attributes:
-        decoding: cache, next logits and history of the running beams.
-        tokens: of the running beams [B, K, N].
-        scores: sums of log-probabilities of the running beams [B, K], best first.
-        done_tokens: of the best finished beams [B, K, N].
-        done_lengths: their lengths [B, K].
-        done_scores: their normalised scores [B, K], best first.
-        done: which of them exist [B, K].
-        improvable: rows that may still find a better beam [B].
-        ending: all candidates of the last step ended.
-    """
-
-    decoding: GenerateState
+    decoding: GenerateState  # of the running beams; its rows are beams, those of a prompt next to each other
     tokens: Int[Array, "B K N"]
-    scores: Float[Array, "B K"]
+    scores: Float[Array, "B K"]  # sums of log-probabilities, best first
     done_tokens: Int[Array, "B K N"]
     done_lengths: Int[Array, "B K"]
-    done_scores: Float[Array, "B K"]
-    done: Bool[Array, "B K"]
-    improvable: Bool[Array, " B"]
-    ending: Bool[Array, ""]
+    done_scores: Float[Array, "B K"]  # normalised, best first
+    done: Bool[Array, "B K"]  # which finished beams exist
+    improvable: Bool[Array, " B"]  # rows that may still find a better beam
+    ending: Bool[Array, ""]  # whether all candidates of the last step ended
 
 
 def beam_search(
@@ -107,38 +95,23 @@ def beam_search(
     min_new_tokens: int = 0,
     cache_dtype: str | None = None,
 ) -> list[list[Beam]]:
-    """The best beams of each prompt, best first.
+    """The `search.returned` best beams of each prompt, best first.
 
-    Args:
-        model: a decoder or an encoder-decoder.
-        params: as `generate` takes them.
-        prompts: token ids of each row; lengths may differ.
-        max_new_tokens: most tokens to add.
-        search: how many beams, and how they are scored.
-        eos_ids: ids that end a beam; without one, beams end at `max_new_tokens`.
-        pad_id: fills the batch.
-        repetition_penalty: as `Sampling.repetition_penalty`.
-        min_new_tokens: as `Sampling.min_new_tokens`.
-        cache_dtype: int8 halves or quarters the cache; None stores it in the compute dtype.
-
-    Returns:
-        `search.returned` beams for each prompt.
+    A beam ends at an end token or at `max_new_tokens`. `repetition_penalty` and `min_new_tokens` are those of
+    `Sampling`; the other arguments are those of `generate`.
 
     Raises:
-        ValueError: as `generate`, or when there are fewer tokens than candidates.
+        ValueError: as `generate`, or for fewer tokens in the vocabulary than candidates.
 
     Example:
         >>> import jax, jaxllm
-        >>> from jaxllm.generation import BeamSettings, beam_search
         >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
         >>> model = jaxllm.build(config)
         >>> params = jaxllm.init_params(model, jax.random.key(0))
-        >>> search = BeamSettings(beams=3, returned=2)
-        >>> found = beam_search(model, params, [[1, 2, 3], [4]], max_new_tokens=5, search=search)
+        >>> search = jaxllm.BeamSettings(beams=3, returned=2)
+        >>> found = jaxllm.beam_search(model, params, [[1, 2, 3], [4]], max_new_tokens=5, search=search)
         >>> [[len(beam.tokens) for beam in beams] for beams in found]
         [[5, 5], [5, 5]]
-        >>> found[0][0].score >= found[0][1].score
-        True
     """
     _check_search(search, model.config.vocab_size, eos_ids)
     sampling = Sampling(repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens)
@@ -218,7 +191,7 @@ def _init(decoding: GenerateState, beams: int, settings: Settings) -> BeamState:
 def _select(
     state: BeamState, settings: Settings, search: BeamSettings, limit: Array
 ) -> tuple[BeamState, Int[Array, " B"]]:
-    """Chooses the next running beams and updates the finished ones; also the tokens to feed, one per beam."""
+    """The state with the next running and the updated finished beams, and the token to feed to each beam."""
     d, (rows, beams) = state.decoding, state.scores.shape
     vocab = d.logits.shape[-1]
     banned = ban_end(settings, d.count[None], vocab)

@@ -1,7 +1,7 @@
 """Continue prompts: all at once, or as a stream of chunks.
 
-A host-side shell around `jaxllm.generation.loop`: checks and padding before, cutting rows at their end after. A stream
-and stop strings need the host while tokens appear, so they run chunk by chunk; everything else is one call.
+The host checks and pads the prompts, calls `jaxllm.generation.loop` and cuts rows at their end. Streaming and stop
+strings need the host while tokens appear, so they run chunk by chunk; everything else is one call.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def generate(
         params: its parameters, stacked as in training or as `prepare_for_decode` makes them, or `edited`.
         prompts: token ids of each row; lengths may differ.
         max_new_tokens: most tokens to add.
-        sampling: greedy by default; else e.g. `jaxllm.generation.Sampling(temperature=0.8, top_p=0.95)`.
-        eos_ids: ids that end a row; they are part of the output.
+        sampling: greedy by default; otherwise e.g. `jaxllm.Sampling(temperature=0.8, top_p=0.95)`.
+        eos_ids: ids that end a row; the output includes them.
         pad_id: fills the batch, and rows that have ended.
         seed: of the random choices; one per prompt makes a row independent of its place in the batch.
         samples: rows per prompt, next to each other in the result; the prompt is read once.
-        stop: strings that end a row; it is cut after the token that completes one.
+        stop: strings that end a row; the row is cut after the token that completes one.
         decode: ids to text, needed by `stop`.
         cache_dtype: int8 halves or quarters the cache; None stores it in the compute dtype.
 
@@ -64,9 +64,6 @@ def generate(
         >>> rows = jaxllm.generate(model, params, [[1, 2, 3], [4]], max_new_tokens=5)
         >>> [len(row) for row in rows]
         [5, 5]
-        >>> warm = jaxllm.generation.Sampling(temperature=0.8)
-        >>> len(jaxllm.generate(model, params, [[4]], max_new_tokens=5, sampling=warm, samples=3))
-        3
     """
     _check_stop(stop, decode)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
@@ -93,20 +90,16 @@ def generate_stream(
     decode: Decode | None = None,
     cache_dtype: str | None = None,
 ) -> Iterator[list[list[int]]]:
-    """As `generate`, yielding each row's new tokens chunk by chunk; a finished row yields empty lists.
+    """As `generate`, yielding each row's new tokens in chunks of at most 32; a finished row yields [].
 
-    The arguments and errors are those of `generate`. Bad arguments raise when it is called, before the first chunk.
-
-    Yields:
-        For each prompt and sample the ids since the chunk before, at most 32.
+    The arguments and errors are those of `generate`. Bad arguments raise at the call, before the first chunk.
 
     Example:
         >>> import jax, jaxllm
-        >>> from jaxllm.generation import generate_stream
         >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
         >>> model = jaxllm.build(config)
         >>> params = jaxllm.init_params(model, jax.random.key(0))
-        >>> for rows in generate_stream(model, params, [[1, 2, 3]], max_new_tokens=40):
+        >>> for rows in jaxllm.generate_stream(model, params, [[1, 2, 3]], max_new_tokens=40):
         ...     print(len(rows[0]))
         32
         8

@@ -1,7 +1,7 @@
-"""Decoding with values replaced inside the model: parameters with edits, which every function here takes as parameters.
+"""Decoding with values replaced inside the model: parameters with edits, which all functions here accept.
 
-Where a loop calls the model, it calls it by `run_model`: a family's functions run under `jaxllm.study.edit`, in the
-prompt and in every step after it. The cache then holds what the edits made of keys and values.
+The loops call the model by `run_model`, so the edits apply to the prompt and to every step after it. The cache then
+holds edited keys and values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Edited(NamedTuple):
 
     Attributes:
         params: stacked as in training, or prepared.
-        edits: by name, each a `jax.tree_util.Partial`, whose arrays are arguments of what is compiled.
+        edits: by name, each a `jax.tree_util.Partial`, whose arrays are arguments of the compiled program.
     """
 
     params: Any
@@ -32,30 +32,27 @@ class Edited(NamedTuple):
 
 
 def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
-    """Parameters for `generate` and its siblings, under which the model runs with values replaced.
+    """Parameters for `generate` and the like, with which the model runs with values replaced.
 
     Args:
         params: as they would be passed without edits.
-        edits: as `jaxllm.study.edit`; a value is [B, T, ...], T being 1 while new tokens are decoded. Each other
-            function compiles again, so define it once, and give arrays that change by `jax.tree_util.Partial`.
+        edits: as in `jaxllm.study.edit`; a value is [B, T, ...], with T = 1 while new tokens are decoded. Each new
+            function object compiles again, so define it once, and pass changing arrays by `jax.tree_util.Partial`.
 
     Raises:
-        ValueError: for attention weights, which decoding never holds: edit `heads` or `query` instead; for parameters
-            that are edited already.
+        ValueError: for attention weights, which decoding never holds; for parameters that are edited already.
 
     Example:
         >>> import jax, jaxllm
         >>> import jax.numpy as jnp
         >>> from jax.tree_util import Partial
-        >>> from jaxllm.generation import edited
         >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=2, num_heads=2)
         >>> model = jaxllm.build(config)
         >>> params = jaxllm.init_params(model, jax.random.key(0))
         >>> def steer(vector, x, layer):
         ...     return jnp.where(layer == 1, x + vector, x)
-        >>> steered = edited(params, {"after_mlp": Partial(steer, jnp.ones(8))})
-        >>> new = jaxllm.generate(model, steered, [[1, 2, 3]], max_new_tokens=4)
-        >>> len(new[0])
+        >>> steered = jaxllm.edited(params, {"after_mlp": Partial(steer, jnp.ones(8))})
+        >>> len(jaxllm.generate(model, steered, [[1, 2, 3]], max_new_tokens=4)[0])
         4
     """
     if isinstance(params, Edited):
@@ -63,7 +60,7 @@ def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
     for name in edits:
         if name.split("/")[-1] == "attention_weights":
             raise ValueError(f"{name} can't be edited while decoding, which never holds them: edit heads or query")
-    # A partial of a partial would be another function each time.
+    # A partial of a partial would be a new function each time.
     made = [(name, change if isinstance(change, Partial) else Partial(change)) for name, change in edits.items()]
     # Edits of one hook point apply in their order. jit would sort the keys of a dict.
     return Edited(params, OrderedDict(made))
@@ -82,15 +79,10 @@ def prepare(decoder: Decoder, params: Any) -> Any:
 
 
 def run_model(method: Callable[..., R], params: Any, *arrays: Any, strict: bool = True, **sizes: Any) -> R:
-    """`method(params, *arrays, **sizes)`, under the edits of the parameters where they have any.
+    """`method(params, *arrays, **sizes)` of a `Decoder`, with the edits of the parameters if they have any.
 
-    Args:
-        method: of a `Decoder`: start, step, extend or full_logits.
-        params: prepared or as in training, as the method takes them; or `edited`.
-        arrays: trees of arrays.
-        strict: whether an edit must name a hook point of this method. In a decoder's step those of the encoder are
-            gone, and names have been checked when the prompts were read.
-        sizes: what is static.
+    `strict` makes an edit of an unknown hook point an error. The first call checks the names; a decoder's step no
+    longer has the hook points of the encoder.
     """
     if not isinstance(params, Edited):
         return method(params, *arrays, **sizes)

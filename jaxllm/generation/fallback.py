@@ -1,4 +1,4 @@
-"""What happens when cuDNN refuses the attention of a prompt: `attention: auto` takes blocks in plain JAX instead.
+"""A fallback where cuDNN refuses the attention of a prompt: `attention: auto` takes blocks in plain JAX.
 
 jax lowers and compiles when a function is first called, so that call raises the refusal; nothing is donated there.
 Steps after the prompt attend to a cache and never use cuDNN.
@@ -14,14 +14,14 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.ops.cudnn_calls import refused
 
 _log = logging.getLogger(__name__)
-# Decoders of which a program was refused: what failed is not compiled again for the next prompt.
+# Decoders with a refused program, so that it is not compiled again for the next prompt.
 _refused: set[Any] = set()
 
 R = TypeVar("R")
 
 
 def fall_back(function: Callable[..., R], *decoders: Decoder | None) -> R:
-    """`function(*decoders)`; where cuDNN refuses an attention, once more with decoders that do without cuDNN.
+    """`function(*decoders)`; if cuDNN refuses an attention, once more with decoders that do not use cuDNN.
 
     A refusal of `attention: cudnn`, and any other error, is raised as it is.
     """

@@ -1,9 +1,9 @@
 """The prompts, then chunks of steps: a scan of static length, and between chunks a test whether all rows have finished.
 
-Each step chooses a token from the logits of the step before, then feeds it. Rows that have finished emit padding.
-`run` is a whole generation in one compiled program, with the cache made and used in place inside. `begin` and
-`next_chunk` are the same in pieces for streaming, with the state donated. Attention reads only the first slots of the
-cache; their number doubles as the text grows, and `run` has one loop for each.
+Each step chooses a token from the logits of the step before, then feeds it. `run` is a whole generation in one compiled
+program, with its cache updated in place. `begin` and `next_chunk` are the same in pieces for streaming, with the state
+donated. Attention reads only the first slots of the cache. Their number doubles as the text grows, and `run` has one
+loop for each number.
 """
 
 from __future__ import annotations
@@ -26,35 +26,24 @@ _LEAST_ATTENDED = 256
 
 
 class GenerateState(NamedTuple):
-    """The carry of the decode loop.
-
-    Attributes:
-        cache: keys and values so far.
-        logits: of the next token [B, V].
-        positions: of the next token [B].
-        finished: rows that have emitted an end token [B].
-        count: new tokens so far, the same for all rows.
-        keys: one PRNG key per row.
-        seen: tokens that a repetition penalty counts [B, V]; None without one.
-    """
+    """The carry of the decode loop."""
 
     cache: KVCache
-    logits: Float[Array, "B V"]
-    positions: Int[Array, " B"]
-    finished: Bool[Array, " B"]
-    count: Int[Array, ""]
-    keys: Array
-    seen: Bool[Array, "B V"] | None
+    logits: Float[Array, "B V"]  # of the next token
+    positions: Int[Array, " B"]  # of the next token
+    finished: Bool[Array, " B"]  # rows that have emitted an end token; they emit padding
+    count: Int[Array, ""]  # new tokens so far, the same for all rows
+    keys: Array  # one PRNG key per row
+    seen: Bool[Array, "B V"] | None  # tokens that a repetition penalty counts; None without one
 
 
 def read_prompts(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array
 ) -> tuple[Any, GenerateState]:
-    """Context and state after the prompts, which are read once, whatever the number of samples of each."""
+    """Context and state after the prompts; each prompt is read once for all of its samples."""
     context, logits, cache, positions = run_model(decoder.start, params, tokens, lengths, plan=settings.plan)
-    seen = None
-    if settings.sampling.repetition_penalty != 1:
-        seen = mark_seen(*decoder.history(tokens, lengths), logits.shape[-1])
+    penalised = settings.sampling.repetition_penalty != 1
+    seen = mark_seen(*decoder.history(tokens, lengths), logits.shape[-1]) if penalised else None
     if settings.samples > 1:
         cache = repeat_rows(cache, settings.samples)
         context, logits, positions, seen = repeat_tree((context, logits, positions, seen), settings.samples)
@@ -63,7 +52,7 @@ def read_prompts(
 
 
 def mark_seen(tokens: Int[Array, "B T"], real: Bool[Array, "B T"], vocab: int) -> Bool[Array, "B V"]:
-    """Which ids occur among the real tokens of each row."""
+    """Which ids occur in the real tokens of each row."""
     rows = jnp.arange(tokens.shape[0])[:, None]
     return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(real)
 
@@ -74,7 +63,7 @@ def ended(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B
 
 
 def ban_end(settings: Settings, count: Int[Array, ...], vocab: int) -> Bool[Array, "... V"] | None:
-    """End tokens while fewer than min_new_tokens are out; None when that never matters."""
+    """End tokens while a row has fewer than min_new_tokens; None where no end token is ever banned."""
     if not (settings.sampling.min_new_tokens and settings.eos_ids):
         return None
     ends = ended(jnp.arange(vocab), settings.eos_ids)
@@ -90,9 +79,7 @@ def advance(
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
     tokens = jnp.where(state.finished, settings.pad_id, choose(logits, keys, settings.sampling))
     finished = state.finished | ended(tokens, settings.eos_ids)
-    seen = None
-    if state.seen is not None:
-        seen = state.seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+    seen = None if state.seen is None else state.seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
     after, cache = take_step(decoder, settings, params, context, state, tokens, attended)
     return GenerateState(cache, after, state.positions + 1, finished, state.count + 1, state.keys, seen), tokens
 
@@ -114,11 +101,11 @@ def decode_chunk(
 
 
 def read_lengths(plan: Plan, chunk: int) -> list[tuple[int, int]]:
-    """Pairs (slots to read, new tokens until which they suffice): the slots double, and the last pair reads all."""
+    """Pairs (slots to read, new tokens that they suffice for); the slots double, the last pair reads all."""
     if plan.slots < plan.start + plan.new:  # a sliding window has wrapped around
         return [(plan.slots, plan.new)]
     pairs, done, attended = [], 0, _LEAST_ATTENDED
-    # A loop of its own pays as long as it reads less than four fifths of the slots.
+    # A separate loop pays as long as it reads less than four fifths of the slots.
     while attended * 5 // 4 < plan.slots:
         until = min((attended - plan.start) // chunk * chunk, plan.new)
         if until > done:
@@ -132,7 +119,7 @@ def read_lengths(plan: Plan, chunk: int) -> list[tuple[int, int]]:
 def run(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array, limit: Array
 ) -> Int[Array, "B N"]:
-    """A whole generation; columns from `limit` on, and those of a finished row, mean nothing or are padding."""
+    """A whole generation; columns from `limit` on are undefined, and those after an end token padding."""
     context, state = read_prompts(decoder, settings, params, tokens, lengths, keys)
     out = jnp.full((state.positions.shape[0], settings.plan.new), settings.pad_id, jnp.int32)
 
@@ -169,6 +156,6 @@ def next_chunk(
     stopped: Bool[Array, " B"],
     attended: int,
 ) -> tuple[GenerateState, Int[Array, "T B"]]:
-    """One chunk in place: the state passed in is donated. Rows in `stopped` count as finished from now on."""
+    """One chunk; the state is donated. Rows in `stopped` are finished from now on."""
     state = state._replace(finished=state.finished | stopped)
     return decode_chunk(decoder, settings, params, context, state, attended=attended)

@@ -1,7 +1,6 @@
 """From lists of ids to arrays of few shapes: every check before compilation, and the sizes that are compiled for.
 
-Lengths are rounded up to a handful of buckets, so that other lengths inside them compile nothing. Out of scope:
-anything that runs on the device.
+Lengths are rounded up to a few buckets, so that another length in the same bucket compiles nothing.
 """
 
 from __future__ import annotations
@@ -19,51 +18,32 @@ from jaxllm.models import Model, decoder_of
 from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.sampling import GREEDY, Sampling
 
-# New tokens between two looks at who has finished; also the unit of the number of new tokens.
+# New tokens between two tests whether all rows have finished; also the unit of the number of new tokens.
 CHUNK = 32
-_MOST = 1_000_000  # new tokens; a cache of more than that fits no device
+_MOST = 1_000_000  # new tokens; a larger cache exceeds the memory of every device
 
 
 class Settings(NamedTuple):
-    """What is compiled into a loop.
-
-    Attributes:
-        plan: sizes.
-        chunk: steps between two looks at who has finished.
-        sampling: how tokens are chosen.
-        eos_ids: end tokens.
-        pad_id: what finished rows emit.
-        samples: rows per prompt.
-    """
+    """The values that are compiled into a loop."""
 
     plan: Plan
-    chunk: int
+    chunk: int  # steps between two tests whether all rows have finished
     sampling: Sampling
     eos_ids: tuple[int, ...]
-    pad_id: int
-    samples: int = 1
+    pad_id: int  # emitted by finished rows
+    samples: int = 1  # rows per prompt
 
 
 class Request(NamedTuple):
-    """Everything one generation runs on.
-
-    Attributes:
-        decoder: the family's adapter.
-        settings: static part.
-        params: decoding layout.
-        tokens: prompts, padded on the right to a bucket [B, T].
-        lengths: real tokens of each prompt [B].
-        keys: one PRNG key for each output row [B * samples].
-        limit: most new tokens.
-    """
+    """All inputs of one generation."""
 
     decoder: Decoder
     settings: Settings
-    params: Any
-    tokens: np.ndarray
-    lengths: np.ndarray
-    keys: jax.Array
-    limit: int
+    params: Any  # in the decoding layout
+    tokens: np.ndarray  # prompts [B, T], padded on the right to a bucket
+    lengths: np.ndarray  # real tokens of each prompt [B]
+    keys: jax.Array  # a PRNG key for each output row [B * samples]
+    limit: int  # most new tokens
 
 
 def bucket(count: int, smallest: int) -> int:
@@ -92,21 +72,10 @@ def make_request(
     extra: int = 0,
     wraps: bool = True,
 ) -> Request:
-    """Checks a generation and lays it out; arguments as `generate`.
+    """Checks the arguments of `generate` and makes the arrays and sizes of one generation.
 
-    Args:
-        model: of either family.
-        params: stacked as in training, or prepared, or `edited`.
-        prompts: ids of each row.
-        max_new_tokens: most tokens to add.
-        sampling: how tokens are chosen.
-        eos_ids: end tokens.
-        pad_id: fills prompts and finished rows.
-        seed: one for all, or one per prompt.
-        samples: rows per prompt.
-        cache_dtype: int8, or None for the compute dtype.
-        extra: slots that drafts need beyond the new tokens.
-        wraps: a sliding window's cache may be as short as the window.
+    `extra` is the number of slots that drafts need beyond the new tokens. With `wraps` the cache of a sliding window
+    may be as short as the window.
     """
     decoder = decoder_of(model)
     check_outside(params, prompts, seed)
@@ -132,7 +101,7 @@ def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndar
 
 
 def check_outside(*values: Any) -> None:
-    """Raises a ValueError inside jax's transformations, where values are not there yet."""
+    """Raises a ValueError inside jax's transformations, where values are traced."""
     # The zero is a tracer inside jit even where no argument is one.
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((*values, jnp.zeros(())))):
         raise ValueError(
@@ -148,7 +117,7 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int, p
 
 
 def check_ids(model: Model, rows: Sequence[Sequence[int]], *, name: str) -> None:
-    """Raises a ValueError for no rows, an empty one, what is no row of ids, or an id outside the vocabulary."""
+    """Raises a ValueError unless there are rows, each a non-empty list of ids inside the vocabulary."""
     if len(rows) == 0:
         raise ValueError(f"at least one {name} is needed, got none")
     vocab = model.config.vocab_size
@@ -160,7 +129,7 @@ def check_ids(model: Model, rows: Sequence[Sequence[int]], *, name: str) -> None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"{name} {i} must be a list of token ids such as [1, 2, 3], got {str(row)[:60]!r}")
         if ids.min() < 0 or ids.max() >= vocab:
-            raise ValueError(f"{name} {i} holds ids outside 0..{vocab - 1}: {ids.min()}..{ids.max()}")
+            raise ValueError(f"{name} {i} has ids outside 0..{vocab - 1}: {ids.min()}..{ids.max()}")
 
 
 def _check_settings(
@@ -174,15 +143,13 @@ def _check_settings(
 ) -> None:
     vocab = model.config.vocab_size
     _check_kinds(sampling, eos_ids, max_new_tokens=max_new_tokens, samples=samples, pad_id=pad_id)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if max_new_tokens > _MOST:  # a T5 has no longest context that would stop it
+    if not 1 <= max_new_tokens <= _MOST:  # a T5 has no longest context that would limit it
         raise ValueError(f"max_new_tokens must be from 1 to {_MOST}, got {max_new_tokens}")
     if sampling.min_new_tokens > max_new_tokens:
         raise ValueError(f"min_new_tokens {sampling.min_new_tokens} exceeds max_new_tokens {max_new_tokens}")
     outside = [i for i in (*eos_ids, pad_id) if not 0 <= i < vocab]
     if outside:
-        raise ValueError(f"eos_ids and pad_id must lie in 0..{vocab - 1}, got {outside}")
+        raise ValueError(f"eos_ids and pad_id must be in 0..{vocab - 1}, got {outside}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if samples > 1 and sampling.temperature == 0:
@@ -208,11 +175,11 @@ def _row_keys(seed: int | Sequence[int], prompts: int, samples: int) -> jax.Arra
     given = np.asarray(seed)
     single, seeds = given.ndim == 0, given.reshape(-1).tolist()  # Python's numbers: those of jax overflow here
     if not all(isinstance(each, int) and 0 <= each < 2**32 for each in seeds):
-        raise ValueError(f"seed must lie in 0..2**32 - 1 and be whole, got {seed}")
+        raise ValueError(f"seed must be a whole number in 0..2**32 - 1, got {seed}")
     base = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
     if single:
         base = jax.vmap(jax.random.fold_in, (None, 0))(base[0], np.arange(prompts))
     elif len(seeds) != prompts:
-        raise ValueError(f"seed needs one number, or one per prompt: got {len(seeds)} for {prompts} prompts")
+        raise ValueError(f"seed must be one number or one per prompt, got {len(seeds)} for {prompts} prompts")
     rows = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(samples)))(base)
     return rows.reshape(-1)

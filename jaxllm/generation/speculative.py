@@ -1,8 +1,8 @@
 """Speculative decoding (arXiv 2211.17192): cheap drafts, verified several at once, without changing the result.
 
-Greedy output is that of `generate`; sampled output has the same distribution. Drafts are the tokens that followed the
-latest ones earlier in the prompt (of an encoder-decoder: in the encoder's input), or come from a smaller model. Rows
-advance by different counts, so every token is in the cache slot of its own position and a rejected one is overwritten.
+Greedy output is that of `generate`; sampled output has the same distribution. Drafts come from a smaller model, or from
+prompt lookup: they are the tokens that followed the latest ones earlier in the text or in the encoder's input. Rows
+advance by different counts, so the cache slot of a token is its position; rejected tokens are overwritten.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from jaxllm.models.cache import KVCache
 from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.sampling import GREEDY, Sampling, choose, draw, most_probable, process
 
-# Longest run of latest tokens that is looked for; shorter ones are tried when it isn't found.
+# Longest run of latest tokens that prompt lookup searches for; it falls back to shorter runs.
 _LONGEST_RUN = 3
 
 
 class Speculated(NamedTuple):
-    """What a speculative generation gave.
+    """The result of a speculative generation.
 
     Attributes:
         rows: new tokens of each prompt, as `generate` returns them.
-        tokens_per_step: new tokens for each forward of the large model, averaged over rows; 1 is no gain.
+        tokens_per_step: new tokens for each forward of the large model, averaged over rows; 1 means no gain.
     """
 
     rows: list[list[int]]
@@ -42,19 +42,12 @@ class Speculated(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """One of the two models after it has read the prompts: the large one, or the one that drafts.
-
-    Attributes:
-        decoder: the family's adapter.
-        plan: sizes.
-        params: decoding layout.
-        context: what it keeps of the prompts besides its cache.
-    """
+    """One of the two models after it has read the prompts: the large one, or the one that drafts."""
 
     decoder: Decoder
     plan: Plan
     params: Any
-    context: Any
+    context: Any  # what the model keeps of the prompts in addition to its cache
 
     def extend(
         self, cache: KVCache, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -72,25 +65,15 @@ class Draft(NamedTuple):
 
 
 class SpeculativeState(NamedTuple):
-    """The carry of the loop.
+    """The carry of the loop."""
 
-    Attributes:
-        cache: of the large model; the last token of each row is not in it.
-        draft_cache: of the drafting model, of the same tokens as `cache`; None with prompt lookup.
-        out: new tokens [B, N].
-        counts: how many of them each row has.
-        steps: forwards of the large model in which each row was still going [B].
-        finished: rows that are done [B].
-        seen: ids that a repetition penalty counts, those in `out` included [B, V]; None without one.
-    """
-
-    cache: KVCache
-    draft_cache: Any
-    out: Int[Array, "B N"]
-    counts: Int[Array, " B"]
-    steps: Int[Array, " B"]
+    cache: KVCache  # of the large model, without the last token of each row
+    draft_cache: Any  # of the drafting model, with the same tokens; None with prompt lookup
+    out: Int[Array, "B N"]  # new tokens
+    counts: Int[Array, " B"]  # new tokens of each row so far
+    steps: Int[Array, " B"]  # forwards of the large model before each row finished
     finished: Bool[Array, " B"]
-    seen: Bool[Array, "B V"] | None
+    seen: Bool[Array, "B V"] | None  # ids that a repetition penalty counts, also in `out`; None without one
 
 
 def generate_speculative(
@@ -107,35 +90,22 @@ def generate_speculative(
     pad_id: int = 0,
     seed: int | Sequence[int] = 0,
 ) -> Speculated:
-    """As `generate`, in fewer forwards of the model.
+    """As `generate`, in fewer forwards of the model; the other arguments are those of `generate`.
 
-    Args:
-        model: the model whose output is wanted.
-        params: its parameters.
-        prompts: token ids of each row.
-        max_new_tokens: most tokens to add.
-        drafts: tokens proposed for each forward.
-        draft_model: a smaller model of the same family and vocabulary; None looks drafts up in the prompt.
-        draft_params: its parameters.
-        sampling: greedy by default.
-        eos_ids: ids that end a row.
-        pad_id: fills the batch.
-        seed: of the random choices.
+    `drafts` is the number of tokens proposed for each forward. `draft_model` is a smaller model of the same family and
+    vocabulary, with its `draft_params`; without one, drafts are looked up in the prompt.
 
     Raises:
         ValueError: as `generate`, or for a draft model that doesn't fit.
 
     Example:
         >>> import jax, jaxllm
-        >>> from jaxllm.generation import generate_speculative
         >>> config = jaxllm.LlamaConfig(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
         >>> model = jaxllm.build(config)
         >>> params = jaxllm.init_params(model, jax.random.key(0))
         >>> prompts = [[1, 2, 3, 1, 2]]
-        >>> quick = generate_speculative(model, params, prompts, max_new_tokens=6)
+        >>> quick = jaxllm.generate_speculative(model, params, prompts, max_new_tokens=6)
         >>> quick.rows == jaxllm.generate(model, params, prompts, max_new_tokens=6)
-        True
-        >>> quick.tokens_per_step >= 1
         True
     """
     _check_draft(model, draft_model, draft_params, drafts)
@@ -160,12 +130,9 @@ def _check_draft(model: Model, draft_model: Model | None, draft_params: Any, dra
     if (draft_model is None) != (draft_params is None):
         raise ValueError("draft_model and draft_params go together")
     if draft_model is not None:
-        ours, theirs = model.config, draft_model.config
-        if (ours.family, ours.vocab_size) != (theirs.family, theirs.vocab_size):
-            raise ValueError(
-                f"the draft model is a {theirs.family} of {theirs.vocab_size} tokens, the model a {ours.family} of "
-                f"{ours.vocab_size}; both must agree"
-            )
+        ours, theirs = (f"{c.family} of {c.vocab_size} tokens" for c in (model.config, draft_model.config))
+        if ours != theirs:
+            raise ValueError(f"the draft model is a {theirs}, the model a {ours}; both must agree")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -225,7 +192,7 @@ def _keys(keys: Array, counts: Array, purpose: int | Array) -> Array:
 def _processed(
     logits: Float[Array, "B T V"], counts: Int[Array, " B"], settings: Settings, seen: Bool[Array, "B T V"] | None
 ) -> Float[Array, "B T V"]:
-    """Processors on the logits of tokens number counts, counts + 1, ... of each row."""
+    """The logits of tokens number counts, counts + 1, ... of each row, after the processors."""
     numbers, vocab = counts[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32), logits.shape[-1]
     banned = ban_end(settings, numbers.reshape(-1), vocab)
     seen = None if seen is None else seen.reshape(-1, vocab)
@@ -233,7 +200,7 @@ def _processed(
 
 
 def _seen_along(seen: Bool[Array, "B V"] | None, drafts: Int[Array, "B k"]) -> Bool[Array, "B T V"] | None:
-    """What a penalty counts before each draft and after the last: a draft matters only if those before it hold."""
+    """The ids that a penalty counts before each draft and after the last, if all earlier ones are accepted."""
     if seen is None:
         return None
     drafted = jnp.cumsum(jax.nn.one_hot(drafts, seen.shape[-1], dtype=jnp.int32), axis=1) > 0
@@ -250,20 +217,14 @@ def _last(state: SpeculativeState) -> Int[Array, "B 1"]:
     return jnp.take_along_axis(state.out, state.counts[:, None] - 1, axis=1)
 
 
-def _look_up(
-    source: Int[Array, "B W"],
-    lengths: Int[Array, " B"],
-    said: Int[Array, "B R"],
-    said_lengths: Int[Array, " B"],
-    drafts: int,
-) -> Draft:
-    """What followed the latest occurrence in `source` of the longest run of tokens that ends `said`."""
+def _look_up(source: Array, lengths: Array, said: Array, said_lengths: Array, drafts: int) -> Draft:
+    """The tokens after the latest occurrence in `source` [B, W] of the longest run at the end of `said`."""
 
     def row(source: Array, length: Array, said: Array, said_length: Array) -> Array:
         index = jnp.arange(source.shape[0], dtype=jnp.int32)
         run, matching = jnp.zeros_like(index), index < length
         for back in range(1, _LONGEST_RUN + 1):
-            # Position i continues a run if the `back` tokens before it are the last ones said.
+            # Position i continues a run if the `back` tokens before it are the last ones of `said`.
             wanted = said[said_length - back]
             matching &= (index >= back) & (said_length >= back) & (jnp.roll(source, back) == wanted)
             run += matching.astype(jnp.int32)
@@ -276,7 +237,7 @@ def _look_up(
 def _draft(
     drafter: Reader, settings: Settings, state: SpeculativeState, positions: Array, keys: Array, drafts: int
 ) -> tuple[Draft, KVCache]:
-    """Continues with the small model alone; one step more than drafts, so that its cache holds them all."""
+    """Continues with the small model; one step more than drafts, so that its cache holds all of them."""
     rows = jnp.arange(positions.shape[0])
 
     def step(carry: tuple[KVCache, Array, Array | None], i: Array) -> tuple[Any, tuple[Array, Array]]:
@@ -303,7 +264,7 @@ def _verify(
 ) -> SpeculativeState:
     """One forward over the last token and the drafts; keeps those that the large model accepts, and one token more."""
     fed = jnp.concatenate([_last(state), draft.tokens], axis=1)
-    offsets = jnp.arange(fed.shape[1], dtype=jnp.int32)  # jax_enable_x64 would make it int64, and all that follows
+    offsets = jnp.arange(fed.shape[1], dtype=jnp.int32)  # int64 with jax_enable_x64 unless the dtype is given
     positions = (first_position + state.counts - 1)[:, None] + offsets
     logits, cache = large.extend(state.cache, fed, positions)
     logits = _processed(logits, state.counts, settings, _seen_along(state.seen, draft.tokens))
@@ -317,30 +278,27 @@ def _verify(
     out = state.out.at[rows, columns].set(tokens, mode="drop")
     seen = None if state.seen is None else state.seen.at[rows, tokens].max(kept)
     counts = state.counts + new
-    stopped = (
-        state.finished
-        | (counts >= limit)
-        | ended(_last(state._replace(out=out, counts=counts))[:, 0], settings.eos_ids)
-    )
+    last = _last(state._replace(out=out, counts=counts))[:, 0]
+    stopped = state.finished | (counts >= limit) | ended(last, settings.eos_ids)
     steps = jnp.where(state.finished, state.steps, state.steps + 1)
     return SpeculativeState(cache, state.draft_cache, out, counts, steps, stopped, seen)
 
 
 def _leading(true: Bool[Array, "B k"]) -> Int[Array, " B"]:
-    """How many of each row are True before the first that is not."""
+    """How many entries of each row are True before the first that is not."""
     return jnp.sum(jnp.cumprod(true.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
 
 
 def _accept_greedy(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
-    """How many drafts are the largest logits, and those: the token after the accepted ones is among them."""
+    """How many drafts equal the most probable tokens, and those tokens, including the one after."""
     tokens = most_probable(logits)
     return _leading(tokens[:, :-1] == draft.tokens), tokens
 
 
 def _accept_sampled(logits: Float[Array, "B T V"], draft: Draft, keys: Array) -> tuple[Array, Array]:
-    """Accepts draft x with probability min(1, p(x) / q(x)); else draws from max(p - q, 0), so that samples follow p.
+    """Accepts draft x with probability min(1, p(x) / q(x)), else draws from max(p - q, 0).
 
-    A draft that was looked up has q(x) = 1.
+    Samples then follow p. A draft that was looked up has q(x) = 1.
     """
     vocab, drafts = logits.shape[-1], draft.tokens.shape[1]
     p = jax.nn.softmax(logits)

@@ -20,7 +20,7 @@ def read_prompts(prompt: str | None, *, prompt_file: Path | None, batch: Path | 
     """The prompt itself (- is standard input), that of a file, or a prompt per line of `batch`; one of them is given.
 
     Raises:
-        ValueError: for a batch without prompts, or a file that is no UTF-8 text.
+        ValueError: for a batch without prompts, or a file that is not UTF-8 text.
     """
     if batch:
         text = _read(batch)
@@ -49,13 +49,9 @@ def write(text_model: TextModel, prompts: list[str], *, stream: bool, batch_size
 
 
 def write_stream(text_model: TextModel, prompt: str, *, seed: int, **options: Any) -> str:
-    """Writes the text of a prompt piece by piece; returns a line that says how fast it came.
+    """Writes the text of a prompt piece by piece; returns a line about the speed.
 
-    Args:
-        text_model: model, parameters and tokenizer (`jaxllm.run.load.load_text_model`).
-        prompt: text.
-        seed: of the sampling.
-        options: of `TextModel.generate_stream`.
+    Options are those of `TextModel.generate_stream`.
     """
     counts, times, begun = [], [], time.perf_counter()
 
@@ -76,22 +72,21 @@ def write_stream(text_model: TextModel, prompt: str, *, seed: int, **options: An
 
 
 def write_batches(text_model: TextModel, prompts: list[str], *, batch_size: int, seed: int, **options: Any) -> str:
-    """Writes a JSON line per prompt; returns a line that says how fast they came.
+    """Writes a JSON line per prompt; returns a line about the speed. Options as `TextModel.generate`.
 
-    Each prompt has a seed of its own, `seed` plus its number, so that `batch_size` changes no result. The other
-    arguments are those of `write_stream`. All prompts are checked before the first is answered.
+    The seed of each prompt is `seed` plus its number, so that `batch_size` changes no result. All prompts are checked
+    before the first is answered.
     """
     total, begun = 0, time.perf_counter()
     encoded = [text_model.encode(text) for text in prompts]
     check_prompts(text_model.model, encoded, new=options["max_new_tokens"], pad_id=text_model.pad_id)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        seeds = [seed + i for i in range(len(prompts))[part]]
+        seeds = list(range(seed, seed + len(prompts)))[part]
         rows = text_model.generate(encoded[part], seed=seeds, **options)
         for prompt, row in zip(prompts[part], rows, strict=True):
-            print(
-                json.dumps({"prompt": prompt, "text": text_model.decode(row), "tokens": len(row)}, ensure_ascii=False)
-            )
+            line = {"prompt": prompt, "text": text_model.decode(row), "tokens": len(row)}
+            print(json.dumps(line, ensure_ascii=False))
         sys.stdout.flush()
         total += sum(map(len, rows))
     return _with_compilation(total, time.perf_counter() - begun)

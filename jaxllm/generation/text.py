@@ -1,7 +1,7 @@
 """A model with its tokenizer, called with text: `text("def read_")`.
 
-How a prompt begins and ends depends on the family. A decoder starts a document. An encoder-decoder reads a document
-that ends; `<extra_id_0>` and so on in its text become the sentinels, which the tokenizer never reads from text.
+The prompt of a decoder starts a document; that of an encoder-decoder is a whole document. There `<extra_id_0>` and so
+on become sentinels.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class TextModel(NamedTuple):
     `jaxllm.generate`, such as `sampling`, `seed` and `stop`, and `edits` as for `jaxllm.generation.edited`.
 
     Attributes:
-        model: of any family, in the dtype it computes in.
+        model: a model of any family.
         params: prepared for decoding.
-        tokenizer: text and ids.
+        tokenizer: text to ids and back.
         begin: ids before a decoder's prompt.
         eos_ids: ids that end an output.
         pad_id: padding.
@@ -36,18 +36,14 @@ class TextModel(NamedTuple):
     Example:
         >>> import jax, jaxllm
         >>> from jaxllm.data.tokenizer import train_tokenizer
-        >>> from jaxllm.generation.text import TextModel
         >>> tokenizer = train_tokenizer(["def read(path): return path"], vocab_size=400)
         >>> config = jaxllm.LlamaConfig(vocab_size=400, d_model=8, d_ff=8, num_layers=1, num_heads=2)
         >>> model = jaxllm.build(config)
         >>> params = jaxllm.init_params(model, jax.random.key(0))
-        >>> text = TextModel.of(model, params, tokenizer)
+        >>> text = jaxllm.TextModel.of(model, params, tokenizer)
         >>> completion = text("def read_", max_new_tokens=8)
         >>> completion == "".join(text.stream("def read_", max_new_tokens=8))
         True
-        >>> warm = jaxllm.generation.Sampling(temperature=0.8)
-        >>> len(text(["def ", "return "], max_new_tokens=8, sampling=warm, seed=1))
-        2
     """
 
     model: Model
@@ -59,13 +55,7 @@ class TextModel(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, params: Any, tokenizer: Tokenizer, *, int8: bool = False) -> TextModel:
-        """A model in memory with the special ids of its tokenizer, as a run trains it.
-
-        Args:
-            model: as `jaxllm.build` makes it.
-            params: stacked as in training, or prepared.
-            tokenizer: of the model's vocabulary.
-            int8: store the matrices as int8.
+        """A model in memory with the special ids of its tokenizer; `int8` quantizes the matrices.
 
         Raises:
             ValueError: for parameters of another model.
@@ -81,12 +71,9 @@ class TextModel(NamedTuple):
     def __call__(self, prompts: Sequence[str], *, max_new_tokens: int = 128, **options: Any) -> list[str]: ...
 
     def __call__(self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, **options: Any) -> str | list[str]:
-        """What a decoder writes after a prompt, or the answer of an encoder-decoder, its sentinels spelled out.
+        """The continuation of a prompt, or the answer of an encoder-decoder with its sentinels spelled out.
 
-        Args:
-            prompts: one text, which gives one text, or several, which give a list.
-            max_new_tokens: most tokens to add to each.
-            options: of `jaxllm.generate`; and `edits`.
+        One text gives one text; several give a list.
 
         Raises:
             ValueError: as `encode` and `jaxllm.generate`, or for several samples of a prompt outside a list.
@@ -99,12 +86,12 @@ class TextModel(NamedTuple):
         return self([prompts], max_new_tokens=max_new_tokens, **options)[0]
 
     def stream(self, prompt: str, *, max_new_tokens: int = 128, **options: Any) -> Iterator[str]:
-        """The text of a call with one prompt in pieces, each when its tokens are there."""
+        """The text of a call with one prompt, piece by piece."""
         ids = [self.encode(prompt)]
         return self.pieces(self.generate_stream(ids, max_new_tokens=max_new_tokens, **options))
 
     def fill(self, text: str, *, max_new_tokens: int = 128, **options: Any) -> str:
-        """The text, with what an encoder-decoder answers in place of each `<extra_id_i>`.
+        """The text with the answer of an encoder-decoder in place of each `<extra_id_i>`.
 
         Raises:
             ValueError: as a call, or for a model without an encoder.
@@ -135,7 +122,7 @@ class TextModel(NamedTuple):
         """
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # Python reads such bytes, of an argument or standard input, as surrogates
+        except UnicodeEncodeError as error:  # Python reads such bytes of an argument as surrogates
             byte = ord(text[error.start]) & 0xFF
             raise ValueError(f"the prompt is not UTF-8 text (byte 0x{byte:x} at character {error.start})") from None
         if not self.model.config.encoder_decoder:
@@ -148,7 +135,7 @@ class TextModel(NamedTuple):
         return self.tokenizer.decode([i for i in ids if i not in dropped])
 
     def pieces(self, stream: Iterable[list[list[int]]]) -> Iterator[str]:
-        """Text of the first row of a stream, holding back characters of which a byte is still missing."""
+        """Text of the first row of a stream of chunks; characters appear once all their bytes are there."""
         ids: list[int] = []
         sent = ""
         for chunk in stream:
@@ -174,7 +161,7 @@ def filled_in(
     *,
     marks: tuple[str, str] = ("", ""),
 ) -> str:
-    """The text of `inputs` with what `answer` has for each sentinel, between two marks; nothing where it has none."""
+    """The text of `inputs`; the tokens in `answer`, between two marks, replace each sentinel."""
     answers: dict[int, np.ndarray] = {}
     for part in _before_sentinels(answer, tokenizer):
         answers.setdefault(int(part[0]), part[1:])

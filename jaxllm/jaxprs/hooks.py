@@ -1,9 +1,8 @@
 """Values inside a function by name: `capture` returns them, `edit` replaces them in place, `sites` lists them.
 
-A hook point is a value that a layer marks with `jax.ad_checkpoint.checkpoint_name`. Its path follows the parameter
-tree, such as layers/heads or decoder/layers/cross_attention/query, and the number of the layer comes next to it. All
-three are transformations of functions, as `jax.grad` is one: they compose with it, with jit, vmap and each other. Out
-of scope: what the models mark, see docs/study.md.
+A hook point is a value that a layer marks with `jax.ad_checkpoint.checkpoint_name`; docs/study.md lists those of the
+models. Its path follows the parameter tree, such as decoder/layers/cross_attention/query, without the number of the
+layer. All three are transformations of functions: they compose with `jax.grad`, jit, vmap and each other.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
     """A function that returns (function's own result, {path: values of all layers [L, ...]}).
 
     >>> import jaxllm
-    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2)
-    >>> model = jaxllm.build(config)
+    >>> model = jaxllm.build(jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2))
     >>> params = jaxllm.init_params(model, jax.random.key(0))
     >>> def forward(params, tokens):
     ...     return model.apply({"params": params}, tokens)
@@ -42,12 +40,12 @@ def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[An
 
     Raises:
         ValueError: when called, for a name that is not a hook point of the function, or a hook point in the backward
-            pass, in a loop or condition of the caller's, or in a function with its own derivatives: capture inside it.
+            pass, in the caller's loop or condition, or in a function with its own derivatives: capture inside it.
     """
 
     @functools.wraps(function)
     def captured(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
-        wanted = _Sites(names)
+        wanted = _HookPoints(names)
 
         def visit(eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
             path, _ = wanted.reach(eqn, place)
@@ -66,8 +64,7 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
     """The function with values replaced at its hook points.
 
     >>> import jaxllm
-    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2)
-    >>> model = jaxllm.build(config)
+    >>> model = jaxllm.build(jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2))
     >>> params = jaxllm.init_params(model, jax.random.key(0))
     >>> def forward(params, tokens):
     ...     return model.apply({"params": params}, tokens)
@@ -80,8 +77,8 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
     Args:
         function: any function of arrays that runs a model once.
         edits: by path or its end (as in `capture`), functions of (value, layer) to a new value of the same shape,
-            which is cast to the old one's dtype. `layer` is an integer or, where layers are a loop, a traced one:
-            choose by `jnp.where`. What they close over may be traced too, to differentiate or vmap over it.
+            which is cast to the old dtype. `layer` is an integer, traced in a loop over layers: choose by
+            `jnp.where`. The functions may close over traced values, to differentiate or vmap over them.
         strict: whether a name that is not a hook point of the function is an error.
 
     Raises:
@@ -90,7 +87,7 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
 
     @functools.wraps(function)
     def edited(*args: Any, **kwargs: Any) -> Any:
-        wanted = _Sites(edits)
+        wanted = _HookPoints(edits)
 
         def visit(eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
             path, layer = wanted.reach(eqn, place)
@@ -108,11 +105,10 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
 
 
 def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtypeStruct]]:
-    """A function of the same arguments that returns {path: shape and dtype over all layers}, computing nothing.
+    """A function of the same arguments that returns {path: shape and dtype over all layers}, uncomputed.
 
     >>> import jaxllm
-    >>> config = jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2)
-    >>> model = jaxllm.build(config)
+    >>> model = jaxllm.build(jaxllm.LlamaConfig(vocab_size=16, d_model=8, d_ff=16, num_layers=2, num_heads=2))
     >>> params = jaxllm.init_params(model, jax.random.key(0))
     >>> found = sites(lambda tokens: model.apply({"params": params}, tokens))(jnp.array([[1, 2, 3]]))
     >>> found["layers/query"].shape, "layers/mlp_output" in found
@@ -126,43 +122,41 @@ def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtyp
     return listed
 
 
-class _Sites:
-    """What a run of the function has come across."""
+class _HookPoints:
+    """The hook points that a run of the function has reached."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = list(names)
         self._seen: dict[str, None] = {}
 
     def reach(self, eqn: Any, place: Place) -> tuple[str, Any]:
-        """Path and layer of a site; an empty path for any other operation."""
+        """Path and layer of a hook point; an empty path for any other operation."""
         if eqn.primitive.name != "name":
-            if _holds_site(eqn):
-                raise ValueError(f"a site is inside {eqn.primitive.name}: capture or edit the function inside it")
+            if _holds_hook_point(eqn):
+                raise ValueError(f"a hook point is inside {eqn.primitive.name}: capture or edit inside it")
             return "", None
         path = _path(place, eqn.params["name"])
         self._seen[path] = None
-        # Scopes of the caller's may be numbered too; the layer's is the innermost.
+        # The caller's scopes may be numbered too; the layer's is the innermost.
         return path, place.steps[0] if place.steps else [0, *numbers(place.stacks)][-1]
 
     def check(self) -> None:
-        """Raises ValueError for a name that is none of the paths."""
+        """Raises ValueError for a name that matches no path."""
         for name in self._names:
             if not any(_matches(path, name) for path in self._seen):
                 known = ", ".join(self._seen) or "none: it runs no model of this library"
-                hint = _WEIGHTS_HINT if "attention_weights" in name else ""
-                raise ValueError(f"{name!r} is no site of the function{hint}; its sites are {known}")
-
-
-_WEIGHTS_HINT = " (only `attention: reference` holds the weights: build the model with that)"
+                hint = " (build the model with `attention: reference`)" if "attention_weights" in name else ""
+                raise ValueError(f"{name!r} is not a hook point of the function{hint}; known: {known}")
 
 
 def _enters(eqn: Any) -> bool:
-    # Run from inside, a function with derivatives of its own would lose them.
-    return _holds_site(eqn) and not eqn.primitive.name.startswith("custom_")
+    # A function with custom derivatives would lose them if its operations ran one by one.
+    return _holds_hook_point(eqn) and not eqn.primitive.name.startswith("custom_")
 
 
-def _holds_site(eqn: Any) -> bool:
-    return any(inner.primitive.name == "name" or _holds_site(inner) for body in programs(eqn) for inner in body.eqns)
+def _holds_hook_point(eqn: Any) -> bool:
+    inside = (inner for body in programs(eqn) for inner in body.eqns)
+    return any(inner.primitive.name == "name" or _holds_hook_point(inner) for inner in inside)
 
 
 def _matches(path: str, name: str) -> bool:
@@ -170,20 +164,20 @@ def _matches(path: str, name: str) -> bool:
 
 
 def _path(place: Place, name: str) -> str:
-    """Such as decoder/layers/cross_attention/query: modules by their own names, layer classes as `layers`."""
+    """Such as decoder/layers/cross_attention/query: names of modules, with `layers` for a layer class."""
     if any("jvp(" in stack or "transpose(" in stack for stack in place.stacks):
-        raise ValueError(f"the site {name} is part of a gradient: take the gradient of the captured or edited function")
+        raise ValueError(f"hook point {name} is in a gradient: differentiate the captured or edited function")
     if place.steps:
         inside = place.stacks[place.stacks.index(LOOP) + 1 :]
         if LOOP in inside or numbers(inside):
-            raise ValueError(f"the site {name} is in a loop over other things than layers: capture or edit inside it")
-    # A class stands where no parent gives a name: the model itself, and a layer taken out of its stack.
+            raise ValueError(f"hook point {name} is in a loop not over layers: capture or edit inside it")
+    # A module without a parent has its class as name: the model itself, and a layer taken out of its stack.
     modules = ["layers" if part.endswith("Layer") else part for part in label(place.stacks)[1].split("/")]
     return "/".join([module for module in modules if module and not module[:1].isupper()] + [name])
 
 
 def _joined(records: list[Record]) -> dict[str, Array]:
-    """Values of all layers by path: from a loop they come stacked, from single layers one by one."""
+    """Values of all layers by path; those from a loop are stacked already."""
     parts: dict[str, list[Array]] = {}
     for (path, looped), value in records:
         parts.setdefault(path, []).append(value if looped else value[None])

@@ -1,8 +1,7 @@
-"""Runs a function from its jaxpr and shows every operation to a visitor, which may record and replace its results.
+"""Runs a function from its jaxpr; a visitor sees every operation and may record and replace its results.
 
-The function itself knows nothing of it, so it needs no hooks and stays as fast as it is. A loop over layers stays one:
-what is recorded inside comes out with one more axis. Out of scope: what is looked for, see `jaxllm.jaxprs.hooks`,
-`jaxllm.jaxprs.derivatives` and `jaxllm.jaxprs.observe`.
+The function itself needs no hooks and stays as fast as it is. A loop over layers stays a loop: values recorded inside
+have one more axis. `hooks`, `derivatives` and `observe` in this package have the visitors.
 """
 
 from __future__ import annotations
@@ -19,29 +18,20 @@ FORWARD, REVERSED = "loop", "reversed loop"
 
 
 class Place(NamedTuple):
-    """Where in the program an operation is, from the outside in.
+    """The position of an operation in the program, from the outside in."""
 
-    Attributes:
-        path: its position in each program, and FORWARD or REVERSED for each loop around it.
-        stacks: name stacks, with `LOOP` at each border of a loop.
-        steps: iteration of each loop, as traced integers.
-    """
-
-    path: tuple[int | str, ...] = ()
-    stacks: tuple[str, ...] = ()
-    steps: tuple[jax.Array, ...] = ()
+    path: tuple[int | str, ...] = ()  # index in each program, FORWARD or REVERSED for each loop
+    stacks: tuple[str, ...] = ()  # name stacks, with `LOOP` at each border of a loop
+    steps: tuple[jax.Array, ...] = ()  # iteration of each loop, as traced integers
 
 
-Record = tuple[Any, jax.Array]  # what it is, and its value; a loop stacks the values on a new leading axis
+Record = tuple[Any, jax.Array]  # a label and its value; a loop stacks the values on a new leading axis
 
 
 class Visitor(NamedTuple):
-    """What to do on the way.
+    """Two functions of an operation: whether to enter the program that it runs, and how to run it otherwise.
 
-    Attributes:
-        enters: whether to go into an operation that runs a program; one that isn't entered runs as it is, with its
-            own derivatives.
-        visit: runs any other operation: from it, its inputs, and its place to its results and records.
+    `visit` returns the results and the records of the operation. One that is not entered keeps its own derivatives.
     """
 
     enters: Callable[[Any], bool]
@@ -49,9 +39,9 @@ class Visitor(NamedTuple):
 
 
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Results of an operation as it stands."""
+    """Results of an operation, unchanged."""
     ready = eqn.primitive.get_bind_params(eqn.params)
-    # jax 0.12 leaves out the functions, which are in the parameters there.
+    # jax 0.12 returns no functions: they are in the parameters there.
     functions, params = ready if isinstance(ready, tuple) else ((), ready)
     with eqn.ctx.manager:
         result = eqn.primitive.bind(*functions, *inputs, **params)
@@ -62,7 +52,7 @@ def run(function: Callable[..., Any], args: Any, kwargs: Any, visitor: Visitor) 
     """The function's result, and all records in the order of execution."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
     outputs, records = interpret(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs)), visitor)
-    # Constants and arguments that are results are not arrays of JAX yet.
+    # Constants and arguments that are results may not be arrays of JAX.
     return jax.tree.unflatten(jax.tree.structure(shape), map(jnp.asarray, outputs)), records
 
 
@@ -77,7 +67,7 @@ def interpret(
         inputs = [atom.val if hasattr(atom, "val") else values[atom] for atom in eqn.invars]
         stack = str(eqn.source_info.name_stack)
         here = place._replace(path=(*place.path, position), stacks=(*place.stacks, stack))
-        # Bound again under its name, so that the result can be interpreted in its turn.
+        # The same name stack as before, so that the result can be interpreted again.
         with jax.named_scope(stack):
             outputs, inner = _run(eqn, inputs, visitor, here)
         values.update(zip(eqn.outvars, outputs, strict=True))
@@ -97,7 +87,7 @@ def _run(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[li
 
 
 def _run_remat(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[list[Any], list[Record]]:
-    """As a program that a gradient computes again, still."""
+    """Runs a rematerialised program so that a gradient still computes it again."""
     labels: list[Any] = []
 
     def body(inputs: list[Any]) -> tuple[list[Any], list[jax.Array]]:
@@ -111,7 +101,7 @@ def _run_remat(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tu
 
 def _run_scan(eqn: Any, inputs: list[Any], visitor: Visitor, here: Place) -> tuple[list[Any], list[Record]]:
     closed, backwards, length = eqn.params["jaxpr"], eqn.params["reverse"], eqn.params["length"]
-    # What a loop slices or stacks has one more axis outside it; the parameters that count it are gone in jax 0.12.
+    # Sliced and stacked arrays have one more axis outside the loop. jax 0.12 has no parameters that count them.
     carried = sum(not stacked for stacked in _stacked(eqn.outvars, closed.jaxpr.outvars))
     constants = len(inputs) - carried - sum(_stacked(eqn.invars, closed.jaxpr.invars))
     consts, start, xs = inputs[:constants], inputs[constants : constants + carried], inputs[constants + carried :]

@@ -1,7 +1,6 @@
-"""Reading jaxprs: the programs inside an operation, and a name for where an operation comes from.
+"""Reading jaxprs: the programs inside an operation, and the Flax modules around it, from JAX's name stacks.
 
-Names are those of the Flax modules around an operation, which JAX keeps in name stacks. Out of scope: what is read, see
-`jaxllm.jaxprs.interpret` (values) and `jaxllm.study.ledger` (dtypes).
+`jaxllm.jaxprs.interpret` reads values with it, `jaxllm.study.ledger` dtypes.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Operations that run a program once, on their own inputs and in their own place.
+# Operations that run a program once, on their own inputs.
 REMAT = {"checkpoint", "remat2"}
 INLINED = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", *REMAT}
 
-# Stands in a list of name stacks for the border of a loop.
+# Marks the border of a loop in a list of name stacks.
 LOOP = "<loop>"
 
 _WRAPPER = re.compile(r"(?:transpose|jvp|vmap|remat|checkpoint|rematted_computation)\(|\)")
@@ -36,17 +35,15 @@ def programs(eqn: Any) -> Iterator[Any]:
 
 
 def is_backward(stacks: Sequence[str]) -> bool:
-    """Whether the backward pass made it."""
+    """Whether an operation is part of the backward pass."""
     return any("transpose(" in stack for stack in stacks)
 
 
 def label(stacks: Sequence[str], index: Sequence[int] | None = None) -> tuple[str, str]:
-    """Outermost numbered module (or the first) and the path of modules, from name stacks from the outside in.
+    """Outermost numbered module (or the first) and the path of modules, from `Place.stacks`.
 
-    Args:
-        stacks: name stacks, with `LOOP` at each border of a loop.
-        index: iteration of each loop; it goes to the first module inside: LlamaLayer[2]/down_proj. So does the number
-            of a layer outside loops. None numbers nothing.
+    `index` has the iteration of each loop. It numbers the first module inside: LlamaLayer[2]/down_proj. So does the
+    number of a layer outside loops. None numbers nothing.
     """
     parts: list[str] = []
     steps, pending = iter(index or ()), ""
@@ -58,7 +55,7 @@ def label(stacks: Sequence[str], index: Sequence[int] | None = None) -> tuple[st
         for token in _WRAPPER.sub("", stack).split("/"):
             if token.isdigit() and index is not None:
                 pending = f"[{token}]"
-            # Methods (Llama.hidden), einsum equations and repetitions say nothing new.
+            # Methods (Llama.hidden), einsum equations and repetitions add nothing.
             if not token.isidentifier() or (parts and parts[-1].split("[")[0] == token):
                 continue
             parts.append(token + pending)

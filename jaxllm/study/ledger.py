@@ -1,8 +1,8 @@
 """The precision ledger: every operation of a run's train step whose dtypes matter, read from its jaxpr.
 
-Matmuls, reductions, exponentials, norms and casts, by the dtypes they read, accumulate in and return. A sum accumulated
-below float32 and an island's function computed below it are errors, unless the config moves that island (`allowed`).
-Nothing is compiled and no array is made. Out of scope: the inside of a kernel (`kernel` rows name those).
+It lists matmuls, reductions, exponentials, norms and casts by the dtypes that they read, accumulate in and return. A
+sum accumulated below float32, or an island's function computed below it, is an error unless the config moves that
+island (`allowed`). Nothing is compiled and no array is made. Out of scope: the inside of a kernel (`kernel` rows).
 
 >>> from jaxllm.config import LlamaConfig
 >>> model = LlamaConfig(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
@@ -28,35 +28,26 @@ from jaxllm.training.program import program_of
 
 
 class Entry(NamedTuple):
-    """One kind of operation at one place.
+    """One kind of operation in one module and pass."""
 
-    Attributes:
-        kind: matmul, reduction, exp, norm, cast or kernel.
-        operation: JAX's name of it.
-        where: modules around it, and the pass.
-        inputs: dtypes read.
-        accumulation: dtype of the running sum; for casts and pointwise functions that of the output.
-        output: dtype returned.
-    """
-
-    kind: str
-    operation: str
-    where: str
-    inputs: str
-    accumulation: str
-    output: str
+    kind: str  # matmul, reduction, exp, norm, cast or kernel
+    operation: str  # JAX's name of it
+    where: str  # modules around it, and the pass
+    inputs: str  # dtypes read
+    accumulation: str  # dtype of the running sum; for casts and pointwise functions that of the output
+    output: str  # dtype returned
 
     @property
     def low(self) -> bool:
-        """Whether it sums below float32, or computes there what only islands compute."""
+        """Whether it sums below float32, or computes an island's function below it."""
         guarded = self.kind in ("matmul", "reduction") or self.operation in _ISLAND_FUNCTIONS
         return guarded and self.accumulation in ("bfloat16", "float16")
 
 
 _BACKWARD = " (backward)"
 _ISLAND_FUNCTIONS = ("exp", "exp2", "log", "log1p", "rsqrt", "sqrt", "sin", "cos")
-# What an island below float32 may do: its function, and sums of its gradient. The island is a `jax.named_scope` of that
-# name around its mathematics; those of logits and the residual stream compute nothing below float32.
+# Operations that an island may run below float32: its function, and sums of its gradient. A `jax.named_scope` marks the
+# island; those of logits and the residual stream compute nothing below float32.
 _MOVED = {
     "norms": ("rsqrt", "reduce_sum"),
     "softmax": ("exp", "reduce_sum"),
@@ -88,7 +79,7 @@ def train_step_ledger(config: RunConfig) -> Counter[Entry]:
 
 
 def ledger(jaxpr: Any) -> Counter[Entry]:
-    """Entries of a program and how often each runs: of a condition the larger branch, of a while one turn."""
+    """Entries of a program and how often each runs: the larger branch of a condition, a while once."""
     return _walk(jaxpr, (), 1)
 
 
@@ -103,10 +94,7 @@ def violations(entries: Counter[Entry], excused: Collection[tuple[str, str]] = (
 
 
 def format_ledger(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> str:
-    """A table for reading, one line per entry; what is below float32 is marked LOW, or moved where the config says so.
-
-    `excused` is as in `violations`.
-    """
+    """A table with one line per entry; those below float32 are marked LOW, or moved if `excused`."""
     rows = [("", "count", *Entry._fields)]
     bad = set(violations(entries, excused))
     marks = {entry: "LOW" if entry in bad else "moved" if entry.low else "" for entry in entries}

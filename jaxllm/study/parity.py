@@ -1,9 +1,8 @@
 """The first sublayer that differs from transformers: `python -m jaxllm.study.parity DIR [--tolerance 1e-4]`.
 
 Runs a Hugging Face directory of the Llama family through transformers and through this library, sublayer by sublayer.
-Each of our layers takes the input of transformers' layer, so that an error shows where it arises and not in every layer
-after it. Needs the extra `parity` (torch and transformers). Out of scope: other families (refused by name), gradients,
-decoding.
+Each of our layers takes the input of transformers' layer, so that an error appears only where it arises. Needs the
+extra `parity` (torch and transformers). Out of scope: other families, gradients, decoding.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from jaxllm.models.llama.model import LlamaLayer
 from jaxllm.ops.norms import rms_norm
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
 
-# Sublayers in the order they run: our name, transformers' module in a layer, and whether its input is meant.
+# Sublayers in order of execution: our name, transformers' module in a layer, and whether to compare its input.
 _SUBLAYERS = (
     ("attn_norm", "input_layernorm", False),
     ("q_proj", "self_attn.q_proj", False),
@@ -48,19 +47,12 @@ _SUBLAYERS = (
 
 
 class Row(NamedTuple):
-    """One sublayer on both sides.
+    """One sublayer of this library compared with that of transformers."""
 
-    Attributes:
-        name: sublayer, as `layer 3 attention`.
-        absolute: largest difference.
-        relative: the same over the largest value of transformers'.
-        divergence: mean KL of the two next-token distributions in nats; None except for logits.
-    """
-
-    name: str
-    absolute: float
-    relative: float
-    divergence: float | None = None
+    name: str  # such as `layer 3 attention`
+    absolute: float  # largest difference
+    relative: float  # the same over the largest magnitude in transformers
+    divergence: float | None = None  # mean KL of next tokens in nats; None except for logits
 
 
 def walk(path: str | Path, tokens: np.ndarray) -> Iterator[Row]:
@@ -71,7 +63,7 @@ def walk(path: str | Path, tokens: np.ndarray) -> Iterator[Row]:
     """
     config = load_hf_config(path)
     if not isinstance(config, LlamaConfig):
-        raise InteropError(f"{path} is a {config.family}; only sublayers of the Llama family have counterparts here")
+        raise InteropError(f"{path} is a {config.family}; only the Llama family can be compared by sublayers")
     model, params = load_hf(path, dtype="float32")
     yield from compare(model, params, _reference(path, tokens), tokens)
 
@@ -101,7 +93,7 @@ def compare(model: Model, params: Any, reference: dict[str, np.ndarray], tokens:
 
 
 def _sublayers(config: LlamaConfig, params: Any, x: jax.Array, rope: Any) -> dict[str, jax.Array]:
-    """Outputs of every module of one layer, from the layer itself, and the inputs that say what lies between."""
+    """Outputs of every module of one layer, and inputs of two of them: attention and activation."""
     found: dict[str, jax.Array] = {}
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -168,7 +160,7 @@ def _divergence(ours: np.ndarray, want: np.ndarray) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the walk; 0 when nothing diverges, 1 with the name of the first sublayer that does."""
+    """Prints the comparison; 0 if nothing diverges, 1 with the name of the first sublayer that does."""
     parser = argparse.ArgumentParser(description="Compare transformers and jaxllm sublayer by sublayer.")
     parser.add_argument("directory", type=Path, help="Hugging Face directory of the Llama family")
     parser.add_argument("--length", type=int, default=64, help="random tokens in each of two rows")

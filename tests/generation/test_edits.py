@@ -106,7 +106,7 @@ def test_what_cannot_be_edited_is_refused() -> None:
         edited(params, {"cross_attention/attention_weights": lambda x, layer: x})
     with pytest.raises(ValueError, match="edited already: give all edits at once"):
         edited(edited(params, EDITS), EDITS)
-    with pytest.raises(ValueError, match="'head' is no site of the function; its sites are encoder/layers/input"):
+    with pytest.raises(ValueError, match="'head' is not a hook point of the function; known: encoder/layers/input"):
         generate(model, edited(params, {"head": lambda x, layer: x}), PROMPTS, max_new_tokens=3)
     with pytest.raises(ValueError, match="the parameters are not those of the model"):
         score(model, edited(family("llama")[1], EDITS), PROMPTS, PROMPTS)

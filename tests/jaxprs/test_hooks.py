@@ -241,24 +241,33 @@ OWN_SLOPE.defvjp(lambda p, ids: (FORWARD(p, ids), p), lambda p, grad: (p, None))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: capture(FORWARD, "head"), r"'head' is no site of the function; its sites are layers/input, "),
-        (lambda: edit(FORWARD, {"head": lambda x, _: x}), r"'head' is no site"),
+        (
+            lambda: capture(FORWARD, "head"),
+            r"'head' is not a hook point of the function; known: layers/input, ",
+        ),
+        (lambda: edit(FORWARD, {"head": lambda x, _: x}), r"'head' is not a hook point"),
         (lambda: edit(FORWARD, {"heads": lambda x, _: x[:1]}), r"heads must keep the shape \[2, 7, 4, 4\], got \[1, "),
         (lambda: capture(lambda p, ids: ids * 2, "heads"), r"none: it runs no model"),
-        (lambda: capture(family(LLAMA, attention="chunked")[0], "attention_weights"), r"only `attention: reference`"),
-        (lambda: capture(jax.grad(lambda p, ids: FORWARD(p, ids).sum())), r"part of a gradient"),
+        (
+            lambda: capture(family(LLAMA, attention="chunked")[0], "attention_weights"),
+            r"build the model with `attention: ref",
+        ),
+        (lambda: capture(jax.grad(lambda p, ids: FORWARD(p, ids).sum())), r"is in a gradient"),
         (
             lambda: capture(lambda p, ids: jax.lax.map(lambda i: FORWARD(p, i), ids[None])),
-            r"in a loop over other things",
+            r"in a loop not over layers",
         ),
         (
             lambda: capture(lambda p, ids: jax.lax.map(lambda i: UNROLLED(p, i), ids[None])),
-            r"in a loop over other things",
+            r"in a loop not over layers",
         ),
-        (lambda: capture(OWN_SLOPE), r"a site is inside custom_vjp_call"),
-        (lambda: capture(FORWARD, ["heads"]), r"\['heads'\] is no site of the function; its sites are layers/input, "),
+        (lambda: capture(OWN_SLOPE), r"a hook point is inside custom_vjp_call"),
+        (
+            lambda: capture(FORWARD, ["heads"]),
+            r"\['heads'\] is not a hook point of the function; known: layers/input, ",
+        ),
         (lambda: edit(FORWARD, {"heads": lambda x, _: None}), r"the edit of layers/heads returns None"),
-        (lambda: edit(lambda p, ids: jax.lax.cond(True, FORWARD, FORWARD, p, ids), {}), r"a site is inside cond"),
+        (lambda: edit(lambda p, ids: jax.lax.cond(True, FORWARD, FORWARD, p, ids), {}), r"a hook point is inside cond"),
     ],
 )
 def test_errors(call: Callable[[], Callable[..., Any]], message: str) -> None:

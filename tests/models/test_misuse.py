@@ -142,7 +142,7 @@ def test_an_encoder_output_of_another_batch_is_refused() -> None:
         ({"eos_ids": 3}, r"eos_ids must be a list of ids, e.g. \[3\]"),
         ({"pad_id": None}, "pad_id must be a whole number, got None"),
         ({"sampling": 0.5}, r"sampling must be a Sampling, e.g. Sampling\(temperature=0.8\), got 0.5"),
-        ({"seed": 1.5}, "seed must lie in .* and be whole"),
+        ({"seed": 1.5}, r"seed must be a whole number in 0\.\.2\*\*32 - 1, got 1\.5"),
         ({"seed": jax.random.key(0)}, "seed must be a whole number, or one per prompt, got a key"),
         ({"model": {}}, "must be a model as `build` makes it, got dict"),
     ],

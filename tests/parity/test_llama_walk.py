@@ -78,4 +78,4 @@ def test_other_families_are_refused(tmp_path: Path, t5_directory, capsys) -> Non
     assert parity.main([str(tmp_path)]) == 2
     assert "error: no config.json" in capsys.readouterr().err
     assert parity.main([str(t5_directory("v1_0"))]) == 2
-    assert "is a t5; only sublayers of the Llama family have counterparts here" in capsys.readouterr().err
+    assert "is a t5; only the Llama family can be compared by sublayers" in capsys.readouterr().err

@@ -156,8 +156,8 @@ def test_batches_cut_at_line_breaks_only_and_their_size_changes_no_sample(llama:
     [
         (["x", "--temperature=0", "--top-k=3"], "top_k, top_p and min_p choose among samples"),
         (["x", "--temperature=nan"], "temperature must be"),
-        (["x", "--max-new-tokens=0"], "max_new_tokens must be at least 1"),
-        (["x", "--seed=-1"], "seed must lie in"),
+        (["x", "--max-new-tokens=0"], "max_new_tokens must be from 1 to 1000000, got 0"),
+        (["x", "--seed=-1"], "seed must be a whole number in"),
         (["x", "--stop="], "non-empty strings"),
         (["--batch", "LONG", "--batch-size=1"], "prompt 1 of 6000 tokens"),
         (["--batch", "EMPTY"], "write one prompt per line"),
