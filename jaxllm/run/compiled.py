@@ -110,7 +110,7 @@ class CompiledOnce(Generic[P, R]):
                 self._executable = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 if refused(error):
-                    _log.warning("the %s uses of cuDNN: %s", self._name, ", ".join(calls_in(lowered.as_text())))
+                    _log.warning("the %s needs cuDNN plans for %s", self._name, ", ".join(calls_in(lowered.as_text())))
                 raise
         seconds = time.perf_counter() - start
         memory = self._executable.memory_analysis()

@@ -187,7 +187,7 @@ def test_a_run_takes_blocks_instead_and_keeps_that(
     )
     assert refusing in said[-1]
     if len(said) > 1:  # there was a program, whose calls are named
-        assert len(said) == 2 and refusing == BY_THE_COMPILER and "asks cuDNN for" in said[0]
+        assert len(said) == 2 and refusing == BY_THE_COMPILER and "needs cuDNN plans for" in said[0]
     assert load_config(summary.folder / "config.yaml").model.attention == "chunked"
     assert pretrain(run).finished  # resumed by the same config, with attention: auto
 
