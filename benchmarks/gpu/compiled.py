@@ -42,7 +42,7 @@ from jaxllm.data.objectives import row_lengths
 from jaxllm.generation import loop
 from jaxllm.generation.requests import make_request
 from jaxllm.models import build
-from jaxllm.run.record import train_flops
+from jaxllm.models.family import train_flops
 from jaxllm.training.fit import estimate_fit, tree_bytes
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import check_rows, device_bytes, make_mesh, row_sharding, state_shardings

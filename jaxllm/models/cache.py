@@ -64,8 +64,7 @@ class CrossCache(NamedTuple):
 
 def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
     """An empty cache of `capacity` slots; dtype int8 stores it quantised."""
-    # Not for several rows: XLA's fused softmax needs their keys in one piece.
-    joined = backend.on_gpu() and batch == 1
+    joined = backend.joins_keys_and_values(batch)
     shape = (batch * num_kv_heads * (2 if joined else 1), capacity, head_dim)
 
     def store() -> Store:
@@ -161,15 +160,14 @@ def attend_one(
 ) -> Float[Array, "B 1 N H"]:
     """Attention of one query per row over the mask's first A slots.
 
-    Reading the cache bounds both matmuls. They multiply and sum, because XLA fuses that with the conversion of a narrow
-    cache. For float32 on a CPU they are dots, 2 to 5 times as fast there.
+    Reading the cache bounds both matmuls, see `backend.attends_by_matmul`.
     """
     batch, _, heads, width = query.shape
     (keys, key_scale), (values, value_scale) = _read_both(keys, values, batch, pairs.mask.shape[2])
     kv_heads = keys.shape[0] // batch
     by_row = (batch, kv_heads, heads // kv_heads, -1)
     grouped = query.reshape(keys.shape[0], -1, width).astype(jnp.float32)  # [R, G, H]
-    dots = keys.dtype == values.dtype == jnp.float32 and backend.on_cpu()
+    dots = backend.attends_by_matmul(keys.dtype, values.dtype)
     scores = scale * (_scores_by_dot if dots else _scores_by_sum)(grouped, keys).reshape(by_row)
     if key_scale is not None:
         scores *= key_scale.reshape(batch, kv_heads, 1, -1)
@@ -193,8 +191,7 @@ def _scores_by_sum(query: Float[Array, "R G H"], keys: Num[Array, "R A H"]) -> F
 
 
 def _scores_by_dot(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) -> Float[Array, "R G A"]:
-    if query.shape[1] <= 2:
-        # A matmul for each of so few query heads is up to 1.8 times as fast as one for both.
+    if backend.attends_one_head_at_a_time(query.shape[1]):
         return jnp.stack([jnp.einsum("rsh,rh->rs", keys, one) for one in jnp.unstack(query, axis=1)], axis=1)
     # The keys first, as in `ops.matrices`.
     return jax.lax.optimization_barrier(jnp.einsum("rsh,rgh->rsg", keys, query)).swapaxes(1, 2)

@@ -76,3 +76,8 @@ def _is_floating(dtype: Any) -> bool:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
         return False
+
+
+def train_flops(config: ModelConfig, *, batch: int, length: int, target_length: int = 0) -> Flops:
+    """Work of forward and backward on `batch` rows of `length` (and `target_length`) tokens."""
+    return FAMILIES[config.family].flops(config, batch, length, target_length)

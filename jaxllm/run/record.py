@@ -14,20 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import ModelConfig, RunConfig
-from jaxllm.models.family import FAMILIES
-from jaxllm.models.flops import Flops
+from jaxllm.config import RunConfig
+from jaxllm.models.family import train_flops
 from jaxllm.run.device import Device
 from jaxllm.run.event_file import EventFile
 from jaxllm.run.folder import CURVE, METRICS, TENSORBOARD
 from jaxllm.training.train_step import StepMetrics
 
 _log = logging.getLogger(__name__)
-
-
-def train_flops(config: ModelConfig, *, batch: int, length: int, target_length: int = 0) -> Flops:
-    """Work of forward and backward on `batch` rows of `length` (and `target_length`) tokens."""
-    return FAMILIES[config.family].flops(config, batch, length, target_length)
 
 
 class Throughput:

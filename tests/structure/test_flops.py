@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from jaxllm.config import DataConfig, LlamaConfig, RunConfig, T5Config, TrainingConfig
-from jaxllm.run.record import train_flops
+from jaxllm.models.family import train_flops
 from tests.structure.programs import dot_flops, traced_train_step
 
 
