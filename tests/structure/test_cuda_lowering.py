@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,14 @@ def test_train_step_lowers_with_fused_attention(path: Path, monkeypatch: pytest.
 def test_lengths_are_bounded_once_per_stack_and_not_in_each_layer(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is a kernel, and rematerialisation would run it again in every layer."""
     pretend_gpu(monkeypatch)
-    sizes = {"vocab_size": 97, "d_model": 16, "d_ff": 24, "num_layers": layers, "num_heads": 2, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "vocab_size": 97,
+        "d_model": 16,
+        "d_ff": 24,
+        "num_layers": layers,
+        "num_heads": 2,
+        "head_dim": 8,
+    }
     model = build(T5Config(**sizes, layers="unroll", remat="elementwise"), dtype=jnp.bfloat16)
     tokens, lengths = jax.ShapeDtypeStruct((4, 256), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
     batch = {name: tokens for name in ("encoder_tokens", "decoder_tokens", "targets")}
