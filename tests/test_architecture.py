@@ -93,6 +93,10 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
             assert lines < 60, f"{path}:{node.lineno} {node.name}"
 
 
+def test_the_package_stays_small_enough_to_read() -> None:
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 15_000
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
 def test_scripts_stay_thin(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
