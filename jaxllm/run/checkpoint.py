@@ -85,6 +85,9 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Opens or creates the folder and removes what an interrupted save left behind."""
         self._losses: dict[int, float] = {}
+        # orbax opens no folder in which a single checkpoint's description cannot be parsed.
+        self._undescribed = [step for step in _steps_in(folder) if not _is_described(folder, step)]
+        _move_aside(folder, self._undescribed)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._losses),
             cleanup_tmp_directories=True,
@@ -135,9 +138,9 @@ class Checkpoints:
             self._set_aside(damaged)
             step, (state, data) = found
             return Restored(step, state, data, tuple(damaged))
-        if damaged:
+        if damaged or self._undescribed:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be read (tried steps {damaged}); "
+                f"no checkpoint in {self.folder} can be read (tried steps {[*damaged, *self._undescribed]}); "
                 f"restore the folder from a backup or start again in another run_dir"
             )
         return None
@@ -148,17 +151,7 @@ class Checkpoints:
             self._losses[step] = loss
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints to FOLDER.damaged/STEP (then STEP-1 and so on), so that their steps can be saved again."""
-        aside = self.folder.with_name(f"{self.folder.name}.damaged")
-        for step in steps:
-            names = (f"{step}-{n}" if n else str(step) for n in itertools.count())
-            target = next(aside / name for name in names if not (aside / name).exists())
-            try:
-                aside.mkdir(exist_ok=True)
-                (self.folder / str(step)).rename(target)
-            except OSError as error:
-                raise CheckpointError(f"cannot move damaged checkpoint {step} to {target}: {error}") from error
-            _log.warning("checkpoint %d is now %s", step, target)
+        _move_aside(self.folder, steps)
         if steps:
             self._manager.reload()
 
@@ -201,6 +194,35 @@ class Checkpoints:
                 )
 
 
+def _steps_in(folder: Path) -> list[int]:
+    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
+
+
+def _is_described(folder: Path, step: int) -> bool:
+    """Whether orbax can parse its own description of a checkpoint; one without a description is left to `restore`."""
+    if not (folder / str(step) / "_CHECKPOINT_METADATA").exists():
+        return True
+    try:
+        found = ocp.path.step.standard_name_format().find_step(folder.absolute(), step)
+        return found.commit_timestamp_nsecs is not None
+    except Exception:
+        return False
+
+
+def _move_aside(folder: Path, steps: Sequence[int]) -> None:
+    """Moves checkpoints to FOLDER.damaged/STEP (then STEP-1 and so on), so that their steps can be saved again."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    for step in steps:
+        names = (f"{step}-{n}" if n else str(step) for n in itertools.count())
+        target = next(aside / name for name in names if not (aside / name).exists())
+        try:
+            aside.mkdir(exist_ok=True)
+            (folder / str(step)).rename(target)
+        except OSError as error:
+            raise CheckpointError(f"cannot move damaged checkpoint {step} to {target}: {error}") from error
+        _log.warning("checkpoint %d is now %s", step, target)
+
+
 def save_params(folder: Path, params: Any) -> None:
     """Writes parameters alone as the checkpoint of step 0: a start for other runs, which no run resumes."""
     step = folder.absolute() / "0"
@@ -229,8 +251,7 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
                 _verify(found, reader.restore(folder / str(step) / _DATA))
         return found[_PARAMS]
 
-    steps = sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
-    found, damaged = _newest_whole(folder, steps, read)
+    found, damaged = _newest_whole(folder, _steps_in(folder), read)
     if found is not None:
         return found[1]
     if damaged:

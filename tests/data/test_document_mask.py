@@ -31,5 +31,5 @@ def test_without_a_mask_a_row_is_one_text() -> None:
 
 
 def test_examples_of_other_objectives_must_not_mix() -> None:
-    with pytest.raises(ValueError, match="document_mask: false is for objective causal"):
+    with pytest.raises(ValueError, match="document_mask: false needs objective causal"):
         DataConfig(objective="span_corruption", document_mask=False)

@@ -28,5 +28,5 @@ def test_both_sides_train_the_same(shape: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(train_step, "SIDES", ("jaxllm", "torch_eager"))
     assert train_step.compare(tmp_path, {"jaxllm": ours, "torch_eager": theirs}, "float32") < 1e-5
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2) and theirs["loss"] < theirs["first_loss"]
-    with pytest.raises(SystemExit, match="a speed of a wrong model"):
+    with pytest.raises(SystemExit, match="the speed of a wrong model"):
         train_step.compare(tmp_path, {"jaxllm": ours, "torch_eager": {"first_loss": 2.0}}, "float32")

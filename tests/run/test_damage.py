@@ -143,7 +143,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
     monkeypatch.setattr("jaxllm.run.checkpoint.refused", lambda folder: refusal)  # root may read everything
     copy = tmp_path / "checkpoints"
     shutil.copytree(folder, copy)
-    (copy / "2" / "state" / "_METADATA").unlink()
+    (copy / "2" / "state" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match=r"cannot read .*_METADATA: Permission denied; make it readable"):
         load_params(copy, abstract_params(program.model))
     assert not (tmp_path / "checkpoints.damaged").exists()

@@ -38,14 +38,14 @@ from jaxllm.training.train_step import init_train_state, make_train_step
 from jaxllm.run.trainer import pretrain
 
 run, copy = load_config(sys.argv[1]), sys.argv[2]
-compiled, original = {}, CompiledOnce._compile
+compiled, original = {}, CompiledOnce.prepare
 
 def keep(self, *args):
     executable = original(self, *args)
-    compiled[self._name] = executable, args
+    compiled.setdefault(self._name, (executable, args))
     return executable
 
-CompiledOnce._compile = keep
+CompiledOnce.prepare = keep
 pretrain(run, stop_at=4)
 shutil.copytree(run.training.run_dir, copy)
 resumed = pretrain(run).resumed_from
