@@ -87,6 +87,8 @@ class Checkpoints:
         self._losses: dict[int, float] = {}
         # orbax opens no folder in which a single checkpoint's description cannot be parsed.
         self._undescribed = [step for step in _steps_in(folder) if not _is_described(folder, step)]
+        if self._undescribed and self._undescribed == _steps_in(folder):
+            raise _none_readable(folder, self._undescribed)
         _move_aside(folder, self._undescribed)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._losses),
@@ -139,10 +141,7 @@ class Checkpoints:
             step, (state, data) = found
             return Restored(step, state, data, tuple(damaged))
         if damaged or self._undescribed:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} can be read (tried steps {[*damaged, *self._undescribed]}); "
-                f"restore the folder from a backup or start again in another run_dir"
-            )
+            raise _none_readable(self.folder, [*damaged, *self._undescribed])
         return None
 
     def _note_loss(self, step: int, loss: Any) -> None:
@@ -192,6 +191,13 @@ class Checkpoints:
                     f"checkpoint {step} in {self.folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
                     f"this run needs {want.dtype}{list(want.shape)}"
                 )
+
+
+def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
+    return CheckpointError(
+        f"no checkpoint in {folder} can be read (tried steps {steps}); restore the folder from a backup or start again "
+        f"in another run_dir"
+    )
 
 
 def _steps_in(folder: Path) -> list[int]:
