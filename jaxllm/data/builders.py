@@ -6,6 +6,7 @@ prepared again. TFDS registers builders globally, so they need an importable mod
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import gzip
 import hashlib
@@ -118,8 +119,9 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
         elif self._problems.skipped:
             (Path(self.data_dir) / SKIPPED).write_text(json.dumps(self._problems.skipped))
 
+    @abc.abstractmethod
     def _documents(self) -> Iterator[_Document]:
-        raise NotImplementedError
+        """Name and fields of each document."""
 
     def _decode(self, data: bytes, where: str) -> str | None:
         try:
