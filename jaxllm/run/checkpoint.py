@@ -166,11 +166,10 @@ class Checkpoints:
         wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
         restored = self._manager.restore(step, args=wanted)
         state, record = without_dropped_leaf(restored[_STATE]), restored[_DATA]
-        if not _RECORD & record.keys():
-            _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
-            return state, record
-        _verify(state, record)
-        return state, record[_POSITION]
+        if _verify(state, record):
+            return state, record[_POSITION]
+        _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
+        return state, record  # which is the position alone
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -211,6 +210,8 @@ def _is_described(folder: Path, step: int) -> bool:
     try:
         found = ocp.path.step.standard_name_format().find_step(folder.absolute(), step)
         return found.commit_timestamp_nsecs is not None
+    except OSError:  # no damage; opening the folder reports it
+        return True
     except Exception:
         return False
 
@@ -269,19 +270,22 @@ def _record(position: Mapping[str, Any], tree: Any) -> dict[str, Any]:
     return {_POSITION: position, _LEAVES: named_fingerprints(tree), _CHECKSUM: _checksum(position)}
 
 
-def _verify(restored: Any, record: Mapping[str, Any]) -> None:
+def _verify(restored: Any, record: Mapping[str, Any]) -> bool:
     """Compares a restored tree, which may be a part of what was saved, with the second item of its checkpoint.
+
+    Returns False for a checkpoint of an earlier version, which has nothing to compare with.
 
     Raises:
         _Damaged: naming the first leaf that differs.
     """
-    if not _RECORD & record.keys():  # of an earlier version
-        return
+    if not _RECORD & record.keys():
+        return False
     if record.keys() != _RECORD or record[_CHECKSUM] != _checksum(record[_POSITION]):
         raise _Damaged("the position in the data is not the one that was saved")
     for path, digits in named_fingerprints(restored).items():
         if record[_LEAVES].get(path) != digits:
             raise _Damaged(f"{path} has fingerprint {digits}, {record[_LEAVES].get(path)} was saved")
+    return True
 
 
 def _checksum(position: Mapping[str, Any]) -> str:
