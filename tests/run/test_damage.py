@@ -22,9 +22,6 @@ from jaxllm.run.checkpoint import CheckpointError, Checkpoints, load_params
 from jaxllm.training.fingerprint import named_fingerprints
 from jaxllm.training.program import Program, program_of
 
-# orbax reads leaves at once and leaves the others' errors unread when the first has failed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 FLIPS = int(os.environ.get("JAXLLM_FLIPS", "24"))
 SIZES = {"vocab_size": 64, "d_model": 8, "d_ff": 8, "num_heads": 2, "head_dim": 4}
 POSITION = {"iterator": {"next_index": 3}, "tokenizer": "abc"}
