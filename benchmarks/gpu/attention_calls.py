@@ -29,43 +29,25 @@ _CHECKED = (2, 512, 8)
 
 
 class Attention(NamedTuple):
-    """One call of cuDNN's attention.
+    """One call of cuDNN's attention."""
 
-    Attributes:
-        batch: rows.
-        queries: length of a row.
-        keys: length of a row.
-        heads: of queries.
-        kv_heads: of keys and values.
-        width: of a head, without document codes.
-        causal: whether keys after the query are masked.
-        window: last positions that are seen; None is all.
-        bias: whether the scores have one.
-        lengths: whether rows have lengths; in the comparison one row is shorter.
-        documents: documents of a row, told apart by codes; 0 is none.
-        dtype: of the operands.
-        trained: whether there is a backward pass.
-        negative: scores around -120, where exp(-logsumexp) overflows; only judged by being finite.
-        least: TFLOP/s of the forward and the backward pass on an H100 below which the call is slow.
-        compare: the case that shows what the alternative costs.
-    """
-
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    width: int
-    causal: bool = False
-    window: int | None = None
-    bias: bool = False
-    lengths: bool = False
-    documents: int = 0
-    dtype: str = "bfloat16"
-    trained: bool = True
-    negative: bool = False
+    batch: int  # rows
+    queries: int  # length of a row
+    keys: int  # length of a row
+    heads: int  # of queries
+    kv_heads: int  # of keys and values
+    width: int  # of a head, without document codes
+    causal: bool = False  # whether keys after the query are masked
+    window: int | None = None  # last positions that are seen; None is all
+    bias: bool = False  # whether the scores have one
+    lengths: bool = False  # whether rows have lengths; in the comparison one row is shorter
+    documents: int = 0  # documents of a row, told apart by codes; 0 is none
+    dtype: str = "bfloat16"  # of the operands
+    trained: bool = True  # whether there is a backward pass
+    negative: bool = False  # scores around -120, where exp(-logsumexp) overflows; only judged by being finite
+    # TFLOP/s of the forward and the backward pass on an H100 below which the call is slow
     least: tuple[float, float] = (0.0, 0.0)
-    compare: str = ""
+    compare: str = ""  # the case that shows what the alternative costs
 
 
 _LLAMA_1B = Attention(8, 4096, 4096, 32, 8, 64, causal=True, least=(200, 150))
@@ -120,17 +102,11 @@ def checked(case: Attention) -> Attention:
 
 
 class Operands(NamedTuple):
-    """Arrays of one call.
+    """Arrays of one call."""
 
-    Attributes:
-        inputs: query, key, value, and the bias where there is one.
-        slope: gradient of the output.
-        hidden: the arrays of the call's `Pattern`, by field.
-    """
-
-    inputs: tuple[np.ndarray, ...]
-    slope: np.ndarray
-    hidden: dict[str, Any]
+    inputs: tuple[np.ndarray, ...]  # query, key, value, and the bias where there is one
+    slope: np.ndarray  # gradient of the output
+    hidden: dict[str, Any]  # the arrays of the call's `Pattern`, by field
 
 
 def operands(case: Attention, *, ragged: bool = False) -> Operands:
@@ -204,23 +180,14 @@ def _host() -> Any:
 
 
 class Prepared(NamedTuple):
-    """What a thread makes of one call.
+    """What a thread makes of one call."""
 
-    Attributes:
-        want: what the comparison should give.
-        compared: the compiled call at the comparison's size.
-        ahead: the compiled forward pass at the real size.
-        whole: both passes at the real size.
-        finite: whether all that these return is.
-        seconds: for compiling.
-    """
-
-    want: list[np.ndarray]
-    compared: Callable[..., Any]
-    ahead: Callable[..., Any]
-    whole: Callable[..., Any]
-    finite: Callable[..., Any]
-    seconds: float
+    want: list[np.ndarray]  # what the comparison should give
+    compared: Callable[..., Any]  # the compiled call at the comparison's size
+    ahead: Callable[..., Any]  # the compiled forward pass at the real size
+    whole: Callable[..., Any]  # both passes at the real size
+    finite: Callable[..., Any]  # whether all that these return is
+    seconds: float  # for compiling
 
 
 @functools.cache

@@ -32,19 +32,12 @@ from benchmarks.report import report, results_in
 
 
 class Form(NamedTuple):
-    """How theirs runs.
+    """How theirs runs."""
 
-    Attributes:
-        mode: of torch.compile for training; `generate`, `loop` or `loop_tuned` for decoding.
-        rows: of a batch; 0 for decoding, whose batch is one prompt.
-        loss: `whole`, or `chunked` over the vocabulary's logits.
-        attention: as `torch_models.model_of` takes it.
-    """
-
-    mode: str = "default"
-    rows: int = 0
-    loss: str = "whole"
-    attention: str = "auto"
+    mode: str = "default"  # of torch.compile for training; `generate`, `loop` or `loop_tuned` for decoding
+    rows: int = 0  # of a batch; 0 for decoding, whose batch is one prompt
+    loss: str = "whole"  # `whole`, or `chunked` over the vocabulary's logits
+    attention: str = "auto"  # as `torch_models.model_of` takes it
 
     def label(self) -> str:
         """The form in words."""
@@ -53,17 +46,11 @@ class Form(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is compared.
+    """What is compared."""
 
-    Attributes:
-        what: train or decode.
-        ours: our case of that part.
-        start: the form of theirs that is tried first.
-    """
-
-    what: str
-    ours: str
-    start: Form
+    what: str  # train or decode
+    ours: str  # our case of that part
+    start: Form  # the form of theirs that is tried first
 
 
 CASES = {

@@ -24,17 +24,11 @@ _ALLOWED = {"float32": 1e-3, "bfloat16": 0.15}
 
 
 class Agreement(NamedTuple):
-    """Of decoded tokens with a forward pass.
+    """Of decoded tokens with a forward pass."""
 
-    Attributes:
-        gap: the largest by which a chosen logit is below the largest one, in standard deviations.
-        error: of the logits after the chunk, in standard deviations.
-        allowed: the most of both.
-    """
-
-    gap: float
-    error: float
-    allowed: float
+    gap: float  # the largest by which a chosen logit is below the largest one, in standard deviations
+    error: float  # of the logits after the chunk, in standard deviations
+    allowed: float  # the most of both
 
     @property
     def good(self) -> bool:

@@ -35,15 +35,10 @@ _RATES = {"llama_125m": "1e-3", "t5_small": "1e-2"}
 
 
 class Case(NamedTuple):
-    """A run of the script.
+    """A run of the script."""
 
-    Attributes:
-        config: a file of configs/, without its ending.
-        settings: what a run of a minute changes in it.
-    """
-
-    config: str
-    settings: list[str]
+    config: str  # a file of configs/, without its ending
+    settings: list[str]  # what a run of a minute changes in it
 
 
 CASES = {

@@ -25,19 +25,12 @@ class NoGpuError(RuntimeError):
 
 
 class Machine(NamedTuple):
-    """Where cases run.
+    """Where cases run."""
 
-    Attributes:
-        device: jax's name of it.
-        flags: of XLA, for every case.
-        versions: of the packages that decide.
-        commit: of the sources, or a hash of them where git is missing.
-    """
-
-    device: str
-    flags: str
-    versions: dict[str, str]
-    commit: str
+    device: str  # jax's name of it
+    flags: str  # of XLA, for every case
+    versions: dict[str, str]  # of the packages that decide
+    commit: str  # of the sources, or a hash of them where git is missing
 
 
 TOY = Machine("toy sizes", "", {}, "none")

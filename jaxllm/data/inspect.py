@@ -31,30 +31,18 @@ class View(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """What an objective did to documents.
+    """What an objective did to documents."""
 
-    Attributes:
-        documents: documents read.
-        tokens: tokens in them.
-        dropped: tokens of the documents that are in no example.
-        added: tokens in examples that are not in the documents.
-        rows: rows made.
-        examples: examples in them.
-        density: fraction of the tokens that is masked; 0 where no sentinel is used.
-        spans: observed count by span length.
-        expected: expected count by span length under the exact distribution of these examples.
-        padding: fraction of padding in the encoder's and the decoder's slots; for a decoder alone, the same twice.
-    """
-
-    documents: int
-    tokens: int
-    dropped: int
-    added: int
-    rows: int
-    examples: int
-    density: float
-    spans: dict[int, int]
-    expected: dict[int, float]
+    documents: int  # documents read
+    tokens: int  # tokens in them
+    dropped: int  # tokens of the documents that are in no example
+    added: int  # tokens in examples that are not in the documents
+    rows: int  # rows made
+    examples: int  # examples in them
+    density: float  # fraction of the tokens that is masked; 0 where no sentinel is used
+    spans: dict[int, int]  # observed count by span length
+    expected: dict[int, float]  # expected count by span length under the exact distribution of these examples
+    # fraction of padding in the encoder's and the decoder's slots; for a decoder alone, the same twice
     padding: tuple[float, float]
 
 

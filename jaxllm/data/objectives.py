@@ -20,17 +20,11 @@ Tokens = np.ndarray  # int32, [n] or [rows, n]
 
 
 class Denoiser(NamedTuple):
-    """One way to mask spans of a text.
+    """One way to mask spans of a text."""
 
-    Attributes:
-        density: fraction of the tokens that is masked.
-        mean_span_length: mean length of a masked span; None masks one span, the end of the text.
-        mode: text before the inputs (UL2's mode token), or empty.
-    """
-
-    density: float
-    mean_span_length: float | None
-    mode: str = ""
+    density: float  # fraction of the tokens that is masked
+    mean_span_length: float | None  # mean length of a masked span; None masks one span, the end of the text
+    mode: str = ""  # text before the inputs (UL2's mode token), or empty
 
 
 # The mixture of denoisers of arXiv 2205.05131, equally likely: regular, sequential and extreme ones.

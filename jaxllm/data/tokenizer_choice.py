@@ -24,15 +24,10 @@ Origin = dict[str, Any]
 
 
 class Kept(NamedTuple):
-    """A tokenizer that is kept for a run.
+    """A tokenizer that is kept for a run."""
 
-    Attributes:
-        origin: with the keys of the wanted one; None where no file records it.
-        by_run: whether a run made it; otherwise a person put it there.
-    """
-
-    origin: Origin | None
-    by_run: bool
+    origin: Origin | None  # with the keys of the wanted one; None where no file records it
+    by_run: bool  # whether a run made it; otherwise a person put it there
 
 
 class Choice(enum.Enum):

@@ -35,21 +35,13 @@ _REQUEST_BYTES, _REQUEST_DOCUMENTS = 2**16, 256
 
 
 class Task(NamedTuple):
-    """What a worker does; sent to it once.
+    """What a worker does; sent to it once."""
 
-    Attributes:
-        order: number of a document -> number of its record.
-        records: records of the corpus.
-        config: its objective has the recipe, which is made again in the worker.
-        tokenizer: text to ids.
-        start_id: first decoder token.
-    """
-
-    order: Sequence[int]
-    records: Records
-    config: DataConfig
-    tokenizer: Tokenizer
-    start_id: int
+    order: Sequence[int]  # number of a document -> number of its record
+    records: Records  # records of the corpus
+    config: DataConfig  # its objective has the recipe, which is made again in the worker
+    tokenizer: Tokenizer  # text to ids
+    start_id: int  # first decoder token
 
     def encoder(self) -> Callable[[int], Batch]:
         """The number of a document to its arrays."""

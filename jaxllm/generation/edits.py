@@ -20,14 +20,10 @@ R = TypeVar("R")
 
 
 class Edited(NamedTuple):
-    """Parameters with edits, as `edited` makes them.
+    """Parameters with edits, as `edited` makes them."""
 
-    Attributes:
-        params: stacked as in training, or prepared.
-        edits: by name, each a `jax.tree_util.Partial`, whose arrays are arguments of the compiled program.
-    """
-
-    params: Any
+    params: Any  # stacked as in training, or prepared
+    # by name, each a `jax.tree_util.Partial`, whose arrays are arguments of the compiled program
     edits: OrderedDict[str, Any]
 
 

@@ -39,19 +39,12 @@ _ROWS, _PAD = 128, 32
 
 
 class Entry(NamedTuple):
-    """One parameter of ours and the tensor or tensors that hold it.
+    """One parameter of ours and the tensor or tensors that hold it."""
 
-    Attributes:
-        path: its keys in the parameter tree.
-        name: the tensor; `{}` stands for the number of the layer of a stacked parameter.
-        layers: how many layers are stacked; 0 for a parameter that is not stacked.
-        transposed: whether the last two axes are swapped in the file (kernels are [out, in] there).
-    """
-
-    path: tuple[str, ...]
-    name: str
-    layers: int = 0
-    transposed: bool = False
+    path: tuple[str, ...]  # its keys in the parameter tree
+    name: str  # the tensor; `{}` stands for the number of the layer of a stacked parameter
+    layers: int = 0  # how many layers are stacked; 0 for a parameter that is not stacked
+    transposed: bool = False  # whether the last two axes are swapped in the file (kernels are [out, in] there)
 
     def tensors(self) -> list[str]:
         """Names of its tensors, in the order of the stack."""

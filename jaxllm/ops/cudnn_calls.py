@@ -34,22 +34,14 @@ class Call(NamedTuple):
 
 
 class CallClass(NamedTuple):
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: what the calls have in common.
-        holds: whether a call is one of them.
-        reason: what is wrong, or what may be.
-        evidence: who has seen it, and where.
-        avoided: whether such calls do not go to cuDNN; set it after a wrong or refused answer of the probe.
-        instead: what an avoided call becomes: blocks in plain JAX, or the same kernel with lengths as document codes.
-    """
-
-    name: str
-    holds: Callable[[Call], bool]
-    reason: str = "none"
-    evidence: str = "none"
-    avoided: bool = False
+    name: str  # what the calls have in common
+    holds: Callable[[Call], bool]  # whether a call is one of them
+    reason: str = "none"  # what is wrong, or what may be
+    evidence: str = "none"  # who has seen it, and where
+    avoided: bool = False  # whether such calls do not go to cuDNN; set it after a wrong or refused answer of the probe
+    # what an avoided call becomes: blocks in plain JAX, or the same kernel with lengths as document codes
     instead: Literal["chunked", "codes"] = "chunked"
 
 

@@ -16,15 +16,10 @@ from jaxllm.ops import backend
 
 
 class Quantized(NamedTuple):
-    """An array as values * scale, the scale broadcast over the axis that `quantize` reduced.
+    """An array as values * scale, the scale broadcast over the axis that `quantize` reduced."""
 
-    Attributes:
-        values: rounded to -127..127.
-        scale: largest magnitude / 127, without the reduced axis.
-    """
-
-    values: Int8[Array, ...]
-    scale: Float[Array, ...]
+    values: Int8[Array, ...]  # rounded to -127..127
+    scale: Float[Array, ...]  # largest magnitude / 127, without the reduced axis
 
 
 def quantize(x: Float[Array, ...], *, axis: int) -> Quantized:

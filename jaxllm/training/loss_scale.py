@@ -20,23 +20,14 @@ from jaxllm.training.finite import all_finite
 
 
 class LossScaleState(NamedTuple):
-    """Scalars around the state of the wrapped rule.
+    """Scalars around the state of the wrapped rule."""
 
-    Attributes:
-        scale: factor of the next step's loss.
-        tracker: finite steps in a row since the scale last changed.
-        overflows: overflows in a row.
-        at_floor: overflows in a row while the scale was at its floor.
-        skipped: steps skipped since the start.
-        inner: state of the wrapped rule.
-    """
-
-    scale: Float[Array, ""]
-    tracker: Int[Array, ""]
-    overflows: Int[Array, ""]
-    at_floor: Int[Array, ""]
-    skipped: Int[Array, ""]
-    inner: Any
+    scale: Float[Array, ""]  # factor of the next step's loss
+    tracker: Int[Array, ""]  # finite steps in a row since the scale last changed
+    overflows: Int[Array, ""]  # overflows in a row
+    at_floor: Int[Array, ""]  # overflows in a row while the scale was at its floor
+    skipped: Int[Array, ""]  # steps skipped since the start
+    inner: Any  # state of the wrapped rule
 
 
 class _Constants(NamedTuple):

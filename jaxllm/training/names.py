@@ -11,15 +11,10 @@ from typing import Any, NamedTuple
 
 
 class Role(NamedTuple):
-    """What training does with a parameter.
+    """What training does with a parameter."""
 
-    Attributes:
-        decayed: whether weight decay shrinks it.
-        split: axis, counted from the end, that is split over devices; None is a copy on every device.
-    """
-
-    decayed: bool = False
-    split: int | None = None
+    decayed: bool = False  # whether weight decay shrinks it
+    split: int | None = None  # axis, counted from the end, that is split over devices; None is a copy on every device
 
 
 MATRIX = Role(decayed=True, split=2)
