@@ -4,8 +4,6 @@ Pure functions on the decoding layout: one NamedTuple per layer instead of stack
 as one matrix each. A step reads every weight once and in few kernels. Out of scope: training, choosing tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
-from jaxllm.models.decoder import Adapter, Plan, check_methods, check_prepared, join
-from jaxllm.models.layers import Parts, apply
+from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
+from jaxllm.models.layers import Parts
 from jaxllm.models.llama.layer import layer_body, rotation, whole_attention
 from jaxllm.models.llama.model import Llama
 from jaxllm.models.params import check_params
@@ -217,7 +215,7 @@ def _logits(config: LlamaConfig, params: LlamaParams, x: Float[Array, "B T D"]) 
     return project(rms_norm(x, params.final_norm, eps=config.norm_eps), params.head, dtype=jnp.float32)
 
 
-class LlamaDecoder(Adapter):
+class LlamaDecoder(Decoder):
     """Llama's side of the decoding loops: a decoder continues its prompt."""
 
     def prepare(self, params: Any, *, int8: bool = False) -> LlamaParams:
@@ -270,22 +268,3 @@ class LlamaDecoder(Adapter):
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
         return extend(self.model, params, cache, tokens, positions, length=plan.length)
-
-    def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-        """See `Decoder`: the prompt."""
-        return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-
-    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
-        """See `Decoder`: the row itself, prompt and new tokens."""
-        joined = join(tokens, lengths, new)
-        return joined, lengths + counts, joined, lengths + counts
-
-    def full_logits(
-        self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
-    ) -> Float[Array, "B N V"]:
-        """See `Decoder`."""
-        columns = lengths[:, None] + jnp.arange(new.shape[1])
-        joined = join(tokens, lengths, new)
-        hidden = apply(self.model, params, joined, length=length, method="hidden")
-        before = jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
-        return apply(self.model, params, before, method="logits")

@@ -4,8 +4,6 @@ Pure functions on the decoding layout, as for Llama: one NamedTuple per layer, c
 joined. Out of scope: training, choosing tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import T5Config
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
-from jaxllm.models.decoder import Adapter, Plan, check_methods, check_prepared
+from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
 from jaxllm.models.functions import Pairs
 from jaxllm.models.layers import Parts, apply
 from jaxllm.models.params import check_params
@@ -284,7 +282,7 @@ def _embed(params: T5Params, tokens: Array) -> Array:
     return params.embed[tokens].astype(stream_dtype(params.embed.dtype))
 
 
-class T5Decoder(Adapter):
+class T5Decoder(Decoder):
     """T5's side of the decoding loops: an encoder-decoder answers its prompt, from the decoder's start token on."""
 
     def prepare(self, params: Any, *, int8: bool = False) -> T5Params:
