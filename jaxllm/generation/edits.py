@@ -4,8 +4,6 @@ The loops call the model by `run_model`, so the edits apply to the prompt and to
 holds edited keys and values.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial

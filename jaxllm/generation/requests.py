@@ -3,8 +3,6 @@
 Lengths are rounded up to a few buckets, so that another length in the same bucket compiles nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ prompt lookup: they are the tokens that followed the latest ones earlier in the 
 advance by different counts, so the cache slot of a token is its position; rejected tokens are overwritten.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.edits import run_model
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.loop import GenerateState, ban_end, ended, read_prompts
+from jaxllm.generation.loop import GenerateState, Reader, ban_end, ended, read_prompts
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import KVCache
-from jaxllm.models.decoder import Decoder, Plan
+from jaxllm.models.decoder import Decoder
 from jaxllm.ops.sampling import GREEDY, Sampling, choose, draw, most_probable, process
 
 # Longest run of latest tokens that prompt lookup searches for; it falls back to shorter runs.
@@ -39,22 +37,6 @@ class Speculated(NamedTuple):
 
     rows: list[list[int]]
     tokens_per_step: float
-
-
-class Reader(NamedTuple):
-    """One of the two models after it has read the prompts: the large one, or the one that drafts."""
-
-    decoder: Decoder
-    plan: Plan
-    params: Any
-    context: Any  # what the model keeps of the prompts in addition to its cache
-
-    def extend(
-        self, cache: KVCache, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T V"], KVCache]:
-        """Appends T tokens per row; logits after each."""
-        method, arrays = self.decoder.extend, (self.context, cache, tokens, positions)
-        return run_model(method, self.params, *arrays, strict=False, plan=self.plan)
 
 
 class Draft(NamedTuple):
@@ -112,12 +94,11 @@ def generate_speculative(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
     options |= {"pad_id": pad_id, "seed": seed, "extra": drafts, "wraps": False}
     large = make_request(model, params, prompts, **options)
-    # Without a draft model its plan and parameters are those of the large model, and unused.
+    # Without a draft model its settings and parameters are those of the large model, and unused.
     small = large if draft_model is None else make_request(draft_model, draft_params, prompts, **options)
     drafter = None if draft_model is None else small.decoder
-    static, params = (large.settings, small.settings.plan, drafts), (large.params, small.params)
-    arrays = *params, large.tokens, large.lengths, large.keys, large.limit
-    out = fall_back(lambda *decoders: _run(*decoders, *static, *arrays), large.decoder, drafter)
+    arguments = large.settings, small.settings, drafts, large.params, small.params, *large[3:]
+    out = fall_back(lambda *decoders: _run(*decoders, *arguments), large.decoder, drafter)
     tokens, counts, steps = map(np.asarray, out)
     rows = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
     # The first token of a row comes from reading its prompt.
@@ -140,7 +121,7 @@ def _run(
     decoder: Decoder,
     draft_decoder: Decoder | None,
     settings: Settings,
-    draft_plan: Plan,
+    draft_settings: Settings,
     drafts: int,
     params: Any,
     draft_params: Any,
@@ -149,11 +130,12 @@ def _run(
     keys: Array,
     limit: Array,
 ) -> tuple[Array, Array, Array]:
-    context, begun = read_prompts(decoder, settings, params, tokens, lengths, keys)
-    large, drafter, draft_cache = Reader(decoder, settings.plan, params, context), None, None
+    large, begun = read_prompts(decoder, settings, params, tokens, lengths, keys)
+    drafter, draft_cache = None, None
     if draft_decoder is not None:
-        context, _, draft_cache, _ = run_model(draft_decoder.start, draft_params, tokens, lengths, plan=draft_plan)
-        drafter = Reader(draft_decoder, draft_plan, draft_params, context)
+        start, plan = draft_decoder.start, draft_settings.plan
+        context, _, draft_cache, _ = run_model(start, draft_params, tokens, lengths, plan=plan)
+        drafter = Reader(draft_decoder, draft_settings, draft_params, context)
     first_position = begun.positions
 
     def body(state: SpeculativeState) -> SpeculativeState:
@@ -161,9 +143,9 @@ def _run(
             draft = _look_up(*decoder.lookup(tokens, lengths, state.out, state.counts), drafts)
         else:
             positions = first_position + state.counts - 1
-            draft, cache = _draft(drafter, settings, state, positions, keys, drafts)
+            draft, cache = _draft(drafter, state, positions, keys, drafts)
             state = state._replace(draft_cache=cache)
-        return _verify(large, settings, state, draft, first_position, keys, limit)
+        return _verify(large, state, draft, first_position, keys, limit)
 
     state = _first(begun, draft_cache, settings, keys, limit)
     state = jax.lax.while_loop(lambda state: ~jnp.all(state.finished), body, state)
@@ -235,9 +217,10 @@ def _look_up(source: Array, lengths: Array, said: Array, said_lengths: Array, dr
 
 
 def _draft(
-    drafter: Reader, settings: Settings, state: SpeculativeState, positions: Array, keys: Array, drafts: int
+    drafter: Reader, state: SpeculativeState, positions: Array, keys: Array, drafts: int
 ) -> tuple[Draft, KVCache]:
     """Continues with the small model; one step more than drafts, so that its cache holds all of them."""
+    settings = drafter.settings
     rows = jnp.arange(positions.shape[0])
 
     def step(carry: tuple[KVCache, Array, Array | None], i: Array) -> tuple[Any, tuple[Array, Array]]:
@@ -254,15 +237,10 @@ def _draft(
 
 
 def _verify(
-    large: Reader,
-    settings: Settings,
-    state: SpeculativeState,
-    draft: Draft,
-    first_position: Array,
-    keys: Array,
-    limit: Array,
+    large: Reader, state: SpeculativeState, draft: Draft, first_position: Array, keys: Array, limit: Array
 ) -> SpeculativeState:
     """One forward over the last token and the drafts; keeps those that the large model accepts, and one token more."""
+    settings = large.settings
     fed = jnp.concatenate([_last(state), draft.tokens], axis=1)
     offsets = jnp.arange(fed.shape[1], dtype=jnp.int32)  # int64 with jax_enable_x64 unless the dtype is given
     positions = (first_position + state.counts - 1)[:, None] + offsets

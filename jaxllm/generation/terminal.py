@@ -3,8 +3,6 @@
 Out of scope: arguments (`scripts/generate.py`), loading (`jaxllm.run.load`).
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time
