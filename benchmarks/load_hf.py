@@ -9,8 +9,6 @@ includes reading every page, and `seconds_own` copies every parameter out of the
 update. Samples of the weights are compared. Results go to benchmarks/results/load_hf_*.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource

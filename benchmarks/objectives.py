@@ -7,8 +7,6 @@ of each are turned back into their text first. Pipeline: read, tokenise, corrupt
 corpus, next to reading and tokenising alone, which bounds it. Results go to benchmarks/results/objectives_*.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

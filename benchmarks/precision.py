@@ -9,8 +9,6 @@ gradients of the trained float32 model are then computed in float16 at several l
 float16 makes it 0 and float32 does not. Results: benchmarks/results/precision_*.json, docs/images/precision_*.png.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -8,8 +8,6 @@ range, and the ratio of each side's fastest turn. A form can go when neither is 
 a GPU is shown by tests/structure.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time

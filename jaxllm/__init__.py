@@ -8,8 +8,6 @@
 such as `pretrain`, load it at first use. Import the modules of a room by name, such as `jaxllm.run.load`.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -4,8 +4,6 @@
 the row of `jaxllm.ops.cudnn_calls` that a bad one changes.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable

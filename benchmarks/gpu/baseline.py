@@ -10,8 +10,6 @@ forms. BASELINE_OURS names a file with RESULT lines of the same call: our first 
 `recorded`.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

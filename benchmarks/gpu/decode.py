@@ -1,7 +1,5 @@
 """Greedy decoding as `generate_stream` runs it, in chunks with the state donated; compared with memory bandwidth."""
 
-from __future__ import annotations
-
 import time
 from typing import Any, NamedTuple
 

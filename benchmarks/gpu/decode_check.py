@@ -5,8 +5,6 @@ outweighs what was read. A decoder reads prompt and new tokens again as one prom
 tokens all at once. Near ties may fall either way, so a token is wrong only when its logit is clearly below the largest.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

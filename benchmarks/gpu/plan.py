@@ -3,8 +3,6 @@
 No GPU has measured the seconds: they are estimates for an H100 with 16 CPU cores, start and compilation included.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

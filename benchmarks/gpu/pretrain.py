@@ -4,8 +4,6 @@ The corpus and its tokenizer come from benchmarks/gpu/carry.sh; without them the
 this interpreter, which takes longer.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

@@ -5,8 +5,6 @@ line names their operation in jax, from the trace or from the text of the compil
 which no kernel runs is the gap that a CUDA graph or larger kernels would close.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

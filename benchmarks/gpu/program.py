@@ -4,8 +4,6 @@ From the text of the optimized HLO, because nothing else shows it: XLA's own cos
 once. Every operation of the program and of its loops is one kernel, except those that only name or regroup buffers.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The results of a machine: what it is, and a JSON file that is rewritten after every case."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

@@ -10,8 +10,6 @@ Results, the output of every case and the compilation cache go to a folder: --ou
 The results file is rewritten after every case, newest values winning.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib

@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.table [FILE ...]        # benchmarks/results/gpu_*.json without any
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

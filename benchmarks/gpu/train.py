@@ -1,7 +1,5 @@
 """The train step as scripts/pretrain.py runs it, on synthetic batches of real shapes."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

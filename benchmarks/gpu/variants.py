@@ -4,8 +4,6 @@ Several are joined by a plus sign: `train/t5_large@cublas+merger0`. A variant be
 has shown which is better.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

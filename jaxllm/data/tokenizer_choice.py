@@ -4,8 +4,6 @@ A run that has made a step never gets another tokenizer, since its parameters be
 config decides, but a tokenizer that a person put there is not replaced.
 """
 
-from __future__ import annotations
-
 import enum
 import itertools
 import logging

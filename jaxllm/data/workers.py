@@ -4,8 +4,6 @@ A worker encodes single documents; joining, cutting and shuffling stay in the ma
 of the next document, with any number of workers or none.
 """
 
-from __future__ import annotations
-
 import atexit
 import collections
 import multiprocessing
@@ -59,14 +57,14 @@ class EncodedDocuments(grain.IterDataset[Batch]):
         self._request = min(max(int(_REQUEST_BYTES / size), 1), _REQUEST_DOCUMENTS)
         self._depth = max(int(ahead / (size * self._request)), 2 * workers)
 
-    def __iter__(self) -> _Iterator:
+    def __iter__(self) -> "_Iterator":
         return _Iterator(_Pool(self._task, self._workers), request=self._request, depth=self._depth)
 
 
 class _Iterator(grain.DatasetIterator[Batch]):
     """Has the state of grain's reader of documents, so that checkpoints do not depend on workers."""
 
-    def __init__(self, pool: _Pool, *, request: int, depth: int) -> None:
+    def __init__(self, pool: "_Pool", *, request: int, depth: int) -> None:
         super().__init__()
         self._pool, self._request, self._depth = pool, request, depth
         self._next = self._asked = 0

@@ -1,7 +1,5 @@
 """Weights of other libraries: Hugging Face directories and Meta's checkpoints to ours, and back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

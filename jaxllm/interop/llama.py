@@ -4,8 +4,6 @@ The four differ only in the defaults of config.json and in the flags that they i
 A setting without a flag in our model is an error. Out of scope: reading files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxllm.config import LlamaConfig, RopeConfig

@@ -4,8 +4,6 @@ The slices of the ranks are joined here. q and k are stored for rotation of neig
 the halves that we and Hugging Face rotate. Only torch pickles (.pth) need torch. All ranks are opened at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

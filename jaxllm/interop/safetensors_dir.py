@@ -5,8 +5,6 @@ as a whole. Each piece opens its file again: the pages of a mapped file count as
 closed. Out of scope: the names of a family, config.json.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

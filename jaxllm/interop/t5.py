@@ -6,8 +6,6 @@ file that differs. Here the scaling comes from the newer key where it exists, an
 Out of scope: reading files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxllm.config import T5Config

@@ -8,8 +8,6 @@ position of each slot's token. Ragged prompts leave holes instead of shifting, r
 are overwritten, and a sliding window can wrap around. Only this module depends on the layout, int8 included.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused ke
 repeated: query heads are folded as [K, G]. Out of scope: projections, RoPE, caches.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable

@@ -6,8 +6,6 @@ or a test. Where a newer jaxlib shows no gain, the function and the branches of 
 are in `jaxllm.ops.cudnn_calls` and `jaxllm.ops.fused_attention`.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -131,7 +129,7 @@ def fast_argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     return (block * _BLOCK + inside).astype(jnp.int32)
 
 
-def largest_magnitude(x: Float[Array, ...], *, axis: int) -> Float[Array, ...]:
+def largest_magnitude(x: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
     """The largest |x| over an axis, NaN where there is one.
 
     XLA:CPU's maximum of a large array leaves NaNs out.
@@ -141,7 +139,7 @@ def largest_magnitude(x: Float[Array, ...], *, axis: int) -> Float[Array, ...]:
     return jnp.where(jnp.any(jnp.isnan(x), axis=axis), jnp.nan, jnp.max(jnp.abs(x), axis=axis))
 
 
-def sum_by_matmul(x: Float[Array, ...], axis: int, *, keepdims: bool = False) -> Float[Array, ...]:
+def sum_by_matmul(x: Float[Array, "..."], axis: int, *, keepdims: bool = False) -> Float[Array, "..."]:
     """The sum over an axis that is not the last, in float32, as a matmul with ones.
 
     XLA:CPU is slow at reducing a major axis.

@@ -4,8 +4,6 @@ Autodiff sums such a gradient (of a norm's weight, of a bias) in the dtype of th
 bfloat16's 8 bits, or past float16's 65504. Out of scope: matrices, which `jaxllm.ops.linear` treats the same way.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

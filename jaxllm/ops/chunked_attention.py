@@ -6,8 +6,6 @@ weights. Where those of all blocks are large, it computes them again from each q
 section 3.1).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -134,7 +132,7 @@ class _Queries(NamedTuple):
     after: Array
     root: Array  # the square root of `after`
 
-    def block(self, rows: slice) -> _Queries:
+    def block(self, rows: slice) -> "_Queries":
         return _Queries(*(_fold(x[..., rows, :]) for x in self))
 
 

@@ -5,8 +5,6 @@ changes. cuDNN's limits are in `jaxllm.ops.fused_attention.obstacle`. `refused` 
 of both, by the error of the lowering or compilation.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple

@@ -4,8 +4,6 @@ The gradient is computed in the forward pass, chunk by chunk, with three matmuls
 head gradient). Recomputation would take four. Sums, not means, cross this border.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

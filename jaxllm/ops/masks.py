@@ -4,8 +4,6 @@ Each mask is a broadcast comparison that XLA fuses into the scores. Padding is s
 row have ids from 1.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

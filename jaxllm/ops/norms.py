@@ -1,7 +1,5 @@
 """Root-mean-square normalisation, the float32 island that both families share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

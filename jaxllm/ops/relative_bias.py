@@ -6,8 +6,6 @@ zero, and row t of [N, T, S] is a slice of the result. The gradient is a sum and
 terms. Out of scope: attention, which adds the bias to its scores.
 """
 
-from __future__ import annotations
-
 import bisect
 import functools
 from typing import Any

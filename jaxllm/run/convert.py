@@ -3,8 +3,6 @@
 A conversion that fails leaves nothing in its target.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The validation of a run: loss, bits per byte, accuracy, and the spans that an encoder-decoder predicts whole."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -5,8 +5,6 @@ refuses changes the path of the whole run. Elsewhere evaluations are compiled wh
 decode, have `jaxllm.generation.fallback`.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ Each of our layers takes the input of transformers' layer, so that an error appe
 extra `parity` (torch and transformers). Out of scope: other families, gradients, decoding.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ An infinity that arises in layer k spoils the gradients of every layer below. So
 order names the origin. Each layer of a stack is a group. Out of scope: activations (`jaxllm.jaxprs.observe`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Whether gradients are finite: of a whole tree, or of each layer of a stack."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -5,8 +5,6 @@ backward pass, under the remat policy. XLA may fuse some of it away, so the esti
 of the compiled step decides, before it runs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 

@@ -7,8 +7,6 @@ scale moves exactly as that of torch.amp.GradScaler, and also has a floor, a cei
 select that XLA fuses into the update, so the host does not wait. Out of scope: multiplying the loss (`train_step`).
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -5,8 +5,6 @@ it with every golden parameter tree. A new family adds the names that no other h
 one of your own module, counts as `MODULE` and is last in the order.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

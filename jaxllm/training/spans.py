@@ -4,8 +4,6 @@ A span counts when each of its tokens, and the sentinel or end after it, is the 
 before it. Where nothing is masked by sentinels, a whole answer is one span.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
