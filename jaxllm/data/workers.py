@@ -131,9 +131,9 @@ class _Pool:
         try:
             return job.answer.result(TIME_LIMIT)
         except TimeoutError:
-            who = "no worker process" if job.pid is None else f"worker process {job.pid}"
+            who = "no worker process has" if job.pid is None else f"worker process {job.pid} has not"
             raise DataError(
-                f"{who} has answered for {TIME_LIMIT:g} s; it was to read {self._where(job)}. It is stopped, or the "
+                f"{who} answered for {TIME_LIMIT:g} s; it was to read {self._where(job)}. It is stopped, or the "
                 f"file cannot be read: check its disk or network, then start the same command again"
             ) from None
 

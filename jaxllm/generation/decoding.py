@@ -70,7 +70,9 @@ def generate(
     if stop:
         pieces = list(_stream(request, stop, decode))
         return [list(chain(*row)) for row in zip(*pieces, strict=True)]
-    return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in _at_once(request).tolist()]
+    decoder, *arguments = request
+    rows = np.asarray(fall_back(lambda decoder: loop.run(decoder, *arguments), decoder)).tolist()
+    return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in rows]
 
 
 def generate_stream(
@@ -107,11 +109,6 @@ def generate_stream(
     options |= {"pad_id": pad_id, "seed": seed, "samples": samples, "cache_dtype": cache_dtype}
     request = make_request(model, params, prompts, **options)
     return _stream(request, stop, decode)
-
-
-def _at_once(request: Request) -> np.ndarray:
-    decoder, *arguments = request
-    return np.asarray(fall_back(lambda decoder: loop.run(decoder, *arguments), decoder))
 
 
 def _stream(request: Request, stop: Sequence[str], decode: Decode | None) -> Iterator[list[list[int]]]:

@@ -80,11 +80,6 @@ def halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `halves`."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 def _open(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
         return load_file(path)
