@@ -54,7 +54,7 @@ class Decoder(abc.ABC):
         return params
 
     def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
-        """Raises a ValueError when the prompts can't be continued by `new` tokens."""
+        """Raises a ValueError when the prompts can't be continued by `new` tokens; here, never."""
         return
 
     def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
