@@ -15,11 +15,7 @@ from jaxllm.generation.text import TextModel
 
 
 def read_prompts(prompt: str | None, *, prompt_file: Path | None, batch: Path | None) -> list[str]:
-    """The prompt itself (- is standard input), that of a file, or a prompt per line of `batch`; one of them is given.
-
-    Raises:
-        ValueError: for a batch without prompts, or a file that is not UTF-8 text.
-    """
+    """The prompt (- is standard input), that of a file, or one per line of `batch`; ValueError where there is no text."""
     if batch:
         text = _read(batch)
         if not text:

@@ -81,10 +81,7 @@ def fill(cache: KVCache, lengths: Int[Array, " B"], count: int, *, window: int |
     """Prompts into an empty cache: `count` columns; the first `lengths` of a row are real.
 
     A cache at most as wide as the window may wrap around. It holds each prompt's last tokens, oldest first, so that the
-    oldest is replaced first.
-
-    Raises:
-        ValueError: when the prompts exceed the capacity and no window drops their beginning.
+    oldest is replaced first. ValueError when prompts exceed the capacity and no window drops their beginning.
     """
     capacity = cache.positions.shape[1]
     if count > capacity and capacity != window:
