@@ -163,8 +163,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return tuple(_convert(options[0], item) for item in value)
     if origin is dict and isinstance(value, dict):
         return {_convert(options[0], key): _convert(options[1], item) for key, item in value.items()}
-    if getattr(value, "shape", None) == ():  # a number of NumPy or jax
-        value = value.item()
+    if getattr(value, "shape", None) == () and getattr(value.dtype, "kind", "") in tuple("biuf"):
+        value = value.item()  # a number of NumPy or jax
     accepted, converted = _PLAIN.get(kind, (origin or kind, lambda same: same))
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))  # to Python a bool is an int
     require(fits, f"must be of type {type_name(kind)}, got {value!r}")

@@ -15,7 +15,7 @@ from jaxllm.generation.text import TextModel
 
 
 def read_prompts(prompt: str | None, *, prompt_file: Path | None, batch: Path | None) -> list[str]:
-    """The prompt (- is standard input), that of a file, or one per line of `batch`; ValueError where there is no text."""
+    """The prompt (- is standard input), that of a file, or one a line of `batch`; ValueError where it has no text."""
     if batch:
         text = _read(batch)
         if not text:

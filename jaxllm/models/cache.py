@@ -67,7 +67,7 @@ def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int,
 
     def store() -> Store:
         values = jnp.zeros(shape, dtype)
-        return Quantized(values, jnp.zeros(shape[:-1], jnp.float32)) if dtype == jnp.int8 else values
+        return Quantized(values, jnp.zeros(shape[:-1], jnp.float32)) if values.dtype == jnp.int8 else values
 
     return KVCache(
         keys=tuple(store() for _ in range(num_layers)),

@@ -251,8 +251,7 @@ class LlamaDecoder(Decoder):
 
     def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
         """See `Decoder`."""
-        dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
-        options = {"capacity": plan.slots, "length": plan.length, "dtype": dtype}
+        options = {"capacity": plan.slots, "length": plan.length, "dtype": plan.cache_dtype}
         logits, cache = prefill(self.model, params, tokens, lengths, **options)
         return None, logits, cache, lengths
 
@@ -260,8 +259,7 @@ class LlamaDecoder(Decoder):
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
-        options = {"length": plan.length, "attended": attended}
-        return decode_step(self.model, params, cache, tokens, positions, **options)
+        return decode_step(self.model, params, cache, tokens, positions, length=plan.length, attended=attended)
 
     def extend(
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan

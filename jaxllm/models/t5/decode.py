@@ -308,8 +308,7 @@ class T5Decoder(Decoder):
 
     def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
         """See `Decoder`."""
-        dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
-        cross, cache = prefill(self.model, params, tokens, lengths, capacity=plan.slots, dtype=dtype)
+        cross, cache = prefill(self.model, params, tokens, lengths, capacity=plan.slots, dtype=plan.cache_dtype)
         zeros = jnp.zeros_like(lengths)
         start = zeros + self.model.config.decoder_start_id
         logits, cache = decode_step(self.model, params, cross, cache, start, zeros, attended=1)
