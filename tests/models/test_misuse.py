@@ -187,6 +187,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         (BeamSettings, {"beams": 4.0}, "beams must be of type int, got 4.0"),
         (BeamSettings, {"beams": 4, "length_penalty": "1"}, "length_penalty must be of type float, got '1'"),
         (BeamSettings, {"beams": 4, "returned": 2.0}, "returned must be of type int, got 2.0"),
+        (BeamSettings, {"beams": 4, "early_stopping": "always"}, r"early_stopping must be of type bool\|never, got"),
     ],
 )
 def test_settings_of_decoding_are_numbers(settings: Any, number: dict[str, Any], message: str) -> None:
