@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxllm.config.model import Attention, Layers, ModelConfig, Objective, Remat
 from jaxllm.config.setting import at_least, settings
-from jaxllm.models.cache import KVCache, init_cache, write, write_at
+from jaxllm.models.cache import KVCache, init_cache, write
 from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.models.family import Family
 from jaxllm.models.flops import Flops
@@ -109,18 +109,6 @@ class ToyDecoder(Decoder):
         return apply(self.model, params, states, method="logits")[:, 0], KVCache(
             cache.keys, (held,), seen, cache.slot + 1
         )
-
-    def extend(
-        self, params: Any, context: Any, cache: KVCache, tokens: Any, positions: Any, plan: Plan
-    ) -> tuple[jax.Array, KVCache]:
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        seen = cache.positions.at[rows, positions].set(positions, mode="drop")
-        new = apply(self.model, params, tokens, method="values")[:, :, None]
-        held = write_at(cache.values[0], new, positions)
-        distance = jnp.where(seen[:, None] >= 0, positions[:, :, None] - seen[:, None], -1)
-        states = apply(self.model, params, tokens, held, distance, method="mix")
-        logits = apply(self.model, params, states, method="logits")
-        return logits, KVCache(cache.keys, (held,), seen, cache.slot)
 
 
 TOY = Family(Toy, hidden, flops, ToyDecoder)

@@ -48,13 +48,6 @@ class Reader(NamedTuple):
         arrays, plan = (self.context, state.cache, tokens, state.positions), self.settings.plan
         return run_model(self.decoder.step, self.params, *arrays, strict=False, plan=plan, attended=attended)
 
-    def extend(
-        self, cache: KVCache, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T V"], KVCache]:
-        """Appends T tokens per row; the logits after each, and the cache."""
-        arrays, plan = (self.context, cache, tokens, positions), self.settings.plan
-        return run_model(self.decoder.extend, self.params, *arrays, strict=False, plan=plan)
-
 
 def read_prompts(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array

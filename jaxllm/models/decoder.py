@@ -71,20 +71,9 @@ class Decoder(abc.ABC):
     ) -> tuple[Array, KVCache]:
         """Appends one token per row; logits [B, V] of the next."""
 
-    @abc.abstractmethod
-    def extend(
-        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
-    ) -> tuple[Array, KVCache]:
-        """Appends T tokens per row at the given positions; logits [B, T, V] after each."""
-
     def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         """Tokens [B, T] before the first new one, as penalties of repetition count them, and which of them are real."""
         return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-
-    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
-        """Text in which drafts are looked up [B, W], its lengths; text so far, whose end is looked up, its lengths."""
-        joined = _join(tokens, lengths, new)
-        return joined, lengths + counts, joined, lengths + counts
 
     def full_logits(
         self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None

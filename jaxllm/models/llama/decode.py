@@ -156,20 +156,6 @@ def decode_step(
     return logits[:, 0], cache
 
 
-def extend(
-    model: Llama,
-    params: LlamaParams,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    *,
-    length: int | None = None,
-) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Appends T tokens per row as `kv.extend` does, and returns the logits after each."""
-    turn = kv.extend(cache, positions, model.attend, window=model.config.sliding_window)
-    return _through_cache(model, params, cache, tokens, turn, length)
-
-
 def _through_cache(
     model: Llama, params: LlamaParams, cache: KVCache, tokens: Int[Array, "B T"], turn: kv.Turn, length: int | None
 ) -> tuple[Float[Array, "B T V"], KVCache]:
@@ -260,9 +246,3 @@ class LlamaDecoder(Decoder):
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
         return decode_step(self.model, params, cache, tokens, positions, length=plan.length, attended=attended)
-
-    def extend(
-        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
-    ) -> tuple[Array, KVCache]:
-        """See `Decoder`."""
-        return extend(self.model, params, cache, tokens, positions, length=plan.length)
