@@ -10,11 +10,14 @@ newer, damaged ones aside: a disk that fails for a moment must cost no checkpoin
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
+from jaxllm.data.durable import move, sync, sync_tree
 from jaxllm.data.records import refused
 from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.fingerprint import named_fingerprints, path_name, total
@@ -39,6 +43,8 @@ _LOSS = "validation_loss"
 # Keys of the second item: position, fingerprints of the state by leaf, and checksum of the position.
 _POSITION, _LEAVES, _CHECKSUM = "position", "fingerprints", "checksum"
 _RECORD = {_POSITION, _LEAVES, _CHECKSUM}
+# Saves in a row that may fail.
+_TRIES = 3
 
 
 class CheckpointError(RuntimeError):
@@ -57,12 +63,14 @@ class Restored(NamedTuple):
         state: train state, placed as the abstract state asked.
         data: state of the data iterator.
         skipped: steps of newer checkpoints that were damaged.
+        verified: whether it has fingerprints, and they agree.
     """
 
     step: int
     state: Any
     data: dict[str, Any]
     skipped: tuple[int, ...]
+    verified: bool
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -77,6 +85,18 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
         return [step == best or step in steps[-self._keep :] for step in steps]
+
+
+class _Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint, or an item of one, until it has its name: its files are on disk before, its name when it has one."""
+
+    async def finalize(self) -> None:
+        """Renames it. Older checkpoints are deleted after this."""
+        sync_tree(Path(self.get()))
+        await super().finalize()
+        final = Path(self.get_final())
+        for path in (*final.iterdir(), final, final.parent):  # orbax writes small files just before it renames
+            sync(path)
 
 
 class Checkpoints:
@@ -94,6 +114,7 @@ class Checkpoints:
             preservation_policy=_NewestAndBest(keep, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            temporary_path_class=_Durable,
         )
         try:
             # Named here, so that a new process can read what a checkpoint holds before restoring it.
@@ -102,31 +123,50 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
+        self._writing: int | None = None  # the step of a save in the background, until it is known how that ended
+        self._failures = 0  # in a row
         for step in self.steps():
             with contextlib.suppress(Exception):  # `restore` reports it, if it comes to this one
                 self._note_loss(step, (self._manager.metadata(step).custom_metadata or {}).get(_LOSS))
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
+        """Steps whose checkpoint is on disk or being written, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> str:
-        """Starts writing a checkpoint; returns its fingerprint. An error of the save before surfaces here."""
+        """Starts writing a checkpoint; returns the fingerprint of the state, whether it can be saved or not.
+
+        Raises:
+            CheckpointError: when this is the third save in a row that has failed. Others are warnings.
+        """
+        self.wait()
+        if self._failures:
+            self._remove_unfinished()
         self._note_loss(step, validation_loss)
         record = _record(data, state)  # before the save, which may read buffers that change
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _DATA: ocp.args.JsonSave(record)})
         try:
             self._manager.save(step, args=items, custom_metadata={_LOSS: validation_loss}, force=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot save step {step} in {self.folder}: {error}") from error
+            self._writing = step
+        except Exception as error:  # tensorstore's is a ValueError for a full disk
+            self._failed(step, error)
         return total(record[_LEAVES])
 
+    def poll(self) -> None:
+        """Reports a save that has failed in the background, as `save` does; returns at once while it is written."""
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
+        """Returns when the last save is on disk or has failed, which is reported as by `save`."""
+        step, self._writing = self._writing, None
+        if step is None:
+            return
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"a checkpoint in {self.folder} could not be written: {error}") from error
+            self._failures = 0
+        except Exception as error:
+            self._failed(step, error)
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest whole checkpoint, or None when there is none yet; newer ones are moved aside.
@@ -138,8 +178,8 @@ class Checkpoints:
         found, damaged = _newest_whole(self.folder, self.steps(), lambda step: self._read(step, abstract_state))
         if found is not None:
             self._set_aside(damaged)
-            step, (state, data) = found
-            return Restored(step, state, data, tuple(damaged))
+            step, (state, data, verified) = found
+            return Restored(step, state, data, tuple(damaged), verified)
         if damaged or self._undescribed:
             raise _none_readable(self.folder, [*damaged, *self._undescribed])
         return None
@@ -156,10 +196,34 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves and releases the folder."""
-        self.wait()
+        with contextlib.suppress(CheckpointError):  # whoever needs the save has waited for it
+            self.wait()
         self._manager.close()
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def _failed(self, step: int, error: Exception) -> None:
+        """Removes what a failed save has left, and reports it."""
+        self._remove_unfinished()
+        with contextlib.suppress(OSError):
+            self._manager.reload()  # orbax has forgotten the checkpoints that this one would have replaced
+        if step in self.steps():  # a rename can be reported as failed when it was done, as by NFS
+            return
+        self._failures += 1
+        failure = f"step {step} is not saved in {self.folder} ({_cause(error)})"
+        if self._failures == _TRIES:
+            kept = f"step {self.steps()[-1]}" if self.steps() else "the beginning"
+            raise CheckpointError(
+                f"{failure}, and {_TRIES} saves in a row have failed; free space or repair the disk, then run the same "
+                f"command, which resumes from {kept}"
+            ) from error
+        advice = "the next save tries again; free space or repair the disk before %d in a row have failed"
+        _log.warning("%s; " + advice, failure, _TRIES)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what failed saves have left: it may be what fills the disk. Threads of orbax may still add to it."""
+        for path in self.folder.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any], bool]:
         found = self._manager.item_metadata(step)[_STATE]
         self._check_dtypes(step, found, abstract_state)
         state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
@@ -167,9 +231,9 @@ class Checkpoints:
         restored = self._manager.restore(step, args=wanted)
         state, record = without_dropped_leaf(restored[_STATE]), restored[_DATA]
         if _verify(state, record):
-            return state, record[_POSITION]
+            return state, record[_POSITION], True
         _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
-        return state, record  # which is the position alone
+        return state, record, False  # the record is the position alone
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -190,6 +254,12 @@ class Checkpoints:
                     f"checkpoint {step} in {self.folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
                     f"this run needs {want.dtype}{list(want.shape)}"
                 )
+
+
+def _cause(error: Exception) -> str:
+    """Why a save has failed, by the system's own words where they are in the message of a library."""
+    causes = (os.strerror(code) for code in errno.errorcode)
+    return next((cause for cause in causes if cause in str(error)), first_line(error))
 
 
 def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
@@ -224,7 +294,7 @@ def _move_aside(folder: Path, steps: Sequence[int]) -> None:
         target = next(aside / name for name in names if not (aside / name).exists())
         try:
             aside.mkdir(exist_ok=True)
-            (folder / str(step)).rename(target)
+            move(folder / str(step), target)
         except OSError as error:
             raise CheckpointError(f"cannot move damaged checkpoint {step} to {target}: {error}") from error
         _log.warning("checkpoint %d is now %s", step, target)

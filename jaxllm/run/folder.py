@@ -25,6 +25,7 @@ from pathlib import Path
 from jaxllm.config import DataConfig, RunConfig
 from jaxllm.config.file import ConfigError, config_differences, dump_config, load_config
 from jaxllm.data import DataError, tokenizer_choice
+from jaxllm.data.durable import sync, write_whole
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
@@ -102,6 +103,7 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sync(folder.parent)
             with tempfile.TemporaryFile(dir=folder):
                 pass
             stack.enter_context(_alone(folder))
@@ -137,10 +139,7 @@ def settle_residual(config: RunConfig) -> RunConfig:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the resolved config, once nothing can refuse the run any more."""
-    path = folder / CONFIG
-    partial = path.with_suffix(".partial")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(path)
+    write_whole(folder / CONFIG, dump_config(config).encode())
 
 
 def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]) -> None:
@@ -197,8 +196,7 @@ def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, fol
     made = given or tokenizer_choice.make_tokenizer(config, source, vocab_size=vocab_size)
     if file is not None:
         file.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER_ORIGIN).write_text(json.dumps(wanted), encoding="utf-8")  # first: alone it means nothing
+    write_whole(folder / TOKENIZER_ORIGIN, json.dumps(wanted).encode())  # first: alone it means nothing
     made.save(folder / TOKENIZER)
     return made
 
