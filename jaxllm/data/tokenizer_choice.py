@@ -40,6 +40,7 @@ class Choice(enum.Enum):
 
     KEEP = enum.auto()
     MAKE = enum.auto()
+    MAKE_AGAIN = enum.auto()  # and compare it with what the run's checkpoints hold
 
 
 class Refuse(NamedTuple):
@@ -54,7 +55,8 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     | kept                            | wanted                     | begun | decision                          |
     |---------------------------------|----------------------------|-------|-----------------------------------|
     | none                            | any                        | no    | make                              |
-    | none                            | any                        | yes   | refuse: the ids are lost          |
+    | none                            | its file is missing (None) | yes   | refuse: the ids are lost          |
+    | none                            | any other                  | yes   | make again, and compare           |
     | any                             | its file is missing (None) | no    | make, which names the file        |
     | any                             | its file is missing (None) | yes   | keep: the run or the file moved   |
     | of the same origin              | any                        | any   | keep                              |
@@ -65,8 +67,10 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
 
     `wanted` is the origin that the config describes; `begun` is whether the run has made a step.
     """
+    if kept is None and begun:
+        return Refuse("holds a run whose tokenizer is not there any more") if wanted is None else Choice.MAKE_AGAIN
     if kept is None:
-        return Refuse("holds a run whose tokenizer is not there any more") if begun else Choice.MAKE
+        return Choice.MAKE
     if wanted is None:
         return Choice.KEEP if begun else Choice.MAKE
     before = wanted if kept.origin is None else kept.origin

@@ -88,10 +88,10 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class _Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A checkpoint, or an item of one, until it has its name: its files are on disk before, its name when it has one."""
+    """A checkpoint, or an item of one, until it has its name."""
 
     async def finalize(self) -> None:
-        """Renames it. Older checkpoints are deleted after this."""
+        """Renames it when its files are on disk; older checkpoints are deleted when its name is, too."""
         sync_tree(Path(self.get()))
         await super().finalize()
         final = Path(self.get_final())

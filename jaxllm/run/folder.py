@@ -110,8 +110,10 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
             if _holds_begun_run(folder):
                 _check_same(folder / CONFIG, config)
         except OSError as error:
+            dangling = folder.is_symlink() and not folder.exists()
+            reason = "a link to a folder that does not exist" if dangling else error.strerror or error
             raise RunFolderError(
-                f"cannot write to training.run_dir {folder}: {error.strerror or error}; choose a writable folder "
+                f"cannot write to training.run_dir {folder}: {reason}; choose a writable folder "
                 f"with free space, e.g. training.run_dir=runs/again"
             ) from error
         yield folder
@@ -194,11 +196,29 @@ def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, fol
     if file is not None and decision is Choice.KEEP:
         return given or load_tokenizer(file)
     made = given or tokenizer_choice.make_tokenizer(config, source, vocab_size=vocab_size)
+    if decision is Choice.MAKE_AGAIN:
+        _check_made_again(made, folder)
     if file is not None:
         file.unlink()
     write_whole(folder / TOKENIZER_ORIGIN, json.dumps(wanted).encode())  # first: alone it means nothing
     made.save(folder / TOKENIZER)
     return made
+
+
+def _check_made_again(made: Tokenizer, folder: Path) -> None:
+    """Compares a tokenizer with the fingerprint in the run's newest checkpoint, whose own tokenizer is lost."""
+    known = None
+    for path in (folder / CHECKPOINTS).glob("[0-9]*/data/metadata"):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # damaged; another may not be
+            record = json.loads(path.read_bytes())
+            known = record.get("position", record)["tokenizer"]
+    if made.fingerprint != known:
+        raise DataError(
+            f"{folder} holds a run whose tokenizer is not there any more, and the one of this config and corpus is "
+            f"another (fingerprint {made.fingerprint}, its checkpoints have {known}); restore {TOKENIZER} from a "
+            f"backup or choose another training.run_dir"
+        )
+    _log.info("the tokenizer of %s was lost and is made again, with the fingerprint of its checkpoints", folder)
 
 
 def _kept(file: Path, wanted: Origin | None) -> Kept:

@@ -23,7 +23,10 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def handle(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
-        _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
+        _log.info(
+            "%s: the run is saved and ends after what it is doing (a step, an evaluation or a compilation)",
+            signal.Signals(number).name,
+        )
 
     for number in previous:
         signal.signal(number, handle)

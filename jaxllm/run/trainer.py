@@ -26,11 +26,13 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
 from jaxllm.run.checkpoint import Checkpoints
+from jaxllm.run.compiled import explained
 from jaxllm.run.device import compilation_cache, detect_device
 from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
 from jaxllm.run.folder import CHECKPOINTS, open_run_folder, settle_residual, write_config
+from jaxllm.run.memory import DATA_ADDRESSES, check_addresses
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, step_row
 from jaxllm.run.samples import write_sample
@@ -139,8 +141,9 @@ def pretrain(
     """
     until = _last_step(config, stop_at)
     config = settle_residual(config)
-    with ExitStack() as stack:
+    with explained("run"), ExitStack() as stack:
         # Open.
+        check_addresses(DATA_ADDRESSES)
         stack.enter_context(compilation_cache(config.training.compilation_cache))
         folder = stack.enter_context(open_run_folder(config))
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder)))
