@@ -11,8 +11,9 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
+from process import prepare_script
+
 from jaxllm.config.file import dump_config, key_table, load_config
-from jaxllm.run.memory import RUN_ADDRESSES, check_addresses
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     arguments = parser.parse_intermixed_args()
     try:
-        check_addresses(RUN_ADDRESSES)
+        prepare_script()
         config = load_config(arguments.config, arguments.overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

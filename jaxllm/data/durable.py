@@ -15,21 +15,19 @@ class Appended:
 
     def __init__(self, path: Path) -> None:
         """Opens the file or makes it."""
-        self._file, self._waiting, self._warned = path.open("ab", buffering=0), b"", False
+        self._file, self._waiting, self._failed = path.open("ab", buffering=0), b"", False
 
-    def write(self, data: bytes, *, durable: bool = False) -> None:
-        """Appends bytes, with `durable` on the disk when it returns; a failure is a warning, the first time."""
+    def write(self, data: bytes) -> None:
+        """Appends bytes; the first failure in a row is a warning."""
         self._waiting += data
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
-            if durable:
-                sync(Path(self._file.name))
-            self._warned = False
+            self._failed = False
         except OSError as error:
-            if not self._warned:
+            if not self._failed:
                 _log.warning("%s cannot be written (%s); what it lacks is tried again", self._file.name, error.strerror)
-            self._warned = True
+            self._failed = True
 
     def close(self) -> None:
         """Writes what waits, and closes the file."""
@@ -41,22 +39,20 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, in a folder that may be new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_bytes(data)
+    sync(partial)
     move(partial, path)
 
 
 def move(source: Path, target: Path) -> None:
     """Renames a file or folder, on disk when it returns."""
-    os.replace(source, target)
+    source.replace(target)
     for folder in {source.parent, target.parent}:
         sync(folder)
 
 
 def sync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on disk; does nothing where the file system can't."""
+    """Puts the bytes of a file or the names in a folder on disk, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,7 +64,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Puts all files and folders below a folder on disk, then the folder."""
-    for path in folder.rglob("*"):
+    """Puts all below a folder on disk, and the folder with its own name."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
         sync(path)
-    sync(folder)

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
-from jaxllm.data.durable import sync, sync_tree
+from jaxllm.data.durable import sync_tree
 from jaxllm.data.records import Records
 
 _log = logging.getLogger(__name__)
@@ -120,7 +120,6 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
         ) from error
     if not prepared:
         sync_tree(Path(builder.data_dir))
-        sync(Path(builder.data_dir).parent)
 
 
 @contextlib.contextmanager

@@ -67,10 +67,9 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
 
     `wanted` is the origin that the config describes; `begun` is whether the run has made a step.
     """
-    if kept is None and begun:
-        return Refuse("holds a run whose tokenizer is not there any more") if wanted is None else Choice.MAKE_AGAIN
     if kept is None:
-        return Choice.MAKE
+        lost = Refuse("holds a run whose tokenizer is not there any more") if wanted is None else Choice.MAKE_AGAIN
+        return lost if begun else Choice.MAKE
     if wanted is None:
         return Choice.KEEP if begun else Choice.MAKE
     before = wanted if kept.origin is None else kept.origin

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
-from jaxllm.data.durable import move, sync, sync_tree
+from jaxllm.data.durable import move, sync_tree
 from jaxllm.data.records import refused
 from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.fingerprint import named_fingerprints, path_name, total
@@ -43,8 +43,7 @@ _LOSS = "validation_loss"
 # Keys of the second item: position, fingerprints of the state by leaf, and checksum of the position.
 _POSITION, _LEAVES, _CHECKSUM = "position", "fingerprints", "checksum"
 _RECORD = {_POSITION, _LEAVES, _CHECKSUM}
-# Saves in a row that may fail.
-_TRIES = 3
+_TRIES = 3  # saves in a row
 
 
 class CheckpointError(RuntimeError):
@@ -94,9 +93,7 @@ class _Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
         """Renames it when its files are on disk; older checkpoints are deleted when its name is, too."""
         sync_tree(Path(self.get()))
         await super().finalize()
-        final = Path(self.get_final())
-        for path in (*final.iterdir(), final, final.parent):  # orbax writes small files just before it renames
-            sync(path)
+        sync_tree(Path(self.get_final()))  # again: orbax writes small files just before it renames
 
 
 class Checkpoints:
@@ -134,11 +131,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> str:
-        """Starts writing a checkpoint; returns the fingerprint of the state, whether it can be saved or not.
-
-        Raises:
-            CheckpointError: when this is the third save in a row that has failed. Others are warnings.
-        """
+        """Starts writing a checkpoint; returns its fingerprint. A save that fails, then or later, is reported once."""
         self.wait()
         if self._failures:
             self._remove_unfinished()
@@ -153,12 +146,12 @@ class Checkpoints:
         return total(record[_LEAVES])
 
     def poll(self) -> None:
-        """Reports a save that has failed in the background, as `save` does; returns at once while it is written."""
+        """Reports a save that has failed in the background; returns at once while it is written."""
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is on disk or has failed, which is reported as by `save`."""
+        """Returns when the last save is on disk or has failed, which is reported."""
         step, self._writing = self._writing, None
         if step is None:
             return
@@ -201,22 +194,21 @@ class Checkpoints:
         self._manager.close()
 
     def _failed(self, step: int, error: Exception) -> None:
-        """Removes what a failed save has left, and reports it."""
+        """Reports a failed save by a warning, the third in a row by a CheckpointError."""
         self._remove_unfinished()
         with contextlib.suppress(OSError):
             self._manager.reload()  # orbax has forgotten the checkpoints that this one would have replaced
         if step in self.steps():  # a rename can be reported as failed when it was done, as by NFS
             return
         self._failures += 1
-        failure = f"step {step} is not saved in {self.folder} ({_cause(error)})"
+        causes = (os.strerror(code) for code in errno.errorcode)  # the system's words, in the message of a library
+        cause = next((words for words in causes if words in str(error)), first_line(error))
+        failure, fix = f"step {step} is not saved in {self.folder} ({cause})", "free space or repair the disk"
         if self._failures == _TRIES:
-            kept = f"step {self.steps()[-1]}" if self.steps() else "the beginning"
-            raise CheckpointError(
-                f"{failure}, and {_TRIES} saves in a row have failed; free space or repair the disk, then run the same "
-                f"command, which resumes from {kept}"
-            ) from error
-        advice = "the next save tries again; free space or repair the disk before %d in a row have failed"
-        _log.warning("%s; " + advice, failure, _TRIES)
+            kept = f"resumes from step {self.steps()[-1]}" if self.steps() else "begins again"
+            ends = f"{failure}, and {_TRIES} saves in a row have failed; {fix}, then run the same command, which {kept}"
+            raise CheckpointError(ends) from error
+        _log.warning("%s; the next save tries again; %s before %d in a row have failed", failure, fix, _TRIES)
 
     def _remove_unfinished(self) -> None:
         """Removes what failed saves have left: it may be what fills the disk. Threads of orbax may still add to it."""
@@ -254,12 +246,6 @@ class Checkpoints:
                     f"checkpoint {step} in {self.folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
                     f"this run needs {want.dtype}{list(want.shape)}"
                 )
-
-
-def _cause(error: Exception) -> str:
-    """Why a save has failed, by the system's own words where they are in the message of a library."""
-    causes = (os.strerror(code) for code in errno.errorcode)
-    return next((cause for cause in causes if cause in str(error)), first_line(error))
 
 
 def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:

@@ -36,9 +36,8 @@ class AttentionRefused(DeviceError):
 
 
 # By a word of XLA's message.
-_OUT = "resource_exhausted"
 _ADVICE = {
-    _OUT: "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
+    "resource_exhausted": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
     "cudnn": "set model.attention=chunked, which does without cuDNN, or update nvidia-cudnn",
 }
 
@@ -48,10 +47,10 @@ def explained(name: str) -> Iterator[None]:
     """Adds advice to an error of the device or its compiler; `name` is what could not run."""
     try:
         yield
-    except DeviceError:
-        raise
     except MemoryError as error:
-        raise DeviceError(f"the {name} needs more memory than this machine has; {_ADVICE[_OUT]}") from error
+        raise DeviceError(
+            f"the {name} needs more memory than this machine has; {_ADVICE['resource_exhausted']}"
+        ) from error
     except Exception as error:
         if not refused(error) and not isinstance(error, jax.errors.JaxRuntimeError):
             raise

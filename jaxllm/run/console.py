@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
-import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -29,37 +27,9 @@ def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
     logger.propagate = False  # absl, which grain brings, would print every line again
     logger.addHandler(handler)
     try:
-        with progress, _without_traces():
+        with progress:
             yield lambda step: progress.update(task, completed=step)
     finally:
         logger.setLevel(before)
         logger.propagate = propagate
         logger.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _without_traces() -> Iterator[None]:
-    """Hides the traces, 80 lines and more, that orbax 0.12.8 leaves of a failed save: `Checkpoints` reports it.
-
-    orbax logs the error in each of its threads, asyncio the tasks that nobody awaits, tensorstore their closed loop.
-    """
-    loggers, hook = (logging.getLogger("absl"), logging.getLogger("asyncio")), sys.unraisablehook
-
-    def others(unraisable: sys.UnraisableHookArgs) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = others
-    for logger in loggers:
-        logger.addFilter(_has_no_trace)
-    try:
-        yield
-    finally:
-        gc.collect()  # asyncio reports a task when it is freed
-        sys.unraisablehook = hook
-        for logger in loggers:
-            logger.removeFilter(_has_no_trace)
-
-
-def _has_no_trace(record: logging.LogRecord) -> bool:
-    return not record.exc_info

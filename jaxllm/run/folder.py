@@ -103,7 +103,8 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            sync(folder.parent)
+            with contextlib.suppress(PermissionError):  # a folder that may not be listed
+                sync(folder.parent)
             with tempfile.TemporaryFile(dir=folder):
                 pass
             stack.enter_context(_alone(folder))
@@ -206,7 +207,7 @@ def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, fol
 
 
 def _check_made_again(made: Tokenizer, folder: Path) -> None:
-    """Compares a tokenizer with the fingerprint in the run's newest checkpoint, whose own tokenizer is lost."""
+    """Compares a tokenizer with the fingerprint in checkpoints of the run, whose own tokenizer is lost."""
     known = None
     for path in (folder / CHECKPOINTS).glob("[0-9]*/data/metadata"):
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # damaged; another may not be
@@ -214,9 +215,8 @@ def _check_made_again(made: Tokenizer, folder: Path) -> None:
             known = record.get("position", record)["tokenizer"]
     if made.fingerprint != known:
         raise DataError(
-            f"{folder} holds a run whose tokenizer is not there any more, and the one of this config and corpus is "
-            f"another (fingerprint {made.fingerprint}, its checkpoints have {known}); restore {TOKENIZER} from a "
-            f"backup or choose another training.run_dir"
+            f"{folder} holds a run whose tokenizer is not there any more, and that of this config is another "
+            f"({made.fingerprint}, not {known}); restore {TOKENIZER} from a backup or choose another training.run_dir"
         )
     _log.info("the tokenizer of %s was lost and is made again, with the fingerprint of its checkpoints", folder)
 

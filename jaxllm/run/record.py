@@ -130,7 +130,7 @@ class MetricsWriter:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(f"{json.dumps({'step': step, **finite})}\n".encode(), durable="fingerprint" in values)
+        self._file.write(f"{json.dumps({'step': step, **finite})}\n".encode())
         self._board.write(step, {name: value for name, value in finite.items() if isinstance(value, int | float)})
 
     def close(self) -> None:

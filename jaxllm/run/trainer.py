@@ -32,7 +32,6 @@ from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
 from jaxllm.run.folder import CHECKPOINTS, open_run_folder, settle_residual, write_config
-from jaxllm.run.memory import DATA_ADDRESSES, check_addresses
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, step_row
 from jaxllm.run.samples import write_sample
@@ -45,9 +44,7 @@ from jaxllm.training.sharding import check_rows, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
-
-# Steps after a resume within which damage of its checkpoint shows.
-_SOON = 10
+_SOON = 10  # steps after a resume, within which damage of its checkpoint shows
 
 
 class TrainingStopped(RuntimeError):
@@ -143,7 +140,6 @@ def pretrain(
     config = settle_residual(config)
     with explained("run"), ExitStack() as stack:
         # Open.
-        check_addresses(DATA_ADDRESSES)
         stack.enter_context(compilation_cache(config.training.compilation_cache))
         folder = stack.enter_context(open_run_folder(config))
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder)))
@@ -323,17 +319,17 @@ def _last_good(parts: Parts, progress: Progress) -> Start:
 def _stop(parts: Parts, progress: Progress, start: Start, step: int, reason: str) -> NoReturn:
     """Stops a run whose values are bad, with what to do about it."""
     folder, doubtful = parts.checkpoints.folder, progress.doubtful
-    where = "none yet" if start.data is None else f"step {start.step} in {folder}"
-    newest = "last good checkpoint" if start.verified else "newest checkpoint (it has no fingerprint to verify it by)"
     if doubtful is not None and step - doubtful <= _SOON:
         older = [saved for saved in parts.checkpoints.steps() if saved < doubtful]
         fix = f"run the same command, which resumes from step {older[-1]}" if older else "start again, as none is older"
         raise TrainingStopped(
             f"{reason} at step {step}, soon after the run resumed from step {doubtful}. That checkpoint has no "
-            f"fingerprint and may be damaged: move those from step {doubtful} on out of {folder} and {fix}. If the "
-            f"values are bad again, lower optimizer.learning_rate"
+            f"fingerprint and may be damaged: move those from step {doubtful} on out of {folder} and {fix}"
         )
-    again = f", from new parameters or with training.init_from={parts.folder}" if start.data is not None else ""
+    where, again = f"step {start.step} in {folder}", f", from new parameters or with training.init_from={parts.folder}"
+    if start.data is None:
+        where, again = "none yet", ""
+    newest = "last good checkpoint" if start.verified else "newest checkpoint (it has no fingerprint to verify it by)"
     raise TrainingStopped(
         f"{reason} at step {step}; the {newest} is {where}. Lower optimizer.learning_rate, lengthen "
         f"warmup_steps or tighten clip_norm, and start another training.run_dir{again}"

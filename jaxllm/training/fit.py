@@ -68,10 +68,8 @@ def estimate_fit(program: Program, *, devices: int = 1) -> Fit:
 def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
     """Raises FitError for a run that needs more than `limit` bytes, with advice for the two largest parts."""
     if needed > limit:
-        raise FitError(
-            f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB; by the estimate: "
-            f"{fit.table()}. {advice(fit)}"
-        )
+        sizes = f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB"
+        raise FitError(f"{sizes}; by the estimate: {fit.table()}. {advice(fit)}")
 
 
 def advice(fit: Fit) -> str:

@@ -12,11 +12,10 @@ import jax
 import pytest
 
 from jaxllm.config import LlamaConfig, OptimizerConfig, RunConfig
-from jaxllm.run import fit, memory
+from jaxllm.run import device, fit
 from jaxllm.run.compiled import DeviceError, explained
-from jaxllm.run.device import Device
+from jaxllm.run.device import Device, host_memory
 from jaxllm.run.fit import announce_fit
-from jaxllm.run.memory import check_addresses, host_memory
 from jaxllm.training.fit import FitError
 from jaxllm.training.program import Program, program_of
 
@@ -47,16 +46,8 @@ def test_a_start_under_a_limit_of_addresses_ends_and_has_the_reason(gigabytes: f
     assert "Traceback" not in done.stderr
 
 
-def test_a_process_without_a_limit_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_addresses(1 << 60)
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 50, 1 << 50))
-    check_addresses(1 << 30)
-    with pytest.raises(ValueError, match="raise the limit"):
-        check_addresses(1 << 60)
-
-
 def test_the_memory_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(device, "_GROUPS", tmp_path)
     machine = host_memory()
     assert machine >= os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
     (tmp_path / "memory.max").write_text("max\n")
