@@ -24,15 +24,18 @@ def announce_fit(program: Program, device: Device) -> Callable[[int], None]:
     on the safe side, but XLA:CPU needs up to three times as much. A small run, which compiles in seconds on a CPU, has
     none there.
     """
+    on_cpu = device.kind == "cpu"
+    if device.memory is None and not on_cpu:
+        return lambda needed: None
     params = abstract_params(program.model)
     moments = jax.eval_shape(program.optimizer.init, params)
     state = Fit(device_bytes(params, device.count), device_bytes(moments, device.count), 0, 0, 0)
-    limit = host_memory() // device.count if device.memory is None else device.memory
+    limit = device.memory or host_memory() // device.count
     check_fit(state, sum(state), limit=limit)
-    if device.memory is None and 100 * sum(state) < limit:
+    if on_cpu and 100 * sum(state) < limit:
         return lambda needed: check_fit(state._replace(activations=max(needed - sum(state), 0)), needed, limit=limit)
     fit = estimate_fit(program, devices=device.count)
     _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, limit / 1e9, fit.table())
-    if sum(fit) * (3 if device.memory is None else 1) > limit:
+    if sum(fit) * (3 if on_cpu else 1) > limit:
         _log.warning("that may be too large, so the compiler's own figure will decide; %s", advice(fit))
     return functools.partial(check_fit, fit, limit=limit)
