@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
+from jaxllm.data.durable import sync_tree
 from jaxllm.data.records import Records
 
 _log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def _tfds_builder(name: str, cache_dir: Path) -> Any:
 
 
 def _prepare(builder: Any, problems: ProblemLog) -> None:
+    prepared = builder.data_path.exists()
     try:
         with _quiet():
             builder.download_and_prepare(file_format="array_record")
@@ -110,6 +112,8 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
             f"{name} could not be prepared without TensorFlow ({first_line(error)}); it may need a network or Apache "
             f"Beam. Or prepare it elsewhere as array_record and put it into data.cache_dir"
         ) from error
+    if not prepared:
+        sync_tree(Path(builder.data_dir))
 
 
 @contextlib.contextmanager

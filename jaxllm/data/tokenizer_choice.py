@@ -33,6 +33,7 @@ class Choice(enum.Enum):
 
     KEEP = enum.auto()
     MAKE = enum.auto()
+    MAKE_AGAIN = enum.auto()  # and compare it with what the run's checkpoints hold
 
 
 class Refuse(NamedTuple):
@@ -47,7 +48,8 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     | kept                            | wanted                     | begun | decision                          |
     |---------------------------------|----------------------------|-------|-----------------------------------|
     | none                            | any                        | no    | make                              |
-    | none                            | any                        | yes   | refuse: the ids are lost          |
+    | none                            | its file is missing (None) | yes   | refuse: the ids are lost          |
+    | none                            | any other                  | yes   | make again, and compare           |
     | any                             | its file is missing (None) | no    | make, which names the file        |
     | any                             | its file is missing (None) | yes   | keep: the run or the file moved   |
     | of the same origin              | any                        | any   | keep                              |
@@ -59,7 +61,8 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     `wanted` is the origin that the config describes; `begun` is whether the run has made a step.
     """
     if kept is None:
-        return Refuse("holds a run whose tokenizer is not there any more") if begun else Choice.MAKE
+        lost = Refuse("holds a run whose tokenizer is not there any more") if wanted is None else Choice.MAKE_AGAIN
+        return lost if begun else Choice.MAKE
     if wanted is None:
         return Choice.KEEP if begun else Choice.MAKE
     before = wanted if kept.origin is None else kept.origin

@@ -47,6 +47,10 @@ def explained(name: str) -> Iterator[None]:
     """Adds advice to an error of the device or its compiler; `name` is what could not run."""
     try:
         yield
+    except MemoryError as error:
+        raise DeviceError(
+            f"the {name} needs more memory than this machine has; {_ADVICE['resource_exhausted']}"
+        ) from error
     except Exception as error:
         if not refused(error) and not isinstance(error, jax.errors.JaxRuntimeError):
             raise

@@ -25,6 +25,7 @@ from pathlib import Path
 from jaxllm.config import DataConfig, RunConfig
 from jaxllm.config.file import ConfigError, config_differences, dump_config, load_config
 from jaxllm.data import DataError, tokenizer_choice
+from jaxllm.data.durable import sync, write_whole
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
@@ -102,14 +103,18 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # a folder that may not be listed
+                sync(folder.parent)
             with tempfile.TemporaryFile(dir=folder):
                 pass
             stack.enter_context(_alone(folder))
             if _holds_begun_run(folder):
                 _check_same(folder / CONFIG, config)
         except OSError as error:
+            dangling = folder.is_symlink() and not folder.exists()
+            reason = "a link to a folder that does not exist" if dangling else error.strerror or error
             raise RunFolderError(
-                f"cannot write to training.run_dir {folder}: {error.strerror or error}; choose a writable folder "
+                f"cannot write to training.run_dir {folder}: {reason}; choose a writable folder "
                 f"with free space, e.g. training.run_dir=runs/again"
             ) from error
         yield folder
@@ -137,10 +142,7 @@ def settle_residual(config: RunConfig) -> RunConfig:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the resolved config, once nothing can refuse the run any more."""
-    path = folder / CONFIG
-    partial = path.with_suffix(".partial")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(path)
+    write_whole(folder / CONFIG, dump_config(config).encode())
 
 
 def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]) -> None:
@@ -195,12 +197,28 @@ def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, fol
     if file is not None and decision is Choice.KEEP:
         return given or load_tokenizer(file)
     made = given or tokenizer_choice.make_tokenizer(config, source, vocab_size=vocab_size)
+    if decision is Choice.MAKE_AGAIN:
+        _check_made_again(made, folder)
     if file is not None:
         file.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER_ORIGIN).write_text(json.dumps(wanted), encoding="utf-8")  # first: alone it means nothing
+    write_whole(folder / TOKENIZER_ORIGIN, json.dumps(wanted).encode())  # first: alone it means nothing
     made.save(folder / TOKENIZER)
     return made
+
+
+def _check_made_again(made: Tokenizer, folder: Path) -> None:
+    """Compares a tokenizer with the fingerprint in checkpoints of the run, whose own tokenizer is lost."""
+    known = None
+    for path in (folder / CHECKPOINTS).glob("[0-9]*/data/metadata"):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # damaged; another may not be
+            record = json.loads(path.read_bytes())
+            known = record.get("position", record)["tokenizer"]
+    if made.fingerprint != known:
+        raise DataError(
+            f"{folder} holds a run whose tokenizer is not there any more, and that of this config is another "
+            f"({made.fingerprint}, not {known}); restore {TOKENIZER} from a backup or choose another training.run_dir"
+        )
+    _log.info("the tokenizer of %s was lost and is made again, with the fingerprint of its checkpoints", folder)
 
 
 def _kept(file: Path, wanted: Origin | None) -> Kept:

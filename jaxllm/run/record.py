@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import RunConfig
+from jaxllm.data.durable import Appended, write_whole
 from jaxllm.models.family import train_flops
 from jaxllm.run.device import Device
 from jaxllm.run.event_file import EventFile
@@ -113,7 +114,7 @@ def log_validation(step: int, values: dict[str, float]) -> None:
 
 
 class MetricsWriter:
-    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, flushed line by line."""
+    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, line by line."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
@@ -122,22 +123,18 @@ class MetricsWriter:
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if text.encode() != self.path.read_bytes():
-                # A full disk or a kill must not cost the rows of steps that stay done.
-                partial = self.path.with_suffix(".partial")
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+                write_whole(self.path, text.encode())  # a full disk or a kill costs no row of a step that stays done
+        self._file = Appended(self.path)
         self._board = EventFile(folder / TENSORBOARD, resume_step=resume_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._file.write(f"{json.dumps({'step': step, **finite})}\n".encode())
         self._board.write(step, {name: value for name, value in finite.items() if isinstance(value, int | float)})
 
     def close(self) -> None:
-        """Flushes and closes both records."""
+        """Closes both records."""
         self._file.close()
         self._board.close()
 

@@ -21,7 +21,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def handle(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
-        _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
+        _log.info("%s: after this step, evaluation or compilation the run is saved", signal.Signals(number).name)
 
     for number in previous:
         signal.signal(number, handle)

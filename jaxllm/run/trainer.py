@@ -26,6 +26,7 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
 from jaxllm.run.checkpoint import Checkpoints
+from jaxllm.run.compiled import explained
 from jaxllm.run.device import compilation_cache, detect_device
 from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
@@ -35,7 +36,7 @@ from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, step_row
 from jaxllm.run.samples import write_sample
 from jaxllm.run.signals import stop_signals
-from jaxllm.run.start import find_start
+from jaxllm.run.start import Start, find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
 from jaxllm.training.optimizer import build_schedule
 from jaxllm.training.program import Program, program_of
@@ -43,6 +44,7 @@ from jaxllm.training.sharding import check_rows, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
+_SOON = 10  # steps after a resume, within which damage of its checkpoint shows
 
 
 class TrainingStopped(RuntimeError):
@@ -103,7 +105,8 @@ class Progress:
         state: train state on the devices; each step replaces it in place.
         step: optimizer steps dispatched.
         position: position in the data after the batch of that step.
-        saved: step of the newest checkpoint, -1 without one.
+        fingerprinted: newest step whose state has its fingerprint in the record, saved or not; -1 without one.
+        doubtful: step of the checkpoint that the run resumed from, if it could not be verified; otherwise None.
         validation: the newest evaluation, and its step.
         unread: the newest step, until its metrics are read.
     """
@@ -111,7 +114,8 @@ class Progress:
     state: TrainState
     step: int
     position: dict[str, Any]
-    saved: int = -1
+    fingerprinted: int = -1
+    doubtful: int | None = None
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
     unread: Pending | None = None
 
@@ -134,7 +138,7 @@ def pretrain(
     """
     until = _last_step(config, stop_at)
     config = settle_residual(config)
-    with ExitStack() as stack:
+    with explained("run"), ExitStack() as stack:
         # Open.
         stack.enter_context(compilation_cache(config.training.compilation_cache))
         folder = stack.enter_context(open_run_folder(config))
@@ -190,7 +194,8 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     pipeline.set_state(start.data)
     note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
     _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
-    return Progress(start.state, start.step, pipeline.get_state(), saved=start.step)
+    doubtful = None if start.verified else start.step
+    return Progress(start.state, start.step, pipeline.get_state(), fingerprinted=start.step, doubtful=doubtful)
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
@@ -213,9 +218,10 @@ def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[],
     except BatchError as error:
         failure = error
     _read(parts, progress, progress.unread)
-    if progress.step > progress.saved:
-        _save(parts, progress)
     parts.checkpoints.wait()
+    while progress.step not in parts.checkpoints.steps():  # tries again until saves in a row have failed
+        _save(parts, progress)
+        parts.checkpoints.wait()
     if failure is not None:
         raise BatchError(f"{failure}; the run is saved at step {progress.step}") from failure
     if progress.step < parts.config.training.steps:
@@ -232,6 +238,7 @@ def _step(parts: Parts, progress: Progress, *, until: int) -> None:
     if evaluates or saves or progress.step == until:
         _read(parts, progress, progress.unread)
         progress.unread = None
+    parts.checkpoints.poll()
     if evaluates:
         _evaluate(parts, progress)
     if saves:
@@ -258,12 +265,14 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
     values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
     scaling = config.precision.loss_scale != "none"
     if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-        cause = _first_bad_value(parts, progress, pending)
-        _stop(parts, pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}")
+        start = _last_good(parts, progress)
+        value = parts.overflow.first_value(pending.step, start.state, pending.batch)
+        cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
+        _stop(parts, progress, start, pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}")
     with parts.meter.paused():
         reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
     if reason is not None:
-        _stop(parts, pending.step, reason)
+        _stop(parts, progress, _last_good(parts, progress), pending.step, reason)
     parts.meter.add(_tokens(pending.batch))
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
@@ -293,31 +302,36 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
 def _save(parts: Parts, progress: Progress) -> None:
     loss = progress.validation.get("loss") if progress.validation.get("step") == progress.step else None
     saved = parts.checkpoints.save(progress.step, progress.state, progress.position, validation_loss=loss)
-    parts.writer.write(progress.step, {"fingerprint": saved})
-    progress.saved = progress.step
+    if progress.fingerprinted < progress.step:
+        parts.writer.write(progress.step, {"fingerprint": saved})
+        progress.fingerprinted = progress.step
 
 
-def _first_bad_value(parts: Parts, progress: Progress, pending: Pending) -> str:
-    """Where a step first left the finite numbers, by computing it again with the parameters of the last checkpoint.
-
-    Without a loss scale no step is skipped, so that the step has spoiled its own parameters.
-    """
+def _last_good(parts: Parts, progress: Progress) -> Start:
+    """The newest whole checkpoint, or the beginning, in the place of a state that is spoiled."""
     for leaf in jax.tree.leaves(progress.state):
         leaf.delete()  # a device may have no room for two states
     parts.checkpoints.wait()
     steps, tokenizer = parts.steps, parts.pipeline.tokenizer
-    start = find_start(steps.program, parts.checkpoints, mesh=steps.mesh, tokenizer=tokenizer)
-    value = parts.overflow.first_value(pending.step, start.state, pending.batch)
-    return f"first non-finite value: {value} (with the parameters of step {start.step})"
+    return find_start(steps.program, parts.checkpoints, mesh=steps.mesh, tokenizer=tokenizer)
 
 
-def _stop(parts: Parts, step: int, reason: str) -> NoReturn:
-    parts.checkpoints.wait()
-    steps = parts.checkpoints.steps()
-    good = f"step {steps[-1]} in {parts.checkpoints.folder}" if steps else "none yet"
-    again = f", from new parameters or with training.init_from={parts.folder}" if steps else ""
+def _stop(parts: Parts, progress: Progress, start: Start, step: int, reason: str) -> NoReturn:
+    """Stops a run whose values are bad, with what to do about it."""
+    folder, doubtful = parts.checkpoints.folder, progress.doubtful
+    if doubtful is not None and step - doubtful <= _SOON:
+        older = [saved for saved in parts.checkpoints.steps() if saved < doubtful]
+        fix = f"run the same command, which resumes from step {older[-1]}" if older else "start again, as none is older"
+        raise TrainingStopped(
+            f"{reason} at step {step}, soon after the run resumed from step {doubtful}. That checkpoint has no "
+            f"fingerprint and may be damaged: move those from step {doubtful} on out of {folder} and {fix}"
+        )
+    where, again = f"step {start.step} in {folder}", f", from new parameters or with training.init_from={parts.folder}"
+    if start.data is None:
+        where, again = "none yet", ""
+    newest = "last good checkpoint" if start.verified else "newest checkpoint (it has no fingerprint to verify it by)"
     raise TrainingStopped(
-        f"{reason} at step {step}; the last good checkpoint is {good}. Lower optimizer.learning_rate, lengthen "
+        f"{reason} at step {step}; the {newest} is {where}. Lower optimizer.learning_rate, lengthen "
         f"warmup_steps or tighten clip_norm, and start another training.run_dir{again}"
     )
 

@@ -57,9 +57,14 @@ def estimate_fit(program: Program, *, devices: int = 1) -> Fit:
 
 def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
     """Raises FitError for a run that needs more than `limit` bytes, with advice for the two largest parts."""
-    if needed <= limit:
-        return
-    advice = {
+    if needed > limit:
+        sizes = f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB"
+        raise FitError(f"{sizes}; by the estimate: {fit.table()}. {advice(fit)}")
+
+
+def advice(fit: Fit) -> str:
+    """What makes the two largest parts smaller."""
+    fixes = {
         "activations": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
         "moments": "set optimizer.moment_dtype=bfloat16 or optimizer.name=adafactor",
         "logits": "lower training.loss_chunk",
@@ -67,10 +72,7 @@ def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
         "gradients": "choose a smaller model, or training.accumulation=1 if its activations then fit",
     }
     largest = sorted(fit._asdict().items(), key=lambda part: -part[1])[:2]
-    raise FitError(
-        f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB; by the estimate: "
-        f"{fit.table()}. " + "; ".join(f"{name}: {advice[name]}" for name, _ in largest)
-    )
+    return "; ".join(f"{name}: {fixes[name]}" for name, _ in largest)
 
 
 def tree_bytes(tree: Any) -> int:
