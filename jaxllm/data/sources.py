@@ -13,9 +13,9 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import tensorflow_datasets as tfds
 
@@ -23,6 +23,7 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
 from jaxllm.data.records import Records
+from jaxllm.data.streams import Stream, is_stream
 
 _log = logging.getLogger(__name__)
 
@@ -35,13 +36,20 @@ class Source(NamedTuple):
 
     Attributes:
         name: corpus and version, for logs and checkpoints.
-        train: random access to records, dicts of bytes.
+        train: random access to records, dicts of text or UTF-8 bytes; or a stream of them without end, which is read
+            in its own order.
         validation: the held-out records.
     """
 
     name: str
-    train: Records
-    validation: Records
+    train: Sequence[dict[str, Any]] | Stream
+    validation: Sequence[dict[str, Any]]
+
+    def documents(self, purpose: str) -> Sequence[dict[str, Any]]:
+        """The training records by number; DataError for a stream, naming the purpose that needs them."""
+        if is_stream(self.train):
+            raise DataError(f"{purpose} needs documents by number, and the source {self.name} is a stream without end")
+        return cast(Sequence[dict[str, Any]], self.train)
 
 
 def open_source(config: DataConfig, *, cache_dir: Path) -> Source:

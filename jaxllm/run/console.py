@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxllm.config import RunConfig
+from jaxllm.run.parts import OnStep
+
+
+def nobody_listens() -> bool:
+    """Whether no handler would show the log: absl, which grain brings, has one that shows warnings alone."""
+    handlers = [*logging.getLogger("jaxllm").handlers, *logging.root.handlers]
+    return all(type(each).__module__.startswith("absl") for each in handlers)
 
 
 @contextlib.contextmanager
-def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
-    """Shows the log of `jaxllm` while the block runs; yields what moves the bar to a step, for `pretrain`."""
+def training_console(config: RunConfig) -> Iterator[OnStep]:
+    """Shows the log of `jaxllm` while the block runs; yields what moves the bar at each step, for `pretrain`."""
     console = Console(soft_wrap=True)
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -28,7 +35,7 @@ def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
     logger.addHandler(handler)
     try:
         with progress:
-            yield lambda step: progress.update(task, completed=step)
+            yield lambda report: progress.update(task, completed=report.step)
     finally:
         logger.setLevel(before)
         logger.propagate = propagate

@@ -76,7 +76,7 @@ class Throughput:
 
 
 def step_row(
-    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float, speed: dict[str, float]
+    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float | None, speed: dict[str, float]
 ) -> dict[str, Any]:
     """The row of a training step in metrics.jsonl, without headroom.
 
@@ -84,7 +84,7 @@ def step_row(
         config: the run.
         values: metrics of the step, as numbers.
         size: bytes of text that its batch predicts.
-        learning_rate: of the step.
+        learning_rate: of the step, None where it is not known.
         speed: what `Throughput.read` returned.
     """
     row = {
@@ -102,9 +102,11 @@ def step_row(
 
 def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
     """Shows the row of a training step."""
-    names = ("loss", config.model.metric, "grad_norm", "learning_rate", "tokens_per_second")
-    text = "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s"
-    _log.info(text, step, config.training.steps, *(row[name] for name in names))
+    names = ("loss", config.model.metric, "grad_norm", "tokens_per_second")
+    rate = "" if row["learning_rate"] is None else f"  lr {row['learning_rate']:.2e}"
+    text = "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f%s  %d tok/s"
+    loss, size, norm, speed = (row[name] for name in names)
+    _log.info(text, step, config.training.steps, loss, size, norm, rate, speed)
 
 
 def log_validation(step: int, values: dict[str, float]) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -23,22 +24,26 @@ from jaxllm.config import RunConfig
 from jaxllm.data import BatchError
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.recipes import Objective
+from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
 from jaxllm.run.checkpoint import Checkpoints
+from jaxllm.run.console import nobody_listens, training_console
 from jaxllm.run.device import compilation_cache, detect_device
 from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
-from jaxllm.run.folder import CHECKPOINTS, open_run_folder, settle_residual, write_config
+from jaxllm.run.folder import CHECKPOINTS, METRICS, open_run_folder, settle_residual, write_config
 from jaxllm.run.overflow import OverflowWatch
-from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, step_row
+from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
+from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, read_metrics, step_row
 from jaxllm.run.samples import write_sample
 from jaxllm.run.signals import stop_signals
 from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
 from jaxllm.training.optimizer import build_schedule
-from jaxllm.training.program import Program, program_of
+from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState
 
@@ -58,6 +63,7 @@ class Summary(NamedTuple):
         finished: whether the last step was reached.
         validation: the newest evaluation and its step, as `evaluate`; empty without one.
         folder: the run folder.
+        metrics: all rows of metrics.jsonl, earlier sessions included.
     """
 
     step: int
@@ -65,6 +71,7 @@ class Summary(NamedTuple):
     finished: bool
     validation: dict[str, float]
     folder: Path
+    metrics: list[dict[str, Any]]
 
 
 class Parts(NamedTuple):
@@ -74,12 +81,13 @@ class Parts(NamedTuple):
     pipeline: Pipeline
     feed: Prefetch
     steps: Steps
-    schedule: optax.Schedule
+    schedule: optax.Schedule | None  # None for an optimizer that the caller gave
     checkpoints: Checkpoints
     writer: MetricsWriter
     overflow: OverflowWatch
     meter: Throughput
-    on_progress: Callable[[int], None]  # called with each step whose metrics have been read
+    on_step: Sequence[OnStep]
+    on_evaluate: OnEvaluate
 
     @property
     def config(self) -> RunConfig:
@@ -117,14 +125,32 @@ class Progress:
 
 
 def pretrain(
-    config: RunConfig, *, stop_at: int | None = None, on_progress: Callable[[int], None] | None = None
+    config: RunConfig,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    loss: LossBuilder | None = None,
+    source: Source | None = None,
+    recipe: Objective | None = None,
+    on_step: OnStep | None = None,
+    on_evaluate: OnEvaluate | None = None,
+    stop_at: int | None = None,
+    accept_other_parts: bool = False,
 ) -> Summary:
     """Trains, or continues training, the run of `config.training.run_dir`.
 
+    Shows log and progress, unless the program has its own handler for the logger `jaxllm` or for all. docs/parts.md has
+    an example of each part.
+
     Args:
         config: the run.
+        optimizer: in place of the config's, see `jaxllm.training.program.Own`; the column learning_rate is null.
+        loss: in place of `build_loss`, see `Own`.
+        recipe: in place of the objective's, see `Own`.
+        source: in place of `data.source`: documents by number, or a stream with a position.
+        on_step: called with each `StepReport`, one step late.
+        on_evaluate: (step, metrics, parameters) -> more metrics for metrics.jsonl, or None.
         stop_at: save and return after this step, for sessions of limited length.
-        on_progress: called with each step that is done, such as the function that `training_console` yields.
+        accept_other_parts: continue a run that was trained with another optimizer, loss, source or recipe.
 
     Raises:
         ValueError (ConfigError, DataError, FitError), CheckpointError, DeviceError: before training, naming the value
@@ -134,15 +160,19 @@ def pretrain(
     """
     until = _last_step(config, stop_at)
     config = settle_residual(config)
+    own = Own(loss, optimizer, recipe)
+    given = describe_parts(own, source)
     with ExitStack() as stack:
+        callbacks = [stack.enter_context(training_console(config))] if nobody_listens() else []
         # Open.
         stack.enter_context(compilation_cache(config.training.compilation_cache))
         folder = stack.enter_context(open_run_folder(config))
-        pipeline = stack.enter_context(closing(open_run_pipeline(config, folder)))
+        check_parts(folder, given, accept_other=accept_other_parts)
+        pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
         # Build.
         device = detect_device()
         mesh = make_mesh()
-        steps = make_steps(program_of(config, mesh), mesh)
+        steps = make_steps(program_of(config, mesh, own), mesh)
         if config.model.encoder_decoder and config.training.sample_tokens:
             encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
         check_memory = announce_fit(steps.program, device)
@@ -162,15 +192,20 @@ def pretrain(
             writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
             if progress.step < until:
                 write_config(steps.program.config, folder)
+                write_parts(folder, given)
             # Loop.
-            schedule = build_schedule(config.optimizer, steps=config.training.steps)
-            overflow = OverflowWatch(steps.program.config, progress.state.params, mesh=mesh)
-            show = on_progress or (lambda step: None)
-            parts = Parts(folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter, show)
+            schedule = build_schedule(config.optimizer, steps=config.training.steps) if optimizer is None else None
+            overflow = OverflowWatch(steps.program, progress.state.params, mesh=mesh)
+            callbacks += [] if on_step is None else [on_step]
+            evaluated = on_evaluate or (lambda step, metrics, params: None)
+            parts = Parts(
+                folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter, callbacks, evaluated
+            )
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
             _finish(parts, progress, baselines)
-        return Summary(progress.step, resumed_from, finished, progress.validation, folder)
+        rows = read_metrics(folder / METRICS)
+        return Summary(progress.step, resumed_from, finished, progress.validation, folder, rows)
 
 
 def _last_step(config: RunConfig, stop_at: int | None) -> int:
@@ -267,13 +302,16 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
     parts.meter.add(_tokens(pending.batch))
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
-    parts.on_progress(pending.step)
+    report = StepReport(pending.step, values, pending.batch, lambda: jax.tree.map(jnp.copy, progress.state))
+    with parts.meter.paused():
+        for callback in parts.on_step:
+            callback(report)
 
 
 def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetrics) -> None:
     """Writes the row of a step."""
     config = parts.config
-    rate = np.asarray(parts.schedule(pending.step - 1 - int(values.skipped))).item()
+    rate = parts.schedule and np.asarray(parts.schedule(pending.step - 1 - int(values.skipped))).item()
     size = target_bytes(pending.batch, parts.pipeline.tokenizer)
     row = step_row(config, values, size=size, learning_rate=rate, speed=parts.meter.read())
     with parts.meter.paused():
@@ -285,6 +323,7 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
 def _evaluate(parts: Parts, progress: Progress) -> None:
     with parts.meter.paused():
         values = evaluate(parts.steps, progress.state.params, parts.pipeline)
+        values |= parts.on_evaluate(progress.step, values, progress.state.params) or {}
     progress.validation = {"step": progress.step, **values}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
     log_validation(progress.step, values)

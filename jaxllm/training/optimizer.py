@@ -77,7 +77,11 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     parts += _named(OPTIMIZERS, config.name, "name")(config)
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
-    inner = optax.chain(*parts)
+    return with_loss_scale(optax.chain(*parts), precision)
+
+
+def with_loss_scale(inner: optax.GradientTransformation, precision: PrecisionConfig) -> optax.GradientTransformation:
+    """An optimizer inside the loss scale of `precision.loss_scale`; itself where that is none."""
     if precision.loss_scale == "dynamic":
         return dynamic_loss_scale(
             inner,

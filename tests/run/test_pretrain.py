@@ -28,6 +28,7 @@ from jaxllm.run import console, trainer
 from jaxllm.run.checkpoint import CheckpointError, Checkpoints
 from jaxllm.run.device import Device
 from jaxllm.run.folder import RunFolderError, check_in_place, open_run_folder
+from jaxllm.run.parts import StepReport
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import Summary, TrainingStopped, pretrain
 from jaxllm.training.fit import Fit, FitError, check_fit
@@ -103,11 +104,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole: tuple[RunConfig, Summar
     run, summary = whole
     parts = config(shared / "parts", shared / "corpus")
     assert (summary.step, summary.finished, summary.resumed_from) == (8, True, 0)
-    shown: list[int] = []
-    first = pretrain(parts, stop_at=4, on_progress=shown.append)
+    shown: list[StepReport] = []
+    first = pretrain(parts, stop_at=4, on_step=shown.append)
     assert (first.step, first.finished) == (4, False)
-    second = pretrain(parts, on_progress=shown.append)
-    assert shown == list(range(1, 9))
+    second = pretrain(parts, on_step=shown.append)
+    assert [report.step for report in shown] == list(range(1, 9))
     assert (second.step, second.finished, second.resumed_from) == (8, True, 4)
     for a, b in zip(final_params(run), final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
