@@ -96,6 +96,8 @@ def _tfds_builder(name: str, cache_dir: Path) -> Any:
 
 
 def _prepare(builder: Any, problems: ProblemLog) -> None:
+    if not builder.data_path.exists():
+        _log.info("preparing %s in %s", builder.info.full_name, builder.data_path)
     try:
         with _quiet():
             builder.download_and_prepare(file_format="array_record")

@@ -103,10 +103,9 @@ def make_tokenizer(config: DataConfig, source: Source, *, vocab_size: int) -> To
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
     documents = source.documents(_TRAINING)
+    _log.info("training a tokenizer of %d ids on %d documents", vocab_size, len(documents))
     every = itertools.chain.from_iterable(texts(documents, key) for key in _fields(config))
-    made = train_tokenizer(every, vocab_size=vocab_size)
-    _log.info("trained a tokenizer of %d ids on %d documents", made.vocab_size, len(documents))
-    return made
+    return train_tokenizer(every, vocab_size=vocab_size)
 
 
 def _fields(config: DataConfig) -> list[str]:

@@ -103,15 +103,18 @@ def step_row(
 def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
     """Shows the row of a training step."""
     names = ("loss", config.model.metric, "grad_norm", "tokens_per_second")
-    rate = "" if row["learning_rate"] is None else f"  lr {row['learning_rate']:.2e}"
-    text = "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f%s  %d tok/s"
     loss, size, norm, speed = (row[name] for name in names)
-    _log.info(text, step, config.training.steps, loss, size, norm, rate, speed)
+    unit = "target" if config.model.encoder_decoder else "byte"
+    rate = "" if row["learning_rate"] is None else f" lr {row['learning_rate']:.1e}"
+    rounded = f"{speed / 1000:.0f}k" if speed >= 10_000 else f"{speed:.0f}"
+    text = "step %d loss %.3f bits/%s %.3f grad %.2f%s %s tok/s"  # 80 columns, with the time before it
+    _log.info(text, step, loss, unit, size, norm, rate, rounded)
 
 
 def log_validation(step: int, values: dict[str, float]) -> None:
     """Shows an evaluation."""
-    _log.info("step %d  validation %s", step, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+    listed = " ".join(f"{name.replace('bits_per_', 'bits/').replace('_', ' ')} {x:.4f}" for name, x in values.items())
+    _log.info("step %d validation %s", step, listed)
 
 
 class MetricsWriter:

@@ -42,7 +42,7 @@ from jaxllm.run.samples import write_sample
 from jaxllm.run.signals import stop_signals
 from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
-from jaxllm.training.optimizer import build_schedule
+from jaxllm.training.optimizer import build_schedule, phases
 from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState
@@ -233,6 +233,9 @@ def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float])
     size, ids = count_params(program.model) / 1e6, pipeline.tokenizer.vocab_size
     _log.info("%s, %.2fM parameters, %s in %s, tokenizer of %d", family, size, pipeline.source_name, compute, ids)
     _log.info("baselines: %s", _listed(baselines))
+    rule, steps = program.config.optimizer, program.config.training.steps
+    if (shorter := phases(rule, steps=steps)) != (rule.warmup_steps, rule.decay_steps):
+        _log.info("optimizer.warmup_steps and decay_steps are shortened to %d and %d of %d steps", *shorter, steps)
 
 
 def _listed(values: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ chain, so that clipping applies to unscaled gradients.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.config import OptimizerConfig, PrecisionConfig
+from jaxllm.config import OptimizerConfig, PrecisionConfig, RunConfig
 from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
 from jaxllm.training.names import is_stacked, role_of
 
@@ -21,17 +22,42 @@ from jaxllm.training.names import is_stacked, role_of
 def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then the configured shape, down to its floor at `steps`.
 
+    A run that is shorter than warm-up and decay shortens both, see `phases`.
+
     >>> schedule = build_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=2, schedule="cosine"), steps=10)
     >>> [round(float(schedule(step)), 2) for step in (0, 1, 6, 10)]
     [0.5, 1.0, 0.55, 0.1]
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    warmup, decay = phases(config, steps=steps)
+    config = dataclasses.replace(config, warmup_steps=warmup, decay_steps=decay)
+    peak = config.learning_rate
     after = _named(SCHEDULES, config.schedule, "schedule")(config, max(steps - warmup, 1))
     if warmup == 0:
         return after
     # Step 0 uses peak / warmup, so that it changes the parameters.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
+
+
+def phases(config: OptimizerConfig, *, steps: int) -> tuple[int, int]:
+    """Steps of warm-up and of final decay; shortened by the same factor where together they exceed the run.
+
+    >>> config = OptimizerConfig(schedule="wsd", warmup_steps=40, decay_steps=140)
+    >>> phases(config, steps=360), phases(config, steps=18)
+    ((40, 140), (4, 14))
+    """
+    warmup, decay = config.warmup_steps, config.decay_steps
+    if warmup + decay <= steps:
+        return warmup, decay
+    shorter = warmup * steps // (warmup + decay)
+    return shorter, steps - shorter if decay else 0
+
+
+def same_rates(one: RunConfig, other: RunConfig, *, steps: int) -> bool:
+    """Whether two runs have the same learning rates in their first steps."""
+    count = jnp.arange(steps)
+    rates = (jax.vmap(build_schedule(each.optimizer, steps=each.training.steps))(count) for each in (one, other))
+    return bool(jnp.array_equal(*rates))
 
 
 def _stable_then_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:

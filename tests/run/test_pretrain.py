@@ -24,7 +24,7 @@ from jaxllm.config.file import dump_config, load_config, parse_config
 from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.models import build, init_params
-from jaxllm.run import console, trainer
+from jaxllm.run import trainer
 from jaxllm.run.checkpoint import CheckpointError, Checkpoints
 from jaxllm.run.device import Device
 from jaxllm.run.folder import RunFolderError, check_in_place, open_run_folder
@@ -246,14 +246,6 @@ def test_a_finished_run_needs_no_record_of_its_metrics(
             assert pretrain(run).finished
         assert "no curve is drawn" in caplog.text and "has no value of bits_per_byte" in caplog.text
         assert not (tmp_path / "run" / "loss.png").exists()
-
-
-def test_the_bar_is_moved_by_the_trainer(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[int] = []
-    monkeypatch.setattr(console.Progress, "update", lambda self, task, completed: moved.append(completed))
-    with console.training_console(config(tmp_path, corpus)) as show_step:
-        show_step(3)
-    assert moved == [3]
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
