@@ -3,8 +3,6 @@
 The documents are the source of this interpreter's standard library.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import sys

@@ -1,7 +1,5 @@
 """Baselines of a model: bits per byte of the same text under two models that need no training."""
 
-from __future__ import annotations
-
 import lzma
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Records of a source and their texts; imports no data library."""
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

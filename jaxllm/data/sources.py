@@ -32,17 +32,11 @@ _NO_SPACE = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "Not 
 
 
 class Source(NamedTuple):
-    """Documents of a corpus.
+    """Documents of a corpus."""
 
-    Attributes:
-        name: corpus and version, for logs and checkpoints.
-        train: random access to records, dicts of bytes.
-        validation: the held-out records.
-    """
-
-    name: str
-    train: Records
-    validation: Records
+    name: str  # corpus and version, for logs and checkpoints
+    train: Records  # random access to records, dicts of bytes
+    validation: Records  # the held-out records
 
 
 def open_source(config: DataConfig, *, cache_dir: Path) -> Source:

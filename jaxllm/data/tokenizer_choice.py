@@ -4,8 +4,6 @@ A run that has made a step never gets another tokenizer, since its parameters be
 config decides, but a tokenizer that a person put there is not replaced.
 """
 
-from __future__ import annotations
-
 import enum
 import itertools
 import logging
@@ -24,15 +22,10 @@ Origin = dict[str, Any]
 
 
 class Kept(NamedTuple):
-    """A tokenizer that is kept for a run.
+    """A tokenizer that is kept for a run."""
 
-    Attributes:
-        origin: with the keys of the wanted one; None where no file records it.
-        by_run: whether a run made it; otherwise a person put it there.
-    """
-
-    origin: Origin | None
-    by_run: bool
+    origin: Origin | None  # with the keys of the wanted one; None where no file records it
+    by_run: bool  # whether a run made it; otherwise a person put it there
 
 
 class Choice(enum.Enum):

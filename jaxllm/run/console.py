@@ -1,7 +1,5 @@
 """What a person sees of a run: log lines, and on a terminal a progress bar under them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ tensorboardX 2.6.5 imports torch where it is installed, and blocks its caller fo
 tensorflow/core/lib/io/record_writer.h with the CRC-32C of RFC 3720 appendix B.4.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import struct

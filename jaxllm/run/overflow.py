@@ -6,8 +6,6 @@ later, and the same when that step was skipped. Without a loss scale no step is 
 so the trainer passes those of its last checkpoint. Skipping is in `jaxllm.training.loss_scale`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

@@ -1,7 +1,5 @@
 """Stop signals become a flag that the loop reads between two steps."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import signal

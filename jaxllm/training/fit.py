@@ -5,8 +5,6 @@ backward pass, under the remat policy. XLA may fuse some of it away, so the esti
 of the compiled step decides, before it runs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -25,21 +23,13 @@ class FitError(ValueError):
 
 
 class Fit(NamedTuple):
-    """Bytes that a run needs on each device.
+    """Bytes that a run needs on each device."""
 
-    Attributes:
-        parameters: this device's share of the float32 master weights, and their whole copy in the compute dtype.
-        moments: its share of the optimizer's state.
-        gradients: one set in the compute dtype, and its share of the float32 sums over microbatches and devices.
-        activations: kept for the backward pass of one microbatch, and those of one layer again while it is used.
-        logits: the chunk of the vocabulary loss, as logits, probabilities and gradient.
-    """
-
-    parameters: int
-    moments: int
-    gradients: int
-    activations: int
-    logits: int
+    parameters: int  # this device's share of the float32 master weights, and their whole copy in the compute dtype
+    moments: int  # its share of the optimizer's state
+    gradients: int  # one set in the compute dtype, and its share of the float32 sums over microbatches and devices
+    activations: int  # kept for the backward pass of one microbatch, and those of one layer again while it is used
+    logits: int  # the chunk of the vocabulary loss, as logits, probabilities and gradient
 
     def table(self) -> str:
         """The parts and their sum in one line."""

@@ -5,21 +5,14 @@ it with every golden parameter tree. A new family adds the names that no other h
 one of your own module, counts as `MODULE` and is last in the order.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 
 class Role(NamedTuple):
-    """What training does with a parameter.
+    """What training does with a parameter."""
 
-    Attributes:
-        decayed: whether weight decay shrinks it.
-        split: axis, counted from the end, that is split over devices; None is a copy on every device.
-    """
-
-    decayed: bool = False
-    split: int | None = None
+    decayed: bool = False  # whether weight decay shrinks it
+    split: int | None = None  # axis, counted from the end, that is split over devices; None is a copy on every device
 
 
 MATRIX = Role(decayed=True, split=2)

@@ -4,8 +4,6 @@ optax has the rules; this module decides their order and which parameters decay.
 chain, so that clipping applies to unscaled gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -23,8 +23,6 @@ for your own training loop (`jaxllm.training.sharding` has one for several devic
 `build_loss` describes batches, and `jaxllm.training.train_step` takes your own loss or optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
