@@ -379,4 +379,4 @@ def attempt(folder: Path, step: int, read: Callable[[int], T]) -> tuple[Any, str
         refusal = refused(folder / str(step))
         if refusal is not None:
             raise CheckpointError(f"cannot read {refusal.filename}: {refusal.strerror}; make it readable") from error
-        return None, first_line(error)
+        return None, first_line(error) or type(error).__name__  # some begin with an empty line

@@ -137,6 +137,23 @@ def test_other_bits_under_whole_files_are_noticed(saved: tuple[Path, Program, li
     assert restored(copy, program)[0] == 1
 
 
+def test_an_error_that_begins_with_an_empty_line_is_damage(
+    saved: tuple[Path, Program, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """orbax has such messages; one without a first line must not count as a checkpoint that could be read."""
+    folder, program, _ = saved
+
+    def fails(restored: Any, record: dict[str, Any]) -> bool:
+        if record["position"]["step"] == 2:
+            raise ValueError("\nthe tree does not match")
+        return True
+
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(folder, copy)
+    monkeypatch.setattr("jaxllm.run.checkpoint.verify_tree", fails)
+    assert restored(copy, program)[0] == 1
+
+
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
     saved: tuple[Path, Program, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
