@@ -51,7 +51,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which and why."""
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """What a checkpoint holds is not what was saved."""
 
 
@@ -104,7 +104,7 @@ class Checkpoints:
         """Opens or creates the folder and removes what an interrupted save left behind."""
         self._losses: dict[int, float] = {}
         # orbax opens no folder in which a single checkpoint's description cannot be parsed.
-        self._undescribed = [step for step in checkpoint_steps(folder) if not _is_described(folder, step)]
+        self._undescribed = [step for step in checkpoint_steps(folder) if not is_described(folder, step)]
         if self._undescribed and self._undescribed == checkpoint_steps(folder):
             raise _none_readable(folder, self._undescribed)
         _move_aside(folder, self._undescribed)
@@ -223,7 +223,7 @@ class Checkpoints:
         wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
         restored = self._manager.restore(step, args=wanted)
         state, record = without_dropped_leaf(restored[_STATE]), restored[_DATA]
-        if _verify(state, record):
+        if verify_tree(state, record):
             return state, record[_POSITION], True
         _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
         return state, record, False  # the record is the position alone
@@ -256,7 +256,7 @@ def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
     )
 
 
-def _is_described(folder: Path, step: int) -> bool:
+def is_described(folder: Path, step: int) -> bool:
     """Whether orbax can parse its own description of a checkpoint; one without a description is left to `restore`."""
     if not (folder / str(step) / "_CHECKPOINT_METADATA").exists():
         return True
@@ -308,7 +308,7 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
             found = jax.device_put(reader.restore(folder / str(step) / _STATE, args=options))
         if (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                _verify(found, reader.restore(folder / str(step) / _DATA))
+                verify_tree(found, reader.restore(folder / str(step) / _DATA))
         return found[_PARAMS]
 
     found, damaged = _newest_whole(folder, checkpoint_steps(folder), read)
@@ -323,21 +323,21 @@ def _record(position: Mapping[str, Any], tree: Any) -> dict[str, Any]:
     return {_POSITION: position, _LEAVES: named_fingerprints(tree), _CHECKSUM: _checksum(position)}
 
 
-def _verify(restored: Any, record: Mapping[str, Any]) -> bool:
+def verify_tree(restored: Any, record: Mapping[str, Any]) -> bool:
     """Compares a restored tree, which may be a part of what was saved, with the second item of its checkpoint.
 
     Returns False for a checkpoint of an earlier version, which has nothing to compare with.
 
     Raises:
-        _Damaged: naming the first leaf that differs.
+        Damaged: naming the first leaf that differs.
     """
     if not _RECORD & record.keys():
         return False
     if record.keys() != _RECORD or record[_CHECKSUM] != _checksum(record[_POSITION]):
-        raise _Damaged("the position in the data is not the one that was saved")
+        raise Damaged("the position in the data is not the one that was saved")
     for path, digits in named_fingerprints(restored).items():
         if record[_LEAVES].get(path) != digits:
-            raise _Damaged(f"{path} has fingerprint {digits}, {record[_LEAVES].get(path)} was saved")
+            raise Damaged(f"{path} has fingerprint {digits}, {record[_LEAVES].get(path)} was saved")
     return True
 
 
@@ -348,25 +348,31 @@ def _checksum(position: Mapping[str, Any]) -> str:
 def _newest_whole(
     folder: Path, steps: Sequence[int], read: Callable[[int], T]
 ) -> tuple[tuple[int, T] | None, list[int]]:
-    """The newest of `steps` (oldest first) that can be read, with its contents, and the newer ones that cannot.
+    """The newest of `steps` (oldest first) that can be read, with its contents, and the newer ones that cannot."""
+    damaged: list[int] = []
+    for step in reversed(steps):
+        found, damage = attempt(folder, step, read)
+        if not damage:
+            return (step, found), damaged
+        _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, damage)
+        damaged.append(step)
+    return None, damaged
+
+
+def attempt(folder: Path, step: int, read: Callable[[int], T]) -> tuple[Any, str]:
+    """The contents of a checkpoint, or None and what is wrong with it.
 
     orbax and tensorstore raise errors of many kinds for damaged files, so that all count as damage, but for those
     that another checkpoint would meet too: memory, permissions, and shapes that do not fit.
     """
-    damaged: list[int] = []
-    for step in reversed(steps):
-        try:
-            return (step, read(step)), damaged
-        except (CheckpointError, MemoryError):
+    try:
+        return read(step), ""
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            refusal = refused(folder / str(step))
-            if refusal is not None:
-                raise CheckpointError(
-                    f"cannot read {refusal.filename}: {refusal.strerror}; make it readable"
-                ) from error
-            _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, first_line(error))
-            damaged.append(step)
-    return None, damaged
+        refusal = refused(folder / str(step))
+        if refusal is not None:
+            raise CheckpointError(f"cannot read {refusal.filename}: {refusal.strerror}; make it readable") from error
+        return None, first_line(error) or type(error).__name__  # some begin with an empty line

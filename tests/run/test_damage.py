@@ -19,8 +19,10 @@ from jaxllm.config import LlamaConfig, PrecisionConfig, RunConfig, T5Config
 from jaxllm.config.run import DataConfig, TrainingConfig
 from jaxllm.models import abstract_params
 from jaxllm.run.checkpoint import CheckpointError, Checkpoints, load_params
+from jaxllm.run.verify import read_leaves
 from jaxllm.training.fingerprint import named_fingerprints
 from jaxllm.training.program import Program, program_of
+from jaxllm.training.sharding import make_mesh, with_shardings
 
 FLIPS = int(os.environ.get("JAXLLM_FLIPS", "24"))
 SIZES = {"vocab_size": 64, "d_model": 8, "d_ff": 8, "num_heads": 2, "head_dim": 4}
@@ -56,7 +58,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def restored(folder: Path, program: Program) -> tuple[int, Any, dict[str, Any]]:
     checkpoints = Checkpoints(folder, keep=2)
     try:
-        found = checkpoints.restore(program.abstract_state())
+        found = checkpoints.restore(with_shardings(program.abstract_state(), make_mesh()))  # as `find_start`
         assert found is not None
         return found.step, found.state, found.data
     finally:
@@ -117,7 +119,10 @@ def test_a_flipped_bit_is_noticed(saved: tuple[Path, Program, list[Any]], tmp_pa
         copy = tmp_path / "run" / "checkpoints"
         shutil.copytree(folder, copy)
         flipped(copy / files[index].relative_to(folder), place=rng.random(), bit=int(rng.integers(8)))
-        fallbacks += assert_noticed(copy, program, states) == 1
+        damage = read_leaves(copy, 2, arrays=True)[1]
+        step = assert_noticed(copy, program, states)
+        assert bool(damage) == (step == 1), damage  # the verdict of scripts/verify_run.py is what a resume does
+        fallbacks += step == 1
         shutil.rmtree(tmp_path / "run")
     assert fallbacks
 
@@ -129,6 +134,23 @@ def test_other_bits_under_whole_files_are_noticed(saved: tuple[Path, Program, li
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "2" / "data")
     shutil.copytree(folder / "1" / "data", copy / "2" / "data")
+    assert restored(copy, program)[0] == 1
+
+
+def test_an_error_that_begins_with_an_empty_line_is_damage(
+    saved: tuple[Path, Program, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """orbax has such messages; one without a first line must not count as a checkpoint that could be read."""
+    folder, program, _ = saved
+
+    def fails(restored: Any, record: dict[str, Any]) -> bool:
+        if record["position"]["step"] == 2:
+            raise ValueError("\nthe tree does not match")
+        return True
+
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(folder, copy)
+    monkeypatch.setattr("jaxllm.run.checkpoint.verify_tree", fails)
     assert restored(copy, program)[0] == 1
 
 

@@ -122,7 +122,7 @@ def test_python_shows_the_log_where_nobody_listens(
     shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretrain(config(shared / "shown", shared / "corpus", training={"steps": 1}))
-    assert "step 1/1" not in capsys.readouterr().out  # pytest listens
+    assert "step 1 " not in capsys.readouterr().out  # pytest listens
     monkeypatch.setattr(logging.root, "handlers", [])
     pretrain(config(shared / "shown2", shared / "corpus", training={"steps": 1}))
-    assert "step 1/1" in capsys.readouterr().out
+    assert "step 1 " in capsys.readouterr().out
