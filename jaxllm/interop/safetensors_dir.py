@@ -8,6 +8,7 @@ closed. Out of scope: the names of a family, config.json.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -159,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_params(
     files: TensorFiles, entries: Sequence[Entry], abstract: Any, *, dtype: Any = None, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The parameter tree that `entries` describe, on the default device.
+    """The parameter tree that `entries` describe, on the default device or by the shardings of `abstract`.
 
     `abstract` is the tree of shapes of `jaxllm.models.abstract_params`. `dtype` None takes the narrowest that holds
     every tensor exactly. Tensors with a name that matches `ignored` may be there without a meaning.
@@ -175,7 +176,12 @@ def read_params(
     params: dict[tuple[str, ...], jax.Array] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for entry in entries:
-            stack = _empty(leaves[entry.path], jnp.dtype(dtype))
+            like = leaves[entry.path]
+            if like.sharding is not None:
+                part = functools.partial(_part, files, entry, jnp.dtype(dtype))
+                params[entry.path] = jax.make_array_from_callback(like.shape, like.sharding, part)
+                continue
+            stack = _empty(like, jnp.dtype(dtype))
             outs = stack if entry.layers else stack[None]
             pieces = [
                 pool.submit(_fill, out, files, name, entry.transposed, *piece)
@@ -317,6 +323,18 @@ def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool, star
                 _bits(out)[:, first:last] = _bits(scratch[: last - first]).T
             else:
                 _copy(out[first:last], tensor[first:last])
+
+
+def _part(files: TensorFiles, entry: Entry, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of a parameter that one device holds."""
+    rows = index[1:] if entry.layers else index
+    names = entry.tensors()[index[0] if entry.layers else slice(None)]
+    parts = []
+    for name in names:
+        with files.tensor(name) as tensor:
+            found = tensor[(*rows[:-2], rows[-1], rows[-2]) if entry.transposed else rows]
+        parts.append((found.swapaxes(-1, -2) if entry.transposed else found).astype(dtype))
+    return np.stack(parts) if entry.layers else parts[0]
 
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:

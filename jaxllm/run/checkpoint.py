@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
 from jaxllm.data.records import refused
+from jaxllm.run import processes
 from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.fingerprint import named_fingerprints, path_name, total
 
@@ -79,26 +80,32 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         return [step == best or step in steps[-self._keep :] for step in steps]
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Leaves jax's counter of steps to `stop_signals`: orbax would set it to an earlier step, from a thread."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoint folder of one run."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Opens or creates the folder and removes what an interrupted save left behind."""
         self._losses: dict[int, float] = {}
-        # orbax opens no folder in which a single checkpoint's description cannot be parsed.
-        self._undescribed = [step for step in _steps_in(folder) if not _is_described(folder, step)]
-        if self._undescribed and self._undescribed == _steps_in(folder):
-            raise _none_readable(folder, self._undescribed)
-        _move_aside(folder, self._undescribed)
+        with processes.first_then_all():
+            # orbax opens no folder in which a single checkpoint's description cannot be parsed.
+            self._undescribed = [step for step in _steps_in(folder) if not _is_described(folder, step)]
+            if self._undescribed and self._undescribed == _steps_in(folder):
+                raise _none_readable(folder, self._undescribed)
+            _move_aside(folder, self._undescribed)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
         try:
-            # Named here, so that a new process can read what a checkpoint holds before restoring it.
-            handlers = {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+            self._manager = _Manager(folder.absolute(), options=options, item_handlers=_handlers())
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
@@ -138,8 +145,11 @@ class Checkpoints:
         found, damaged = _newest_whole(self.folder, self.steps(), lambda step: self._read(step, abstract_state))
         if found is not None:
             self._set_aside(damaged)
-            step, (state, data) = found
-            return Restored(step, state, data, tuple(damaged))
+            step, state, record = found
+            if not _RECORD & record.keys():
+                _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
+                record = {_POSITION: record}
+            return Restored(step, state, record[_POSITION], tuple(damaged))
         if damaged or self._undescribed:
             raise _none_readable(self.folder, [*damaged, *self._undescribed])
         return None
@@ -150,9 +160,12 @@ class Checkpoints:
             self._losses[step] = loss
 
     def _set_aside(self, steps: list[int]) -> None:
-        _move_aside(self.folder, steps)
-        if steps:
-            self._manager.reload()
+        if not steps:
+            return
+        if processes.is_first():
+            _move_aside(self.folder, steps)
+        processes.gather("moved")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves and releases the folder."""
@@ -160,16 +173,23 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        found = self._manager.item_metadata(step)[_STATE]
-        self._check_dtypes(step, found, abstract_state)
-        state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
-        wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
-        restored = self._manager.restore(step, args=wanted)
-        state, record = without_dropped_leaf(restored[_STATE]), restored[_DATA]
-        if _verify(state, record):
-            return state, record[_POSITION]
-        _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
-        return state, record  # which is the position alone
+        """State and record of a checkpoint, not verified; the record of an earlier version is the position alone."""
+        with self._reader() as reader:
+            found = reader.item_metadata(step)[_STATE]
+            self._check_dtypes(step, found, abstract_state)
+            state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
+            wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
+            restored = reader.restore(step, args=wanted)
+        return without_dropped_leaf(restored[_STATE]), restored[_DATA]
+
+    def _reader(self) -> contextlib.AbstractContextManager[ocp.CheckpointManager]:
+        """What reads checkpoints; with several processes, one that does not wait for the others."""
+        if not processes.several():
+            return contextlib.nullcontext(self._manager)
+        options = ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=_alone())
+        return contextlib.closing(
+            ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=_handlers())
+        )
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -190,6 +210,16 @@ class Checkpoints:
                     f"checkpoint {step} in {self.folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
                     f"this run needs {want.dtype}{list(want.shape)}"
                 )
+
+
+def _handlers() -> dict[str, Any]:
+    """Named here, so that a new process can read what a checkpoint holds before restoring it."""
+    return {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For reading: orbax would make a process wait for others, one of which may have failed."""
+    return ocp.options.MultiprocessingOptions(processes.index(), {processes.index()})
 
 
 def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
@@ -249,18 +279,18 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
     wanted = {_PARAMS: abstract_params}
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
 
-    def read(step: int) -> Any:
+    def read(step: int) -> tuple[Any, dict[str, Any]]:
         options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as reader:
             found = jax.device_put(reader.restore(folder / str(step) / _STATE, args=options))
-        if (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                _verify(found, reader.restore(folder / str(step) / _DATA))
-        return found[_PARAMS]
+        if not (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
+            return found, {}
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as reader:
+            return found, reader.restore(folder / str(step) / _DATA)
 
     found, damaged = _newest_whole(folder, _steps_in(folder), read)
     if found is not None:
-        return found[1]
+        return found[1][_PARAMS]
     if damaged:
         raise CheckpointError(f"no readable checkpoint in {folder} (tried steps {damaged})")
     raise CheckpointError(f"no checkpoint in {folder} yet; train the run until its first (training.save_every)")
@@ -270,22 +300,21 @@ def _record(position: Mapping[str, Any], tree: Any) -> dict[str, Any]:
     return {_POSITION: position, _LEAVES: named_fingerprints(tree), _CHECKSUM: _checksum(position)}
 
 
-def _verify(restored: Any, record: Mapping[str, Any]) -> bool:
+def _verify(restored: Any, record: Mapping[str, Any]) -> None:
     """Compares a restored tree, which may be a part of what was saved, with the second item of its checkpoint.
 
-    Returns False for a checkpoint of an earlier version, which has nothing to compare with.
+    A checkpoint of an earlier version has nothing to compare with.
 
     Raises:
         _Damaged: naming the first leaf that differs.
     """
     if not _RECORD & record.keys():
-        return False
+        return
     if record.keys() != _RECORD or record[_CHECKSUM] != _checksum(record[_POSITION]):
         raise _Damaged("the position in the data is not the one that was saved")
     for path, digits in named_fingerprints(restored).items():
         if record[_LEAVES].get(path) != digits:
             raise _Damaged(f"{path} has fingerprint {digits}, {record[_LEAVES].get(path)} was saved")
-    return True
 
 
 def _checksum(position: Mapping[str, Any]) -> str:
@@ -293,27 +322,43 @@ def _checksum(position: Mapping[str, Any]) -> str:
 
 
 def _newest_whole(
-    folder: Path, steps: Sequence[int], read: Callable[[int], T]
-) -> tuple[tuple[int, T] | None, list[int]]:
-    """The newest of `steps` (oldest first) that can be read, with its contents, and the newer ones that cannot.
+    folder: Path, steps: Sequence[int], read: Callable[[int], tuple[Any, dict[str, Any]]]
+) -> tuple[tuple[int, Any, dict[str, Any]] | None, list[int]]:
+    """The newest of `steps` (oldest first) that is whole, with its tree and record, and the newer ones that are not.
+
+    `read` does not wait for other processes. What one of them cannot read is damaged for all; what all have read is
+    verified together.
+    """
+    processes.check_same("list of checkpoints", str(list(steps)))
+    damaged: list[int] = []
+    for step in reversed(steps):
+        found, problem = _attempt(folder / str(step), read, step)
+        problem = next(filter(None, processes.gather(problem)), "")
+        if found and not problem:
+            _, problem = _attempt(folder / str(step), _verify, *found)
+        if found and not problem:
+            return (step, *found), damaged
+        del found  # before the next is read
+        if processes.is_first():
+            _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, problem)
+        damaged.append(step)
+    return None, damaged
+
+
+def _attempt(folder: Path, function: Callable[..., T], *args: Any) -> tuple[T | None, str]:
+    """The result of a function that reads a checkpoint, or why it is damaged.
 
     orbax and tensorstore raise errors of many kinds for damaged files, so that all count as damage, but for those
     that another checkpoint would meet too: memory, permissions, and shapes that do not fit.
     """
-    damaged: list[int] = []
-    for step in reversed(steps):
-        try:
-            return (step, read(step)), damaged
-        except (CheckpointError, MemoryError):
+    try:
+        return function(*args), ""
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            refusal = refused(folder / str(step))
-            if refusal is not None:
-                raise CheckpointError(
-                    f"cannot read {refusal.filename}: {refusal.strerror}; make it readable"
-                ) from error
-            _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, first_line(error))
-            damaged.append(step)
-    return None, damaged
+        refusal = refused(folder)
+        if refusal is not None:
+            raise CheckpointError(f"cannot read {refusal.filename}: {refusal.strerror}; make it readable") from error
+        return None, first_line(error)

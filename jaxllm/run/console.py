@@ -11,19 +11,26 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxllm.config import RunConfig
+from jaxllm.run import processes
 
 
 @contextlib.contextmanager
 def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
-    """Shows the log of `jaxllm` while the block runs; yields what moves the bar to a step, for `pretrain`."""
+    """Shows the log of `jaxllm` while the block runs; yields what moves the bar to a step, for `pretrain`.
+
+    Of several processes, the first shows it; the others show warnings, with their number, and no bar.
+    """
+    first = processes.is_first()
     console = Console(soft_wrap=True)
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress = Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal))
     task = progress.add_task("training", total=config.training.steps)
     logger = logging.getLogger("jaxllm")
     before, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if first else logging.WARNING)
+    if not first:
+        handler.setFormatter(logging.Formatter(f"process {processes.index()}: %(message)s"))
     logger.propagate = False  # absl, which grain brings, would print every line again
     logger.addHandler(handler)
     try:

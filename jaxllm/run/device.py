@@ -67,11 +67,11 @@ class Device(NamedTuple):
 
 
 def detect_device() -> Device:
-    """The default devices of this process."""
+    """The devices of all processes."""
     devices = jax.devices()
     kind = devices[0].device_kind
     flops, bandwidth = datasheet_peaks(kind) or (None, None)
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return Device(kind, len(devices), memory, flops, bandwidth)
 
 

@@ -30,6 +30,7 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.ops.backend import has_bfloat16
+from jaxllm.run import processes
 
 _log = logging.getLogger(__name__)
 
@@ -101,10 +102,12 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
         )
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            stack.enter_context(_alone(folder))
+            if processes.is_first():
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+                stack.enter_context(_alone(folder))
+            processes.check_same("config", dump_config(config))
             if _holds_begun_run(folder):
                 _check_same(folder / CONFIG, config)
         except OSError as error:
@@ -136,7 +139,9 @@ def settle_residual(config: RunConfig) -> RunConfig:
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
-    """Writes the resolved config, once nothing can refuse the run any more."""
+    """Writes the resolved config, once nothing can refuse the run any more; the first process does."""
+    if not processes.is_first():
+        return
     path = folder / CONFIG
     partial = path.with_suffix(".partial")
     partial.write_text(dump_config(config), encoding="utf-8")

@@ -23,7 +23,7 @@ from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.precision import cast_floating
 from jaxllm.training.program import program_of
-from jaxllm.training.sharding import place_rows
+from jaxllm.training.sharding import fetch, place_rows
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class OverflowWatch:
             compute = cast_floating(params, program.dtype)
             return accumulate_gradients(loss, compute, batch, key, factor=factor, accumulation=self._accumulation)
 
-        self._forward, self._gradients = Observer(forward, program.dtype), Observer(gradients, program.dtype)
+        self._forward, self._gradients = (Observer(each, program.dtype, fetch=fetch) for each in (forward, gradients))
 
     def check(self, step: int, values: StepMetrics, state: TrainState, batch: Batch) -> str | None:
         """Logs an overflow of step `step`; returns why the run must stop, if it must."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxllm.config import RunConfig
 from jaxllm.models.family import train_flops
+from jaxllm.run import processes
 from jaxllm.run.device import Device
 from jaxllm.run.event_file import EventFile
 from jaxllm.run.folder import CURVE, METRICS, TENSORBOARD
@@ -113,11 +114,16 @@ def log_validation(step: int, values: dict[str, float]) -> None:
 
 
 class MetricsWriter:
-    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, flushed line by line."""
+    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, flushed line by line.
+
+    Of several processes, the first writes them.
+    """
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
-        self.path = folder / METRICS
+        self.path, self._writes = folder / METRICS, processes.is_first()
+        if not self._writes:
+            return
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -131,6 +137,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
+        if not self._writes:
+            return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -138,6 +146,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both records."""
+        if not self._writes:
+            return
         self._file.close()
         self._board.close()
 

@@ -25,6 +25,7 @@ from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
+from jaxllm.run import processes
 from jaxllm.run.checkpoint import Checkpoints
 from jaxllm.run.device import compilation_cache, detect_device
 from jaxllm.run.evaluation import evaluate, target_bytes
@@ -39,7 +40,7 @@ from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
 from jaxllm.training.optimizer import build_schedule
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import check_rows, make_mesh
+from jaxllm.training.sharding import check_rows, fetch, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def pretrain(
         meter = Throughput(config, pipeline.recipe.lengths, device)
         # Restore.
         checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=config.training.keep)))
+        stack.enter_context(processes.together())
         progress = _restore(steps, checkpoints, pipeline)
         resumed_from = progress.step
         baselines = pipeline.baselines()
@@ -159,6 +161,7 @@ def pretrain(
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)
                 check_memory(steps.train_step.needed)
+                processes.check_same("attention", steps.program.config.model.attention)  # after the slowest compiler
             writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
             if progress.step < until:
                 write_config(steps.program.config, folder)
@@ -170,6 +173,7 @@ def pretrain(
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
             _finish(parts, progress, baselines)
+        processes.gather("finished")  # the others wait for the sample
         return Summary(progress.step, resumed_from, finished, progress.validation, folder)
 
 
@@ -328,16 +332,38 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
     if metric in progress.validation:
         value = progress.validation[metric]
         _log.info("validation %s %.3f (%s)", metric.replace("_", " "), value, _listed(baselines))
-    params = progress.state.params
-    if parts.steps.mesh is not None:  # a few tokens are decoded on one device
-        params = jax.device_put(params, jax.devices()[0])
-    text = write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
+    params = _for_decoding(parts, progress.state.params)
+    if not processes.is_first():
+        return
+    text = params and write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
     if text:
         _log.info("sample:\n%s", text)
     try:
         _log.info("curve in %s", plot_curve(parts.folder, baselines=baselines, name=metric))
     except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
         _log.warning("no curve is drawn: %s", error)
+
+
+def _for_decoding(parts: Parts, params: Any) -> Any:
+    """The parameters on one device, which is enough for a few tokens; None where it has no room, or on other processes.
+
+    From several processes, they come in the compute dtype.
+    """
+    if parts.steps.mesh is None or not parts.config.training.sample_tokens:
+        return params
+    if not processes.several():
+        return jax.device_put(params, jax.devices()[0])
+    dtype, device = parts.steps.program.dtype, jax.local_devices()[0]
+    needed = sum(leaf.size for leaf in jax.tree.leaves(params)) * dtype.itemsize
+    if needed > ((device.memory_stats() or {}).get("bytes_limit") or math.inf) / 2:
+        _log.info("no sample: the parameters take %.1f GB, too much for one device next to the run", needed / 1e9)
+        return None
+
+    def move(leaf: jax.Array) -> jax.Array | None:
+        whole = fetch(leaf.astype(dtype))
+        return jax.device_put(whole, device) if processes.is_first() else None
+
+    return jax.tree.map(move, params)
 
 
 def _tokens(batch: dict[str, np.ndarray]) -> float:
