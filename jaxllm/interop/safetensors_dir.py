@@ -8,7 +8,6 @@ closed. Out of scope: the names of a family, config.json.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -176,10 +175,9 @@ def read_params(
     params: dict[tuple[str, ...], jax.Array] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for entry in entries:
-            like = leaves[entry.path]
+            like: Any = leaves[entry.path]
             if like.sharding is not None:
-                part = functools.partial(_part, files, entry, jnp.dtype(dtype))
-                params[entry.path] = jax.make_array_from_callback(like.shape, like.sharding, part)
+                params[entry.path] = _in_parts(files, entry, like, jnp.dtype(dtype))
                 continue
             stack = _empty(like, jnp.dtype(dtype))
             outs = stack if entry.layers else stack[None]
@@ -325,16 +323,22 @@ def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool, star
                 _copy(out[first:last], tensor[first:last])
 
 
-def _part(files: TensorFiles, entry: Entry, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """The part of a parameter that one device holds."""
-    rows = index[1:] if entry.layers else index
-    names = entry.tensors()[index[0] if entry.layers else slice(None)]
-    parts = []
-    for name in names:
-        with files.tensor(name) as tensor:
-            found = tensor[(*rows[:-2], rows[-1], rows[-2]) if entry.transposed else rows]
-        parts.append((found.swapaxes(-1, -2) if entry.transposed else found).astype(dtype))
-    return np.stack(parts) if entry.layers else parts[0]
+def _in_parts(files: TensorFiles, entry: Entry, like: Any, dtype: np.dtype) -> jax.Array:
+    """A parameter by its sharding, of which each device reads its part."""
+
+    def part(index: Any) -> np.ndarray:
+        names = entry.tensors()[index[0] if entry.layers else slice(None)]
+        order = list(index[1:] if entry.layers else index)
+        if entry.transposed:
+            order[-2:] = reversed(order[-2:])
+        tensors = []
+        for name in names:
+            with files.tensor(name) as tensor:
+                found = tensor[tuple(order)].astype(dtype)
+            tensors.append(found.swapaxes(-1, -2) if entry.transposed else found)
+        return np.stack(tensors) if entry.layers else tensors[0]
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:

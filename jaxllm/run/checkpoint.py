@@ -80,11 +80,21 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         return [step == best or step in steps[-self._keep :] for step in steps]
 
 
-class _Manager(ocp.CheckpointManager):
+class _SharedManager(ocp.CheckpointManager):
+    """The manager of several processes; orbax calls these methods, also in threads."""
+
     def reached_preemption(self, step: int) -> bool:
-        """Leaves jax's counter of steps to `stop_signals`: orbax would set it to an earlier step, from a thread."""
+        """Leaves jax's counter to `stop_signals`; orbax would set it to other numbers."""
         del step
         return False
+
+    def _wait_for_checkpointers(self) -> None:
+        """Ends all processes when one cannot write, since what follows would wait for it."""
+        try:
+            super()._wait_for_checkpointers()
+        except (OSError, ValueError) as error:
+            with processes.together():
+                raise CheckpointError(f"cannot write a checkpoint: {first_line(error)}") from error
 
 
 class Checkpoints:
@@ -105,7 +115,10 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         try:
-            self._manager = _Manager(folder.absolute(), options=options, item_handlers=_handlers())
+            # Named here, so that a new process can read what a checkpoint holds before restoring it.
+            handlers = {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
+            manager = _SharedManager if processes.several() else ocp.CheckpointManager
+            self._manager = manager(folder.absolute(), options=options, item_handlers=handlers)
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
@@ -162,7 +175,7 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
             return
-        if processes.is_first():
+        if processes.index() == 0:
             _move_aside(self.folder, steps)
         processes.gather("moved")
         self._manager.reload()
@@ -174,22 +187,11 @@ class Checkpoints:
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """State and record of a checkpoint, not verified; the record of an earlier version is the position alone."""
-        with self._reader() as reader:
-            found = reader.item_metadata(step)[_STATE]
-            self._check_dtypes(step, found, abstract_state)
-            state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
-            wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
-            restored = reader.restore(step, args=wanted)
-        return without_dropped_leaf(restored[_STATE]), restored[_DATA]
-
-    def _reader(self) -> contextlib.AbstractContextManager[ocp.CheckpointManager]:
-        """What reads checkpoints; with several processes, one that does not wait for the others."""
-        if not processes.several():
-            return contextlib.nullcontext(self._manager)
-        options = ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=_alone())
-        return contextlib.closing(
-            ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=_handlers())
-        )
+        found = self._manager.item_metadata(step)[_STATE]
+        self._check_dtypes(step, found, abstract_state)
+        folder, state = self.folder / str(step), ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
+        restored = _restored(ocp.StandardCheckpointHandler(), folder / _STATE, state)
+        return without_dropped_leaf(restored), _restored(ocp.JsonCheckpointHandler(), folder / _DATA)
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -212,14 +214,11 @@ class Checkpoints:
                 )
 
 
-def _handlers() -> dict[str, Any]:
-    """Named here, so that a new process can read what a checkpoint holds before restoring it."""
-    return {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For reading: orbax would make a process wait for others, one of which may have failed."""
-    return ocp.options.MultiprocessingOptions(processes.index(), {processes.index()})
+def _restored(handler: Any, path: Path, arguments: Any = None) -> Any:
+    """An item of a checkpoint, read without waiting for other processes, one of which may fail."""
+    alone = ocp.options.MultiprocessingOptions(processes.index(), {processes.index()})
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(path.absolute(), args=arguments)
 
 
 def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
@@ -281,12 +280,10 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
 
     def read(step: int) -> tuple[Any, dict[str, Any]]:
         options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as reader:
-            found = jax.device_put(reader.restore(folder / str(step) / _STATE, args=options))
+        found = jax.device_put(_restored(ocp.PyTreeCheckpointHandler(), folder / str(step) / _STATE, options))
         if not (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
             return found, {}
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as reader:
-            return found, reader.restore(folder / str(step) / _DATA)
+        return found, _restored(ocp.JsonCheckpointHandler(), folder / str(step) / _DATA)
 
     found, damaged = _newest_whole(folder, _steps_in(folder), read)
     if found is not None:
@@ -339,7 +336,7 @@ def _newest_whole(
         if found and not problem:
             return (step, *found), damaged
         del found  # before the next is read
-        if processes.is_first():
+        if processes.index() == 0:
             _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, problem)
         damaged.append(step)
     return None, damaged

@@ -20,7 +20,7 @@ def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
 
     Of several processes, the first shows it; the others show warnings, with their number, and no bar.
     """
-    first = processes.is_first()
+    first = processes.index() == 0
     console = Console(soft_wrap=True)
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -102,7 +102,7 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
         )
     with contextlib.ExitStack() as stack:
         try:
-            if processes.is_first():
+            if processes.index() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
@@ -140,7 +140,7 @@ def settle_residual(config: RunConfig) -> RunConfig:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the resolved config, once nothing can refuse the run any more; the first process does."""
-    if not processes.is_first():
+    if processes.index() > 0:
         return
     path = folder / CONFIG
     partial = path.with_suffix(".partial")

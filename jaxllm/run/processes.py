@@ -1,8 +1,8 @@
 """Several processes that train one run: how they start, wait for each other, compare what they have, and end.
 
-jax.distributed connects them. All of them run the same program; the first alone writes files. What this module needs
-goes through jax's coordination service and not through devices, whose collectives give up on a process that prepares
-data for minutes. One process needs none of it: every function here then returns at once.
+jax.distributed connects them; all run the same program, and the first alone writes files. They talk through jax's
+coordination service and not through devices, whose collectives give up on a process that prepares data for minutes.
+In one process every function returns at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src.distributed import global_state  # the service has no public name (jax 0.9 to 0.12)
@@ -25,30 +25,31 @@ from jaxllm.run.device import nvidia_devices
 
 _log = logging.getLogger(__name__)
 
-UNFINISHED = 75  # exit status of a run that was stopped before its last step: EX_TEMPFAIL, start it again
+UNFINISHED = 75  # exit status of a run that was stopped before its last step, EX_TEMPFAIL: start it again
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAXLLM_PROCESSES", "JAXLLM_PROCESS_ID")
 _LONGEST = 24 * 3600 * 1000  # milliseconds to wait for another process: the first may prepare data for hours
-_FAILED, _ENDED = "jaxllm/failed", "jaxllm/ended"  # who failed first; the exit status of all
+_FAILED = "jaxllm/failed"  # key of the exit status of the process that failed first
 _calls = itertools.count()
-_started, _ending = threading.Event(), threading.Lock()
+_started = threading.Event()
 
 
 def start() -> None:
-    """Connects the processes of a cluster's job, or of three variables; returns at once where there is one process.
+    """Connects the tasks of SLURM, Open MPI or a Kubernetes Job, or processes given by three variables, if several.
 
-    SLURM, Open MPI and indexed Jobs of Kubernetes are detected by jax. Call it before jax opens its devices.
+    Call it before jax opens its devices.
 
     Raises:
-        ValueError: when only some of the three variables are set, or the processes do not find each other.
+        ValueError: when some of the three variables are missing, or the processes do not find each other.
     """
     address, count, number = (os.environ.get(name, "") for name in _BY_HAND)
+    tasks = "SLURM_NTASKS" if "SLURM_STEP_NODELIST" in os.environ else "OMPI_COMM_WORLD_SIZE"
     try:
         if count or number:
             if not (address and count and number):
                 raise ValueError(f"set all of {', '.join(_BY_HAND)}, or none")
             jax.distributed.initialize(address, int(count), int(number), cluster_detection_method="deactivate")
-        elif _in_cluster():
+        elif int(os.environ.get(tasks, "1")) > 1 or "JOB_COMPLETION_INDEX" in os.environ:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the processes of this run cannot connect: {error}; docs/cluster.md has examples") from error
@@ -58,54 +59,43 @@ def start() -> None:
         threading.Thread(target=_end_with_others, daemon=True).start()
 
 
-def _in_cluster() -> bool:
-    """Whether a launcher has started more than one task, by the variables that jax reads."""
-    tasks = "SLURM_NTASKS" if "SLURM_STEP_NODELIST" in os.environ else "OMPI_COMM_WORLD_SIZE"
-    return int(os.environ.get(tasks, "1")) > 1 or "JOB_COMPLETION_INDEX" in os.environ
-
-
 def several() -> bool:
-    """Whether this process is one of several; opens no device."""
+    """Whether this process is one of several."""
     return global_state.client is not None and global_state.num_processes > 1
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes the run's files and its log; opens no device."""
-    return global_state.process_id == 0
-
-
 def index() -> int:
-    """The number of this process; opens no device."""
+    """The number of this process, known before jax opens its devices; 0 writes the run's files and its log."""
     return global_state.process_id
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order; every process must make the same calls. Waits for all."""
+    """The texts of all processes, in their order, once all have made this call; all must make the same calls."""
     if not several():
         return [text]
-    client, call = _client(), f"jaxllm/call{next(_calls)}/"
-    client.key_value_set(f"{call}{global_state.process_id:09d}", text)
-    client.wait_at_barrier(call, _LONGEST)
-    return [value for _, value in sorted(client.key_value_dir_get(call))]
+    call = f"jaxllm/call{next(_calls)}/"
+    _client().key_value_set(f"{call}{index():09d}", text)
+    _client().wait_at_barrier(call, _LONGEST)
+    return [value for _, value in sorted(_client().key_value_dir_get(call))]
 
 
 @contextlib.contextmanager
 def first_then_all() -> Iterator[None]:
     """The first process executes the block, then the others do: what it has prepared, they find."""
-    if not is_first():
+    if index() > 0:
         gather("")
     yield
-    if is_first():
+    if index() == 0:
         gather("")
 
 
 def check_same(what: str, text: str) -> None:
     """Raises ValueError unless all processes have the same text."""
-    for index, other in enumerate(gather(text)):
-        if other != text:
+    for other, theirs in enumerate(gather(text)):
+        if theirs != text:
             raise ValueError(
-                f"processes {index} and {global_state.process_id} have a different {what}; start all with the same "
-                f"command and files, in a run_dir on a file system that they share"
+                f"processes {other} and {index()} have a different {what}; start all with the same command and files, "
+                f"in a run_dir on a file system that they share"
             )
 
 
@@ -115,20 +105,15 @@ def check_devices() -> None:
         return
     here = socket.gethostname()
     count = gather(here).count(here)
-    used, given = count * jax.local_device_count(), _given_devices()
-    if used < given:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = len(nvidia_devices()) if jax.default_backend() == "gpu" else 0
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE", given)) if visible is None else len(visible.split(","))
+    if (used := count * jax.local_device_count()) < given:
         raise ValueError(
             f"{count} processes on {here} use {used} of its {given} GPUs; start one for each (SLURM: --ntasks-per-node="
             f"{given}, Open MPI: --map-by ppr:{given}:node), or set CUDA_VISIBLE_DEVICES to those that the run may use"
         )
-
-
-def _given_devices() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name])
-    found = len(nvidia_devices()) if jax.default_backend() == "gpu" else 0
-    return int(os.environ.get("SLURM_GPUS_ON_NODE", found))
+    _log.info("%d processes with %d devices", jax.process_count(), jax.device_count())
 
 
 @contextlib.contextmanager
@@ -143,19 +128,35 @@ def together() -> Iterator[None]:
 
 
 def end_all(error: BaseException, status: int = 1) -> int:
-    """Reports an error and returns the exit status; several processes end here, with one message.
+    """Reports an error and returns the exit status; several processes end here, with the message of the first to fail.
 
     They end at once: on the way out, open checkpoints would wait for each other.
     """
-    if isinstance(error, KeyboardInterrupt):
-        status = 130  # as a shell reports it
+    status = 130 if isinstance(error, KeyboardInterrupt) else status  # as a shell reports it
     if not several():
         _report(error)
         return status
-    if _is_first_to_fail():
+    try:
+        _client().key_value_set(_FAILED, str(status))
+        first = True
+    except Exception as refusal:  # of jaxlib: there is a value, or the service has ended with the first process
+        first = "ALREADY_EXISTS" not in str(refusal)
+    if first:
         _report(error)
     _end(status)
+
+
+def leave(status: int) -> int:
+    """The exit status of a run without errors; several processes wait for each other and end here."""
+    if several():
+        gather("")
+        jax.distributed.shutdown()
+        _exit(status)
     return status
+
+
+def _client() -> Any:
+    return global_state.client
 
 
 def _report(error: BaseException) -> None:
@@ -168,51 +169,24 @@ def _report(error: BaseException) -> None:
         _log.error("this process failed", exc_info=error)
 
 
-def leave(status: int) -> int:
-    """The exit status of a run without errors; several processes wait for each other and end here."""
-    if several():
-        gather("")
-        _ending.acquire()
-        jax.distributed.shutdown()
-        _exit(status)
-    return status
-
-
-def _client() -> Any:
-    return global_state.client
-
-
-def _is_first_to_fail() -> bool:
-    try:
-        _client().key_value_set(_FAILED, str(global_state.process_id))
-    except Exception as error:  # of jaxlib: there is a value, or the service has ended with the first process
-        return "ALREADY_EXISTS" not in str(error)
-    return True
-
-
-def _end(status: int) -> None:
-    if not _ending.acquire(blocking=False):
-        time.sleep(_LONGEST)  # another thread is ending this process
-    with contextlib.suppress(Exception):  # the service, or another process, may have ended
-        _client().key_value_set(_ENDED, str(status), allow_overwrite=True)
-        _client().wait_at_barrier(_ENDED, 5000)
-    if is_first():
-        time.sleep(1)  # the service must outlive the others, which would be aborted with a message of their own
+def _end(status: int) -> NoReturn:
+    # The service must outlive the other processes, which would be aborted with a message of their own.
+    time.sleep(2 if index() > 0 else 3)
     _exit(status)
 
 
-def _exit(status: int) -> None:
+def _exit(status: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # all at once: srun --kill-on-bad-exit would kill those that take longer
+    os._exit(status)  # at once: srun --kill-on-bad-exit would kill those that take longer
 
 
 def _end_with_others() -> None:
     while True:
         time.sleep(0.5)
         try:
-            status = _client().key_value_try_get(_ENDED)
+            status = _client().key_value_try_get(_FAILED)
         except Exception as error:
             if "NOT_FOUND" in str(error):
                 continue

@@ -114,14 +114,11 @@ def log_validation(step: int, values: dict[str, float]) -> None:
 
 
 class MetricsWriter:
-    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, flushed line by line.
-
-    Of several processes, the first writes them.
-    """
+    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, of the first process, line by line."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
-        self.path, self._writes = folder / METRICS, processes.is_first()
+        self.path, self._writes = folder / METRICS, processes.index() == 0
         if not self._writes:
             return
         if self.path.exists():

@@ -215,6 +215,8 @@ def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[],
         while progress.step < until and not stopped():
             _step(parts, progress, until=until)
     except BatchError as error:
+        if processes.several():
+            raise  # the others may have their batch, and do not save this step
         failure = error
     _read(parts, progress, progress.unread)
     if progress.step > progress.saved:
@@ -333,7 +335,7 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
         value = progress.validation[metric]
         _log.info("validation %s %.3f (%s)", metric.replace("_", " "), value, _listed(baselines))
     params = _for_decoding(parts, progress.state.params)
-    if not processes.is_first():
+    if processes.index() > 0:
         return
     text = params and write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
     if text:
@@ -361,7 +363,7 @@ def _for_decoding(parts: Parts, params: Any) -> Any:
 
     def move(leaf: jax.Array) -> jax.Array | None:
         whole = fetch(leaf.astype(dtype))
-        return jax.device_put(whole, device) if processes.is_first() else None
+        return jax.device_put(whole, device) if processes.index() == 0 else None
 
     return jax.tree.map(move, params)
 
