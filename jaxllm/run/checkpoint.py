@@ -191,7 +191,9 @@ class Checkpoints:
         self._check_dtypes(step, found, abstract_state)
         folder, state = self.folder / str(step), ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
         restored = _restored(ocp.StandardCheckpointHandler(), folder / _STATE, state)
-        return without_dropped_leaf(restored), _restored(ocp.JsonCheckpointHandler(), folder / _DATA)
+        return without_dropped_leaf(restored), _restored(
+            ocp.JsonCheckpointHandler(), folder / _DATA, ocp.args.JsonRestore()
+        )
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -214,7 +216,7 @@ class Checkpoints:
                 )
 
 
-def _restored(handler: Any, path: Path, arguments: Any = None) -> Any:
+def _restored(handler: Any, path: Path, arguments: Any) -> Any:
     """An item of a checkpoint, read without waiting for other processes, one of which may fail."""
     alone = ocp.options.MultiprocessingOptions(processes.index(), {processes.index()})
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
@@ -283,7 +285,7 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
         found = jax.device_put(_restored(ocp.PyTreeCheckpointHandler(), folder / str(step) / _STATE, options))
         if not (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
             return found, {}
-        return found, _restored(ocp.JsonCheckpointHandler(), folder / str(step) / _DATA)
+        return found, _restored(ocp.JsonCheckpointHandler(), folder / str(step) / _DATA, ocp.args.JsonRestore())
 
     found, damaged = _newest_whole(folder, _steps_in(folder), read)
     if found is not None:
