@@ -282,7 +282,9 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
 
     def read(step: int) -> tuple[Any, dict[str, Any]]:
         options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
-        found = jax.device_put(_restored(ocp.PyTreeCheckpointHandler(), folder / str(step) / _STATE, options))
+        found = _restored(ocp.PyTreeCheckpointHandler(), folder / str(step) / _STATE, options)
+        if jax.tree.leaves(abstract_params)[0].sharding is None:
+            found = jax.device_put(found)
         if not (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
             return found, {}
         return found, _restored(ocp.JsonCheckpointHandler(), folder / str(step) / _DATA, ocp.args.JsonRestore())

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
+from jaxllm.run import processes
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.precision import cast_floating
@@ -60,7 +61,8 @@ class OverflowWatch:
         scale = float(values.loss_scale)
         value = self.first_value(step, state, batch, scale=scale)
         cause = f"first non-finite gradient: {self._groups[int(values.culprit)]}; first non-finite value: {value}"
-        _log.warning("step %d: overflow at loss scale 2^%g; %s", step, math.log2(scale), cause)
+        level = logging.WARNING if processes.index() == 0 else logging.INFO  # all find the same
+        _log.log(level, "step %d: overflow at loss scale 2^%g; %s", step, math.log2(scale), cause)
         if values.at_floor < self._limit:
             return None
         return f"{int(values.at_floor)} overflows in a row with the loss scale at its floor of {scale:g}: {cause}"

@@ -20,7 +20,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.config.file import dump_config, parse_config
+from jaxllm.config.file import dump_config, load_config, parse_config
+from jaxllm.interop.hf import save_hf
+from jaxllm.models import build
 from jaxllm.run.record import read_metrics
 from jaxllm.run.start import read_run
 from jaxllm.run.trainer import pretrain
@@ -134,17 +136,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "corpus")
     for family in MODELS:
         config = write(folder, family)
-        pretrain(parse_config_of(config, folder / f"{family}-one"))
+        pretrain(load_config(config, [f"training.run_dir={folder / f'{family}-one'}"]))
         ended = finish(launch(config, count=2, devices=2))
         assert [each.status for each in ended] == [0, 0], ended
         (folder / f"{family}.txt").write_text(json.dumps(ended))
     return folder
-
-
-def parse_config_of(path: Path, run_dir: Path) -> Any:
-    from jaxllm.config.file import load_config
-
-    return load_config(path, [f"training.run_dir={run_dir}"])
 
 
 def assert_same_record(a: Path, b: Path, *, fingerprints: bool = False) -> None:
@@ -203,13 +199,36 @@ def test_resume_on_the_same_layout_is_bitwise_after_all_have_skipped_a_damaged_c
 
 def test_resume_in_one_process(folder: Path) -> None:
     target = copy_with_damage(folder, "alone")
-    assert pretrain(parse_config_of(folder / "llama.yaml", target)).resumed_from == 3
+    assert pretrain(load_config(folder / "llama.yaml", [f"training.run_dir={target}"])).resumed_from == 3
     assert_same_record(target, folder / "llama")
     assert_same_params(target, folder / "llama")
 
 
+@pytest.mark.parametrize("kind", ["run", "hugging_face"])
+def test_parameters_from_elsewhere_are_read_by_their_shards(folder: Path, kind: str) -> None:
+    source = folder / "llama"
+    if kind == "hugging_face":
+        run, params = read_run(source)
+        save_hf(folder / kind, build(run.model), params)
+        shutil.copy(source / "tokenizer.json", folder / kind)
+        source = folder / kind
+    target, one = folder / f"from-{kind}", folder / "from-one"
+    overrides = (f"training.init_from={source}", f"data.tokenizer={folder / 'llama' / 'tokenizer.json'}")
+    ended = finish(launch(folder / "llama.yaml", f"training.run_dir={target}", *overrides, count=2, devices=2))
+    assert [each.status for each in ended] == [0, 0], ended
+    if not one.exists():
+        pretrain(load_config(folder / "llama.yaml", [f"training.run_dir={one}", *overrides]))
+    assert_same_record(target, one)
+
+
+def has_handler(process: subprocess.Popen[str]) -> bool:
+    """Whether jax has connected a process, which handles SIGTERM from then on."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def test_sigterm_to_one_saves_the_same_step_and_sigkill_ends_the_other(folder: Path) -> None:
-    """The second launch resumes, so that its first call for a stop is at a later step than its count of calls."""
+    """The second signal comes before the run has resumed: jax would then wait for its step 1."""
     target = folder / "endless"
     overrides = (f"training.run_dir={target}", *ENDLESS)
     processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
@@ -219,6 +238,12 @@ def test_sigterm_to_one_saves_the_same_step_and_sigkill_ends_the_other(folder: P
     assert [each.status for each in ended] == [75, 75], ended
     saved = [int(path.name) for path in (target / "checkpoints").iterdir()]
     assert saved == [steps_of(target)[-1]] and f"stopped at step {saved[0]}" in ended[0].stdout
+
+    processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
+    wait_for(lambda: has_handler(processes[1]), processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [each.status for each in finish(processes)] == [75, 75]
+    assert (target / "checkpoints" / str(saved[0] + 1)).is_dir()
 
     processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
     wait_for(lambda: steps_of(target)[-1] > saved[0] + 2, processes)
