@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 if __name__ == "__main__":
@@ -13,7 +12,7 @@ if __name__ == "__main__":
 
 from process import prepare_script
 
-from jaxllm.config.file import dump_config, key_table, load_config
+from jaxllm.config.file import ConfigError, dump_config, key_table, load_config
 
 
 def main() -> int:
@@ -27,12 +26,15 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     arguments = parser.parse_intermixed_args()
+    from jaxllm.run import processes
+
     try:
         prepare_script()
+        if not arguments.print_config:
+            processes.start()
         config = load_config(arguments.config, arguments.overrides)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return processes.end_all(ConfigError(f"error: {error}"), status=2)
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
@@ -46,14 +48,12 @@ def main() -> int:
     prepare_process()
     with training_console(config) as show_step:
         try:
+            processes.check_devices()
             check_in_place(config, arguments.config, arguments.overrides)
-            pretrain(config, on_step=show_step)
-        except KeyboardInterrupt:
-            return 130  # as a shell reports it
-        except (ValueError, OSError, CheckpointError, DeviceError, TrainingStopped) as error:
-            logging.getLogger("jaxllm").error("%s", error)
-            return 1
-    return 0
+            summary = pretrain(config, on_step=show_step)
+        except (KeyboardInterrupt, ValueError, OSError, CheckpointError, DeviceError, TrainingStopped) as error:
+            return processes.end_all(error)
+    return processes.leave(0 if summary.finished else processes.UNFINISHED)
 
 
 if __name__ == "__main__":

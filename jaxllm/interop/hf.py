@@ -5,7 +5,7 @@ config.json. Out of scope: names of tensors and keys (the families), bytes (`saf
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,13 +35,17 @@ class SpecialIds(NamedTuple):
     pad: int | None = None
 
 
-def load_hf(path: str | Path, *, dtype: Any = None) -> tuple[Model, dict[str, Any]]:
+def load_hf(
+    path: str | Path, *, dtype: Any = None, place: Callable[[Any], Any] | None = None
+) -> tuple[Model, dict[str, Any]]:
     """The model and parameters of a directory that transformers' `save_pretrained` wrote.
 
     Args:
         path: directory with config.json and safetensors files, one or sharded.
         dtype: of the parameters and of the model's activations: float32, bfloat16 or float16; None takes the narrowest
             that holds every tensor of the files exactly.
+        place: adds shardings to the tree of shapes; each process then reads the parts of its devices. None is one
+            device.
 
     Raises:
         InteropError: for an unknown model, a setting that cannot be reproduced, or tensors that do not fit.
@@ -50,6 +54,7 @@ def load_hf(path: str | Path, *, dtype: Any = None) -> tuple[Model, dict[str, An
     config, files = _open(path)
     module = _FAMILIES[config.family]
     shapes = abstract_params(build(config))
+    shapes = shapes if place is None else place(shapes)
     params = read_params(files, module.entries(config), shapes, dtype=dtype, ignored=module.IGNORED)
     return build(config, dtype=jnp.result_type(*jax.tree.leaves(params))), params
 

@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_params(
     files: TensorFiles, entries: Sequence[Entry], abstract: Any, *, dtype: Any = None, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The parameter tree that `entries` describe, on the default device.
+    """The parameter tree that `entries` describe, on the default device or by the shardings of `abstract`.
 
     `abstract` is the tree of shapes of `jaxllm.models.abstract_params`. `dtype` None takes the narrowest that holds
     every tensor exactly. Tensors with a name that matches `ignored` may be there without a meaning. An InteropError
@@ -156,7 +156,11 @@ def read_params(
     params: dict[tuple[str, ...], jax.Array] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for entry in entries:
-            stack = _empty(leaves[entry.path], jnp.dtype(dtype))
+            like: Any = leaves[entry.path]
+            if like.sharding is not None:
+                params[entry.path] = _in_parts(files, entry, like, jnp.dtype(dtype))
+                continue
+            stack = _empty(like, jnp.dtype(dtype))
             outs = stack if entry.layers else stack[None]
             pieces = [
                 pool.submit(_fill, out, files, name, entry.transposed, *piece)
@@ -295,6 +299,24 @@ def _fill(out: np.ndarray, files: TensorFiles, name: str, transposed: bool, star
                 _bits(out)[:, first:last] = _bits(scratch[: last - first]).T
             else:
                 _copy(out[first:last], tensor[first:last])
+
+
+def _in_parts(files: TensorFiles, entry: Entry, like: Any, dtype: np.dtype) -> jax.Array:
+    """A parameter by its sharding, of which each device reads its part."""
+
+    def part(index: Any) -> np.ndarray:
+        names = entry.tensors()[index[0] if entry.layers else slice(None)]
+        order = list(index[1:] if entry.layers else index)
+        if entry.transposed:
+            order[-2:] = reversed(order[-2:])
+        tensors = []
+        for name in names:
+            with files.tensor(name) as tensor:
+                found = tensor[tuple(order)].astype(dtype)
+            tensors.append(found.swapaxes(-1, -2) if entry.transposed else found)
+        return np.stack(tensors) if entry.layers else tensors[0]
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:

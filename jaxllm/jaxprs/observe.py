@@ -30,14 +30,17 @@ class Reading(NamedTuple):
 class Observer:
     """Calls a function for the readings of its values of one dtype; compiled at the first call."""
 
-    def __init__(self, function: Callable[..., Any], dtype: Any) -> None:
-        self._function, self._dtype = function, jnp.dtype(dtype)
+    def __init__(
+        self, function: Callable[..., Any], dtype: Any, *, fetch: Callable[[Any], Any] = jax.device_get
+    ) -> None:
+        """`fetch` copies values to the host."""
+        self._function, self._dtype, self._fetch = function, jnp.dtype(dtype), fetch
         self._values: list[_Value] = []
         self._largest = jax.jit(self._trace)
 
     def __call__(self, *args: Any) -> list[Reading]:
         """Readings of function(*args), in the order of execution."""
-        largest = jax.device_get(self._largest(*args))
+        largest = self._fetch(self._largest(*args))
         readings = []
         for value, found in zip(self._values, largest, strict=True):
             readings.extend(value.reading(index, float(found[index])) for index in np.ndindex(found.shape))

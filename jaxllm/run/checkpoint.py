@@ -27,8 +27,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
-from jaxllm.data.durable import move, sync_tree
+from jaxllm.data.durable import move
 from jaxllm.data.records import refused
+from jaxllm.run import processes
+from jaxllm.run.checkpoint_rules import Durable, NewestAndBest
 from jaxllm.run.folder import checkpoint_steps
 from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.fingerprint import named_fingerprints, path_name, total
@@ -56,45 +58,30 @@ class Damaged(Exception):
 
 
 class Restored(NamedTuple):
-    """Contents of a checkpoint.
+    """Contents of a checkpoint."""
 
-    Attributes:
-        step: optimizer steps done.
-        state: train state, placed as the abstract state asked.
-        data: state of the data iterator.
-        skipped: steps of newer checkpoints that were damaged.
-        verified: whether it has fingerprints, and they agree.
-    """
-
-    step: int
-    state: Any
-    data: dict[str, Any]
-    skipped: tuple[int, ...]
-    verified: bool
+    step: int  # optimizer steps done
+    state: Any  # train state, placed as the abstract state asked
+    data: dict[str, Any]  # state of the data iterator
+    skipped: tuple[int, ...]  # steps of newer checkpoints that were damaged
+    verified: bool  # whether it has fingerprints, and they agree
 
 
-class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest `keep` checkpoints and the one of the lowest loss."""
+class _SharedManager(ocp.CheckpointManager):
+    """The manager of several processes; orbax calls these methods, also in threads."""
 
-    def __init__(self, keep: int, losses: Mapping[int, float]) -> None:
-        self._keep, self._losses = keep, losses
+    def reached_preemption(self, step: int) -> bool:
+        """Leaves jax's counter to `stop_signals`; orbax would set it to other numbers."""
+        del step
+        return False
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Which of the checkpoints, oldest first, stay."""
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
-        return [step == best or step in steps[-self._keep :] for step in steps]
-
-
-class _Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A checkpoint, or an item of one, until it has its name."""
-
-    async def finalize(self) -> None:
-        """Renames it when its files are on disk; older checkpoints are deleted when its name is, too."""
-        sync_tree(Path(self.get()))
-        await super().finalize()
-        sync_tree(Path(self.get_final()))  # again: orbax writes small files just before it renames
+    def _wait_for_checkpointers(self) -> None:
+        """Ends all processes when one cannot write, since what follows would wait for it."""
+        try:
+            super()._wait_for_checkpointers()
+        except (OSError, ValueError) as error:
+            with processes.together():
+                raise CheckpointError(f"cannot write a checkpoint: {first_line(error)}") from error
 
 
 class Checkpoints:
@@ -103,26 +90,29 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Opens or creates the folder and removes what an interrupted save left behind."""
         self._losses: dict[int, float] = {}
-        # orbax opens no folder in which a single checkpoint's description cannot be parsed.
-        self._undescribed = [step for step in checkpoint_steps(folder) if not is_described(folder, step)]
-        if self._undescribed and self._undescribed == checkpoint_steps(folder):
-            raise _none_readable(folder, self._undescribed)
-        _move_aside(folder, self._undescribed)
+        with processes.first_then_all():
+            # orbax opens no folder in which a single checkpoint's description cannot be parsed.
+            self._undescribed = [step for step in checkpoint_steps(folder) if not is_described(folder, step)]
+            if self._undescribed and self._undescribed == checkpoint_steps(folder):
+                raise _none_readable(folder, self._undescribed)
+            _move_aside(folder, self._undescribed)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(keep, self._losses),
+            preservation_policy=NewestAndBest(keep, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
-            temporary_path_class=_Durable,
+            temporary_path_class=Durable,
         )
         try:
             # Named here, so that a new process can read what a checkpoint holds before restoring it.
             handlers = {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+            manager = _SharedManager if processes.several() else ocp.CheckpointManager
+            self._manager = manager(folder.absolute(), options=options, item_handlers=handlers)
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
         self._writing: int | None = None  # the step of a save in the background, until it is known how that ended
         self._failures = 0  # in a row
+        self._tries = 1 if processes.several() else _TRIES  # another process may have written its part
         for step in self.steps():
             with contextlib.suppress(Exception):  # `restore` reports it, if it comes to this one
                 self._note_loss(step, (self._manager.metadata(step).custom_metadata or {}).get(_LOSS))
@@ -172,8 +162,11 @@ class Checkpoints:
         found, damaged = _newest_whole(self.folder, self.steps(), lambda step: self._read(step, abstract_state))
         if found is not None:
             self._set_aside(damaged)
-            step, (state, data, verified) = found
-            return Restored(step, state, data, tuple(damaged), verified)
+            step, state, record = found
+            if _RECORD & record.keys():
+                return Restored(step, state, record[_POSITION], tuple(damaged), verified=True)
+            _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
+            return Restored(step, state, record, tuple(damaged), verified=False)  # the record is the position alone
         if damaged or self._undescribed:
             raise _none_readable(self.folder, [*damaged, *self._undescribed])
         return None
@@ -184,9 +177,12 @@ class Checkpoints:
             self._losses[step] = loss
 
     def _set_aside(self, steps: list[int]) -> None:
-        _move_aside(self.folder, steps)
-        if steps:
-            self._manager.reload()
+        if not steps:
+            return
+        if processes.index() == 0:
+            _move_aside(self.folder, steps)
+        processes.gather("moved")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves and releases the folder."""
@@ -205,28 +201,26 @@ class Checkpoints:
         causes = (os.strerror(code) for code in errno.errorcode)  # the system's words, in the message of a library
         cause = next((words for words in causes if words in str(error)), first_line(error))
         failure, fix = f"step {step} is not saved in {self.folder} ({cause})", "free space or repair the disk"
-        if self._failures == _TRIES:
+        if self._failures == self._tries:
             kept = f"resumes from step {self.steps()[-1]}" if self.steps() else "begins again"
-            ends = f"{failure}, and {_TRIES} saves in a row have failed; {fix}, then run the same command, which {kept}"
-            raise CheckpointError(ends) from error
-        _log.warning("%s; the next save tries again; %s before %d in a row have failed", failure, fix, _TRIES)
+            again = f", and {self._tries} saves in a row have failed" if self._tries > 1 else ""
+            raise CheckpointError(f"{failure}{again}; {fix}, then run the same command, which {kept}") from error
+        _log.warning("%s; the next save tries again; %s before %d in a row have failed", failure, fix, self._tries)
 
     def _remove_unfinished(self) -> None:
         """Removes what failed saves have left: it may be what fills the disk. Threads of orbax may still add to it."""
         for path in self.folder.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any], bool]:
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """State and record of a checkpoint, not verified; the record of an earlier version is the position alone."""
         found = self._manager.item_metadata(step)[_STATE]
         self._check_dtypes(step, found, abstract_state)
-        state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
-        wanted = ocp.args.Composite(**{_STATE: state, _DATA: ocp.args.JsonRestore()})
-        restored = self._manager.restore(step, args=wanted)
-        state, record = without_dropped_leaf(restored[_STATE]), restored[_DATA]
-        if verify_tree(state, record):
-            return state, record[_POSITION], True
-        _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
-        return state, record, False  # the record is the position alone
+        folder, state = self.folder / str(step), ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
+        restored = _restored(ocp.StandardCheckpointHandler(), folder / _STATE, state)
+        return without_dropped_leaf(restored), _restored(
+            ocp.JsonCheckpointHandler(), folder / _DATA, ocp.args.JsonRestore()
+        )
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -247,6 +241,13 @@ class Checkpoints:
                     f"checkpoint {step} in {self.folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
                     f"this run needs {want.dtype}{list(want.shape)}"
                 )
+
+
+def _restored(handler: Any, path: Path, arguments: Any) -> Any:
+    """An item of a checkpoint, read without waiting for other processes, one of which may fail."""
+    alone = ocp.options.MultiprocessingOptions(processes.index(), {processes.index()})
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(path.absolute(), args=arguments)
 
 
 def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
@@ -302,18 +303,18 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
     wanted = {_PARAMS: abstract_params}
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
 
-    def read(step: int) -> Any:
+    def read(step: int) -> tuple[Any, dict[str, Any]]:
         options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = jax.device_put(reader.restore(folder / str(step) / _STATE, args=options))
-        if (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                verify_tree(found, reader.restore(folder / str(step) / _DATA))
-        return found[_PARAMS]
+        found = _restored(ocp.PyTreeCheckpointHandler(), folder / str(step) / _STATE, options)
+        if jax.tree.leaves(abstract_params)[0].sharding is None:
+            found = jax.device_put(found)
+        if not (folder / str(step) / _DATA).exists():  # earlier versions wrote none for parameters alone
+            return found, {}
+        return found, _restored(ocp.JsonCheckpointHandler(), folder / str(step) / _DATA, ocp.args.JsonRestore())
 
     found, damaged = _newest_whole(folder, checkpoint_steps(folder), read)
     if found is not None:
-        return found[1]
+        return found[1][_PARAMS]
     if damaged:
         raise CheckpointError(f"no readable checkpoint in {folder} (tried steps {damaged})")
     raise CheckpointError(f"no checkpoint in {folder} yet; train the run until its first (training.save_every)")
@@ -346,33 +347,43 @@ def _checksum(position: Mapping[str, Any]) -> str:
 
 
 def _newest_whole(
-    folder: Path, steps: Sequence[int], read: Callable[[int], T]
-) -> tuple[tuple[int, T] | None, list[int]]:
-    """The newest of `steps` (oldest first) that can be read, with its contents, and the newer ones that cannot."""
+    folder: Path, steps: Sequence[int], read: Callable[[int], tuple[Any, dict[str, Any]]]
+) -> tuple[tuple[int, Any, dict[str, Any]] | None, list[int]]:
+    """The newest of `steps` (oldest first) that is whole, with its tree and record, and the newer ones that are not.
+
+    `read` does not wait for other processes. What one of them cannot read is damaged for all; what all have read is
+    verified together.
+    """
+    processes.check_same("list of checkpoints", str(list(steps)))
     damaged: list[int] = []
     for step in reversed(steps):
-        found, damage = attempt(folder, step, read)
-        if not damage:
-            return (step, found), damaged
-        _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, damage)
+        found, problem = attempt(folder / str(step), read, step)
+        problem = next(filter(None, processes.gather(problem)), "")
+        if found and not problem:
+            _, problem = attempt(folder / str(step), verify_tree, *found)
+        if found and not problem:
+            return (step, *found), damaged
+        del found  # before the next is read
+        if processes.index() == 0:
+            _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, problem)
         damaged.append(step)
     return None, damaged
 
 
-def attempt(folder: Path, step: int, read: Callable[[int], T]) -> tuple[Any, str]:
-    """The contents of a checkpoint, or None and what is wrong with it.
+def attempt(folder: Path, function: Callable[..., T], *args: Any) -> tuple[T | None, str]:
+    """The result of a function that reads a checkpoint, or why it is damaged.
 
     orbax and tensorstore raise errors of many kinds for damaged files, so that all count as damage, but for those
     that another checkpoint would meet too: memory, permissions, and shapes that do not fit.
     """
     try:
-        return read(step), ""
+        return function(*args), ""
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        refusal = refused(folder / str(step))
+        refusal = refused(folder)
         if refusal is not None:
             raise CheckpointError(f"cannot read {refusal.filename}: {refusal.strerror}; make it readable") from error
         return None, first_line(error) or type(error).__name__  # some begin with an empty line

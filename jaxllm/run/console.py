@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxllm.config import RunConfig
+from jaxllm.run import processes
 from jaxllm.run.parts import OnStep, StepReport
 
 
@@ -23,7 +24,8 @@ class _Lines(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        name = "" if processes.index() == 0 else f"process {processes.index()}: "
+        self.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
@@ -32,12 +34,16 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def training_console(config: RunConfig) -> Iterator[OnStep]:
-    """Shows the log of `jaxllm` while the block runs; yields what moves the bar at each step, for `pretrain`."""
+    """Shows the log of `jaxllm` while the block runs; yields what moves the bar at each step, for `pretrain`.
+
+    Of several processes, the first shows it; the others show warnings, with their number, and no bar.
+    """
+    first = processes.index() == 0
     console = Console(soft_wrap=True)
     handler = _Lines(console)
     figures = TextColumn("loss {task.fields[loss]:.3f} {task.fields[speed]} tok/s")
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), figures, TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress = Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal))
     task = progress.add_task("training", total=config.training.steps, loss=float("nan"), speed="-")
 
     def show(report: StepReport) -> None:
@@ -47,7 +53,9 @@ def training_console(config: RunConfig) -> Iterator[OnStep]:
 
     logger = logging.getLogger("jaxllm")
     before, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if first else logging.WARNING)
+    if not first:
+        handler.setFormatter(logging.Formatter(f"process {processes.index()}: %(message)s"))
     logger.propagate = False  # absl, which grain brings, would print every line again
     logger.addHandler(handler)
     try:

@@ -50,29 +50,21 @@ _CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compil
 
 
 class Device(NamedTuple):
-    """One accelerator.
+    """One accelerator."""
 
-    Attributes:
-        kind: jax's name of it.
-        count: number of such devices.
-        memory: bytes that this process may use on each; None where jax gives none (CPU).
-        flops: peak FLOP/s of dense 16-bit matmuls by datasheet, None where the device is not known.
-        bandwidth: peak memory bytes/s by datasheet, None likewise.
-    """
-
-    kind: str
-    count: int
-    memory: int | None
-    flops: float | None
-    bandwidth: float | None
+    kind: str  # jax's name of it
+    count: int  # number of such devices
+    memory: int | None  # bytes that this process may use on each; None where jax gives none (CPU)
+    flops: float | None  # peak FLOP/s of dense 16-bit matmuls by datasheet, None where the device is not known
+    bandwidth: float | None  # peak memory bytes/s by datasheet, None likewise
 
 
 def detect_device() -> Device:
-    """The default devices of this process."""
+    """The devices of all processes."""
     devices = jax.devices()
     kind = devices[0].device_kind
     flops, bandwidth = datasheet_peaks(kind) or (None, None)
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return Device(kind, len(devices), memory, flops, bandwidth)
 
 

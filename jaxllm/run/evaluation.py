@@ -10,7 +10,7 @@ from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.run.steps import Steps
-from jaxllm.training.sharding import place_rows
+from jaxllm.training.sharding import fetch, place_rows
 from jaxllm.training.spans import count_spans
 
 
@@ -29,7 +29,7 @@ def evaluate(steps: Steps, params: Any, pipeline: Pipeline) -> dict[str, float]:
         sums += (found.nll, found.weight, found.correct)
         size += target_bytes(batch, tokenizer)
         if steps.predict is not None:
-            predicted = np.asarray(steps.predict(params, placed))
+            predicted = fetch(steps.predict(params, placed))
             whole, total = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)
             exact += whole
             spans += total

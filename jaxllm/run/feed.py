@@ -18,6 +18,7 @@ from jaxllm.data import BatchError, DataError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source, open_source
+from jaxllm.run import processes
 from jaxllm.run.folder import DATA, check_apart, settle_tokenizer
 from jaxllm.training.sharding import place_rows
 
@@ -25,18 +26,21 @@ from jaxllm.training.sharding import place_rows
 def open_run_pipeline(
     config: RunConfig, run_dir: Path, *, source: Source | None = None, objective: Objective | None = None
 ) -> Pipeline:
-    """The pipeline of a run on one process; raises what `build_pipeline` does."""
+    """The pipeline of a run, the same on every process, which keeps its rows (`place_rows`); as `build_pipeline`."""
     training, model = config.training, config.model
-    return build_pipeline(
-        config.data,
-        vocab_size=model.vocab_size,
-        run_dir=run_dir,
-        batch_size=training.batch_size,
-        seed=training.seed,
-        decoder_start_id=model.decoder_start_id if model.encoder_decoder else 0,
-        source=source,
-        objective=objective,
-    )
+    with processes.first_then_all():
+        pipeline = build_pipeline(
+            config.data,
+            vocab_size=model.vocab_size,
+            run_dir=run_dir,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            decoder_start_id=model.decoder_start_id if model.encoder_decoder else 0,
+            source=source,
+            objective=objective,
+        )
+    processes.check_same("corpus or tokenizer", str(pipeline.get_state()))
+    return pipeline
 
 
 def build_pipeline(

@@ -31,6 +31,7 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.ops.backend import has_bfloat16
+from jaxllm.run import processes
 from jaxllm.training.optimizer import same_rates
 
 _log = logging.getLogger(__name__)
@@ -112,12 +113,14 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
         )
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # a folder that may not be listed
-                sync(folder.parent)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            stack.enter_context(_alone(folder))
+            if processes.index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(PermissionError):  # a folder that may not be listed
+                    sync(folder.parent)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+                stack.enter_context(_alone(folder))
+            processes.check_same("config", dump_config(config))
             if _holds_begun_run(folder):
                 _check_same(folder / CONFIG, config)
         except OSError as error:
@@ -151,8 +154,9 @@ def settle_residual(config: RunConfig) -> RunConfig:
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
-    """Writes the resolved config, once nothing can refuse the run any more."""
-    write_whole(folder / CONFIG, dump_config(config).encode())
+    """Writes the resolved config, once nothing can refuse the run any more; the first process does."""
+    if processes.index() == 0:
+        write_whole(folder / CONFIG, dump_config(config).encode())
 
 
 def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]) -> None:

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
+from jaxllm.run import processes
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.precision import cast_floating
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import place_rows
+from jaxllm.training.sharding import fetch, place_rows
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class OverflowWatch:
             compute = cast_floating(params, program.dtype)
             return accumulate_gradients(loss, compute, batch, key, factor=factor, accumulation=self._accumulation)
 
-        self._forward, self._gradients = Observer(forward, program.dtype), Observer(gradients, program.dtype)
+        self._forward, self._gradients = (Observer(each, program.dtype, fetch=fetch) for each in (forward, gradients))
 
     def check(self, step: int, values: StepMetrics, state: TrainState, batch: Batch) -> str | None:
         """Logs an overflow of step `step`; returns why the run must stop, if it must."""
@@ -59,7 +60,8 @@ class OverflowWatch:
         scale = float(values.loss_scale)
         value = self.first_value(step, state, batch, scale=scale)
         cause = f"first non-finite gradient: {self._groups[int(values.culprit)]}; first non-finite value: {value}"
-        _log.warning("step %d: overflow at loss scale 2^%g; %s", step, math.log2(scale), cause)
+        level = logging.WARNING if processes.index() == 0 else logging.INFO  # all find the same
+        _log.log(level, "step %d: overflow at loss scale 2^%g; %s", step, math.log2(scale), cause)
         if values.at_floor < self._limit:
             return None
         return f"{int(values.at_floor)} overflows in a row with the loss scale at its floor of {scale:g}: {cause}"

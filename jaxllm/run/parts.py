@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.data.sources import Source
+from jaxllm.run import processes
 from jaxllm.run.folder import RunFolderError, has_begun
 from jaxllm.training.program import Own
 from jaxllm.training.train_step import StepMetrics, TrainState
@@ -25,19 +26,13 @@ _PARTS = "parts.json"
 
 
 class StepReport(NamedTuple):
-    """What `on_step` gets, while the next step runs on the device.
+    """What `on_step` gets, while the next step runs on the device."""
 
-    Attributes:
-        step: optimizer steps done, this one included.
-        metrics: of this step, as numbers.
-        batch: NumPy arrays of this step.
-        state: returns a copy of the newest state on its devices, which is up to one step later: see `state().step`. It
-            waits for that step and needs memory for a second state.
-    """
-
-    step: int
-    metrics: StepMetrics
-    batch: dict[str, np.ndarray]
+    step: int  # optimizer steps done, this one included
+    metrics: StepMetrics  # of this step, as numbers
+    batch: dict[str, np.ndarray]  # NumPy arrays of this step
+    # returns a copy of the newest state on its devices, which is up to one step later: see `state().step`. It waits for
+    # that step and needs memory for a second state
     state: Callable[[], TrainState]
 
 
@@ -82,8 +77,10 @@ def check_parts(folder: Path, parts: Mapping[str, str], *, accept_other: bool) -
 
 
 def write_parts(folder: Path, parts: Mapping[str, str]) -> None:
-    """Records the parts of a run; removes the record of a run that has none any more."""
+    """Records the parts of a run, by the first process; removes the record of a run that has none any more."""
     file = folder / _PARTS
+    if processes.index() > 0:
+        return
     if parts:
         file.write_text(json.dumps(parts, indent=1), encoding="utf-8")
     else:

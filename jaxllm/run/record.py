@@ -17,6 +17,7 @@ from typing import Any
 from jaxllm.config import RunConfig
 from jaxllm.data.durable import Appended, write_whole
 from jaxllm.models.family import train_flops
+from jaxllm.run import processes
 from jaxllm.run.device import Device
 from jaxllm.run.event_file import EventFile
 from jaxllm.run.folder import CURVE, METRICS, TENSORBOARD
@@ -119,11 +120,13 @@ def log_validation(step: int, values: dict[str, float]) -> None:
 
 
 class MetricsWriter:
-    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, line by line."""
+    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, of the first process, line by line."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
-        self.path = folder / METRICS
+        self.path, self._writes = folder / METRICS, processes.index() == 0
+        if not self._writes:
+            return
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -134,12 +137,16 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
+        if not self._writes:
+            return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(f"{json.dumps({'step': step, **finite})}\n".encode())
         self._board.write(step, {name: value for name, value in finite.items() if isinstance(value, int | float)})
 
     def close(self) -> None:
         """Closes both records."""
+        if not self._writes:
+            return
         self._file.close()
         self._board.close()
 

@@ -1,10 +1,14 @@
 """Text from a trained model, written at the end of a run: a decoder continues a prompt, T5 fills in blanks."""
 
 import itertools
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxllm.config import TrainingConfig
 from jaxllm.data.objectives import before_end
@@ -13,11 +17,38 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.generation.text import TextModel, filled_in
 from jaxllm.models import Model
 from jaxllm.ops.sampling import Sampling
+from jaxllm.run import processes
 from jaxllm.run.folder import SAMPLE
+from jaxllm.training.program import Program
+from jaxllm.training.sharding import fetch
+
+_log = logging.getLogger(__name__)
 
 # Greedy text of a small model repeats itself; this is mild enough to show what it learned.
 SAMPLING = Sampling(temperature=0.7, top_k=50)
 _HELD_OUT = 2
+
+
+def on_one_device(program: Program, mesh: Mesh | None, params: Any) -> Any:
+    """The parameters on one device, which is enough for a few tokens; None where it has no room, or on other processes.
+
+    From several processes, they come in the compute dtype.
+    """
+    if mesh is None or not program.config.training.sample_tokens:
+        return params
+    if not processes.several():
+        return jax.device_put(params, jax.devices()[0])
+    device = jax.local_devices()[0]
+    needed = sum(leaf.size for leaf in jax.tree.leaves(params)) * program.dtype.itemsize
+    if needed > ((device.memory_stats() or {}).get("bytes_limit") or math.inf) / 2:
+        _log.info("no sample: the parameters take %.1f GB, too much for one device next to the run", needed / 1e9)
+        return None
+
+    def move(leaf: jax.Array) -> jax.Array | None:
+        whole = fetch(leaf.astype(program.dtype))
+        return jax.device_put(whole, device) if processes.index() == 0 else None
+
+    return jax.tree.map(move, params)
 
 
 def write_sample(folder: Path, model: Model, params: Any, pipeline: Pipeline, config: TrainingConfig) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,21 +37,13 @@ _NO_OUTPUT = ("layers", "remat", "attention", "init_std", "init_factor", "dropou
 
 
 class Start(NamedTuple):
-    """Where a run starts.
+    """Where a run starts."""
 
-    Attributes:
-        step: optimizer steps done.
-        state: train state on its devices.
-        data: position in the data; None for a new run, which reads from the beginning.
-        skipped: number of newer checkpoints that were damaged.
-        verified: False for a checkpoint that has no fingerprints.
-    """
-
-    step: int
-    state: TrainState
-    data: dict[str, Any] | None
-    skipped: int
-    verified: bool = True
+    step: int  # optimizer steps done
+    state: TrainState  # train state on its devices
+    data: dict[str, Any] | None  # position in the data; None for a new run, which reads from the beginning
+    skipped: int  # number of newer checkpoints that were damaged
+    verified: bool = True  # False for a checkpoint that has no fingerprints
 
 
 def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None, tokenizer: Tokenizer) -> Start:
@@ -70,14 +63,14 @@ def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None,
             return Start(restored.step, restored.state, restored.data, len(restored.skipped), restored.verified)
         if not source:
             return Start(0, jax.jit(program.fresh_state, out_shardings=layout)(), None, 0)
-        params = load_initial_params(source, program.model, tokenizer=tokenizer)
-        if mesh is not None:
-            params = jax.device_put(params, state_shardings(params, mesh))
+        params = load_initial_params(source, program.model, tokenizer=tokenizer, mesh=mesh)
         return Start(0, jax.jit(program.state_of, out_shardings=layout)(params), None, 0)
 
 
-def load_initial_params(path: str | Path, model: Model, *, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """Float32 parameters for `model` from a run folder or a Hugging Face directory.
+def load_initial_params(
+    path: str | Path, model: Model, *, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Float32 parameters for `model` from a run folder or a Hugging Face directory, each device reading its part.
 
     A `tokenizer` that is none of those in the folder is a warning: it may be a repaired one.
 
@@ -88,10 +81,12 @@ def load_initial_params(path: str | Path, model: Model, *, tokenizer: Tokenizer 
     folder = Path(path).expanduser()
     kind = kind_of(folder)
     if kind is Kind.RUN:
-        found, params = read_run(folder)
+        found, params = read_run(folder, mesh)
         _check_same(folder, found.model, model.config)
     elif kind is Kind.HUGGING_FACE:
-        source, params = load_hf(folder, dtype=jnp.float32)
+        source, params = load_hf(
+            folder, dtype=jnp.float32, place=None if mesh is None else partial(with_shardings, mesh=mesh)
+        )
         _check_same(folder, source.config, model.config)
     else:
         raise ConfigError(
@@ -117,8 +112,8 @@ def _is(tokenizer: Tokenizer, file: Path) -> bool:
         return False
 
 
-def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Config and float32 parameters of a run's newest whole checkpoint; the folder is left as it is.
+def read_run(folder: str | Path, mesh: Mesh | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """Config and float32 parameters of a run's newest whole checkpoint, on a mesh; the folder is left as it is.
 
     The model's attention is `auto`: a kernel that training asked for by name may be another machine's.
 
@@ -129,7 +124,8 @@ def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, Any]]:
     folder = Path(folder).expanduser()
     config = load_config(folder / CONFIG)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    return config, load_params(folder / CHECKPOINTS, abstract_params(build(config.model)))
+    shapes = abstract_params(build(config.model))
+    return config, load_params(folder / CHECKPOINTS, shapes if mesh is None else with_shardings(shapes, mesh))
 
 
 def _check_same(folder: Path, there: ModelConfig, here: ModelConfig) -> None:

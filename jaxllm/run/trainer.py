@@ -28,6 +28,7 @@ from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
+from jaxllm.run import processes
 from jaxllm.run.checkpoint import Checkpoints
 from jaxllm.run.compiled import explained
 from jaxllm.run.console import nobody_listens, training_console
@@ -39,7 +40,7 @@ from jaxllm.run.folder import CHECKPOINTS, METRICS, open_run_folder, settle_resi
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
 from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, read_metrics, step_row
-from jaxllm.run.samples import write_sample
+from jaxllm.run.samples import on_one_device, write_sample
 from jaxllm.run.signals import stop_signals
 from jaxllm.run.start import Start, find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
@@ -165,6 +166,7 @@ def pretrain(
         meter = Throughput(config, pipeline.recipe.lengths, device)
         # Restore.
         checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=config.training.keep)))
+        stack.enter_context(processes.together())
         progress = _restore(steps, checkpoints, pipeline)
         resumed_from = progress.step
         baselines = pipeline.baselines()
@@ -175,6 +177,7 @@ def pretrain(
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)
                 check_memory(steps.train_step.needed)
+                processes.check_same("attention", steps.program.config.model.attention)  # after the slowest compiler
             writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
             if progress.step < until:
                 write_config(steps.program.config, folder)
@@ -190,6 +193,7 @@ def pretrain(
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
             _finish(parts, progress, baselines)
+        processes.gather("finished")  # the others wait for the sample
         rows = read_metrics(folder / METRICS)
         return Summary(progress.step, resumed_from, finished, progress.validation, folder, rows)
 
@@ -236,6 +240,8 @@ def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[],
         while progress.step < until and not stopped():
             _step(parts, progress, until=until)
     except BatchError as error:
+        if processes.several():
+            raise  # the others may have their batch, and do not save this step
         failure = error
     _read(parts, progress, progress.unread)
     parts.checkpoints.wait()
@@ -366,10 +372,10 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
     if metric in progress.validation:
         value = progress.validation[metric]
         _log.info("validation %s %.3f (%s)", metric.replace("_", " "), value, _listed(baselines))
-    params = progress.state.params
-    if parts.steps.mesh is not None:  # a few tokens are decoded on one device
-        params = jax.device_put(params, jax.devices()[0])
-    text = write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
+    params = on_one_device(parts.steps.program, parts.steps.mesh, progress.state.params)
+    if processes.index() > 0:
+        return
+    text = params and write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
     if text:
         _log.info("sample:\n%s", text)
     try:

@@ -123,7 +123,7 @@ def read_leaves(folder: Path, step: int, *, arrays: bool) -> tuple[dict[str, str
     here = epath.Path(folder.absolute()) / str(step)
     leaves: dict[str, str] = {}
 
-    def read(_: int) -> None:
+    def read() -> None:
         if not is_described(folder, step):
             raise Damaged("its description cannot be parsed")
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
@@ -139,7 +139,7 @@ def read_leaves(folder: Path, step: int, *, arrays: bool) -> tuple[dict[str, str
         if verify_tree(state, record) and len(jax.tree.leaves(state)) < len(leaves):
             raise Damaged("leaves are missing")
 
-    return leaves, attempt(folder, step, read)[1]
+    return leaves, attempt(folder / str(step), read)[1]
 
 
 def _verdict(folder: Path, step: int, recorded: str | None) -> tuple[bool, str]:

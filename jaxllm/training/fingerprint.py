@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from jaxllm.training.sharding import fetch
+
 
 @jax.jit
 def fingerprints(tree: Any) -> UInt32[Array, "R 2"]:
@@ -35,7 +37,7 @@ def fingerprints(tree: Any) -> UInt32[Array, "R 2"]:
 def named_fingerprints(tree: Any) -> dict[str, str]:
     """16 hexadecimal digits by path, such as params/embed, of a tree of arrays on any devices; waits for them."""
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    sums = jax.device_get(fingerprints(tree))
+    sums = fetch(fingerprints(tree))
     return {path: f"{int(first):08x}{int(second):08x}" for path, (first, second) in zip(paths, sums, strict=True)}
 
 

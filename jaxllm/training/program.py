@@ -46,46 +46,31 @@ LossBuilder = Callable[[Model, TrainingConfig], LossFunction]
 
 
 class Own(NamedTuple):
-    """Parts of a run that take the place of those in its config; None keeps that of the config.
+    """Parts of a run that take the place of those in its config; None keeps that of the config."""
 
-    Attributes:
-        loss: called as `build_loss`, with the model in its dtypes; returns a pure function as that does. The evaluation
-            uses it too, with key None.
-        optimizer: replaces clipping, moments, weight decay and learning rate; it gets unscaled float32 gradients and
-            the master weights, and is inside the loss scale.
-        recipe: replaces the row of `RECIPES` that `data.objective` names.
-    """
-
+    # called as `build_loss`, with the model in its dtypes; returns a pure function as that does. The evaluation uses it
+    # too, with key None
     loss: LossBuilder | None = None
+    # replaces clipping, moments, weight decay and learning rate; it gets unscaled float32 gradients and the master
+    # weights, and is inside the loss scale
     optimizer: optax.GradientTransformation | None = None
-    recipe: Objective | None = None
+    recipe: Objective | None = None  # replaces the row of `RECIPES` that `data.objective` names
 
 
 _NONE = Own()
 
 
 class Program(NamedTuple):
-    """The pure functions of a run.
+    """The pure functions of a run."""
 
-    Attributes:
-        config: of the run.
-        own: parts that are not the config's.
-        model: in its dtypes.
-        dtype: of activations and matmul inputs.
-        loss: (parameters in `dtype`, batch, key) -> sums.
-        optimizer: clipping, moments, decay and learning rate, inside the loss scale.
-        train_step: (state, batch) -> (state, metrics).
-        eval_step: (parameters, batch) -> sums.
-    """
-
-    config: RunConfig
-    own: Own
-    model: Model
-    dtype: Any
-    loss: LossFunction
-    optimizer: optax.GradientTransformation
-    train_step: TrainStep
-    eval_step: EvalStep
+    config: RunConfig  # of the run
+    own: Own  # parts that are not the config's
+    model: Model  # in its dtypes
+    dtype: Any  # of activations and matmul inputs
+    loss: LossFunction  # (parameters in `dtype`, batch, key) -> sums
+    optimizer: optax.GradientTransformation  # clipping, moments, decay and learning rate, inside the loss scale
+    train_step: TrainStep  # (state, batch) -> (state, metrics)
+    eval_step: EvalStep  # (parameters, batch) -> sums
 
     def fresh_state(self) -> TrainState:
         """The state before the first step, from `training.seed`."""

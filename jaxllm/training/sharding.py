@@ -4,8 +4,8 @@ The name of a leaf decides which of its axes is split (`jaxllm.training.names`),
 paths end in the parameters' paths. Every device computes its rows as on a single device, with whole parameters that are
 gathered in the compute dtype once per step. Gradients are summed in float32, and every device keeps its share of the
 sums. The collectives are written out, because XLA's partitioner would move activations in the scans over chunks of the
-loss and over microbatches. The loss scale gets the sums, so all devices skip the same steps. Out of scope: several
-processes, tensor or pipeline parallelism.
+loss and over microbatches. The loss scale gets the sums, so all devices skip the same steps. Devices may belong to
+several processes, which run the same program (`jaxllm.run.processes`). Out of scope: tensor or pipeline parallelism.
 
 The loop of `jaxllm.training.program`, on all devices:
 
@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxllm.training.names import role_of
@@ -92,8 +93,21 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """A batch on its devices, rows in order; the copy continues after this returns."""
-    return jax.device_put(dict(batch), None if mesh is None else row_sharding(mesh))
+    """A batch on its devices, rows in order; the copy continues after this returns.
+
+    Each of several processes has the same batch, and copies the rows of its own devices.
+    """
+    at = None if mesh is None else row_sharding(mesh)
+    if at is None or at.is_fully_addressable:
+        return jax.device_put(dict(batch), at)
+    return {name: jax.make_array_from_callback(rows.shape, at, rows.__getitem__) for name, rows in batch.items()}
+
+
+def fetch(tree: Any) -> Any:
+    """The values of a tree on the host, whole, on whatever devices they are; of several processes, all must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) -> Callable[..., tuple[Any, Any]]:

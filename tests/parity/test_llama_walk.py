@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import jaxllm
+from benchmarks import parity
 from jaxllm.models import build
 from jaxllm.models.llama import Llama
-from jaxllm.study import parity
 from tests.parity import llama_cases as cases
 
 pytest.importorskip("torch")

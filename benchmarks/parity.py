@@ -1,4 +1,4 @@
-"""The first sublayer that differs from transformers: `python -m jaxllm.study.parity DIR [--tolerance 1e-4]`.
+"""The first sublayer that differs from transformers: `python -m benchmarks.parity DIR [--tolerance 1e-4]`.
 
 Runs a Hugging Face directory of the Llama family through transformers and through this library, sublayer by sublayer.
 Each of our layers takes the input of transformers' layer, so that an error appears only where it arises. Needs the

@@ -1,0 +1,194 @@
+"""Several processes that train one run: how they start, wait for each other, compare what they have, and end.
+
+jax.distributed connects them; all run the same program, and the first alone writes files. They talk through jax's
+coordination service and not through devices, whose collectives give up on a process that prepares data for minutes.
+In one process every function returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax._src.distributed import global_state  # the service has no public name (jax 0.9 to 0.12)
+
+from jaxllm.run.device import nvidia_devices
+
+_log = logging.getLogger(__name__)
+
+UNFINISHED = 75  # exit status of a run that was stopped before its last step, EX_TEMPFAIL: start it again
+
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAXLLM_PROCESSES", "JAXLLM_PROCESS_ID")
+_LONGEST = 24 * 3600 * 1000  # milliseconds to wait for another process: the first may prepare data for hours
+_FAILED = "jaxllm/failed"  # key of the exit status of the process that failed first
+_calls = itertools.count()
+_started = threading.Event()
+
+
+def start() -> None:
+    """Connects the tasks of SLURM, Open MPI or a Kubernetes Job, or processes given by three variables, if several.
+
+    Call it before jax opens its devices.
+
+    Raises:
+        ValueError: when some of the three variables are missing, or the processes do not find each other.
+    """
+    address, count, number = (os.environ.get(name, "") for name in _BY_HAND)
+    tasks = "SLURM_NTASKS" if "SLURM_STEP_NODELIST" in os.environ else "OMPI_COMM_WORLD_SIZE"
+    try:
+        if count or number:
+            if not (address and count and number):
+                raise ValueError(f"set all of {', '.join(_BY_HAND)}, or none")
+            jax.distributed.initialize(address, int(count), int(number), cluster_detection_method="deactivate")
+        elif int(os.environ.get(tasks, "1")) > 1 or "JOB_COMPLETION_INDEX" in os.environ:
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the processes of this run cannot connect: {error}; docs/cluster.md has examples") from error
+    if several():
+        _started.set()
+        sys.excepthook = lambda _, error, __: end_all(error)
+        threading.Thread(target=_end_with_others, daemon=True).start()
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return global_state.client is not None and global_state.num_processes > 1
+
+
+def index() -> int:
+    """The number of this process, known before jax opens its devices; 0 writes the run's files and its log."""
+    return global_state.process_id
+
+
+def gather(text: str) -> list[str]:
+    """The texts of all processes, in their order, once all have made this call; all must make the same calls."""
+    if not several():
+        return [text]
+    call = f"jaxllm/call{next(_calls)}/"
+    _client().key_value_set(f"{call}{index():09d}", text)
+    _client().wait_at_barrier(call, _LONGEST)
+    return [value for _, value in sorted(_client().key_value_dir_get(call))]
+
+
+@contextlib.contextmanager
+def first_then_all() -> Iterator[None]:
+    """The first process executes the block, then the others do: what it has prepared, they find."""
+    if index() > 0:
+        gather("")
+    yield
+    if index() == 0:
+        gather("")
+
+
+def check_same(what: str, text: str) -> None:
+    """Raises ValueError unless all processes have the same text."""
+    for other, theirs in enumerate(gather(text)):
+        if theirs != text:
+            raise ValueError(
+                f"processes {other} and {index()} have a different {what}; start all with the same command and files, "
+                f"in a run_dir on a file system that they share"
+            )
+
+
+def check_devices() -> None:
+    """Raises ValueError where the processes of a machine use fewer devices than it has for them."""
+    if not several():
+        return
+    here = socket.gethostname()
+    count = gather(here).count(here)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = len(nvidia_devices()) if jax.default_backend() == "gpu" else 0
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE", given)) if visible is None else len(visible.split(","))
+    if (used := count * jax.local_device_count()) < given:
+        raise ValueError(
+            f"{count} processes on {here} use {used} of its {given} GPUs; start one for each (SLURM: --ntasks-per-node="
+            f"{given}, Open MPI: --map-by ppr:{given}:node), or set CUDA_VISIBLE_DEVICES to those that the run may use"
+        )
+    _log.info("%d processes with %d devices", jax.process_count(), jax.device_count())
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends all processes that `start` has connected where the block fails in one."""
+    try:
+        yield
+    except BaseException as error:
+        if _started.is_set():
+            end_all(error)
+        raise
+
+
+def end_all(error: BaseException, status: int = 1) -> int:
+    """Reports an error and returns the exit status; several processes end here, with the message of the first to fail.
+
+    They end at once: on the way out, open checkpoints would wait for each other.
+    """
+    status = 130 if isinstance(error, KeyboardInterrupt) else status  # as a shell reports it
+    if not several():
+        _report(error)
+        return status
+    try:
+        _client().key_value_set(_FAILED, str(status))
+        first = True
+    except Exception as refusal:  # of jaxlib: there is a value, or the service has ended with the first process
+        first = "ALREADY_EXISTS" not in str(refusal)
+    if first:
+        _report(error)
+    _end(status)
+
+
+def leave(status: int) -> int:
+    """The exit status of a run without errors; several processes wait for each other and end here."""
+    if several():
+        gather("")
+        jax.distributed.shutdown()
+        _exit(status)
+    return status
+
+
+def _client() -> Any:
+    return global_state.client
+
+
+def _report(error: BaseException) -> None:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        text = "another process has ended, or a device or the network failed; the same command resumes: %s"
+        _log.error(text, str(error).splitlines()[0])
+    elif isinstance(error, ValueError | OSError) or type(error).__module__.startswith("jaxllm"):
+        _log.error("%s", error)
+    elif not isinstance(error, KeyboardInterrupt):
+        _log.error("this process failed", exc_info=error)
+
+
+def _end(status: int) -> NoReturn:
+    # The service must outlive the other processes, which would be aborted with a message of their own.
+    time.sleep(2 if index() > 0 else 3)
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # at once: srun --kill-on-bad-exit would kill those that take longer
+
+
+def _end_with_others() -> None:
+    while True:
+        time.sleep(0.5)
+        try:
+            status = _client().key_value_try_get(_FAILED)
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the service has ended, and with it this process
+        _end(int(status))

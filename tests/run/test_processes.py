@@ -1,0 +1,288 @@
+"""Runs of several real processes through scripts/pretrain.py equal runs of one, stop together and end together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.config.file import dump_config, load_config, parse_config
+from jaxllm.interop.hf import save_hf
+from jaxllm.models import build
+from jaxllm.run.record import read_metrics
+from jaxllm.run.start import read_run
+from jaxllm.run.trainer import pretrain
+from tests.conftest import write_corpus
+
+PRETRAIN = Path(__file__).parent.parent.parent / "scripts" / "pretrain.py"
+ENDLESS = ("training.steps=100000", "training.save_every=100000", "training.eval_every=100000")
+# Columns of a step that depend on time.
+SPEED = {"tokens_per_second", "tflops", "data_wait"}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama", "num_kv_heads": 2, "max_length": 64},
+    "t5": {"family": "t5", "dropout_rate": 0.0},
+}
+OBJECTIVES = {"llama": "causal", "t5": "span_corruption"}
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+class Ended(NamedTuple):
+    """What a process left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def write(folder: Path, family: str, **training: Any) -> Path:
+    """The config of a small run in folder/NAME, as folder/FAMILY.yaml."""
+    sizes = {"vocab_size": 420, "d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    run = parse_config(
+        {
+            "model": MODELS[family] | sizes,
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+            "precision": {"compute": "float32", "loss_scale": "dynamic", "growth_interval": 2},
+            "data": {"source": "files", "path": str(folder / "corpus"), "sequence_length": 32}
+            | {"validation_fraction": 0.2, "objective": OBJECTIVES[family]},
+            "training": {"run_dir": str(folder / family), "steps": 6, "batch_size": 8, "accumulation": 2}
+            | {"loss_chunk": 32, "log_every": 1, "eval_every": 3, "save_every": 3, "eval_batches": 100, "keep": 3}
+            | {"sample_tokens": 2, "sample_prompt": "line", "compilation_cache": str(folder / "cache")}
+            | training,
+        }
+    )
+    path = folder / f"{family}.yaml"
+    path.write_text(dump_config(run))
+    return path
+
+
+def by_hand(count: int, port: int) -> dict[str, str]:
+    return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAXLLM_PROCESSES": str(count)}
+
+
+def launch(
+    config: Path,
+    *overrides: str,
+    count: int,
+    devices: int,
+    slurm: dict[str, str] | None = None,
+    last: Sequence[str] = (),
+) -> list[subprocess.Popen[str]]:
+    """Starts processes; `last` are overrides of the last of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    common = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "COLUMNS": "300"}
+    started = []
+    for index in range(count):
+        own = by_hand(count, port) | {"JAXLLM_PROCESS_ID": str(index)}
+        if slurm is not None:
+            own = slurm | {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
+            own |= {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1"}
+        command = [sys.executable, str(PRETRAIN), str(config), *overrides, *(last if index == count - 1 else ())]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=common | own, **pipes))
+    STARTED.extend(started)
+    return started
+
+
+@pytest.fixture(autouse=True)
+def none_outlives_its_test() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.communicate()
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[Ended]:
+    ended = [(process, process.communicate(timeout=150)) for process in processes]
+    return [Ended(process.returncode, *output) for process, output in ended]
+
+
+def steps_of(folder: Path) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    return []
+
+
+def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen[str]], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, and for each family a run on one device and one of two processes with two devices each."""
+    folder = tmp_path_factory.mktemp("processes")
+    write_corpus(folder / "corpus")
+    for family in MODELS:
+        config = write(folder, family)
+        pretrain(load_config(config, [f"training.run_dir={folder / f'{family}-one'}"]))
+        ended = finish(launch(config, count=2, devices=2))
+        assert [each.status for each in ended] == [0, 0], ended
+        (folder / f"{family}.txt").write_text(json.dumps(ended))
+    return folder
+
+
+def assert_same_record(a: Path, b: Path, *, fingerprints: bool = False) -> None:
+    rows, others = read_metrics(a / "metrics.jsonl"), read_metrics(b / "metrics.jsonl")
+    assert [list(row) for row in rows] == [list(row) for row in others]
+    for row, other in zip(rows, others, strict=True):
+        for name in row.keys() - SPEED - {"fingerprint"}:
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, err_msg=f"{row['step']} {name}")
+        if fingerprints:
+            assert row.get("fingerprint") == other.get("fingerprint")
+
+
+def assert_same_params(a: Path, b: Path, atol: float = 1e-3) -> None:
+    for x, y in zip(*(jax.tree.leaves(read_run(path)[1]) for path in (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_two_processes_equal_one(folder: Path, family: str) -> None:
+    """Also where the rows of validation do not fill the last batch."""
+    assert_same_record(folder / family, folder / f"{family}-one")
+    assert_same_params(folder / family, folder / f"{family}-one")
+    first, second = (Ended(*each) for each in json.loads((folder / f"{family}.txt").read_text()))
+    assert "2 processes" in first.stdout and "step 6/6" in first.stdout
+    assert not [line for line in second.stdout.splitlines() if "[Gloo]" not in line]
+    files = {path.name for path in (folder / f"{family}-one").iterdir()}
+    assert {path.name for path in (folder / family).iterdir()} == files
+
+
+def test_four_tasks_of_slurm_equal_one_device(folder: Path) -> None:
+    target = folder / "slurm"
+    ended = finish(launch(folder / "llama.yaml", f"training.run_dir={target}", count=4, devices=1, slurm={}))
+    assert [each.status for each in ended] == [0] * 4, ended
+    assert_same_record(target, folder / "llama-one")
+    assert_same_params(target, folder / "llama-one")
+
+
+def copy_with_damage(folder: Path, name: str) -> Path:
+    """A finished run whose newest checkpoint cannot be read, so that it resumes from step 3."""
+    target = folder / name
+    shutil.copytree(folder / "llama", target)
+    for path in (target / "checkpoints" / "6" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\0" * path.stat().st_size)
+    return target
+
+
+def test_resume_on_the_same_layout_is_bitwise_after_all_have_skipped_a_damaged_checkpoint(folder: Path) -> None:
+    target = copy_with_damage(folder, "again")
+    ended = finish(launch(folder / "llama.yaml", f"training.run_dir={target}", count=2, devices=2))
+    assert [each.status for each in ended] == [0, 0], ended
+    assert ended[0].stdout.count("is damaged") == 1 and "from step 3; 1 newer" in ended[0].stdout
+    assert "is damaged" not in ended[1].stdout and (target / "checkpoints.damaged" / "6").is_dir()
+    assert_same_record(target, folder / "llama", fingerprints=True)
+
+
+def test_resume_in_one_process(folder: Path) -> None:
+    target = copy_with_damage(folder, "alone")
+    assert pretrain(load_config(folder / "llama.yaml", [f"training.run_dir={target}"])).resumed_from == 3
+    assert_same_record(target, folder / "llama")
+    assert_same_params(target, folder / "llama")
+
+
+@pytest.mark.parametrize("kind", ["run", "hugging_face"])
+def test_parameters_from_elsewhere_are_read_by_their_shards(folder: Path, kind: str) -> None:
+    source = folder / "llama"
+    if kind == "hugging_face":
+        run, params = read_run(source)
+        save_hf(folder / kind, build(run.model), params)
+        shutil.copy(source / "tokenizer.json", folder / kind)
+        source = folder / kind
+    target, one = folder / f"from-{kind}", folder / "from-one"
+    overrides = (f"training.init_from={source}", f"data.tokenizer={folder / 'llama' / 'tokenizer.json'}")
+    ended = finish(launch(folder / "llama.yaml", f"training.run_dir={target}", *overrides, count=2, devices=2))
+    assert [each.status for each in ended] == [0, 0], ended
+    if not one.exists():
+        pretrain(load_config(folder / "llama.yaml", [f"training.run_dir={one}", *overrides]))
+    assert_same_record(target, one)
+
+
+def has_handler(process: subprocess.Popen[str]) -> bool:
+    """Whether jax has connected a process, which handles SIGTERM from then on."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_sigterm_to_one_saves_the_same_step_and_sigkill_ends_the_other(folder: Path) -> None:
+    """The second signal comes before the run has resumed: jax would then wait for its step 1."""
+    target = folder / "endless"
+    overrides = (f"training.run_dir={target}", *ENDLESS)
+    processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
+    wait_for(lambda: len(steps_of(target)) > 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [each.status for each in ended] == [75, 75], ended
+    saved = [int(path.name) for path in (target / "checkpoints").iterdir()]
+    assert saved == [steps_of(target)[-1]] and f"stopped at step {saved[0]}" in ended[0].stdout
+
+    processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
+    wait_for(lambda: has_handler(processes[1]), processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [each.status for each in finish(processes)] == [75, 75]
+    assert (target / "checkpoints" / str(saved[0] + 1)).is_dir()
+
+    processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
+    wait_for(lambda: steps_of(target)[-1] > saved[0] + 2, processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    ended = finish(processes)
+    assert ended[0].status == 1 and time.monotonic() - killed < 60, ended
+    assert "the same command resumes" in ended[0].stdout and "Traceback" not in ended[0].stdout
+
+
+# By a setting that only one process has, or none: its disk is full.
+FAULTS = {
+    "training.sed=1": "did you mean 'seed'",
+    "training.seed=1": "have a different config",
+    "": "cannot write a checkpoint: ",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_of_one_process_ends_all_with_one_message(folder: Path, fault: str) -> None:
+    target, message = folder / f"fault{fault}", FAULTS[fault]
+    last = [fault] if fault else []
+    overrides = (f"training.run_dir={target}", "training.save_every=1")
+    processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2, last=last)
+    if not fault:
+        wait_for(lambda: (target / "config.yaml").exists(), processes)
+        resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (100, 100))
+        wait_for(lambda: len(steps_of(target)) > 0, processes)
+    before = time.monotonic()
+    ended = finish(processes)
+    assert not fault or time.monotonic() - before < 60
+    assert all(each.status in (1, 2) for each in ended), ended
+    said = [line for each in ended for line in (each.stdout + each.stderr).splitlines() if message in line]
+    assert len(said) == 1 and all("Traceback" not in each.stdout for each in ended), ended
+
+
+def test_a_task_for_each_of_the_devices_of_a_node_is_required(folder: Path) -> None:
+    config, slurm = folder / "llama.yaml", {"SLURM_GPUS_ON_NODE": "8"}
+    ended = finish(launch(config, f"training.run_dir={folder / 'few'}", count=2, devices=1, slurm=slurm))
+    assert [each.status for each in ended] == [1, 1]
+    said = "".join(each.stdout for each in ended)
+    assert said.count("2 of its 8 GPUs; start one for each (SLURM: --ntasks-per-node=8") == 1, ended
