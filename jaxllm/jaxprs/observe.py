@@ -30,12 +30,17 @@ class Reading(NamedTuple):
 
 
 class Observer:
-    """Calls a function for the readings of its values of one dtype; compiled at the first call."""
+    """Calls a function for the readings of its values of one dtype; compiled at the first call.
 
-    def __init__(self, function: Callable[..., Any], dtype: Any) -> None:
+    `spread` maps the function that computes them to one of the same arguments on several devices.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], dtype: Any, spread: Callable[..., Any] = lambda function: function
+    ) -> None:
         self._function, self._dtype = function, jnp.dtype(dtype)
         self._values: list[_Value] = []
-        self._largest = jax.jit(self._trace)
+        self._largest = jax.jit(spread(self._trace))
 
     def __call__(self, *args: Any) -> list[Reading]:
         """Readings of function(*args), in the order of execution."""

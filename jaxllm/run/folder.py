@@ -51,6 +51,7 @@ _MAY_CHANGE = {
     "compilation_cache",
     "data": "cache_dir workers tokenizer",  # the folder keeps its own tokenizer, and takes no other
     "model": "layers remat attention",
+    "sharding": "fsdp",
 }
 
 

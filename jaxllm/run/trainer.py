@@ -141,11 +141,11 @@ def pretrain(
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder)))
         # Build.
         device = detect_device()
-        mesh = make_mesh()
+        mesh = make_mesh(fsdp=config.sharding.fsdp)
         steps = make_steps(program_of(config, mesh), mesh)
         if config.model.encoder_decoder and config.training.sample_tokens:
             encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
-        check_memory = announce_fit(steps.program, device)
+        check_memory = announce_fit(steps.program, device, mesh)
         meter = Throughput(config, pipeline.recipe.lengths, device)
         # Restore.
         checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=config.training.keep)))

@@ -15,14 +15,14 @@ class Role(NamedTuple):
 
     Attributes:
         decayed: whether weight decay shrinks it.
-        split: axis, counted from the end, that is split over devices; None is a copy on every device.
+        split: whether devices hold shares of it; otherwise each holds a copy.
     """
 
     decayed: bool = False
-    split: int | None = None
+    split: bool = False
 
 
-MATRIX = Role(decayed=True, split=2)
+MATRIX = Role(decayed=True, split=True)
 SPARED = Role()
 MODULE = Role()
 
