@@ -10,9 +10,10 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxllm.config import DataConfig, LlamaConfig, RunConfig, T5Config, TrainingConfig
+from jaxllm.config import DataConfig, LlamaConfig, PrecisionConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config.model import ModelConfig
 from jaxllm.models import abstract_params
+from jaxllm.study.ledger import train_step_ledger, violations
 from jaxllm.training.names import is_stacked
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import AXES, state_specs
@@ -59,6 +60,13 @@ def test_layers_are_gathered_in_both_passes_and_multiplied_as_on_one_device(
     assert not {"all_to_all", "ppermute"} & counts.keys()
     # T5's relative bias is the same for all rows, so every device computes it.
     assert 1 <= dot_flops(jaxpr) * MESH.size / dot_flops(traced(config, None)) < (1.01 if model is T5 else 1 + 1e-9)
+
+
+def test_gradients_are_summed_over_devices_in_float32() -> None:
+    config = dataclasses.replace(config_of(LLAMA, "scan", "none"), precision=PrecisionConfig(compute="bfloat16"))
+    entries = train_step_ledger(config, MESH)
+    sums = {entry.accumulation for entry in entries if entry.operation in ("reduce_scatter", "psum", "psum_invariant")}
+    assert sums == {"float32"} and not violations(entries)
 
 
 def test_one_device_has_neither_shares_nor_collectives() -> None:
