@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.config.file import ConfigError, load_config
 from jaxllm.config.model import LlamaConfig, RopeConfig, T5Config
-from jaxllm.config.run import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, TrainingConfig
+from jaxllm.config.run import DataConfig, OptimizerConfig, PrecisionConfig, RunConfig, ShardingConfig, TrainingConfig
 from jaxllm.generation.beam import BeamSettings, beam_search
 from jaxllm.generation.decoding import generate, generate_stream
 from jaxllm.generation.edits import edited
@@ -43,7 +43,7 @@ _LAZY = {
 _ROOMS = ("config", "data", "generation", "interop", "jaxprs", "models", "ops", "run", "study", "training")
 
 __all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "T5Config", "load_config"]
-__all__ += ["DataConfig", "OptimizerConfig", "PrecisionConfig", "RunConfig", "TrainingConfig"]
+__all__ += ["DataConfig", "OptimizerConfig", "PrecisionConfig", "RunConfig", "ShardingConfig", "TrainingConfig"]
 __all__ += ["T5", "Llama", "build", "count_params", "init_params", "load_hf", "save_hf"]
 __all__ += ["BeamSettings", "Sampling", "beam_search", "edited", "generate"]
 __all__ += ["TextModel", "generate_stream", "load_run", "load_text_model", "load_tokenizer", "score"]

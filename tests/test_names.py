@@ -14,7 +14,7 @@ from jaxllm.config.model import ModelConfig
 from jaxllm.jaxprs.hooks import sites
 from jaxllm.models import abstract_params, build
 from jaxllm.training.attribution import gradient_groups
-from jaxllm.training.names import MATRIX, MODULE, NAMES, Role, forward_rank
+from jaxllm.training.names import MATRIX, MODULE, NAMES, Role, forward_rank, is_stacked
 from jaxllm.training.optimizer import decay_mask
 from jaxllm.training.sharding import state_specs
 from tests.golden.trees import leaf_paths
@@ -26,13 +26,13 @@ IN_MODULES = {"kernel", "bias", "weight"}  # of a Linear or a norm, whose own na
 
 
 def tree_of(paths: set[tuple[str, ...]]) -> dict:
-    """Parameters [4, 4, 4] at these paths."""
+    """Parameters [4, 6] at these paths, [2, 4, 6] in stacks."""
     tree: dict = {}
     for *modules, leaf in paths:
         node = tree
         for module in modules:
             node = node.setdefault(module, {})
-        node[leaf] = jax.ShapeDtypeStruct((4, 4, 4), jnp.float32)
+        node[leaf] = jax.ShapeDtypeStruct((2, 4, 6) if "layers" in modules else (4, 6), jnp.float32)
     return tree
 
 
@@ -61,9 +61,11 @@ def test_weight_decay_and_the_layout_follow_the_declaration() -> None:
     tree = tree_of(PATHS)
     for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(tree)):
         assert decayed == (path[-1].key in ("kernel", "embed", "lm_head")), path
-    for path, spec in jax.tree_util.tree_leaves_with_path(state_specs(tree, 2)):
-        split = PartitionSpec(None, "devices")
-        assert spec == (split if path[-1].key in ("kernel", "embed", "lm_head") else PartitionSpec()), path
+    for shares, axes in ((2, ("fsdp",)), (3, (None, "fsdp"))):  # the first axis that they divide
+        for path, spec in jax.tree_util.tree_leaves_with_path(state_specs(tree, shares)):
+            split = PartitionSpec(*[None] * is_stacked(path), *axes)
+            assert spec == (split if path[-1].key in ("kernel", "embed", "lm_head") else PartitionSpec()), path
+    assert set(jax.tree.leaves(state_specs(tree, 5))) == {PartitionSpec()}
 
 
 def test_attribution_ranks_every_module_where_the_forward_pass_runs_it() -> None:
@@ -81,7 +83,7 @@ def test_a_family_with_names_of_its_own_needs_no_registration() -> None:
     assert gradient_groups(params) == ("mixer", "half_life", "embed")
     assert decay_mask(params) == {"embed": True, "mixer": False, "half_life": False}
     assert state_specs(params, 2)["mixer"] == PartitionSpec()
-    assert NAMES["embed"] == Role(decayed=True, split=2)
+    assert NAMES["embed"] == Role(decayed=True, split=True)
 
 
 def build_toy() -> Toy:

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.compiled train/t5_large decode/8b_b1
     python -m benchmarks.gpu.compiled train/llama_1b@cublas --layers 4       # a variant of it, in 4 layers
     python -m benchmarks.gpu.compiled configs/t5_large.yaml model.layers=scan
-    python -m benchmarks.gpu.compiled configs/llama3_8b.yaml --devices 8     # figures of each
+    python -m benchmarks.gpu.compiled configs/llama3_8b.yaml --mesh data=8,fsdp=8     # figures of each of 64 cards
     python -m benchmarks.gpu.compiled configs/llama3_8b_80gb.yaml --card H100
 
 Memory, kernels and what they move are the compiler's own answer. Two things need a GPU and are missing: XLA does not
@@ -14,12 +14,12 @@ time its candidates for each matmul, and cuDNN's attention is called by name but
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +30,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from benchmarks.gpu import decode, train
 from benchmarks.gpu.program import Kernel, dimensions, kernels, nbytes
@@ -38,14 +39,24 @@ from benchmarks.gpu.variants import split
 from benchmarks.shapes import shape
 from jaxllm.config import RunConfig, T5Config
 from jaxllm.config.file import load_config
+from jaxllm.config.run import ShardingConfig
 from jaxllm.data.objectives import row_lengths
 from jaxllm.generation import loop
 from jaxllm.generation.requests import make_request
-from jaxllm.models import build
+from jaxllm.models import abstract_params, build
 from jaxllm.models.family import train_flops
 from jaxllm.training.fit import estimate_fit, tree_bytes
-from jaxllm.training.program import program_of
-from jaxllm.training.sharding import check_rows, device_bytes, make_mesh, row_sharding, state_shardings
+from jaxllm.training.names import is_stacked
+from jaxllm.training.program import Program, program_of
+from jaxllm.training.sharding import (
+    check_rows,
+    device_bytes,
+    make_mesh,
+    row_sharding,
+    shares_of,
+    state_shardings,
+    state_specs,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = ROOT / "gpu_compiler"
@@ -131,16 +142,19 @@ def pretend_gpu() -> Iterator[None]:
 
 @functools.cache
 def devices_of(card: str, count: int) -> list[Any]:
-    """So many cards that aren't there.
+    """So many cards that aren't there, 8 to a node.
 
     Raises:
         SystemExit: when jax's CUDA compiler is not installed, with the command that does it.
     """
     name, _, bandwidth = CARDS[card]
+    nodes = max(count // 8, 1)
     values = {"NAME": name, "BANDWIDTH": f"{bandwidth:.0f}", "MEMORY": f"{CARDS[card].usable / 0.8:.0f}"}
     target = functools.reduce(lambda text, key: text.replace(key, values[key]), values, TARGET)
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=target, topology=f"1x{nodes}x{count // nodes}"
+        )
     except (NotImplementedError, RuntimeError) as error:
         raise SystemExit(f"jax's CUDA compiler is not here ({error}): bash benchmarks/gpu/compiler.sh") from error
     return topology.devices
@@ -156,11 +170,11 @@ def place(tree: Any, layout: Any) -> Any:
 
 
 def train_case(config: RunConfig, layers: int | None, cards: Sequence[Any], *, lengths: bool = True) -> Traced:
-    """The train step of a run on so many cards."""
+    """The train step of a run on so many cards, `sharding.fsdp` of them to a copy of the state."""
     devices = len(cards)
     config = dataclasses.replace(config, model=_cut(config.model, layers))
     check_rows(batch_size=config.training.batch_size, accumulation=config.training.accumulation, devices=devices)
-    mesh = make_mesh(cards)
+    mesh = make_mesh(cards, fsdp=config.sharding.fsdp)
     program = program_of(config, mesh)
     state, batch = program.abstract_state(), program.abstract_batch()
     if not lengths:
@@ -175,12 +189,35 @@ def train_case(config: RunConfig, layers: int | None, cards: Sequence[Any], *, l
         config.model, batch=config.training.batch_size, length=data.sequence_length, target_length=row_lengths(data)[1]
     )
     facts = {
-        "state_gb": device_bytes(state, devices) / 1e9,
-        "estimated_gb": sum(estimate_fit(program, devices=devices)) / 1e9,
+        "state_gb": device_bytes(state, shares_of(mesh)) / 1e9,
+        "estimated_gb": sum(estimate_fit(program, mesh)) / 1e9,
         "needed_gflops": flops.weights / devices / 1e9,
+        "needed_exchange_gb": {kind: size / 1e9 for kind, size in exchange_bytes(program, mesh).items()},
     }
     step = jax.jit(program.train_step, donate_argnums=0, **options)
     return Traced(step.trace(place(state, layout), place(batch, rows)), 1, facts)
+
+
+def exchange_bytes(program: Program, mesh: Mesh | None) -> dict[str, float]:
+    """Bytes that a device must get from others in a step, by kind.
+
+    In each microbatch all weights that are split are gathered, those of layers twice, and their gradients summed in
+    float32. At its end gradients are summed over the copies, and over all devices where they are not split.
+    """
+    if mesh is None:
+        return {}
+    params, shares, copies = abstract_params(program.model), shares_of(mesh), mesh.shape["data"]
+    specs = jax.tree.leaves(state_specs(params, shares))
+    gathered = scattered = reduced = 0.0
+    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True):
+        if spec:
+            gathered += leaf.size * (1 + is_stacked(path)) * program.dtype.itemsize
+            scattered += leaf.size * 4
+            reduced += 2 * leaf.size * 4 / shares * (copies - 1) / copies
+        else:
+            reduced += 2 * leaf.size * 4 * (mesh.size - 1) / mesh.size
+    times = program.config.training.accumulation * (shares - 1) / shares
+    return {"all-gather": times * gathered, "reduce-scatter": times * scattered, "all-reduce": reduced}
 
 
 def decode_case(name: str, layers: int | None, card: Any) -> Traced:
@@ -214,11 +251,16 @@ def cases() -> list[str]:
 
 
 def compile_case(
-    name: str, overrides: Sequence[str] = (), *, layers: int | None = None, devices: int = 1, card: str = "H200"
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    layers: int | None = None,
+    mesh: tuple[int, int] = (1, 1),
+    card: str = "H200",
 ) -> dict[str, Any]:
-    """Figures of one case or config file, its layers cut to `layers` of each stack, for each of `devices` cards.
+    """Figures of one case or config file, its layers cut to `layers` of each stack, for each card of a mesh.
 
-    Per step where one run takes several; decoding is for one device.
+    `mesh` is (data, fsdp). Per step where one run takes several; decoding is for one device.
     """
     base, variants = split(name)
     part, case = name.split("/") if base in cases() else ("run", " ".join([name, *overrides]))
@@ -226,13 +268,15 @@ def compile_case(
     for flag in (flag for variant in variants for flag in variant.flags):
         key, _, value = flag.partition("=")
         options[key] = _option(value)
-    cards = devices_of(card, devices)
+    cards, sharding = devices_of(card, math.prod(mesh)), ShardingConfig(fsdp=mesh[1])
     with pretend_gpu():
         if part == "run":
-            program = train_case(load_config(ROOT / name, overrides), layers, cards)
+            config = dataclasses.replace(load_config(ROOT / name, overrides), sharding=sharding)
+            program = train_case(config, layers, cards)
         elif part == "train":
             of = train.case_of(case)
-            program = train_case(train.run_config(of, toy=False), layers, cards, lengths=of.lengths)
+            config = dataclasses.replace(train.run_config(of, toy=False), sharding=sharding)
+            program = train_case(config, layers, cards, lengths=of.lengths)
         else:
             program = decode_case(case, layers, cards[0])
         before = time.perf_counter()
@@ -269,14 +313,15 @@ def _option(value: str) -> Any:
     return int(value) if value.lstrip("-").isdigit() else value
 
 
-def _collectives(every: list[Kernel]) -> dict[str, float]:
-    """Gigabytes that go into and come out of each kind of communication."""
-    found = collections.Counter[str]()
-    for kernel in every:
-        kind = kernel.operation.removesuffix("-start")
-        if kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"):
-            found[kind] += kernel.times * kernel.bytes
-    return {kind: size / 1e9 for kind, size in found.items()}
+def _collectives(every: list[Kernel]) -> dict[str, dict[str, float]]:
+    """For each kind of communication how often it runs, gigabytes that a device gets, and how many overlap matmuls."""
+    found: dict[str, dict[str, float]] = {}
+    for kernel in (kernel for kernel in every if kernel.collective and kernel.devices > 1):
+        row = found.setdefault(kernel.collective, {"count": 0, "gb": 0.0, "overlapped": 0})
+        row["count"] += kernel.times
+        row["gb"] += kernel.times * kernel.received / 1e9
+        row["overlapped"] += kernel.times * kernel.overlapped
+    return found
 
 
 def _copied(kernel: Kernel) -> int:
@@ -308,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("cases", nargs="*", help="of run_gpu.sh, or a run's YAML file; all without any")
     parser.add_argument("--layers", type=int, help="cut every stack to so many layers")
     parser.add_argument(
-        "--devices", type=int, default=1, help="train on so many, laid out as jaxllm.training.sharding does"
+        "--mesh", type=_mesh, default=(1, 1), metavar="data=8,fsdp=8", help="train on it, see jaxllm.training.sharding"
     )
     parser.add_argument("--card", choices=CARDS, default="H200", help="that the programs are compiled for")
     parser.add_argument("--write", action="store_true", help=f"to {GUIDE.name} and {RESULTS.name}")
@@ -320,19 +365,28 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no case or file {', '.join(sorted(unknown))}; cases are {', '.join(cases())}")
     if overrides and (files != named or not files):
         parser.error(f"{', '.join(overrides)}: settings are of a run's file, such as configs/t5_large.yaml")
-    if options.devices > 1 and any(name.startswith("decode/") for name in named or cases()):
-        parser.error("--devices: decoding is for one; name train cases or a run's file")
-    if options.write and (named or options.layers or options.devices > 1 or options.card != "H200"):
+    several = options.mesh != (1, 1)
+    if several and any(name.startswith("decode/") for name in named or cases()):
+        parser.error("--mesh: decoding is for one; name train cases or a run's file")
+    if options.write and (named or options.layers or several or options.card != "H200"):
         parser.error("--write keeps the figures of all programs, as they are, for an H200")
     results = []
     for name, settings in [(name, overrides) for name in named] or _everything():
-        results.append(compile_case(name, settings, layers=options.layers, devices=options.devices, card=options.card))
+        results.append(compile_case(name, settings, layers=options.layers, mesh=options.mesh, card=options.card))
         print(json.dumps(results[-1]), flush=True)
     if options.write:
         versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")}
         document = {"device": "NVIDIA H200, described, not present", "versions": versions, "results": results}
         RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         GUIDE.write_text(insert(GUIDE.read_text(encoding="utf-8"), table(document), MARKERS), encoding="utf-8")
+
+
+def _mesh(text: str) -> tuple[int, int]:
+    """Copies, and devices that share one; `data=1` may be left out."""
+    sizes = {name: int(size) for name, _, size in (part.partition("=") for part in text.split(","))}
+    if unknown := sizes.keys() - {"data", "fsdp"}:
+        raise ValueError(f"no axis {', '.join(unknown)}")
+    return sizes.get("data", 1), sizes.get("fsdp", 1)
 
 
 def _everything() -> list[tuple[str, list[str]]]:

@@ -15,6 +15,9 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 # cuBLAS and cuBLASLt, in 16 and in 8 bits: `__cublas$gemm`, `__cublas$lt$matmul`, `__cublas$lt$matmul$f8`.
 _CUBLAS = 'custom_call_target="__cublas$'
+# Devices that exchange data. `[8,4]<=[32]` is 8 groups of 4, `{{0,1},{2,3}}` 2 of 2, `mesh['a'=8,'b'=4] {'b'}` 8 of 4.
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 
 
@@ -28,6 +31,24 @@ class Kernel(NamedTuple):
     times: int  # how often one run of the program runs it
     bytes: int  # read and written each time
     flops: int  # of its matmuls each time
+    devices: int  # that exchange data in it, at least 1
+    overlapped: bool  # whether matmuls run between its start and its end
+
+    @property
+    def collective(self) -> str:
+        """The kind of communication, empty for what happens on the device."""
+        kind = self.operation.removesuffix("-start")
+        return kind if kind in _COLLECTIVES else ""
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device gets from others each time, by a ring: of a whole array all but its own part."""
+        size, others = nbytes(self.shape), (self.devices - 1) / self.devices
+        if self.collective in ("all-gather", "reduce-scatter") and self.operation.endswith("-start"):
+            size = size * self.devices / (self.devices + 1)  # its result names the whole array and a part
+        elif self.collective == "reduce-scatter":
+            size *= self.devices
+        return size * others * (2 if self.collective == "all-reduce" else 1)
 
     @property
     def attention(self) -> bool:
@@ -99,7 +120,7 @@ def _read(line: str) -> _Operation | None:
 
 def _run(computations: _Computations, name: str, times: int) -> Iterator[Kernel]:
     shapes = {operation.name: operation.shape for operation in computations[name]}
-    for operation in computations[name]:
+    for place, operation in enumerate(computations[name]):
         kind = operation.operation
         if kind in _FREE or kind.endswith("-done"):
             continue
@@ -122,7 +143,30 @@ def _run(computations: _Computations, name: str, times: int) -> Iterator[Kernel]
             times=times,
             bytes=nbytes(operation.shape) - _workspace([operation, *body]) + read - _untouched(body),
             flops=_flops(computations, operation, shapes),
+            devices=_devices(operation.line),
+            overlapped=_overlapped(computations, computations[name][place:], shapes),
         )
+
+
+def _devices(line: str) -> int:
+    found = _GROUPS.search(line)
+    if not found:
+        return 1
+    count, listed, mesh, axes = found.groups()
+    if mesh:
+        sizes = dict(axis.split("=") for axis in mesh.split(","))
+        return math.prod(int(sizes[axis]) for axis in axes.split(","))
+    return int(count) if count else len(listed.split(","))
+
+
+def _overlapped(computations: _Computations, started: list[_Operation], shapes: dict[str, str]) -> bool:
+    """Whether a matmul runs after the first operation has started and before it is done."""
+    first, *others = started
+    if not first.operation.endswith("-start"):
+        return False
+    ends = (i for i, each in enumerate(others) if each.operation.endswith("-done") and first.name in each.operands)
+    between = others[: next(ends, 0)]
+    return any(_flops(computations, each, shapes) or "fmha" in each.line for each in between)
 
 
 def _untouched(body: list[_Operation]) -> int:

@@ -142,6 +142,15 @@ class TrainingConfig:
 
 
 @settings
+class ShardingConfig:
+    """Layout over several devices; rows of a batch are spread over all."""
+
+    fsdp: Annotated[
+        int | None, at_least(1), "devices that share one copy of parameters and moments; null takes those of a node"
+    ] = None
+
+
+@settings
 class RunConfig:
     """One complete run."""
 
@@ -150,6 +159,7 @@ class RunConfig:
     optimizer: Annotated[OptimizerConfig, "update rule and schedule"] = field(default_factory=OptimizerConfig)
     data: Annotated[DataConfig, "source, tokenizer and objective"] = field(default_factory=DataConfig)
     training: Annotated[TrainingConfig, "length, cadence and output folder"] = field(default_factory=TrainingConfig)
+    sharding: Annotated[ShardingConfig, "layout over several devices"] = field(default_factory=ShardingConfig)
 
     def __post_init__(self) -> None:
         self._check_model_fits()

@@ -1,7 +1,5 @@
 """Files that survive a power loss: their bytes are on disk before their name, and their name before the next step."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

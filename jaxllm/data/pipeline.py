@@ -6,8 +6,6 @@ uninterrupted one: random keys come from the seed and the number of the cut, whi
 tokenise and change no batch, see `jaxllm.data.workers`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -85,7 +83,7 @@ class Pipeline:
         batches = self._rows(encoded, seed=own, window=window).batch(batch_size, drop_remainder=True)
         self._iterator = iter(batches)
 
-    def __iter__(self) -> Pipeline:
+    def __iter__(self) -> "Pipeline":
         return self
 
     def __next__(self) -> Batch:

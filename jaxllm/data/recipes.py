@@ -20,21 +20,14 @@ _EXAMPLES_AT_ONCE = 64
 
 
 class Recipe(NamedTuple):
-    """How an objective turns documents into rows.
+    """How an objective turns documents into rows."""
 
-    Attributes:
-        encode: record -> arrays of one document.
-        cut: length at which joined documents are cut, by array; None for groups of whole documents.
-        expand: one such cut (or list of documents) and a generator -> rows, arrays [n, ...].
-        restore: inputs and targets of one example -> its text as tokens.
-        lengths: tokens of a row: of the encoder (or the decoder-only model), and of the decoder (or 0).
-    """
-
-    encode: Callable[[dict[str, Any]], Batch]
-    cut: dict[str, int] | None
+    encode: Callable[[dict[str, Any]], Batch]  # record -> arrays of one document
+    cut: dict[str, int] | None  # length at which joined documents are cut, by array; None for groups of whole documents
+    # one such cut (or list of documents) and a generator -> rows, arrays [n, ...]
     expand: Callable[[Any, np.random.Generator], Batch]
-    restore: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    lengths: tuple[int, int]
+    restore: Callable[[np.ndarray, np.ndarray], np.ndarray]  # inputs and targets of one example -> its text as tokens
+    lengths: tuple[int, int]  # tokens of a row: of the encoder (or the decoder-only model), and of the decoder (or 0)
 
 
 Fields = dict[str, tuple[tuple[int, ...], type]]
@@ -213,15 +206,10 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
 
 
 class Objective(NamedTuple):
-    """One row of `RECIPES`.
+    """One row of `RECIPES`."""
 
-    Attributes:
-        recipe: (config, tokenizer, first decoder token) -> `Recipe`.
-        fields: arrays of a batch by name, each as its shape in a row and its dtype.
-    """
-
-    recipe: Callable[[DataConfig, Tokenizer, int], Recipe]
-    fields: Callable[[DataConfig], Fields]
+    recipe: Callable[[DataConfig, Tokenizer, int], Recipe]  # (config, tokenizer, first decoder token) -> `Recipe`
+    fields: Callable[[DataConfig], Fields]  # arrays of a batch by name, each as its shape in a row and its dtype
 
 
 RECIPES = {

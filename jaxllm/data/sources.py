@@ -4,8 +4,6 @@ TFDS prepares each as ArrayRecord once and reads it as a random-access data sour
 builders for the embedded corpus and for files are in `jaxllm.data.builders`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import importlib

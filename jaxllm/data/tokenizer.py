@@ -5,8 +5,6 @@ the last id as in T5. Text that spells a special token never becomes one; pickle
 setting, so it is set again after loading.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -28,15 +28,10 @@ _RULED_OUT = -1e9
 
 
 class Beam(NamedTuple):
-    """One finished beam.
+    """One finished beam."""
 
-    Attributes:
-        tokens: new tokens, including the end token.
-        score: sum of log-probabilities / number of tokens ** length_penalty.
-    """
-
-    tokens: list[int]
-    score: float
+    tokens: list[int]  # new tokens, including the end token
+    score: float  # sum of log-probabilities / number of tokens ** length_penalty
 
 
 @declare

@@ -22,17 +22,11 @@ _FAMILIES: dict[str, ModuleType] = {"llama": llama, "t5": t5}  # by our family
 
 
 class SpecialIds(NamedTuple):
-    """Token ids that a directory declares.
+    """Token ids that a directory declares."""
 
-    Attributes:
-        bos: first token of a text, or None.
-        eos: tokens that end a text; empty when none is declared.
-        pad: padding, or None.
-    """
-
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    pad: int | None = None
+    bos: int | None = None  # first token of a text, or None
+    eos: tuple[int, ...] = ()  # tokens that end a text; empty when none is declared
+    pad: int | None = None  # padding, or None
 
 
 def load_hf(

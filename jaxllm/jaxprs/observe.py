@@ -28,15 +28,23 @@ class Reading(NamedTuple):
 
 
 class Observer:
-    """Calls a function for the readings of its values of one dtype; compiled at the first call."""
+    """Calls a function for the readings of its values of one dtype; compiled at the first call.
+
+    `spread` maps the function that computes them to one of the same arguments on several devices, and `fetch` copies
+    values to the host.
+    """
 
     def __init__(
-        self, function: Callable[..., Any], dtype: Any, *, fetch: Callable[[Any], Any] = jax.device_get
+        self,
+        function: Callable[..., Any],
+        dtype: Any,
+        spread: Callable[..., Any] = lambda function: function,
+        *,
+        fetch: Callable[[Any], Any] = jax.device_get,
     ) -> None:
-        """`fetch` copies values to the host."""
         self._function, self._dtype, self._fetch = function, jnp.dtype(dtype), fetch
         self._values: list[_Value] = []
-        self._largest = jax.jit(self._trace)
+        self._largest = jax.jit(spread(self._trace))
 
     def __call__(self, *args: Any) -> list[Reading]:
         """Readings of function(*args), in the order of execution."""

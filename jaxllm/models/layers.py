@@ -3,8 +3,6 @@
 Out of scope: mathematics (`jaxllm.ops`), loops over layers (`jaxllm.models.stack`), families, caches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -2,12 +2,11 @@
 
 Parameters of all layers of a stack are one tree with a leading axis L, whichever way the loop is compiled: `scan`
 compiles a layer once, `unroll` compiles them all and lets XLA fuse across them. Decoding rearranges the tree into a
-tuple of layers and unrolls, because a scan over stacked weights would slice (copy) them at every step. Out of scope:
-what a layer computes.
+tuple of layers and unrolls, because a scan over stacked weights would slice (copy) them at every step. On several
+devices a leaf of the tree may be a `Share`, which is gathered inside each layer. Out of scope: what a layer computes.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +23,27 @@ from jaxllm.models.layers import Params
 from jaxllm.ops.matrices import Matrix, Rows, stored
 
 Hold = Callable[[Array, Array], kv.Stores]
+
+WHOLE = "whole parameter"  # `checkpoint_name` of a gathered parameter, which the backward pass gathers again
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["own"], meta_fields=["gather"])
+@dataclasses.dataclass(frozen=True)
+class Share:  # not a NamedTuple, because `gather` is not an array
+    """A device's part of a leaf of a stack (`jaxllm.training.sharding`); `gather` makes that of one layer whole."""
+
+    own: Any  # an array, or its shape
+    gather: Callable[[Array], Array]
+
+
+def is_share(leaf: Any) -> bool:
+    """Where a tree that may hold shares ends."""
+    return isinstance(leaf, Share)
+
+
+def whole(params: Any) -> Any:
+    """Parameters of one layer with all shares gathered, also for a family with a loop of its own."""
+    return jax.tree.map(lambda leaf: leaf.gather(leaf.own) if is_share(leaf) else leaf, params, is_leaf=is_share)
 
 
 def create_stack(module: nn.Module, init_layer: Callable[[Array], Params], num_layers: int) -> None:
@@ -56,8 +76,10 @@ def apply_stack(
     """Runs x through `layer(params[i], x, per_layer[i])` for every i; `mode` is scan or unroll.
 
     `params` and `per_layer` (such as keys, or None) are trees with a leading axis L; `remat` is none, elementwise, dots
-    or full.
+    or full. Shares are gathered inside the layer, once more in the backward pass.
     """
+    if any(map(is_share, jax.tree.leaves(params, is_leaf=is_share))):
+        layer, remat = functools.partial(_gathering, layer), remat.replace("none", "all but whole")
     body = _rematerialised(layer, remat)
     if mode == "scan":
         return jax.lax.scan(lambda h, part: (body(part[0], h, part[1]), None), x, (params, per_layer))[0]
@@ -69,12 +91,18 @@ def apply_stack(
     return x
 
 
+def _gathering(layer: Callable[..., Array], params: Params, x: Array, extra: Any) -> Array:
+    return layer(whole(params), x, extra)
+
+
 def _rematerialised(layer: Callable[..., Array], remat: str) -> Callable[..., Array]:
     policies = jax.checkpoint_policies
     if remat == "none":
         return layer
     if remat == "full":
         return jax.checkpoint(layer, policy=policies.nothing_saveable)
+    if remat == "all but whole":
+        return jax.checkpoint(layer, policy=_is_not_whole)
     kept = {"elementwise": policies.save_only_these_names(*KEPT), "dots": policies.dots_with_no_batch_dims_saveable}
     policy = policies.save_from_both_policies(kept[remat], _is_fused_attention)
     return jax.checkpoint(layer, policy=policy)
@@ -83,6 +111,11 @@ def _rematerialised(layer: Callable[..., Array], remat: str) -> Callable[..., Ar
 def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
     """A fused kernel's output and softmax statistics: neither a dot nor named, and without them it would run twice."""
     return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def _is_not_whole(_: Any, *__: Any, **params: Any) -> bool:
+    """Everything but a gathered parameter; its function has a derivative rule, as others do, and a name inside."""
+    return all(each.params.get("name") != WHOLE for each in getattr(params.get("call_jaxpr"), "eqns", ()))
 
 
 def embed_and_head(params: Params, *, dtype: Any, int8: bool) -> tuple[Float[Array, "V D"], Matrix]:

@@ -7,8 +7,6 @@ difference is damage, as is any failure to read. Reading takes the newest whole 
 newer, damaged ones aside: a disk that fails for a moment must cost no checkpoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

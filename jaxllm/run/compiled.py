@@ -3,8 +3,6 @@
 jit would silently compile again for every new shape or dtype, for minutes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

@@ -4,8 +4,6 @@ An XLA flag that a release lacks aborts the process, so flags are tried in anoth
 `prepare_process`; importing jaxllm changes nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -4,8 +4,6 @@ Reading ahead moves the pipeline past the batch that is being trained. A checkpo
 trained, so it is taken when a batch is read, not when the checkpoint is written.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -10,8 +10,6 @@ sample.txt, loss.png     written after the last step
 .lock                    locked by the process that trains
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import enum
@@ -54,6 +52,7 @@ _MAY_CHANGE = {
     "compilation_cache",
     "data": "cache_dir workers tokenizer",  # the folder keeps its own tokenizer, and takes no other
     "model": "layers remat attention",
+    "sharding": "fsdp",
 }
 
 

@@ -7,6 +7,7 @@ so the trainer passes those of its last checkpoint. Skipping is in `jaxllm.train
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from typing import Any
@@ -19,9 +20,8 @@ from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.run import processes
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
-from jaxllm.training.precision import cast_floating
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import fetch, place_rows
+from jaxllm.training.sharding import fetch, largest, map_rows, own_keys, place_rows, with_ends
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
 _log = logging.getLogger(__name__)
@@ -41,17 +41,19 @@ class OverflowWatch:
         # A scan over layers gives readings by layer; the parameters are the same either way.
         by_layer = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan"))
         program = program_of(by_layer, own=program.own)
-        self._dtype, loss = program.dtype, program.loss
+        self._dtype, loss = program.dtype, with_ends(program.loss)
+        own, spread = own_keys(mesh), functools.partial(map_rows, mesh=mesh, dtype=program.dtype, combine=largest)
 
         def forward(params: Any, batch: Batch, key: jax.Array) -> Any:
-            return loss(cast_floating(params, program.dtype), batch, key)
+            return loss(params, batch, own(key))
 
-        def gradients(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
-            factor = scale / jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
-            compute = cast_floating(params, program.dtype)
-            return accumulate_gradients(loss, compute, batch, key, factor=factor, accumulation=self._accumulation)
+        def gradients(params: Any, batch: Batch, key: jax.Array, factor: jax.Array) -> Any:
+            options: Any = {"factor": factor, "accumulation": self._accumulation, "own_keys": own}
+            return accumulate_gradients(loss, params, batch, key, **options)
 
-        self._forward, self._gradients = (Observer(each, program.dtype, fetch=fetch) for each in (forward, gradients))
+        self._forward, self._gradients = (
+            Observer(each, program.dtype, spread, fetch=fetch) for each in (forward, gradients)
+        )
 
     def check(self, step: int, values: StepMetrics, state: TrainState, batch: Batch) -> str | None:
         """Logs an overflow of step `step`; returns why the run must stop, if it must."""
@@ -68,8 +70,9 @@ class OverflowWatch:
 
     def first_value(self, step: int, state: TrainState, batch: Batch, *, scale: float = 1.0) -> str:
         """The first value that is not finite when step `step` is computed again with the parameters of `state`."""
-        key = jax.random.fold_in(state.key, step - 1)
-        where = first_nonfinite(self._gradients(state.params, place_rows(batch, self._mesh), key, jnp.float32(scale)))
+        key, placed = jax.random.fold_in(state.key, step - 1), place_rows(batch, self._mesh)
+        factor = jnp.float32(scale) / jnp.maximum(jnp.sum(placed["weights"], dtype=jnp.float32), 1.0)
+        where = first_nonfinite(self._gradients(state.params, placed, key, factor))
         if where is None:
             return "none when computed again"
         return f"{where.name} in the {'backward' if where.backward else 'forward'} pass"

@@ -5,8 +5,6 @@ coordination service and not through devices, whose collectives give up on a pro
 In one process every function returns at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import logging

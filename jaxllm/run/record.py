@@ -3,8 +3,6 @@
 metrics.jsonl is the record; TensorBoard's files and the curve repeat it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -5,8 +5,6 @@ the model; what it was trained as must agree, because another epsilon or RoPE ba
 quietly be another function.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from functools import partial

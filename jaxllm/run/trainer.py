@@ -5,8 +5,6 @@ that the device never waits for the host. A stop signal, or a batch that cannot 
 with a checkpoint. A loss that is not finite, or a loss scale that can't shrink any more, stops it without one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math
@@ -158,11 +156,11 @@ def pretrain(
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
         # Build.
         device = detect_device()
-        mesh = make_mesh()
+        mesh = make_mesh(fsdp=config.sharding.fsdp)
         steps = make_steps(program_of(config, mesh, own), mesh)
         if config.model.encoder_decoder and config.training.sample_tokens:
             encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
-        check_memory = announce_fit(steps.program, device)
+        check_memory = announce_fit(steps.program, device, mesh)
         meter = Throughput(config, pipeline.recipe.lengths, device)
         # Restore.
         checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=config.training.keep)))

@@ -4,8 +4,6 @@ Fingerprints decide (`jaxllm.training.fingerprint`): those in each checkpoint, a
 each save. Nothing in a run folder is written, renamed or locked, so the run may train meanwhile.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

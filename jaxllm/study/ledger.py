@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxllm.config import PrecisionConfig, RunConfig
 from jaxllm.jaxprs.programs import LOOP, is_backward, label, programs
 from jaxllm.training.program import program_of
+from jaxllm.training.sharding import AnyMesh
 
 
 class Entry(NamedTuple):
@@ -62,16 +63,18 @@ def allowed(config: PrecisionConfig) -> set[tuple[str, str]]:
 _KINDS = {
     **dict.fromkeys(("dot_general", "ragged_dot_general", "conv_general_dilated"), "matmul"),
     **dict.fromkeys(("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"), "reduction"),
-    **dict.fromkeys(("scatter-add", "scatter_add", "reduce_window_sum", "psum", "add_reduce"), "reduction"),
+    **dict.fromkeys(
+        ("scatter-add", "scatter_add", "reduce_window_sum", "psum", "add_reduce", "reduce_scatter"), "reduction"
+    ),
     **dict.fromkeys(("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "sin", "cos", "pow"), "exp"),
     **dict.fromkeys(("rsqrt", "sqrt"), "norm"),
     "convert_element_type": "cast",
 }
 
 
-def train_step_ledger(config: RunConfig) -> Counter[Entry]:
-    """How often each entry runs in one train step of `config`, over layers, chunks and microbatches."""
-    program = program_of(config)
+def train_step_ledger(config: RunConfig, mesh: AnyMesh | None = None) -> Counter[Entry]:
+    """How often each entry runs in one train step of `config`, over layers, chunks and microbatches, on each device."""
+    program = program_of(config, mesh)
     step = jax.make_jaxpr(program.train_step)(program.abstract_state(), program.abstract_batch())
     return ledger(step.jaxpr)
 

@@ -11,8 +11,6 @@ signs would cancel: 2^31 + 2^31 = 0.) Sums of integers do not depend on their or
 any number of devices. It costs one read of the tree.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 
@@ -68,7 +66,7 @@ def _add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, A
     return a[0] + b[0], a[1] + b[1]
 
 
-def _words(leaf: Array) -> UInt32[Array, ...]:
+def _words(leaf: Array) -> UInt32[Array, "..."]:
     """The bits of each element as 32-bit words: a narrower element fills the lower bits of one, a wider one two."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -78,7 +76,7 @@ def _words(leaf: Array) -> UInt32[Array, ...]:
     return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
 
 
-def _mix(x: UInt32[Array, ...]) -> UInt32[Array, ...]:
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, ...]:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

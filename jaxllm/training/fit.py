@@ -13,9 +13,10 @@ from jax.extend.core import Var
 
 from jaxllm.config import RunConfig
 from jaxllm.models import abstract_params
+from jaxllm.training.names import is_stacked
 from jaxllm.training.precision import cast_floating
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import device_bytes
+from jaxllm.training.sharding import AnyMesh, device_bytes, shares_of
 
 
 class FitError(ValueError):
@@ -25,9 +26,11 @@ class FitError(ValueError):
 class Fit(NamedTuple):
     """Bytes that a run needs on each device."""
 
-    parameters: int  # this device's share of the float32 master weights, and their whole copy in the compute dtype
+    # This device's share of the float32 master weights, and the copy in the compute dtype: of all, or where they are
+    # shared of what is outside the stacks and of two layers.
+    parameters: int
     moments: int  # its share of the optimizer's state
-    gradients: int  # one set in the compute dtype, and its share of the float32 sums over microbatches and devices
+    gradients: int  # of that copy in the compute dtype, and its share of the float32 sums over microbatches and devices
     activations: int  # kept for the backward pass of one microbatch, and those of one layer again while it is used
     logits: int  # the chunk of the vocabulary loss, as logits, probabilities and gradient
 
@@ -37,18 +40,18 @@ class Fit(NamedTuple):
         return f"{parts}; {sum(self) / 1e9:.1f} GB in all"
 
 
-def estimate_fit(program: Program, *, devices: int = 1) -> Fit:
-    """Memory of a run on each of `devices`, laid out by `jaxllm.training.sharding`."""
-    training = program.config.training
+def estimate_fit(program: Program, mesh: AnyMesh | None = None) -> Fit:
+    """Memory of a run on each device of a mesh, laid out by `jaxllm.training.sharding`; None is a single device."""
+    training, shares, devices = program.config.training, shares_of(mesh), 1 if mesh is None else mesh.size
     params = abstract_params(program.model)
     compute = jax.eval_shape(lambda tree: cast_floating(tree, program.dtype), params)
     rows = -(-training.batch_size // (training.accumulation * devices))
-    masters = device_bytes(params, devices)
-    copy = tree_bytes(compute)
+    masters = device_bytes(params, shares)
+    copy = tree_bytes(compute) if shares == 1 else _whole_at_once(compute)
     loss_rows = program.abstract_batch(rows)["targets"].size
     return Fit(
-        parameters=masters + (copy if copy != masters else 0),
-        moments=device_bytes(jax.eval_shape(program.optimizer.init, params), devices),
+        parameters=masters + (copy if shares > 1 or copy != masters else 0),
+        moments=device_bytes(jax.eval_shape(program.optimizer.init, params), shares),
         gradients=copy + (masters if training.accumulation > 1 or devices > 1 else 0),
         activations=_activations(program.config, rows),
         logits=min(training.loss_chunk, loss_rows) * program.config.model.vocab_size * (8 + program.dtype.itemsize),
@@ -68,8 +71,8 @@ def advice(fit: Fit) -> str:
         "activations": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
         "moments": "set optimizer.moment_dtype=bfloat16 or optimizer.name=adafactor",
         "logits": "lower training.loss_chunk",
-        "parameters": "choose a smaller model",
-        "gradients": "choose a smaller model, or training.accumulation=1 if its activations then fit",
+        "parameters": "choose a smaller model, or raise sharding.fsdp where devices hold copies",
+        "gradients": "as parameters, or training.accumulation=1 if its activations then fit",
     }
     largest = sorted(fit._asdict().items(), key=lambda part: -part[1])[:2]
     return "; ".join(f"{name}: {fixes[name]}" for name, _ in largest)
@@ -78,6 +81,14 @@ def advice(fit: Fit) -> str:
 def tree_bytes(tree: Any) -> int:
     """Bytes of all leaves, abstract or not."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _whole_at_once(compute: Any) -> int:
+    """Bytes of what is outside the stacks, and of two layers of each: one is gathered while the other is used."""
+    leaves = jax.tree_util.tree_leaves_with_path(compute)
+    return sum(
+        tree_bytes(leaf) * 2 // max(leaf.shape[0], 2) if is_stacked(path) else tree_bytes(leaf) for path, leaf in leaves
+    )
 
 
 def _activations(config: RunConfig, rows: int) -> int:

@@ -12,10 +12,10 @@ class Role(NamedTuple):
     """What training does with a parameter."""
 
     decayed: bool = False  # whether weight decay shrinks it
-    split: int | None = None  # axis, counted from the end, that is split over devices; None is a copy on every device
+    split: bool = False  # whether devices hold shares of it; otherwise each holds a copy
 
 
-MATRIX = Role(decayed=True, split=2)
+MATRIX = Role(decayed=True, split=True)
 SPARED = Role()
 MODULE = Role()
 

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig, TrainingConfig
 from jaxllm.data.recipes import RECIPES, Objective
@@ -38,6 +37,7 @@ from jaxllm.ops.losses import LossSums
 from jaxllm.training.loss import Batch, LossFunction, build_loss
 from jaxllm.training.optimizer import build_optimizer, with_loss_scale
 from jaxllm.training.precision import build_model
+from jaxllm.training.sharding import AnyMesh
 from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -95,7 +95,7 @@ class Program(NamedTuple):
         return init_key, run_key
 
 
-def program_of(config: RunConfig, mesh: Mesh | None = None, own: Own = _NONE) -> Program:
+def program_of(config: RunConfig, mesh: AnyMesh | None = None, own: Own = _NONE) -> Program:
     """The program of a run on the devices of a mesh, None for a single device; nothing is allocated or compiled.
 
     `own` has the parts that replace those of the config.

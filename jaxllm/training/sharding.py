@@ -1,11 +1,15 @@
-"""How a run is laid out over the devices of one process: rows of a batch, parameters and moments over one axis.
+"""How a run is laid out over devices: rows of a batch over all of them, parameters and moments over `fsdp` of them.
 
-The name of a leaf decides which of its axes is split (`jaxllm.training.names`), also in the optimizer's trees, whose
-paths end in the parameters' paths. Every device computes its rows as on a single device, with whole parameters that are
-gathered in the compute dtype once per step. Gradients are summed in float32, and every device keeps its share of the
-sums. The collectives are written out, because XLA's partitioner would move activations in the scans over chunks of the
-loss and over microbatches. The loss scale gets the sums, so all devices skip the same steps. Devices may belong to
-several processes, which run the same program (`jaxllm.run.processes`). Out of scope: tensor or pipeline parallelism.
+The mesh has the axes data, fsdp and tensor. The devices along `fsdp` share one copy of the state, and those along
+`data` hold copies; `tensor` is 1. The name of a leaf decides whether it is split (`jaxllm.training.names`), also in the
+optimizer's trees, whose paths end in the parameters' paths.
+
+Every device computes its rows as on a single device. A layer's parameters are gathered in the compute dtype inside the
+layer, and again in its backward pass (`jaxllm.models.stack.Share`); those outside the stacks are gathered before the
+loss. A gradient is summed over the shares in float32 where its layer ends, and over the copies once per step. The
+collectives are written out, because XLA's partitioner would move activations in the scans over chunks of the loss and
+over microbatches. The loss scale gets the sums, so all devices skip the same steps. Devices may belong to
+several processes, which run the same program (`jaxllm.run.processes`). Out of scope: tensor and pipeline parallelism.
 
 The loop of `jaxllm.training.program`, on all devices:
 
@@ -18,29 +22,51 @@ The loop of `jaxllm.training.program`, on all devices:
         state, metrics = step(state, place_rows(batch, mesh))
     params = jax.device_put(state.params, jax.devices()[0])  # decoding uses one device
 
-`Checkpoints.restore(with_shardings(program.abstract_state(), mesh))` restores a state onto another number of devices.
+`Checkpoints.restore(with_shardings(program.abstract_state(), mesh))` restores a state onto another mesh.
 """
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxllm.training.names import role_of
+from jaxllm.models.stack import WHOLE, Share, is_share, whole
+from jaxllm.training.names import is_stacked, role_of
+from jaxllm.training.precision import cast_floating
+from jaxllm.training.row_keys import row_keys
 
-_AXIS = "devices"
-_COPIED, _ROWS = PartitionSpec(), PartitionSpec(_AXIS)
+AnyMesh = Mesh | AbstractMesh  # the second is enough to trace or estimate a program
+AXES = ("data", "fsdp", "tensor")
+_ROW_AXES = ("data", "fsdp")
+_COPIED, _ROWS = PartitionSpec(), PartitionSpec(_ROW_AXES)
 
 
-def make_mesh(devices: Sequence[Any] | None = None) -> Mesh | None:
-    """All devices (or those given) as one axis; None for a single one, which needs no layout."""
+def make_mesh(devices: Sequence[Any] | None = None, *, fsdp: int | None = None) -> Mesh | None:
+    """All devices (or those given), so many to a copy of the state; None for a single device, which needs no layout.
+
+    Without `fsdp`, those of a node share a copy, because links between nodes are slower.
+
+    Raises:
+        ValueError: when `fsdp` does not divide their number.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    return Mesh(np.array(devices), (_AXIS,)) if len(devices) > 1 else None
+    nodes = len({getattr(device, "slice_index", device.process_index) for device in devices})
+    fsdp = fsdp or len(devices) // (nodes if len(devices) % nodes == 0 else 1)
+    if len(devices) % fsdp:
+        fix = f"use a divisor such as {max(n for n in range(1, fsdp) if len(devices) % n == 0)}, or null"
+        raise ValueError(f"sharding.fsdp {fsdp} does not divide the number of devices, {len(devices)}; {fix}")
+    return Mesh(np.array(devices).reshape(-1, fsdp, 1), AXES) if len(devices) > 1 else None
+
+
+def shares_of(mesh: AnyMesh | None) -> int:
+    """Devices that share one copy of the state."""
+    return 1 if mesh is None else mesh.shape["fsdp"]
 
 
 def check_rows(*, batch_size: int, accumulation: int, devices: int) -> None:
@@ -59,18 +85,19 @@ def state_shardings(tree: Any, mesh: Mesh | None) -> Any:
     """The sharding of every leaf of a parameter tree or train state, abstract or not."""
     if mesh is None:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), tree)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tree, mesh.size))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tree, shares_of(mesh)))
 
 
-def state_specs(tree: Any, devices: int) -> Any:
-    """Which axis of every leaf is split over so many devices."""
+def state_specs(tree: Any, shares: int) -> Any:
+    """Which axis of every leaf is split into so many shares: of a matrix the first that they divide."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        axis = role_of(path).split
-        # Factored moments have the names of matrices without their shapes, and not every size can be divided.
-        if devices == 1 or axis is None or leaf.ndim < axis or leaf.shape[-axis] % devices:
+        # Factored moments have the names of matrices without their shapes.
+        matrix = role_of(path).split and leaf.ndim == 2 + is_stacked(path)
+        axis = next((axis for axis in (-2, -1) if matrix and leaf.shape[axis] % shares == 0), None)
+        if shares == 1 or axis is None:
             return _COPIED
-        return PartitionSpec(*[None] * (leaf.ndim - axis), _AXIS)
+        return PartitionSpec(*[None] * (leaf.ndim + axis), "fsdp")
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
@@ -81,10 +108,10 @@ def with_shardings(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
-def device_bytes(tree: Any, devices: int) -> int:
-    """Bytes of all leaves on each of so many devices."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(state_specs(tree, devices)), strict=True)
-    return sum(leaf.size * leaf.dtype.itemsize // (devices if _AXIS in spec else 1) for leaf, spec in leaves)
+def device_bytes(tree: Any, shares: int) -> int:
+    """Bytes of all leaves on each of so many devices that share a copy."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(state_specs(tree, shares)), strict=True)
+    return sum(leaf.size * leaf.dtype.itemsize // (shares if "fsdp" in spec else 1) for leaf, spec in leaves)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -110,65 +137,105 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def sum_gradients(gradients: Callable[..., tuple[Any, Any]], mesh: Mesh | None) -> Callable[..., tuple[Any, Any]]:
-    """The gradient function of a batch that is spread over several devices; unchanged for a single one.
+def map_rows(
+    function: Callable[..., Any], mesh: AnyMesh | None, *, dtype: Any, combine: Callable[[Any], Any] | None
+) -> Callable[..., Any]:
+    """function(params, batch, *others) of a batch spread over several devices, from master weights cast to `dtype`.
 
-    `gradients` is (params, batch, key, *, factor, reduce) -> (sums, gradients), where `reduce` maps the sums and
-    float32 gradients of each microbatch to those of all devices. The result, (params, batch, key, *, factor) -> (sums,
-    gradients), computes the same as on one device and lays gradients out as parameters. Dropout differs: each device
-    draws from a separate key.
+    `combine` is `sum_gradients`, `total` or `largest` of the devices' results; without it rows are put in order.
+    `others` are the same on all devices.
     """
-    if mesh is None:
-        return gradients
 
-    def spread(params: Any, batch: Any, key: jax.Array, *, factor: jax.Array) -> tuple[Any, Any]:
-        specs = state_specs(params, mesh.size)
+    @functools.wraps(function)
+    def spread(params: Any, *others: Any) -> Any:
+        if mesh is None:
+            return function(cast_floating(params, dtype), *others)
+        specs = state_specs(params, shares_of(mesh))
 
-        def reduce(value: tuple[Any, Any]) -> tuple[Any, Any]:
-            sums, grads = value
-            return jax.lax.psum(sums, _AXIS), jax.tree.map(_share_of_sum, grads, specs)
+        def on_device(params: Any, *others: Any) -> Any:
+            value = function(_shares(params, specs, dtype), *others)
+            return value if combine is None else combine(value)
 
-        def on_device(params: Any, rows: Any, key: jax.Array, factor: jax.Array) -> tuple[Any, Any]:
-            key = jax.random.fold_in(key, jax.lax.axis_index(_AXIS))
-            return gradients(_whole(params, specs), rows, key, factor=factor, reduce=reduce)
-
-        inputs = (specs, _ROWS, _COPIED, _COPIED)
+        inputs = (specs, _ROWS, *[_COPIED] * (len(others) - 1))
+        output = {None: _ROWS, sum_gradients: (_COPIED, specs)}.get(combine, _COPIED)
         # Derivatives are taken inside only, so check_vma (which values differ between devices) is not needed.
-        shared = jax.shard_map(on_device, mesh=mesh, in_specs=inputs, out_specs=(_COPIED, specs), check_vma=False)
-        return shared(params, batch, key, factor)
-
-    return spread
-
-
-def map_rows(function: Callable[[Any, Any], Any], mesh: Mesh | None, *, summed: bool) -> Callable[[Any, Any], Any]:
-    """function(params, batch) of a batch spread over several devices: results added up, or rows put in order."""
-    if mesh is None:
-        return function
-
-    def spread(params: Any, batch: Any) -> Any:
-        specs = state_specs(params, mesh.size)
-
-        def on_device(params: Any, rows: Any) -> Any:
-            value = function(_whole(params, specs), rows)
-            return jax.lax.psum(value, _AXIS) if summed else value
-
-        inputs, output = (specs, _ROWS), _COPIED if summed else _ROWS
         shared = jax.shard_map(on_device, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)
-        return shared(params, batch)
+        return shared(params, *others)
 
     return spread
 
 
-def _whole(params: Any, specs: Any) -> Any:
-    def gather(share: jax.Array, spec: PartitionSpec) -> jax.Array:
-        if _AXIS not in spec:
-            return share
-        return jax.lax.all_gather(share, _AXIS, axis=spec.index(_AXIS), tiled=True)
+def sum_gradients(value: tuple[Any, Any]) -> tuple[Any, Any]:
+    """(sums, float32 gradients) of all rows: gradients of what is shared have been summed over `fsdp`."""
+    sums, grads = value
 
-    return jax.tree.map(gather, params, specs)
+    def one(grad: Any) -> jax.Array:
+        if not is_share(grad):
+            return total(grad)
+        return jax.lax.psum(grad.own, "data") if jax.lax.axis_size("data") > 1 else grad.own
+
+    return total(sums), jax.tree.map(one, grads, is_leaf=is_share)
 
 
-def _share_of_sum(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-    if _AXIS not in spec:
-        return jax.lax.psum(grad, _AXIS)
-    return jax.lax.psum_scatter(grad, _AXIS, scatter_dimension=spec.index(_AXIS), tiled=True)
+def total(value: Any) -> Any:
+    """Sums over the devices that have different rows."""
+    return jax.lax.psum(value, _ROW_AXES)
+
+
+def largest(value: Any) -> Any:
+    """Maxima over the devices that have different rows, NaN where any is."""
+
+    def one(x: jax.Array) -> jax.Array:  # a maximum over devices may ignore NaN
+        bad = total(jnp.isnan(x).astype(jnp.int32)) > 0
+        return jnp.where(bad, jnp.nan, jax.lax.pmax(jnp.nan_to_num(x, posinf=jnp.inf), _ROW_AXES))
+
+    return jax.tree.map(one, value)
+
+
+def own_keys(mesh: AnyMesh | None) -> Callable[[jax.Array], jax.Array]:
+    """Maps one key, or those of all microbatches of a batch, to keys of this device's rows in its microbatches."""
+
+    def own(keys: jax.Array) -> jax.Array:
+        parts = jax.lax.axis_size(_ROW_AXES)
+        mine = jax.lax.axis_index(_ROW_AXES) * keys.size + jnp.arange(keys.size)
+        return row_keys(keys.reshape(-1)[mine // parts], mine % parts, parts=parts).reshape(keys.shape)
+
+    return own if mesh is not None else lambda keys: keys
+
+
+def with_ends(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function(params, ...) with what is outside the stacks gathered first; stacks gather their layers themselves."""
+
+    @functools.wraps(function)
+    def on_shares(shares: Any, *others: Any) -> Any:
+        def end(path: Any, leaf: Any) -> Any:
+            return leaf if is_stacked(path) else whole(leaf)
+
+        return function(jax.tree_util.tree_map_with_path(end, shares, is_leaf=is_share), *others)
+
+    return on_shares
+
+
+def _shares(params: Any, specs: Any, dtype: Any) -> Any:
+    """What a device has of the parameters: shares of those that are split, others in the compute dtype."""
+
+    def share(leaf: jax.Array, spec: PartitionSpec) -> Any:
+        if "fsdp" not in spec:
+            return cast_floating(leaf, dtype)
+        behind = leaf.ndim - spec.index("fsdp")  # without the axis of layers
+        return Share(leaf, lambda own: _gathered(own, own.ndim - behind, dtype))
+
+    return jax.tree.map(share, params, specs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(share: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    return checkpoint_name(jax.lax.all_gather(share.astype(dtype), "fsdp", axis=axis, tiled=True), WHOLE)
+
+
+def _scatter_sum(axis: int, dtype: Any, saved: None, grad: jax.Array) -> tuple[jax.Array]:
+    # Master weights are float32, and so are sums of their gradients.
+    return (jax.lax.psum_scatter(grad.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gathered.defvjp(lambda share, axis, dtype: (_gathered(share, axis, dtype), None), _scatter_sum)

@@ -17,26 +17,20 @@ from jaxllm.models import family_of
 from jaxllm.models.layers import apply
 from jaxllm.ops.sampling import most_probable
 from jaxllm.training.loss import Batch
-from jaxllm.training.precision import cast_floating
 from jaxllm.training.program import Program
-from jaxllm.training.sharding import map_rows
+from jaxllm.training.sharding import map_rows, with_ends
 
 
 def make_predict_step(program: Program, mesh: Mesh | None) -> Callable[[Any, Batch], Int[Array, "B T"]]:
     """The most likely token at every decoder position, given the true ones before; logits exist row by row."""
     model = program.model
 
-    def on_rows(cast: Any, batch: Batch) -> Int[Array, "B T"]:
+    def predict(cast: Any, batch: Batch) -> Int[Array, "B T"]:
         head = apply(model, cast, method="head")
         hidden = family_of(model).hidden(model, cast, batch)
         return jax.lax.map(lambda row: most_probable(jnp.einsum("td,vd->tv", row, head)), hidden)
 
-    spread = map_rows(on_rows, mesh, summed=False)
-
-    def predict(params: Any, batch: Batch) -> Int[Array, "B T"]:
-        return spread(cast_floating(params, program.dtype), batch)
-
-    return predict
+    return map_rows(with_ends(predict), mesh, dtype=program.dtype, combine=None)
 
 
 def count_spans(

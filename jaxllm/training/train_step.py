@@ -1,21 +1,18 @@
 """One optimizer step as a pure function: (state, batch) -> (state, metrics).
 
 Loss functions return sums, which are divided once by the weight of the whole batch, so that accumulating microbatches
-of different weight is exact. Parameters are cast to the compute dtype once per step, outside the accumulation scan.
-Gradients are accumulated in float32. The optimizer's loss scale skips a batch whose gradients overflow. The caller
-applies jit, donation and layout. `jaxllm.training.program` has an example.
+of different weight is exact. On one device parameters are cast to the compute dtype once per step, outside the
+accumulation scan; on several, where they are gathered. Gradients are accumulated in float32. The optimizer's loss scale
+skips a batch whose gradients overflow. The caller applies jit, donation and layout. `jaxllm.training.program` has an
+example.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops.losses import LossSums
@@ -23,7 +20,7 @@ from jaxllm.training.attribution import first_nonfinite
 from jaxllm.training.loss import Batch, LossFunction
 from jaxllm.training.loss_scale import loss_scale_of, loss_scale_state, unscale
 from jaxllm.training.precision import cast_floating
-from jaxllm.training.sharding import map_rows, sum_gradients
+from jaxllm.training.sharding import AnyMesh, map_rows, own_keys, sum_gradients, total, with_ends
 
 
 class TrainState(NamedTuple):
@@ -79,7 +76,7 @@ def make_train_step(
     *,
     accumulation: int,
     dtype: Any,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The pure step of a run: forward, backward, update.
 
@@ -101,16 +98,19 @@ def make_train_step(
         dtype: compute dtype.
         mesh: devices that hold state and batch, see `jaxllm.training.sharding`; None is one.
     """
-    gradients = functools.partial(accumulate_gradients, loss_function, accumulation=accumulation)
-    accumulate = sum_gradients(gradients, mesh)
+    loss, options = with_ends(loss_function), {"accumulation": accumulation, "own_keys": own_keys(mesh)}
+
+    def gradients(params: Any, batch: Batch, key: Array, scale: Array, weight: Array) -> tuple[LossSums, Any]:
+        return accumulate_gradients(loss, params, batch, key, factor=scale / weight, **options)
+
+    accumulate = map_rows(gradients, mesh, dtype=dtype, combine=sum_gradients)
     rule = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         weight = jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
         scale = loss_scale_of(state.opt_state)
-        params = cast_floating(state.params, dtype)
-        sums, grads = accumulate(params, batch, key, factor=scale / weight)
+        sums, grads = accumulate(state.params, batch, key, scale, weight)
         culprit, known = jnp.full((), -1, jnp.int32), {}
         if loss_scale_state(state.opt_state) is not None:
             culprit = first_nonfinite(unscale(grads, scale))
@@ -154,9 +154,12 @@ def accumulate_gradients(
     *,
     factor: Array,
     accumulation: int,
-    reduce: Callable[[tuple[LossSums, Any]], tuple[LossSums, Any]] = lambda value: value,
+    own_keys: Callable[[Array], Array] = lambda keys: keys,
 ) -> tuple[LossSums, Any]:
-    """Sums over microbatches of the loss, and float32 gradients of factor * loss; `reduce` adds up devices' shares."""
+    """Sums over microbatches of the loss, and float32 gradients of factor * loss.
+
+    `own_keys` maps the key of the batch, or those of its microbatches, to keys of these rows of it.
+    """
 
     def scaled(p: Any, part: Batch, part_key: Array) -> tuple[Array, LossSums]:
         sums = loss_function(p, part, part_key)
@@ -164,23 +167,23 @@ def accumulate_gradients(
 
     def gradient(part: Batch, part_key: Array) -> tuple[LossSums, Any]:
         (_, sums), grads = jax.value_and_grad(scaled, has_aux=True)(params, part, part_key)
-        return reduce((sums, cast_floating(grads, jnp.float32)))
+        return sums, cast_floating(grads, jnp.float32)
 
     if accumulation == 1:
-        return gradient(batch, key)
+        return gradient(batch, own_keys(key))
 
     def body(total: tuple[LossSums, Any], inputs: tuple[Batch, Array]) -> tuple[tuple[LossSums, Any], None]:
         return jax.tree.map(jnp.add, total, gradient(*inputs)), None
 
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-    keys = jax.random.split(key, accumulation)
+    keys = own_keys(jax.random.split(key, accumulation))
     first = jax.tree.map(lambda x: x[0], (parts, keys))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first))
     return jax.lax.scan(body, zeros, (parts, keys))[0]
 
 
 def make_eval_step(
-    loss_function: LossFunction, *, dtype: Any, mesh: Mesh | None = None
+    loss_function: LossFunction, *, dtype: Any, mesh: AnyMesh | None = None
 ) -> Callable[[Any, Batch], LossSums]:
     """(parameters, batch) -> the loss sums of a batch, without gradients and without dropout.
 
@@ -191,9 +194,8 @@ def make_eval_step(
     >>> print(sums.loss / sums.weight)
     2.0
     """
-    sums = map_rows(lambda params, batch: loss_function(params, batch, None), mesh, summed=True)
 
     def eval_step(params: Any, batch: Batch) -> LossSums:
-        return sums(cast_floating(params, dtype), batch)
+        return with_ends(loss_function)(params, batch, None)
 
-    return eval_step
+    return map_rows(eval_step, mesh, dtype=dtype, combine=total)

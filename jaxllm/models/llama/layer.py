@@ -4,8 +4,6 @@ What differs comes as arguments: the maps of the layer's parameters in either la
 that research code may replace, attention and positions.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -72,21 +72,14 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder; `dtype` is the compute dtype, parameters are created in float32.
+    """The decoder; `dtype` is the compute dtype, parameters are created in float32."""
 
-    Attributes:
-        config: architecture.
-        dtype: of activations and matmul inputs; logits are float32.
-        islands: dtypes of what does not follow `dtype`.
-        attend: an own attention (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
-        rotate: own positions in queries and keys, here and in decoding; None is RoPE.
-    """
-
-    config: LlamaConfig
-    dtype: Any = jnp.float32
-    islands: Islands = DEFAULT_ISLANDS
+    config: LlamaConfig  # architecture
+    dtype: Any = jnp.float32  # of activations and matmul inputs; logits are float32
+    islands: Islands = DEFAULT_ISLANDS  # dtypes of what does not follow `dtype`
+    # an own attention (`jaxllm.models.functions`), here and in decoding; None is `config.attention`
     attend: Attend | None = None
-    rotate: Rotate | None = None
+    rotate: Rotate | None = None  # own positions in queries and keys, here and in decoding; None is RoPE
 
     def setup(self) -> None:
         """Creates the embedding, the stacked layers, the last norm and the head."""

@@ -11,17 +11,14 @@ from jaxllm.ops.masks import Pattern
 
 
 class Documents(NamedTuple):
-    """The documents in the rows of a batch; with no field set, a row is one document without padding.
+    """The documents in the rows of a batch; with no field set, a row is one document without padding."""
 
-    Attributes:
-        encoder_segment_ids: document of each source token, 0 = padding; None is one document, number 1.
-        decoder_segment_ids: document of each decoder token, which sees the source of the same number.
-        encoder_lengths: real source tokens of each row, where a row is one document and padding ends it. They replace
-            segment ids and are faster on a GPU, whose fused attention supports lengths but not documents.
-    """
-
+    # document of each source token, 0 = padding; None is one document, number 1
     encoder_segment_ids: Int[Array, "#B S"] | None = None
+    # document of each decoder token, which sees the source of the same number
     decoder_segment_ids: Int[Array, "B T"] | None = None
+    # real source tokens of each row, where a row is one document and padding ends it. They replace segment ids and are
+    # faster on a GPU, whose fused attention supports lengths but not documents
     encoder_lengths: Int[Array, "#B"] | None = None
 
     @classmethod

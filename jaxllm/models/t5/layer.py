@@ -6,8 +6,6 @@ the residual stream has its own, because T5's outgrows float16. Scores are not d
 that in q's initial size.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -140,20 +140,14 @@ def _first(query: Array, *_: Array, **__: Any) -> Array:
 
 
 class T5(nn.Module):
-    """The encoder-decoder; `dtype` is the compute dtype, parameters are created in float32.
+    """The encoder-decoder; `dtype` is the compute dtype, parameters are created in float32."""
 
-    Attributes:
-        config: architecture.
-        dtype: of activations and matmul inputs; logits are float32.
-        islands: dtypes of what does not follow `dtype`.
-        attend: an own attention (`jaxllm.models.functions`), here and in decoding; None is `config.attention`.
-        position_bias: an own bias from each table, here and in decoding; None is T5's relative bias.
-    """
-
-    config: T5Config
-    dtype: Any = jnp.float32
-    islands: Islands = DEFAULT_ISLANDS
+    config: T5Config  # architecture
+    dtype: Any = jnp.float32  # of activations and matmul inputs; logits are float32
+    islands: Islands = DEFAULT_ISLANDS  # dtypes of what does not follow `dtype`
+    # an own attention (`jaxllm.models.functions`), here and in decoding; None is `config.attention`
     attend: Attend | None = None
+    # an own bias from each table, here and in decoding; None is T5's relative bias
     position_bias: PositionBias | None = None
 
     def setup(self) -> None:
