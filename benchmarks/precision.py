@@ -34,6 +34,7 @@ from jaxllm.run.overflow import OverflowWatch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
 from jaxllm.training.precision import build_model, cast_floating
+from jaxllm.training.program import program_of
 from jaxllm.training.train_step import accumulate_gradients, init_train_state, make_eval_step, make_train_step
 
 matplotlib.use("Agg")
@@ -132,7 +133,7 @@ def train(config: RunConfig, batches: list[Any], validation: list[Any], *, moved
     if moved is not None:
         params = _moved(params, jax.random.key(moved))
     state = init_train_state(params, rule, run_key)
-    watch = OverflowWatch(config, state.params)
+    watch = OverflowWatch(program_of(config), state.params)
     rows, seconds, before = [], [], time.perf_counter()
     for i, batch in enumerate(batches, 1):
         started = time.perf_counter()

@@ -47,7 +47,7 @@ def main() -> int:
     with training_console(config) as show_step:
         try:
             check_in_place(config, arguments.config, arguments.overrides)
-            pretrain(config, on_progress=show_step)
+            pretrain(config, on_step=show_step)
         except KeyboardInterrupt:
             return 130  # as a shell reports it
         except (ValueError, OSError, CheckpointError, DeviceError, TrainingStopped) as error:

@@ -37,6 +37,11 @@ class Records(Sequence[Any]):
         return self._files[bisect.bisect_right(self._ends, index % len(self))]
 
 
+def file_of(records: Sequence[Any], number: int) -> str:
+    """The file of a record, or its number where the records are not in files."""
+    return records.file_of(number) if isinstance(records, Records) else f"record {number}"
+
+
 def damaged(folder: Path, error: Exception, where: str = "") -> DataError:
     """The error for prepared data that cannot be read: damage, or a refusal of the system."""
     refusal = refused(folder) or (error if isinstance(error, OSError) else None)

@@ -17,6 +17,8 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
+_TRAINING = "data.tokenizer: train (or set it to a tokenizer.json)"
+
 # What determines a tokenizer: the fingerprint of a given file, or the corpus and size of a trained one.
 Origin = dict[str, Any]
 
@@ -88,7 +90,7 @@ def origin_of(given: Tokenizer | None, config: DataConfig, source: Source, *, vo
         return {"fingerprint": given.fingerprint}
     if config.tokenizer != "train":
         return None
-    documents = len(source.train)
+    documents = len(source.documents(_TRAINING))
     return {"source": source.name, "documents": documents, "fields": _fields(config), "vocab_size": vocab_size}
 
 
@@ -96,10 +98,10 @@ def make_tokenizer(config: DataConfig, source: Source, *, vocab_size: int) -> To
     """The tokenizer that the config describes, loaded or trained; DataError when neither is possible."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
-    every = itertools.chain.from_iterable(texts(source.train, key) for key in _fields(config))
-    made = train_tokenizer(every, vocab_size=vocab_size)
-    _log.info("trained a tokenizer of %d ids on %d documents", made.vocab_size, len(source.train))
-    return made
+    documents = source.documents(_TRAINING)
+    _log.info("training a tokenizer of %d ids on %d documents", vocab_size, len(documents))
+    every = itertools.chain.from_iterable(texts(documents, key) for key in _fields(config))
+    return train_tokenizer(every, vocab_size=vocab_size)
 
 
 def _fields(config: DataConfig) -> list[str]:

@@ -22,8 +22,8 @@ import grain
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.packing import Batch
-from jaxllm.data.recipes import RECIPES
-from jaxllm.data.records import Records
+from jaxllm.data.recipes import Objective
+from jaxllm.data.records import file_of
 from jaxllm.data.tokenizer import Tokenizer
 
 TIME_LIMIT = 300.0  # seconds to wait for a worker, which may need a minute to start on a busy machine
@@ -36,14 +36,15 @@ class Task(NamedTuple):
     """What a worker does; sent to it once."""
 
     order: Sequence[int]  # number of a document -> number of its record
-    records: Records  # records of the corpus
-    config: DataConfig  # its objective has the recipe, which is made again in the worker
+    records: Sequence[dict[str, Any]]  # records of the corpus
+    objective: Objective  # its recipe is made again in the worker
+    config: DataConfig  # lengths and fields of the recipe
     tokenizer: Tokenizer  # text to ids
     start_id: int  # first decoder token
 
     def encoder(self) -> Callable[[int], Batch]:
         """The number of a document to its arrays."""
-        recipe = RECIPES[self.config.objective].recipe(self.config, self.tokenizer, self.start_id)
+        recipe = self.objective.recipe(self.config, self.tokenizer, self.start_id)
         return lambda number: recipe.encode(self.records[self.order[number]])
 
 
@@ -186,7 +187,7 @@ class _Pool:
 
     def _where(self, job: _Job) -> str:
         order, records = self._task.order, self._task.records
-        files = dict.fromkeys(records.file_of(order[number]) for number in job.numbers)
+        files = dict.fromkeys(file_of(records, order[number]) for number in job.numbers)
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         return f"{len(job.numbers)} documents of {next(iter(files))}{more}"
 

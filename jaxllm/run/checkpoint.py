@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from jaxllm.data import first_line
 from jaxllm.data.durable import move, sync_tree
 from jaxllm.data.records import refused
+from jaxllm.run.folder import checkpoint_steps
 from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.fingerprint import named_fingerprints, path_name, total
 
@@ -103,8 +104,8 @@ class Checkpoints:
         """Opens or creates the folder and removes what an interrupted save left behind."""
         self._losses: dict[int, float] = {}
         # orbax opens no folder in which a single checkpoint's description cannot be parsed.
-        self._undescribed = [step for step in steps_in(folder) if not is_described(folder, step)]
-        if self._undescribed and self._undescribed == steps_in(folder):
+        self._undescribed = [step for step in checkpoint_steps(folder) if not is_described(folder, step)]
+        if self._undescribed and self._undescribed == checkpoint_steps(folder):
             raise _none_readable(folder, self._undescribed)
         _move_aside(folder, self._undescribed)
         options = ocp.CheckpointManagerOptions(
@@ -255,11 +256,6 @@ def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
     )
 
 
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, oldest first."""
-    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
-
-
 def is_described(folder: Path, step: int) -> bool:
     """Whether orbax can parse its own description of a checkpoint; one without a description is left to `restore`."""
     if not (folder / str(step) / "_CHECKPOINT_METADATA").exists():
@@ -315,7 +311,7 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
                 verify_tree(found, reader.restore(folder / str(step) / _DATA))
         return found[_PARAMS]
 
-    found, damaged = _newest_whole(folder, steps_in(folder), read)
+    found, damaged = _newest_whole(folder, checkpoint_steps(folder), read)
     if found is not None:
         return found[1]
     if damaged:

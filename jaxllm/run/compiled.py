@@ -108,6 +108,7 @@ class CompiledOnce(Generic[P, R]):
         if self._executable is not None:
             return self._executable
         start = time.perf_counter()
+        _log.info("compiling the %s", self._name)
         with explained(self._name):
             lowered = self._jitted.lower(*args, **kwargs)
             try:

@@ -19,7 +19,7 @@ import fcntl
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jaxllm.config import DataConfig, RunConfig
@@ -31,6 +31,7 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.ops.backend import has_bfloat16
+from jaxllm.training.optimizer import same_rates
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,10 @@ _MAY_CHANGE = {
 }
 
 
+# Settings of the learning rate, which may change as long as the rates of the steps that are done stay the same.
+_RATES = {"training": "steps", "optimizer": "learning_rate schedule warmup_steps decay_steps min_lr_ratio"}
+
+
 class RunFolderError(ConfigError):
     """A run folder that cannot be used; the message has the reason and the fix."""
 
@@ -72,6 +77,11 @@ def kind_of(path: str | Path) -> Kind | None:
     if (folder / CONFIG).is_file():
         return Kind.RUN
     return Kind.HUGGING_FACE if (folder / _HUGGING_FACE_CONFIG).is_file() else None
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, whole or damaged, oldest first."""
+    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
 
 
 def has_begun(folder: Path) -> bool:
@@ -268,15 +278,22 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def _keys(table: Mapping[str, str]) -> list[str]:
+    return [f"{section}.{name}" for section, names in table.items() for name in names.split()]
+
+
 def _check_same(path: Path, config: RunConfig) -> None:
     try:
         old = load_config(path)
     except ConfigError as error:
         raise RunFolderError(f"the config of the run there cannot be read: {error}") from None
-    ignored = [f"{section}.{name}" for section, names in _MAY_CHANGE.items() for name in names.split()]
-    differing = config_differences(old, config, ignored=ignored)
+    done = max(checkpoint_steps(path.parent / CHECKPOINTS), default=0)
+    same = same_rates(old, config, steps=done)
+    differing = config_differences(old, config, ignored=_keys(_MAY_CHANGE) + (_keys(_RATES) if same else []))
     if differing:
         listed = "\n  ".join(differing)
+        if not same:
+            listed += f"\n(the learning rates of the {done} steps that are done would differ)"
         raise RunFolderError(
             f"{path.parent} holds a run of another config; these keys differ (there -> here):\n  {listed}\n"
             f"resume it with its own config, or choose another training.run_dir"

@@ -77,7 +77,7 @@ class Throughput:
 
 
 def step_row(
-    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float, speed: dict[str, float]
+    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float | None, speed: dict[str, float]
 ) -> dict[str, Any]:
     """The row of a training step in metrics.jsonl, without headroom.
 
@@ -85,7 +85,7 @@ def step_row(
         config: the run.
         values: metrics of the step, as numbers.
         size: bytes of text that its batch predicts.
-        learning_rate: of the step.
+        learning_rate: of the step, None where it is not known.
         speed: what `Throughput.read` returned.
     """
     row = {
@@ -103,14 +103,19 @@ def step_row(
 
 def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
     """Shows the row of a training step."""
-    names = ("loss", config.model.metric, "grad_norm", "learning_rate", "tokens_per_second")
-    text = "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s"
-    _log.info(text, step, config.training.steps, *(row[name] for name in names))
+    names = ("loss", config.model.metric, "grad_norm", "tokens_per_second")
+    loss, size, norm, speed = (row[name] for name in names)
+    unit = "target" if config.model.encoder_decoder else "byte"
+    rate = "" if row["learning_rate"] is None else f" lr {row['learning_rate']:.1e}"
+    rounded = f"{speed / 1000:.0f}k" if speed >= 10_000 else f"{speed:.0f}"
+    text = "step %d loss %.3f bits/%s %.3f grad %.2f%s %s tok/s"  # 80 columns, with the time before it
+    _log.info(text, step, loss, unit, size, norm, rate, rounded)
 
 
 def log_validation(step: int, values: dict[str, float]) -> None:
     """Shows an evaluation."""
-    _log.info("step %d  validation %s", step, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+    listed = " ".join(f"{name.replace('bits_per_', 'bits/').replace('_', ' ')} {x:.4f}" for name, x in values.items())
+    _log.info("step %d validation %s", step, listed)
 
 
 class MetricsWriter:

@@ -66,7 +66,7 @@ def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
         if config.model.attention != "auto":
             raise
         _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
-        steps = make_steps(program_of(by_blocks(config), steps.mesh), steps.mesh)
+        steps = make_steps(program_of(by_blocks(config), steps.mesh, steps.program.own), steps.mesh)
         _compile(steps, state, batch)
     return steps
 

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxllm.config.file import load_config
-from jaxllm.run.checkpoint import CheckpointError, Damaged, attempt, is_described, steps_in, verify_tree
-from jaxllm.run.folder import CHECKPOINTS, CONFIG, DATA, METRICS
+from jaxllm.run.checkpoint import CheckpointError, Damaged, attempt, is_described, verify_tree
+from jaxllm.run.folder import CHECKPOINTS, CONFIG, DATA, METRICS, checkpoint_steps
 from jaxllm.run.record import read_metrics
 from jaxllm.run.trainer import pretrain
 from jaxllm.training.fingerprint import total
@@ -152,7 +152,7 @@ def _verdict(folder: Path, step: int, recorded: str | None) -> tuple[bool, str]:
 
 
 def _kept(folder: Path) -> list[int]:
-    if steps := steps_in(folder / CHECKPOINTS):
+    if steps := checkpoint_steps(folder / CHECKPOINTS):
         return steps
     raise CheckpointError(f"there is no checkpoint in {folder / CHECKPOINTS}; name the training.run_dir of a run")
 

@@ -26,10 +26,11 @@ from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.models import build, init_params
-from jaxllm.run import console, trainer
+from jaxllm.run import trainer
 from jaxllm.run.checkpoint import CheckpointError, Checkpoints
 from jaxllm.run.device import Device
 from jaxllm.run.folder import TOKENIZER, RunFolderError, check_in_place, open_run_folder
+from jaxllm.run.parts import StepReport
 from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import Summary, TrainingStopped, pretrain
@@ -107,11 +108,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole: tuple[RunConfig, Summar
     run, summary = whole
     parts = config(shared / "parts", shared / "corpus")
     assert (summary.step, summary.finished, summary.resumed_from) == (8, True, 0)
-    shown: list[int] = []
-    first = pretrain(parts, stop_at=4, on_progress=shown.append)
+    shown: list[StepReport] = []
+    first = pretrain(parts, stop_at=4, on_step=shown.append)
     assert (first.step, first.finished) == (4, False)
-    second = pretrain(parts, on_progress=shown.append)
-    assert shown == list(range(1, 9))
+    second = pretrain(parts, on_step=shown.append)
+    assert [report.step for report in shown] == list(range(1, 9))
     assert (second.step, second.finished, second.resumed_from) == (8, True, 4)
     for a, b in zip(final_params(run), final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -249,14 +250,6 @@ def test_a_finished_run_needs_no_record_of_its_metrics(
             assert pretrain(run).finished
         assert "no curve is drawn" in caplog.text and "has no value of bits_per_byte" in caplog.text
         assert not (tmp_path / "run" / "loss.png").exists()
-
-
-def test_the_bar_is_moved_by_the_trainer(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[int] = []
-    monkeypatch.setattr(console.Progress, "update", lambda self, task, completed: moved.append(completed))
-    with console.training_console(config(tmp_path, corpus)) as show_step:
-        show_step(3)
-    assert moved == [3]
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
