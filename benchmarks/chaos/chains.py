@@ -76,18 +76,20 @@ def disks(lane: Lane, root: Path, count: int, seed: int) -> Tally:
     rng = np.random.default_rng([seed, 3])
     for _ in range(count):
         folder = chains.folder()
-        room, at = int(rng.integers(0, 400)) * 1024, rng.uniform(0.1, 0.8) * lane.seconds
-        emptied = rng.random() < 0.5
+        room, save, emptied = int(rng.integers(0, 300)) * 1024, int(rng.integers(1, 5)), rng.random() < 0.5
         with _disk(folder) as (fill, clear, before_start):
-            start = Start(folder, lane.config, before=before_start(room, at, emptied))
-            if start.alive_after(at):
-                fill(room)
+            start = Start(folder, lane.config, before=before_start(room, lane.seconds / 3, emptied))
+            _wait_for_save(start, folder, skip=save)
+            fill(room)
             before = committed(folder)
-            if emptied and start.alive_after(at + rng.uniform(0.2, 0.8)):
+            if emptied and start.alive_after(time.perf_counter() - start.begin + rng.uniform(0.2, 0.8)):
                 clear()
             ended = start.wait()
             clear()
-            what = f"{folder.name} room {room}, at {at:.2f} s, {'emptied' if emptied else 'stays'}, exit {ended.code}"
+            what = f"{folder.name} room {room}, save {save}, {'emptied' if emptied else 'stays'}, exit {ended.code}"
+            tally.notes["where a save failed"] = tally.notes.get("where a save failed", 0) + (
+                "is not saved" in ended.log
+            )
             problems = chains.check(tally, ended, before) or chains.finish(tally, folder)
             tally.count(what, problems or ("bitwise at once" if ended.code == 0 else "bitwise after a restart"))
             chains.keep(folder)

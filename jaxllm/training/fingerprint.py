@@ -76,7 +76,7 @@ def _words(leaf: Array) -> UInt32[Array, "..."]:
     return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, ...]:
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
