@@ -9,8 +9,6 @@ warms up. The roofline is the bytes that a step must read (weights, and the cach
 read bandwidth measured in the same process. Results go to benchmarks/results/decode_*.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

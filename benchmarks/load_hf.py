@@ -9,8 +9,6 @@ includes reading every page, and `seconds_own` copies every parameter out of the
 update. Samples of the weights are compared. Results go to benchmarks/results/load_hf_*.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource
@@ -21,27 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import shapes
 from benchmarks.report import spread
 from benchmarks.sides import environment, run_side, save
-from jaxllm.config import LlamaConfig, RopeConfig
 
-ROPE = RopeConfig(type="llama3", theta=500000.0, factor=32.0, original_max_length=8192)
-SHAPES = {
-    "1B": LlamaConfig(  # as Llama 3.2 1B
-        vocab_size=128256,
-        d_model=2048,
-        d_ff=8192,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        max_length=131072,
-        tie_embeddings=True,
-        rope=ROPE,
-    ),
-    "toy": LlamaConfig(
-        vocab_size=512, d_model=64, d_ff=128, num_layers=2, num_heads=4, num_kv_heads=2, tie_embeddings=True
-    ),
-}
+SHAPES = {"1B": shapes.SHAPES["1b"], "toy": shapes.SHAPES["toy"]}
 PAGE = 4096
 
 

@@ -1,4 +1,4 @@
-"""How fast text becomes training rows on one core: span corruption alone, next to simpler ways, and the whole pipeline.
+"""How fast text becomes training rows on one core: span corruption alone, next to a simpler way, and the pipeline.
 
     python -m benchmarks.objectives
 
@@ -7,14 +7,11 @@ of each are turned back into their text first. Pipeline: read, tokenise, corrupt
 corpus, next to reading and tokenising alone, which bounds it. Results go to benchmarks/results/objectives_*.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
 import itertools
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.report import spread
 from benchmarks.sides import environment, save
 from jaxllm.config import DataConfig
 from jaxllm.data.objectives import Denoiser, fill_spans, noise_of, span_corruption
@@ -61,27 +59,7 @@ def one_by_one(rng: np.random.Generator, tokens: np.ndarray) -> Iterator[tuple[n
     return iter([one(row) for row in tokens])
 
 
-def python_loop(rng: np.random.Generator, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Lists and a loop over tokens."""
-    noise, spans = noise_of(RAW, T5)
-
-    def parts(items: int) -> list[int]:
-        cuts = [0, *sorted((rng.permutation(items - 1)[: spans - 1] + 1).tolist()), items]
-        return [b - a for a, b in itertools.pairwise(cuts)]
-
-    def one(row: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        inputs, targets, at = [], [], 0
-        for i, (keep, hide) in enumerate(zip(parts(RAW - noise), parts(noise), strict=True)):
-            mark = int(SENTINELS[i])
-            inputs += [*row[at : at + keep], mark]
-            targets += [mark, *row[at + keep : at + keep + hide]]
-            at += keep + hide
-        return np.array([*inputs, 1]), np.array([*targets, 1])
-
-    return iter([one(row) for row in tokens.tolist()])
-
-
-VARIANTS: dict[str, Variant] = {"batched": batched, "one_by_one": one_by_one, "python_loop": python_loop}
+VARIANTS: dict[str, Variant] = {"batched": batched, "one_by_one": one_by_one}
 
 
 def objective_alone(turns: int) -> dict[str, dict[str, float]]:
@@ -100,7 +78,7 @@ def objective_alone(turns: int) -> dict[str, dict[str, float]]:
                 variant(rng, tokens)
                 done += tokens.size
             rates[name].append(done / (time.perf_counter() - before))
-    return {name: {"median": statistics.median(r), "min": min(r), "max": max(r)} for name, r in rates.items()}
+    return {name: spread(found) for name, found in rates.items()}
 
 
 CONFIGS = {

@@ -9,8 +9,6 @@ gradients of the trained float32 model are then computed in float16 at several l
 float16 makes it 0 and float32 does not. Results: benchmarks/results/precision_*.json, docs/images/precision_*.png.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -18,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from jaxllm.run.overflow import OverflowWatch
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
 from jaxllm.training.precision import build_model, cast_floating
+from jaxllm.training.program import program_of
 from jaxllm.training.train_step import accumulate_gradients, init_train_state, make_eval_step, make_train_step
 
 matplotlib.use("Agg")
@@ -85,9 +85,10 @@ def main() -> None:
     result = {"benchmark": "precision", "steps": arguments.steps, "full": arguments.full, **environment()}
     result["families"] = {name: summary(runs, lost) for name, (runs, lost) in families.items()}
     save("precision", result)
-    plot_losses({name: runs for name, (runs, _) in families.items()})
-    plot_lost({name: lost for name, (_, lost) in families.items()})
-    plot_scales({name: runs for name, (runs, _) in families.items()})
+    runs, lost = ({name: found[part] for name, found in families.items()} for part in (0, 1))
+    save_picture("precision_losses", plot_losses, runs)
+    save_picture("precision_gradients", plot_lost, lost)
+    save_picture("precision_scale", plot_scales, runs)
     print(json.dumps(result["families"], indent=1))
 
 
@@ -132,7 +133,7 @@ def train(config: RunConfig, batches: list[Any], validation: list[Any], *, moved
     if moved is not None:
         params = _moved(params, jax.random.key(moved))
     state = init_train_state(params, rule, run_key)
-    watch = OverflowWatch(config, state.params)
+    watch = OverflowWatch(program_of(config), state.params)
     rows, seconds, before = [], [], time.perf_counter()
     for i, batch in enumerate(batches, 1):
         started = time.perf_counter()
@@ -197,51 +198,43 @@ def summary(runs: dict[str, Any], lost: dict[str, Any]) -> dict[str, Any]:
     return {"runs": table, "gradients": lost}
 
 
-def plot_losses(families: dict[str, Any]) -> None:
-    """Training loss of every run, one panel per family."""
-    figure, axes = plt.subplots(1, len(families), figsize=(9, 3.4), squeeze=False)
-    for axis, (family, runs) in zip(axes[0], families.items(), strict=True):
-        for name, run in runs.items():
-            if name in MOVED:
-                continue
-            style = {"float32": {"color": "black", "linewidth": 2.5}, "float16, scale 1": {"linestyle": "--"}}
-            losses = np.convolve([row["loss"] for row in run["rows"]], np.ones(5) / 5, mode="valid")
-            label = f"{name}: {run['validation']:.4f}"
-            axis.plot(range(5, 5 + len(losses)), losses, label=label, **style.get(name, {"linewidth": 1}))
-        axis.set(title=f"{family}: training loss (legend: last validation)", xlabel="step", yscale="log")
-        axis.legend(fontsize=6)
-    _save(figure, "precision_losses")
+def plot_losses(axis: Any, runs: dict[str, Any]) -> str:
+    """Training loss of every run."""
+    styles = {"float32": {"color": "black", "linewidth": 2.5}, "float16, scale 1": {"linestyle": "--"}}
+    for name in RUNS:
+        losses = np.convolve([row["loss"] for row in runs[name]["rows"]], np.ones(5) / 5, mode="valid")
+        label = f"{name}: {runs[name]['validation']:.4f}"
+        axis.plot(range(5, 5 + len(losses)), losses, label=label, **styles.get(name, {"linewidth": 1}))
+    axis.set(xlabel="step", yscale="log")
+    return "training loss (legend: last validation)"
 
 
-def plot_lost(families: dict[str, Any]) -> None:
+def plot_lost(axis: Any, found: dict[str, Any]) -> str:
     """Exponents of gradients next to the range of float16 at each scale."""
-    figure, axes = plt.subplots(1, len(families), figsize=(9, 3.4), squeeze=False)
-    for axis, (family, result) in zip(axes[0], families.items(), strict=True):
-        counts = np.array(result["counts"])
-        axis.bar(result["exponents"], counts / counts.sum(), width=1, color="0.6")
-        for scale, color in zip(SCALES, ("tab:red", "tab:orange", "tab:green"), strict=True):
-            text = f"scale 2^{scale}: {result['lost'][scale]:.1%} lost"
-            axis.axvline(-24 - scale, color=color, label=text)
-        axis.set(title=f"{family}: weight gradients", xlabel="exponent of 2; left of a line float16 has only 0")
-        axis.legend(fontsize=7)
-    _save(figure, "precision_gradients")
+    counts = np.array(found["counts"])
+    axis.bar(found["exponents"], counts / counts.sum(), width=1, color="0.6")
+    for scale, color in zip(SCALES, ("tab:red", "tab:orange", "tab:green"), strict=True):
+        axis.axvline(-24 - scale, color=color, label=f"scale 2^{scale}: {found['lost'][scale]:.1%} lost")
+    axis.set(xlabel="exponent of 2; left of a line float16 has only 0")
+    return "weight gradients"
 
 
-def plot_scales(families: dict[str, Any]) -> None:
+def plot_scales(axis: Any, runs: dict[str, Any]) -> str:
     """Loss scale over time, and the least headroom of any block's activations."""
-    figure, axes = plt.subplots(1, len(families), figsize=(9, 3.0), squeeze=False)
-    for axis, (family, runs) in zip(axes[0], families.items(), strict=True):
-        rows = runs["float16, dynamic scale"]["rows"]
-        steps = [row["step"] for row in rows]
-        axis.plot(steps, [np.log2(row["loss_scale"]) for row in rows], label="log2 of the loss scale")
-        room = [(row["step"], row["headroom"]) for row in rows if "headroom" in row]
-        axis.plot(*zip(*room, strict=True), label="least headroom of activations (bits)")
-        axis.set(title=f"{family}, float16", xlabel="step", ylim=(0, None))
+    rows = runs["float16, dynamic scale"]["rows"]
+    axis.plot([row["step"] for row in rows], [np.log2(row["loss_scale"]) for row in rows], label="log2 of the scale")
+    room = [(row["step"], row["headroom"]) for row in rows if "headroom" in row]
+    axis.plot(*zip(*room, strict=True), label="least headroom of activations (bits)")
+    axis.set(xlabel="step", ylim=(0, None))
+    return "float16, dynamic scale"
+
+
+def save_picture(name: str, plot: Callable[[Any, Any], str], families: dict[str, Any]) -> None:
+    """A picture with one panel per family; `plot` fills it and returns its title."""
+    figure, axes = plt.subplots(1, len(families), figsize=(9, 3.4), squeeze=False)
+    for axis, (family, found) in zip(axes[0], families.items(), strict=True):
+        axis.set_title(f"{family}: {plot(axis, found)}")
         axis.legend(fontsize=7)
-    _save(figure, "precision_scale")
-
-
-def _save(figure: Any, name: str) -> None:
     figure.tight_layout()
     figure.savefig(IMAGES / f"{name}.png", dpi=90)
     plt.close(figure)

@@ -1,7 +1,5 @@
 """A result as one printed line, so that what was measured survives whatever happens to the process next."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import statistics

@@ -1,7 +1,5 @@
 """The shapes of models that benchmarks run: small ones for a CPU, real ones for a GPU, and toys."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -4,8 +4,6 @@ All sides start with the variable that makes glibc request huge pages, as `scrip
 GLIBC_TUNABLES is set already.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -5,8 +5,6 @@ makes no cache and does not wait for the loss. A decoder is `generate` over a st
 or our loop around one compiled forward pass, with the greedy choice on the device.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -10,8 +10,6 @@ side's library at one matmul of the model. Matmuls are most of a step, and their
 Results go to benchmarks/results/train_step_*.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

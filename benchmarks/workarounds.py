@@ -8,8 +8,6 @@ range, and the ratio of each side's fastest turn. A form can go when neither is 
 a GPU is shown by tests/structure.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time
@@ -33,19 +31,13 @@ _SECONDS = 0.04  # of one timing, at least
 
 
 class Row(NamedTuple):
-    """Two programs of the same arguments.
+    """Two programs of the same arguments."""
 
-    Attributes:
-        arguments: of both.
-        form: the program with the form.
-        plain: the program without; None is `form` while the choice named next gives the other answer.
-        replaced: a choice of `jaxllm.ops.backend` that is made for these arguments.
-    """
-
-    arguments: tuple[jax.Array, ...]
-    form: Callable[..., Any]
+    arguments: tuple[jax.Array, ...]  # of both
+    form: Callable[..., Any]  # the program with the form
+    # the program without; None is `form` while the choice named next gives the other answer
     plain: Callable[..., Any] | None = None
-    replaced: str = ""
+    replaced: str = ""  # a choice of `jaxllm.ops.backend` that is made for these arguments
 
 
 def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -8,8 +8,6 @@
 such as `pretrain`, load it at first use. Import the modules of a room by name, such as `jaxllm.run.load`.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,6 @@ from jaxllm.generation.beam import BeamSettings, beam_search
 from jaxllm.generation.decoding import generate, generate_stream
 from jaxllm.generation.edits import edited
 from jaxllm.generation.scoring import score
-from jaxllm.generation.speculative import generate_speculative
 from jaxllm.interop.hf import load_hf, save_hf
 from jaxllm.models import T5, Llama, build, count_params, init_params
 from jaxllm.ops.sampling import Sampling
@@ -48,7 +45,7 @@ _ROOMS = ("config", "data", "generation", "interop", "jaxprs", "models", "ops", 
 __all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "T5Config", "load_config"]
 __all__ += ["DataConfig", "OptimizerConfig", "PrecisionConfig", "RunConfig", "ShardingConfig", "TrainingConfig"]
 __all__ += ["T5", "Llama", "build", "count_params", "init_params", "load_hf", "save_hf"]
-__all__ += ["BeamSettings", "Sampling", "beam_search", "edited", "generate", "generate_speculative"]
+__all__ += ["BeamSettings", "Sampling", "beam_search", "edited", "generate"]
 __all__ += ["TextModel", "generate_stream", "load_run", "load_text_model", "load_tokenizer", "score"]
 __all__ += ["dynamic_loss_scale", "pretrain", "program_of"]
 

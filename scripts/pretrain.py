@@ -11,7 +11,9 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
-from jaxllm.config.file import ConfigError, dump_config, key_table, load_config
+from process import prepare_script
+
+from jaxllm.config.file import dump_config, key_table, load_config
 
 
 def main() -> int:
@@ -26,8 +28,9 @@ def main() -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     arguments = parser.parse_intermixed_args()
     try:
+        prepare_script()
         config = load_config(arguments.config, arguments.overrides)
-    except ConfigError as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.print_config:
@@ -44,7 +47,7 @@ def main() -> int:
     with training_console(config) as show_step:
         try:
             check_in_place(config, arguments.config, arguments.overrides)
-            pretrain(config, on_progress=show_step)
+            pretrain(config, on_step=show_step)
         except KeyboardInterrupt:
             return 130  # as a shell reports it
         except (ValueError, OSError, CheckpointError, DeviceError, TrainingStopped) as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -12,12 +11,11 @@ import jax.numpy as jnp
 
 from jaxllm.config.model import Attention, Layers, ModelConfig, Objective, Remat
 from jaxllm.config.setting import at_least, settings
-from jaxllm.models.cache import KVCache, init_cache, write, write_at
-from jaxllm.models.decoder import Plan, join
+from jaxllm.models.cache import KVCache, init_cache, write
+from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.models.family import Family
 from jaxllm.models.flops import Flops
 from jaxllm.models.layers import DEFAULT_ISLANDS, Islands, apply
-from jaxllm.models.params import check_params
 
 
 @settings
@@ -83,24 +81,8 @@ def flops(c: ToyConfig, batch: int, length: int, target_length: int) -> Flops:
     return Flops(weights + pairs / 2, weights + pairs, weights)
 
 
-@dataclass(frozen=True)
-class ToyDecoder:
+class ToyDecoder(Decoder):
     """Keeps the values of earlier tokens in the cache of the other families."""
-
-    model: Toy
-
-    def without_cudnn(self) -> ToyDecoder:
-        return self
-
-    def prepare(self, params: Any, *, int8: bool = False) -> Any:
-        check_params(self.model, params)
-        return params
-
-    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
-        pass
-
-    def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
-        return Plan(prompt, new, prompt, prompt + new, None, cache_dtype)
 
     def start(self, params: Any, tokens: Any, lengths: Any, plan: Plan) -> tuple[Any, jax.Array, KVCache, jax.Array]:
         c, (batch, count) = self.model.config, tokens.shape
@@ -127,31 +109,6 @@ class ToyDecoder:
         return apply(self.model, params, states, method="logits")[:, 0], KVCache(
             cache.keys, (held,), seen, cache.slot + 1
         )
-
-    def extend(
-        self, params: Any, context: Any, cache: KVCache, tokens: Any, positions: Any, plan: Plan
-    ) -> tuple[jax.Array, KVCache]:
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        seen = cache.positions.at[rows, positions].set(positions, mode="drop")
-        new = apply(self.model, params, tokens, method="values")[:, :, None]
-        held = write_at(cache.values[0], new, positions)
-        distance = jnp.where(seen[:, None] >= 0, positions[:, :, None] - seen[:, None], -1)
-        states = apply(self.model, params, tokens, held, distance, method="mix")
-        logits = apply(self.model, params, states, method="logits")
-        return logits, KVCache(cache.keys, (held,), seen, cache.slot)
-
-    def lookup(self, tokens: Any, lengths: Any, new: Any, counts: Any) -> tuple[Any, Any, Any, Any]:
-        joined = join(tokens, lengths, new)
-        return joined, lengths + counts, joined, lengths + counts
-
-    def history(self, tokens: Any, lengths: Any) -> tuple[Any, jax.Array]:
-        return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-
-    def full_logits(self, params: Any, tokens: Any, lengths: Any, new: Any, *, length: Any = None) -> jax.Array:
-        columns = lengths[:, None] + jnp.arange(new.shape[1])
-        states = apply(self.model, params, join(tokens, lengths, new), method="hidden")
-        before = jnp.take_along_axis(states, columns[..., None] - 1, axis=1)
-        return apply(self.model, params, before, method="logits")
 
 
 TOY = Family(Toy, hidden, flops, ToyDecoder)

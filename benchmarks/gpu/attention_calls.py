@@ -1,10 +1,8 @@
 """Calls of cuDNN's attention as jaxllm makes them: each compared with float32, timed, and judged.
 
 `benchmarks.gpu.probe` prints what comes of it. A verdict is right, wrong, refused, slow or failed, and `change` names
-the row of `jaxllm.ops.cudnn_calls` that a bad one changes.
+the row that a bad one moves from `SUSPECTS` into `jaxllm.ops.cudnn_calls.AVOIDED`.
 """
-
-from __future__ import annotations
 
 import functools
 import time
@@ -18,10 +16,55 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.ops.attention import masked_attention
-from jaxllm.ops.cudnn_calls import CallClass, narrowest, refused
+from jaxllm.ops.cudnn_calls import AVOIDED, Call, CallClass, refused
 from jaxllm.ops.fused_attention import call_of, fused_attention
 from jaxllm.ops.masks import Pattern
 
+# Classes that cuDNN may get wrong, from the narrowest to all calls; none of them has run on a card yet.
+SUSPECTS = (
+    CallClass(
+        "bias and lengths",
+        lambda call: call.bias and call.lengths,
+        reason="cuDNN's frontend allows a bias gradient with a padding mask from 9.5 on; Transformer Engine refuses it",
+        evidence="sources of both; no report of a wrong answer",
+        instead="codes",
+    ),
+    CallClass(
+        "window and bias",
+        lambda call: call.window and call.bias,
+        reason="cuDNN's frontend allows it from 9.10.2 on; Transformer Engine refuses it",
+        evidence="sources of both",
+    ),
+    CallClass(
+        "bias rows that are not a multiple of 16 bytes",
+        lambda call: call.bias and call.keys % 8 != 0,
+        reason="a row of T5's decoder of 114 has 228 bytes, which no vector load fits",
+        evidence="derived; no report",
+    ),
+    CallClass(
+        "document codes beyond a head of 128",
+        lambda call: call.packed and call.width > 128,
+        reason="kernels for heads wider than 128 are others, and slow in the backward pass",
+        evidence="derived; no report",
+    ),
+    CallClass(
+        "document codes",
+        lambda call: call.packed,
+        reason="a head of 72 or 80 is padded to 128",
+        evidence="derived; no report",
+    ),
+    CallClass(
+        "queries that fill no tile, without any mask",
+        lambda call: not (call.causal or call.lengths or call.bias) and call.queries % 64 != 0,
+        reason="gradients of keys are NaN on Hopper for one query whose scores are strongly negative; with lengths not",
+        evidence="cudnn-frontend#1072 (cuDNN 9.25 and 9.26); one query takes path `reference` here",
+    ),
+    CallClass("bias", lambda call: call.bias, reason="its gradient takes a workspace", evidence="source"),
+    CallClass("window", lambda call: call.window),
+    CallClass("lengths", lambda call: call.lengths),
+    CallClass("float16", lambda call: call.dtype == "float16"),
+    CallClass("all calls", lambda call: True),
+)
 # Largest relative error of a result, as norms: jax's own formula has 2e-3 to 3e-3 in bfloat16, on a CPU.
 LARGEST_ERROR = {"bfloat16": 1e-2, "float16": 2e-3}
 # Rows, positions and query heads of the comparison: what float32 on a CPU does in a second.
@@ -29,43 +72,25 @@ _CHECKED = (2, 512, 8)
 
 
 class Attention(NamedTuple):
-    """One call of cuDNN's attention.
+    """One call of cuDNN's attention."""
 
-    Attributes:
-        batch: rows.
-        queries: length of a row.
-        keys: length of a row.
-        heads: of queries.
-        kv_heads: of keys and values.
-        width: of a head, without document codes.
-        causal: whether keys after the query are masked.
-        window: last positions that are seen; None is all.
-        bias: whether the scores have one.
-        lengths: whether rows have lengths; in the comparison one row is shorter.
-        documents: documents of a row, told apart by codes; 0 is none.
-        dtype: of the operands.
-        trained: whether there is a backward pass.
-        negative: scores around -120, where exp(-logsumexp) overflows; only judged by being finite.
-        least: TFLOP/s of the forward and the backward pass on an H100 below which the call is slow.
-        compare: the case that shows what the alternative costs.
-    """
-
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    width: int
-    causal: bool = False
-    window: int | None = None
-    bias: bool = False
-    lengths: bool = False
-    documents: int = 0
-    dtype: str = "bfloat16"
-    trained: bool = True
-    negative: bool = False
+    batch: int  # rows
+    queries: int  # length of a row
+    keys: int  # length of a row
+    heads: int  # of queries
+    kv_heads: int  # of keys and values
+    width: int  # of a head, without document codes
+    causal: bool = False  # whether keys after the query are masked
+    window: int | None = None  # last positions that are seen; None is all
+    bias: bool = False  # whether the scores have one
+    lengths: bool = False  # whether rows have lengths; in the comparison one row is shorter
+    documents: int = 0  # documents of a row, told apart by codes; 0 is none
+    dtype: str = "bfloat16"  # of the operands
+    trained: bool = True  # whether there is a backward pass
+    negative: bool = False  # scores around -120, where exp(-logsumexp) overflows; only judged by being finite
+    # TFLOP/s of the forward and the backward pass on an H100 below which the call is slow
     least: tuple[float, float] = (0.0, 0.0)
-    compare: str = ""
+    compare: str = ""  # the case that shows what the alternative costs
 
 
 _LLAMA_1B = Attention(8, 4096, 4096, 32, 8, 64, causal=True, least=(200, 150))
@@ -120,17 +145,11 @@ def checked(case: Attention) -> Attention:
 
 
 class Operands(NamedTuple):
-    """Arrays of one call.
+    """Arrays of one call."""
 
-    Attributes:
-        inputs: query, key, value, and the bias where there is one.
-        slope: gradient of the output.
-        hidden: the arrays of the call's `Pattern`, by field.
-    """
-
-    inputs: tuple[np.ndarray, ...]
-    slope: np.ndarray
-    hidden: dict[str, Any]
+    inputs: tuple[np.ndarray, ...]  # query, key, value, and the bias where there is one
+    slope: np.ndarray  # gradient of the output
+    hidden: dict[str, Any]  # the arrays of the call's `Pattern`, by field
 
 
 def operands(case: Attention, *, ragged: bool = False) -> Operands:
@@ -204,23 +223,14 @@ def _host() -> Any:
 
 
 class Prepared(NamedTuple):
-    """What a thread makes of one call.
+    """What a thread makes of one call."""
 
-    Attributes:
-        want: what the comparison should give.
-        compared: the compiled call at the comparison's size.
-        ahead: the compiled forward pass at the real size.
-        whole: both passes at the real size.
-        finite: whether all that these return is.
-        seconds: for compiling.
-    """
-
-    want: list[np.ndarray]
-    compared: Callable[..., Any]
-    ahead: Callable[..., Any]
-    whole: Callable[..., Any]
-    finite: Callable[..., Any]
-    seconds: float
+    want: list[np.ndarray]  # what the comparison should give
+    compared: Callable[..., Any]  # the compiled call at the comparison's size
+    ahead: Callable[..., Any]  # the compiled forward pass at the real size
+    whole: Callable[..., Any]  # both passes at the real size
+    finite: Callable[..., Any]  # whether all that these return is
+    seconds: float  # for compiling
 
 
 @functools.cache
@@ -253,6 +263,11 @@ def attend(case: Attention, ready: Future[Prepared], row: CallClass) -> dict[str
     result = verdict(case, errors, speed, finite=finite)
     facts = {"verdict": result, "change": change(case, result, row), "class": row.name, "errors": errors}
     return {**facts, "finite": finite, **speed, "compile_seconds": round(program.seconds, 2)}
+
+
+def narrowest(call: Call) -> CallClass:
+    """The first row that a call belongs to, which a finding about the call changes."""
+    return next(row for row in (*AVOIDED, *SUSPECTS) if row.holds(call))
 
 
 def row_of(case: Attention) -> CallClass:
@@ -297,12 +312,12 @@ def change(case: Attention, result: str, row: CallClass) -> str:
     """What a verdict changes in the code."""
     if result == "failed":
         return "not known: read the error"
-    where = f"row {row.name!r} of CALL_CLASSES in jaxllm/ops/cudnn_calls.py"
+    where = f"row {row.name!r}, {'in' if row in AVOIDED else 'into'} AVOIDED of jaxllm/ops/cudnn_calls.py"
     if result == "slow":
         return f"compare with {case.compare or 'model.attention=chunked'}; {where} if that is faster"
-    if row.avoided:
-        return f"{where}: avoided=False for this cuDNN" if result == "right" else "none: the row is avoided"
-    return "none" if result == "right" else f"{where}: avoided=True, so that it takes {row.instead}"
+    if row in AVOIDED:
+        return f"{where}: not for this cuDNN" if result == "right" else "none: the row is avoided"
+    return "none" if result == "right" else f"{where}, so that it takes {row.instead}"
 
 
 def timed(program: Callable[..., Any], *args: Any) -> float:

@@ -10,8 +10,6 @@ forms. BASELINE_OURS names a file with RESULT lines of the same call: our first 
 `recorded`.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json
@@ -32,19 +30,12 @@ from benchmarks.report import report, results_in
 
 
 class Form(NamedTuple):
-    """How theirs runs.
+    """How theirs runs."""
 
-    Attributes:
-        mode: of torch.compile for training; `generate`, `loop` or `loop_tuned` for decoding.
-        rows: of a batch; 0 for decoding, whose batch is one prompt.
-        loss: `whole`, or `chunked` over the vocabulary's logits.
-        attention: as `torch_models.model_of` takes it.
-    """
-
-    mode: str = "default"
-    rows: int = 0
-    loss: str = "whole"
-    attention: str = "auto"
+    mode: str = "default"  # of torch.compile for training; `generate`, `loop` or `loop_tuned` for decoding
+    rows: int = 0  # of a batch; 0 for decoding, whose batch is one prompt
+    loss: str = "whole"  # `whole`, or `chunked` over the vocabulary's logits
+    attention: str = "auto"  # as `torch_models.model_of` takes it
 
     def label(self) -> str:
         """The form in words."""
@@ -53,17 +44,11 @@ class Form(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is compared.
+    """What is compared."""
 
-    Attributes:
-        what: train or decode.
-        ours: our case of that part.
-        start: the form of theirs that is tried first.
-    """
-
-    what: str
-    ours: str
-    start: Form
+    what: str  # train or decode
+    ours: str  # our case of that part
+    start: Form  # the form of theirs that is tried first
 
 
 CASES = {

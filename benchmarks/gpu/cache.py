@@ -3,8 +3,6 @@
 What autotuning chose comes first: it is small, makes later runs compute the same, and saves most of the time.
 """
 
-from __future__ import annotations
-
 import io
 import tarfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a card shows through nvidia-smi, and the speeds that it reaches; nothing is set."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile
@@ -34,7 +32,7 @@ def smi(*names: str) -> dict[str, str]:
 class Sensors:
     """Clocks, power and temperature before, during and after a block of code, where there is an nvidia-smi."""
 
-    def __enter__(self) -> Sensors:
+    def __enter__(self) -> "Sensors":
         """Starts reading twice a second."""
         self._output = tempfile.TemporaryFile("w+")
         command = _query(_SENSORS, "--format=csv,noheader,nounits", "-lms", "500")

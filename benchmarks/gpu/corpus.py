@@ -3,8 +3,6 @@
 The documents are the source of this interpreter's standard library.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import sys
@@ -24,7 +22,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as prepared:
         source = open_source(DataConfig(), cache_dir=Path(prepared))
-        documents = [*texts(source.train, "text"), *texts(source.validation, "text")]
+        documents = [*texts(source.documents("a corpus"), "text"), *texts(source.validation, "text")]
     with gzip.open(folder / CORPUS, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
     train_tokenizer(documents, vocab_size=VOCABULARY).save(folder / TOKENIZER)

@@ -1,7 +1,5 @@
 """Greedy decoding as `generate_stream` runs it, in chunks with the state donated; compared with memory bandwidth."""
 
-from __future__ import annotations
-
 import time
 from typing import Any, NamedTuple
 
@@ -24,21 +22,13 @@ from jaxllm.training.fit import tree_bytes
 
 
 class Case(NamedTuple):
-    """One batch of prompts that is continued greedily.
+    """One batch of prompts that is continued greedily."""
 
-    Attributes:
-        shape: name of the model's shape.
-        batch: rows.
-        prompt: tokens of each prompt.
-        new: tokens that are decoded.
-        int8: whether the weights are.
-    """
-
-    shape: str
-    batch: int
-    prompt: int = 512
-    new: int = 512
-    int8: bool = False
+    shape: str  # name of the model's shape
+    batch: int  # rows
+    prompt: int = 512  # tokens of each prompt
+    new: int = 512  # tokens that are decoded
+    int8: bool = False  # whether the weights are
 
 
 CASES = {

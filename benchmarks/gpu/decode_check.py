@@ -5,8 +5,6 @@ outweighs what was read. A decoder reads prompt and new tokens again as one prom
 tokens all at once. Near ties may fall either way, so a token is wrong only when its logit is clearly below the largest.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +13,9 @@ import numpy as np
 
 from jaxllm.generation import loop
 from jaxllm.generation.requests import Request
+from jaxllm.models.cache import KVCache, Turn, Update, plain_stores, visible_pairs
+from jaxllm.models.t5 import decode as t5_decode
+from jaxllm.ops.attention import masked_attention
 
 # Tokens of the cut prompts.
 _KEPT = 4
@@ -24,17 +25,11 @@ _ALLOWED = {"float32": 1e-3, "bfloat16": 0.15}
 
 
 class Agreement(NamedTuple):
-    """Of decoded tokens with a forward pass.
+    """Of decoded tokens with a forward pass."""
 
-    Attributes:
-        gap: the largest by which a chosen logit is below the largest one, in standard deviations.
-        error: of the logits after the chunk, in standard deviations.
-        allowed: the most of both.
-    """
-
-    gap: float
-    error: float
-    allowed: float
+    gap: float  # the largest by which a chosen logit is below the largest one, in standard deviations
+    error: float  # of the logits after the chunk, in standard deviations
+    allowed: float  # the most of both
 
     @property
     def good(self) -> bool:
@@ -82,7 +77,25 @@ def _feed_again(request: Request, lengths: np.ndarray, chosen: np.ndarray) -> tu
     """All places in the chunk after the first, its end last, and the logits when all of it is fed at once."""
     r, count = request, chosen.shape[1]
     context, state = loop.begin(r.decoder, r.settings, r.params, r.tokens, lengths, r.keys)
-    feed = jax.jit(r.decoder.extend, static_argnums=5)
+    feed = jax.jit(_feed_at_once, static_argnums=0)
     positions = state.positions[:, None] + np.arange(count)
-    logits, _ = feed(r.params, context, state.cache, chosen, positions, r.settings.plan)
+    logits = feed(r.decoder.model, r.params, context, state.cache, chosen, positions)
     return list(range(1, count + 1)), jnp.swapaxes(logits, 0, 1)
+
+
+def _feed_at_once(model: Any, params: Any, context: Any, cache: KVCache, tokens: Any, positions: Any) -> jax.Array:
+    """Logits after each of several tokens per row of a T5, whose keys and values are scattered into their slots."""
+    rows = jnp.arange(positions.shape[0])[:, None]
+    held = cache.positions.at[rows, positions].set(positions)
+
+    def write(store: Any, new: Any) -> Any:
+        heads = jnp.swapaxes(new, 1, 2).reshape(-1, new.shape[1], new.shape[3])  # [R, T, H]
+        slots = jnp.repeat(positions, new.shape[2], axis=0)
+        return store.at[jnp.arange(len(slots))[:, None], slots].set(heads.astype(store.dtype))
+
+    def attend(query: Any, keys: Any, values: Any, pairs: Any, *, scale: float) -> jax.Array:
+        key, value = plain_stores(keys, values, query, pairs)
+        return masked_attention(query, key, value, mask=pairs.mask, scale=scale, bias=pairs.bias)
+
+    turn = Turn(Update(write, held, cache.slot), visible_pairs(held, positions), attend)
+    return t5_decode.through_cache(model, params, context, cache, tokens, turn)[0]

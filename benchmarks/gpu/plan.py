@@ -3,25 +3,16 @@
 No GPU has measured the seconds: they are estimates for an H100 with 16 CPU cores, start and compilation included.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 
 class Planned(NamedTuple):
-    """One case.
+    """One case."""
 
-    Attributes:
-        name: part/case, with variants behind an @.
-        seconds: what it should take.
-        limit: what it may take.
-        profile: whether the times of its kernels are recorded too.
-    """
-
-    name: str
-    seconds: int
-    limit: int
-    profile: bool = False
+    name: str  # part/case, with variants behind an @
+    seconds: int  # what it should take
+    limit: int  # what it may take
+    profile: bool = False  # whether the times of its kernels are recorded too
 
 
 # The first call of a machine that nothing has run on yet, within FIRST_SECONDS: the real script, which library calls

@@ -4,14 +4,11 @@ The corpus and its tokenizer come from benchmarks/gpu/carry.sh; without them the
 this interpreter, which takes longer.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.gpu.record import ROOT
 from benchmarks.report import report
 
-ROOT = Path(__file__).parent.parent.parent
 CARRIED = ROOT / "carried"
 _NEEDED = ("grain", "tensorflow_datasets", "array_record")
 _FLOAT16 = ["precision.compute=float16", "precision.loss_scale=dynamic"]
@@ -35,15 +32,10 @@ _RATES = {"llama_125m": "1e-3", "t5_small": "1e-2"}
 
 
 class Case(NamedTuple):
-    """A run of the script.
+    """A run of the script."""
 
-    Attributes:
-        config: a file of configs/, without its ending.
-        settings: what a run of a minute changes in it.
-    """
-
-    config: str
-    settings: list[str]
+    config: str  # a file of configs/, without its ending
+    settings: list[str]  # what a run of a minute changes in it
 
 
 CASES = {
@@ -122,9 +114,7 @@ class _Script:
             SystemExit: when it ends by itself, and badly.
         """
         if kill:
-            for pid in [self.process.pid, *_descendants(self.process.pid)]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self.process.kill()  # its workers end with it
         status = self.process.wait()
         self._reader.join(timeout=10)
         if status != 0 and not kill:
@@ -134,17 +124,6 @@ class _Script:
         """The step from which it continues, by its log; 0 for a new run."""
         found = re.search(r"resuming .* from step (\d+)", " ".join("".join(self.lines).split()))
         return int(found[1]) if found else 0
-
-
-def _descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started: workers would outlive it."""
-    children: dict[int, list[int]] = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(file.read_text().rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(file.parent.name))
-    found = children.get(pid, [])
-    return [*found, *(each for child in found for each in _descendants(child))]
 
 
 def _run_until_checkpoint(arguments: list[str], folder: Path) -> tuple[int, float]:

@@ -7,8 +7,6 @@ size (`benchmarks.gpu.attention_calls`); `change` names what a bad verdict chang
 supports. A fact that fails does not stop the next. Lines also go to $OUT/probe.jsonl.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

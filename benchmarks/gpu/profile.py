@@ -5,8 +5,6 @@ line names their operation in jax, from the trace or from the text of the compil
 which no kernel runs is the gap that a CUDA graph or larger kernels would close.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -24,35 +22,21 @@ _KEPT = 20  # the largest, which the results hold too
 
 
 class Kernel(NamedTuple):
-    """Kernels of one kind.
+    """Kernels of one kind."""
 
-    Attributes:
-        name: XLA's or the library's, without its number.
-        where: the operation of jax, without the number of its layer; empty where nothing names it.
-        milliseconds: of one step.
-        calls: in one step.
-        fraction: of the time of all kernels.
-    """
-
-    name: str
-    where: str
-    milliseconds: float
-    calls: float
-    fraction: float
+    name: str  # XLA's or the library's, without its number
+    where: str  # the operation of jax, without the number of its layer; empty where nothing names it
+    milliseconds: float  # of one step
+    calls: float  # in one step
+    fraction: float  # of the time of all kernels
 
 
 class Profile(NamedTuple):
-    """What the device did.
+    """What the device did."""
 
-    Attributes:
-        step_milliseconds: from the first kernel of the trace to the end of its last, for one step.
-        busy: fraction of that in which a kernel ran.
-        kernels: largest first.
-    """
-
-    step_milliseconds: float
-    busy: float
-    kernels: list[Kernel]
+    step_milliseconds: float  # from the first kernel of the trace to the end of its last, for one step
+    busy: float  # fraction of that in which a kernel ran
+    kernels: list[Kernel]  # largest first
 
 
 class _Event(NamedTuple):

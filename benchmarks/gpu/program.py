@@ -4,8 +4,6 @@ From the text of the optimized HLO, because nothing else shows it: XLA's own cos
 once. Every operation of the program and of its loops is one kernel, except those that only name or regroup buffers.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator
@@ -24,29 +22,17 @@ _ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 
 
 class Kernel(NamedTuple):
-    """One operation that the device runs.
+    """One operation that the device runs."""
 
-    Attributes:
-        name: XLA's.
-        source: the operation of jax that it came from, with its module.
-        operation: HLO's name of it, or the target of a custom call.
-        shape: of its result, as HLO writes it.
-        times: how often one run of the program runs it.
-        bytes: read and written each time.
-        flops: of its matmuls each time.
-        devices: that exchange data in it, at least 1.
-        overlapped: whether matmuls run between its start and its end.
-    """
-
-    name: str
-    source: str
-    operation: str
-    shape: str
-    times: int
-    bytes: int
-    flops: int
-    devices: int
-    overlapped: bool
+    name: str  # XLA's
+    source: str  # the operation of jax that it came from, with its module
+    operation: str  # HLO's name of it, or the target of a custom call
+    shape: str  # of its result, as HLO writes it
+    times: int  # how often one run of the program runs it
+    bytes: int  # read and written each time
+    flops: int  # of its matmuls each time
+    devices: int  # that exchange data in it, at least 1
+    overlapped: bool  # whether matmuls run between its start and its end
 
     @property
     def collective(self) -> str:

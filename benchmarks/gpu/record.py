@@ -1,7 +1,5 @@
 """The results of a machine: what it is, and a JSON file that is rewritten after every case."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -25,19 +23,12 @@ class NoGpuError(RuntimeError):
 
 
 class Machine(NamedTuple):
-    """Where cases run.
+    """Where cases run."""
 
-    Attributes:
-        device: jax's name of it.
-        flags: of XLA, for every case.
-        versions: of the packages that decide.
-        commit: of the sources, or a hash of them where git is missing.
-    """
-
-    device: str
-    flags: str
-    versions: dict[str, str]
-    commit: str
+    device: str  # jax's name of it
+    flags: str  # of XLA, for every case
+    versions: dict[str, str]  # of the packages that decide
+    commit: str  # of the sources, or a hash of them where git is missing
 
 
 TOY = Machine("toy sizes", "", {}, "none")

@@ -10,8 +10,6 @@ Results, the output of every case and the compilation cache go to a folder: --ou
 The results file is rewritten after every case, newest values winning.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib
@@ -43,13 +41,14 @@ _TESTS = ["-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cac
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs what it names; 1 when a case failed, 3 without a GPU."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.one:
         _run_here(options.one, toy=options.dry_run, profile=options.profile)
         return 0
     if options.list:
         return _show_plan()
-    cases, seconds, unmeasured = _wanted(options)
+    cases, seconds, unmeasured = _wanted(options, parser)
     if options.dry_run:
         machine, out = TOY, options.out
     else:
@@ -88,12 +87,12 @@ def _show_plan() -> int:
     return 0
 
 
-def _wanted(options: argparse.Namespace) -> tuple[list[Planned], float, bool]:
+def _wanted(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list[Planned], float, bool]:
     """Cases, the seconds for all of them, and whether those already measured are left out."""
     names, seconds = list(options.names), options.seconds
     if names[:1] == ["next"]:
         if len(names) != 2 or not names[1].isdigit():
-            _refuse("next takes the seconds it may use, e.g. next 330")
+            parser.error("next takes the seconds it may use, e.g. next 330")
         return list(EVERY), float(names[1]), True
     if not names:
         names = [case.name for case in EVERY] if options.dry_run else ["first"]
@@ -101,20 +100,15 @@ def _wanted(options: argparse.Namespace) -> tuple[list[Planned], float, bool]:
         try:
             split(name)
         except ValueError as error:
-            _refuse(str(error))
+            parser.error(str(error))
         if not cases_of(name):
-            _refuse(f"no case is, or begins with, {name}; --list names them all")
+            parser.error(f"no case is, or begins with, {name}; --list names them all")
     cases = {case.name: case for name in names for case in cases_of(name)}
     if options.profile:
         cases = {name: case._replace(profile=True) for name, case in cases.items()}
     if seconds is None:
         seconds = FIRST_SECONDS if names == ["first"] else float("inf")
     return list(cases.values()), seconds, False
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 class _Lane(NamedTuple):

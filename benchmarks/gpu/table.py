@@ -3,14 +3,13 @@
 python -m benchmarks.gpu.table [FILE ...]        # benchmarks/results/gpu_*.json without any
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.gpu.record import ROOT
+
 MARKERS = "<!-- gpu results: benchmarks/gpu/table.py -->", "<!-- end of gpu results -->"
 # README's rows; docs/gpu.md has all.
 HEADLINES = (

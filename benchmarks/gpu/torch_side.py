@@ -6,8 +6,6 @@ what it has measured so far, and the last line printed is the most complete: a p
 lose the rate. Exceptions become results as well, so that the caller records what went wrong.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

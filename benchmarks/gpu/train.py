@@ -1,7 +1,5 @@
 """The train step as scripts/pretrain.py runs it, on synthetic batches of real shapes."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable
@@ -26,34 +24,21 @@ from jaxllm.training.program import Program, program_of
 
 
 class Case(NamedTuple):
-    """One train step.
+    """One train step."""
 
-    Attributes:
-        shape: name of the model's shape.
-        rows: rows of a microbatch.
-        length: tokens of a row, of the encoder for T5.
-        targets: tokens of a decoder row.
-        compute: dtype; float16 comes with a dynamic loss scale.
-        documents: documents packed into a row and kept apart; 1 turns the document mask off. T5's rows hold one.
-        accumulation: microbatches.
-        remat: what the backward pass computes again.
-        lengths: whether T5's rows come with their lengths.
-        residual: dtype of the residual stream, None for the model's own; scripts/pretrain.py takes bfloat16 for a
-            float16 T5 on a GPU.
-        settings: other settings of the run, each as `section.key=value`.
-    """
-
-    shape: str
-    rows: int
-    length: int
-    targets: int = 0
-    compute: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    documents: int = 1
-    accumulation: int = 1
-    remat: str = "elementwise"
-    lengths: bool = True
+    shape: str  # name of the model's shape
+    rows: int  # rows of a microbatch
+    length: int  # tokens of a row, of the encoder for T5
+    targets: int = 0  # tokens of a decoder row
+    compute: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # dtype; float16 comes with a dynamic loss scale
+    documents: int = 1  # documents packed into a row and kept apart; 1 turns the document mask off. T5's rows hold one
+    accumulation: int = 1  # microbatches
+    remat: str = "elementwise"  # what the backward pass computes again
+    lengths: bool = True  # whether T5's rows come with their lengths
+    # dtype of the residual stream, None for the model's own; scripts/pretrain.py takes bfloat16 for a float16 T5 on a
+    # GPU
     residual: Literal["float32", "bfloat16"] | None = None
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()  # other settings of the run, each as `section.key=value`
 
 
 CASES = {
@@ -127,17 +112,11 @@ def synthetic_batch(config: RunConfig, *, documents: int, lengths: bool = True) 
 
 
 class Prepared(NamedTuple):
-    """A compiled train step.
+    """A compiled train step."""
 
-    Attributes:
-        program: of the run, with the attention that it takes.
-        step: compiled, its state donated.
-        seconds: for compiling.
-    """
-
-    program: Program
-    step: Any
-    seconds: float
+    program: Program  # of the run, with the attention that it takes
+    step: Any  # compiled, its state donated
+    seconds: float  # for compiling
 
 
 def compile_step(config: RunConfig, batch: Any) -> Prepared:

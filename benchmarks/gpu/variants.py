@@ -4,24 +4,16 @@ Several are joined by a plus sign: `train/t5_large@cublas+merger0`. A variant be
 has shown which is better.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Variant(NamedTuple):
-    """What a variant changes.
+    """What a variant changes."""
 
-    Attributes:
-        flags: of XLA, each as `name=value`.
-        settings: of the run, each as `section.key=value`; for train cases.
-        case: fields of `train.Case` or `decode.Case` that are replaced.
-    """
-
-    flags: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
-    case: Mapping[str, Any] = {}
+    flags: tuple[str, ...] = ()  # of XLA, each as `name=value`
+    settings: tuple[str, ...] = ()  # of the run, each as `section.key=value`; for train cases
+    case: Mapping[str, Any] = {}  # fields of `train.Case` or `decode.Case` that are replaced
 
 
 VARIANTS = {

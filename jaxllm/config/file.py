@@ -4,8 +4,6 @@ This module handles keys, retired settings and numbers that YAML reads as text. 
 the values (`jaxllm.config.setting`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -7,11 +7,10 @@ a frozen dataclass whose constructor checks every value, from a file or from Pyt
 without `from __future__ import annotations`: at import, Python would compile the annotations again from text.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import operator
 import os
@@ -75,7 +74,7 @@ def settings(cls: type[T]) -> type[T]:
     jaxllm.config.setting.SettingError: Walk.steps must be at least 1, got 0
     """
     made: Any = cls
-    text, fit_together = (cls.__doc__ or "").rstrip(), getattr(made, "__post_init__", None)
+    text, fit_together = inspect.cleandoc(cls.__doc__ or ""), getattr(made, "__post_init__", None)
 
     def check(self: Any) -> None:
         _check_each(self)
@@ -153,7 +152,7 @@ def _check_bounds(item: Setting, value: Any) -> None:
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """The value in its declared type: an int or a number of NumPy as float, a list as tuple, a path as str."""
+    """The value in its declared type: an int or a number of NumPy or jax as float, a list as tuple, a path as str."""
     origin, options = get_origin(kind), get_args(kind)
     if origin in (typing.Union, UnionType):
         return _convert_to_any(kind, value)
@@ -164,6 +163,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return tuple(_convert(options[0], item) for item in value)
     if origin is dict and isinstance(value, dict):
         return {_convert(options[0], key): _convert(options[1], item) for key, item in value.items()}
+    if getattr(value, "shape", None) == () and getattr(value.dtype, "kind", "") in tuple("biuf"):
+        value = value.item()  # a number of NumPy or jax
     accepted, converted = _PLAIN.get(kind, (origin or kind, lambda same: same))
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))  # to Python a bool is an int
     require(fits, f"must be of type {type_name(kind)}, got {value!r}")
@@ -184,7 +185,7 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
-# What counts as a value of a type, and how it becomes one: NumPy's numbers are numbers, and paths are text.
+# What counts as a value of a type, and how it becomes one: paths are text.
 _PLAIN: dict[Any, tuple[Any, Callable[[Any], Any]]] = {
     int: (Integral, int),
     float: (Real, _finite),

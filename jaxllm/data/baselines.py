@@ -1,24 +1,26 @@
 """Baselines of a model: bits per byte of the same text under two models that need no training."""
 
-from __future__ import annotations
-
 import lzma
 
 import numpy as np
 
 from jaxllm.data.records import sample_texts
 from jaxllm.data.sources import Source
+from jaxllm.data.streams import is_stream
 from jaxllm.data.tokenizer import Tokenizer
 
 
 def simple_baselines(source: Source, tokenizer: Tokenizer, key: str) -> dict[str, float]:
     """Bits per byte of the field `key` of the validation records, estimated from samples of the corpus.
 
+    A stream has no sample, so that its unigram counts are those of the validation records.
+
     unigram: each token at its add-one frequency in the training text. lzma: each document compressed alone by xz at its
     strongest preset.
     """
     counts = np.ones(tokenizer.vocab_size)
-    for text in sample_texts(source.train, key):
+    counted = source.validation if is_stream(source.train) else source.documents("the unigram")
+    for text in sample_texts(counted, key):
         counts += np.bincount(tokenizer.encode(text), minlength=len(counts))
     surprise = -np.log2(counts / counts.sum())
     bits = size = packed = 0.0

@@ -4,8 +4,6 @@ The name of a prepared dataset holds a hash of the files and of the settings tha
 prepared again. TFDS registers builders globally, so they need an importable module.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import gzip
@@ -135,7 +133,7 @@ class StdlibText(_TextBuilder):
     """Source of the running interpreter's standard library, one document per file."""
 
     @classmethod
-    def for_interpreter(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> StdlibText:
+    def for_interpreter(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> "StdlibText":
         """The builder of this interpreter; its name holds the version and a hash of the content."""
         root = Path(sysconfig.get_path("stdlib"))
         modules = (path for path in root.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(root).parts))
@@ -166,7 +164,7 @@ class FilesText(_TextBuilder):
     """
 
     @classmethod
-    def for_path(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> FilesText:
+    def for_path(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> "FilesText":
         """The builder of `config.path`; its name holds a hash of names, sizes and times."""
         root = Path(config.path or "").expanduser()
         if not root.exists():

@@ -4,8 +4,6 @@ The audit restores the text of each example and compares it with the documents. 
 exact distribution, not with a fit.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from typing import NamedTuple
@@ -14,7 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from jaxllm.data.objectives import before_end, span_length_law
+from jaxllm.data.objectives import after_sentinels, before_end, cut_at_sentinels, span_length_law
 from jaxllm.data.packing import segments_of, unpack_pairs
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer
@@ -31,51 +29,39 @@ class View(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """What an objective did to documents.
+    """What an objective did to documents."""
 
-    Attributes:
-        documents: documents read.
-        tokens: tokens in them.
-        dropped: tokens of the documents that are in no example.
-        added: tokens in examples that are not in the documents.
-        rows: rows made.
-        examples: examples in them.
-        density: fraction of the tokens that is masked; 0 where no sentinel is used.
-        spans: observed count by span length.
-        expected: expected count by span length under the exact distribution of these examples.
-        padding: fraction of padding in the encoder's and the decoder's slots; for a decoder alone, the same twice.
-    """
-
-    documents: int
-    tokens: int
-    dropped: int
-    added: int
-    rows: int
-    examples: int
-    density: float
-    spans: dict[int, int]
-    expected: dict[int, float]
+    documents: int  # documents read
+    tokens: int  # tokens in them
+    dropped: int  # tokens of the documents that are in no example
+    added: int  # tokens in examples that are not in the documents
+    rows: int  # rows made
+    examples: int  # examples in them
+    density: float  # fraction of the tokens that is masked; 0 where no sentinel is used
+    spans: dict[int, int]  # observed count by span length
+    expected: dict[int, float]  # expected count by span length under the exact distribution of these examples
+    # fraction of padding in the encoder's and the decoder's slots; for a decoder alone, the same twice
     padding: tuple[float, float]
 
 
 def view(inputs: np.ndarray, targets: np.ndarray, *, source: np.ndarray, tokenizer: Tokenizer) -> View:
     """Colours for one example and the text it was made of (`Recipe.restore`)."""
-    written = before_end(targets, tokenizer.eos_id)
-    masked = {int(part[0]): part[1:] for part in _spans(written, tokenizer)}
+    sentinels, written = tokenizer.sentinel_ids, before_end(targets, tokenizer.eos_id)
+    masked = after_sentinels(written, sentinels)
     whole, left, right = Text(), Text(), Text()
-    kept = np.count_nonzero(~_is_sentinel(before_end(inputs, tokenizer.eos_id), tokenizer))
+    kept = np.count_nonzero(~np.isin(before_end(inputs, tokenizer.eos_id), sentinels))
     mode = kept + sum(map(len, masked.values())) - len(source)  # tokens before the text
-    for part in _parts(inputs, tokenizer):
-        if _is_sentinel(part[:1], tokenizer).any():
+    for part in cut_at_sentinels(inputs, sentinels):
+        if part[0] in sentinels:
             mark, part = int(part[0]), part[1:]
             left.append(tokenizer.decode([mark]), _colour(mark, tokenizer))
             whole.append(tokenizer.decode(masked.get(mark, part[:0])), _colour(mark, tokenizer))
         left.append(tokenizer.decode(part))
         whole.append(tokenizer.decode(before_end(part[mode:], tokenizer.eos_id)))
         mode = 0
-    for part in _parts(targets, tokenizer):
-        marked = _is_sentinel(part[:1], tokenizer).any()
-        right.append(tokenizer.decode(part), _colour(int(part[0]), tokenizer) if marked else "bold green")
+    for part in cut_at_sentinels(targets, sentinels):
+        colour = _colour(int(part[0]), tokenizer) if part[0] in sentinels else "bold green"
+        right.append(tokenizer.decode(part), colour)
     if not masked:
         begin = len(source) - len(written)
         whole = Text(tokenizer.decode(source[:begin])).append(tokenizer.decode(source[begin:]), "bold green")
@@ -100,8 +86,8 @@ def audit(pipeline: Pipeline, *, documents: int) -> Audit:
             slots[side] += ids.size
         for inputs, targets in unpack_pairs(batch):
             after += np.bincount(pipeline.recipe.restore(inputs, targets), minlength=size)
-            parts = _spans(before_end(targets, tokenizer.eos_id), tokenizer)
-            lengths = [len(part) - 1 for part in parts if len(part) > 1]
+            found = after_sentinels(before_end(targets, tokenizer.eos_id), tokenizer.sentinel_ids)
+            lengths = [len(span) for span in found.values() if len(span)]
             spans.update(lengths)
             groups[sum(lengths), len(lengths)] += 1
     padding = 1 - used / np.maximum(slots, 1)
@@ -156,19 +142,6 @@ def report(found: Audit, *, longest: int = 12) -> Table:
         table.add_row(label, *shares)
     table.add_row("total variation distance", f"{total_variation(found):.4f}", "0")
     return table
-
-
-def _is_sentinel(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    return np.isin(tokens, tokenizer.sentinel_ids)
-
-
-def _parts(tokens: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Cut before each sentinel; without empty parts."""
-    return [part for part in np.split(tokens, np.flatnonzero(_is_sentinel(tokens, tokenizer))) if len(part)]
-
-
-def _spans(targets: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
-    return [part for part in _parts(targets, tokenizer) if _is_sentinel(part[:1], tokenizer).any()]
 
 
 def _colour(sentinel: int, tokenizer: Tokenizer) -> str:

@@ -5,8 +5,6 @@ targets) out, both with the end-of-text token at the end. No token is stripped, 
 sentinels; other ids have no meaning here. Out of scope: where text comes from, and packing into rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,17 +18,11 @@ Tokens = np.ndarray  # int32, [n] or [rows, n]
 
 
 class Denoiser(NamedTuple):
-    """One way to mask spans of a text.
+    """One way to mask spans of a text."""
 
-    Attributes:
-        density: fraction of the tokens that is masked.
-        mean_span_length: mean length of a masked span; None masks one span, the end of the text.
-        mode: text before the inputs (UL2's mode token), or empty.
-    """
-
-    density: float
-    mean_span_length: float | None
-    mode: str = ""
+    density: float  # fraction of the tokens that is masked
+    mean_span_length: float | None  # mean length of a masked span; None masks one span, the end of the text
+    mode: str = ""  # text before the inputs (UL2's mode token), or empty
 
 
 # The mixture of denoisers of arXiv 2205.05131, equally likely: regular, sequential and extreme ones.
@@ -219,15 +211,26 @@ def fill_spans(inputs: Tokens, targets: Tokens, *, sentinels: Tokens, eos_id: in
 
     Each sentinel of the inputs is replaced by the tokens after it in the targets, if it is there.
     """
-    inputs, targets = before_end(inputs, eos_id), before_end(targets, eos_id)
-    order = np.full(1 + max(inputs.max(initial=0), targets.max(initial=0), sentinels.max(initial=0)), -1)
-    order[sentinels] = np.arange(len(sentinels))
-    filling = {int(order[part[0]]): part[1:] for part in np.split(targets, np.flatnonzero(order[targets] >= 0))[1:]}
-    parts = np.split(inputs, np.flatnonzero(order[inputs] >= 0))
-    found = [parts[0]]
-    for part in parts[1:]:
-        found += [filling.get(int(order[part[0]]), part[:0]), part[1:]]
+    filling = after_sentinels(before_end(targets, eos_id), sentinels)
+    found = [inputs[:0]]
+    for part in cut_at_sentinels(before_end(inputs, eos_id), sentinels):
+        found += [filling.get(int(part[0]), part[:0]), part[1:]] if part[0] in sentinels else [part]
     return np.concatenate(found).astype(np.int32)
+
+
+def cut_at_sentinels(tokens: Tokens, sentinels: Tokens) -> list[Tokens]:
+    """The tokens in parts, of which all but the first begin with a sentinel; none is empty."""
+    parts = np.split(tokens, np.flatnonzero(np.isin(tokens, sentinels)))
+    return [part for part in parts if len(part)]
+
+
+def after_sentinels(tokens: Tokens, sentinels: Tokens) -> dict[int, Tokens]:
+    """By sentinel, the tokens from the first such sentinel to the next sentinel."""
+    found: dict[int, Tokens] = {}
+    for part in cut_at_sentinels(tokens, sentinels):
+        if part[0] in sentinels:
+            found.setdefault(int(part[0]), part[1:])
+    return found
 
 
 def before_end(tokens: Tokens, eos_id: int) -> Tokens:

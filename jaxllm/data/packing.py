@@ -6,8 +6,6 @@ needed, since T5's are relative. Where one example fills a row, its length repla
 fused attention wider heads.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from jaxllm.data import DataError

@@ -22,9 +22,10 @@ from jaxllm.config import DataConfig
 from jaxllm.data import BatchError, DataError
 from jaxllm.data.baselines import simple_baselines
 from jaxllm.data.packing import Batch
-from jaxllm.data.recipes import RECIPES
+from jaxllm.data.recipes import RECIPES, Objective
 from jaxllm.data.records import field, sample_texts
 from jaxllm.data.sources import Source
+from jaxllm.data.streams import EncodedStream, is_stream
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.workers import EncodedDocuments, Task
 
@@ -60,30 +61,26 @@ class Pipeline:
         process_index: int = 0,
         process_count: int = 1,
         decoder_start_id: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         """Opens the training iterator.
 
         `batch_size` is the rows of a batch of this process, which reads every process_count-th document.
-        `decoder_start_id` is the first decoder token of an example, for an encoder-decoder.
+        `decoder_start_id` is the first decoder token of an example, for an encoder-decoder. `objective` replaces that
+        of the config.
         """
         shard = slice(process_index, None, process_count)
         self.tokenizer, self.source_name = tokenizer, source.name
         self._config, self._source, self._batch_size = config, source, batch_size
-        self.recipe = RECIPES[config.objective].recipe(config, tokenizer, decoder_start_id)
+        objective = objective or RECIPES[config.objective]
+        self.recipe = objective.recipe(config, tokenizer, decoder_start_id)
         self._identity = {"source": source.name, "tokenizer": tokenizer.fingerprint}
         self._identity["shard"] = f"{process_index}/{process_count}"
-        numbers = range(len(source.train))[shard]
-        # Bytes of a sample of documents, each with its end.
-        sizes = [len(text.encode()) + 1 for text in sample_texts(source.train, config.text_key)]
-        window = self._window(_rows_of_an_epoch(len(numbers), sizes, self.recipe.lengths[0]))
-        order: Any = grain.MapDataset.source(numbers).seed(seed).shuffle().repeat()
-        task = Task(order, source.train, config, tokenizer, decoder_start_id)
-        if config.workers:
-            ahead = window * self.recipe.lengths[0] * _BYTES_PER_TOKEN
-            size = sum(sizes) / len(sizes)
-            encoded = EncodedDocuments(task, workers=config.workers, size=size, ahead=ahead)
+        if is_stream(source.train):
+            encoded, window = EncodedStream(source.train, self.recipe.encode), self._window()
         else:
-            encoded = self._encoded(order.map(source.train.__getitem__))
+            records = source.documents("a shuffle")
+            encoded, window = self._shuffled(objective, records, shard, seed, decoder_start_id)
         own = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
         batches = self._rows(encoded, seed=own, window=window).batch(batch_size, drop_remainder=True)
         self._iterator = iter(batches)
@@ -97,6 +94,8 @@ class Pipeline:
             return next(self._iterator)
         except DataError as error:
             raise BatchError(str(error)) from error
+        except StopIteration:
+            raise BatchError(f"the source {self.source_name} has ended; a stream of records must not") from None
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able position in the data."""
@@ -127,14 +126,15 @@ class Pipeline:
 
     def once(self, documents: int) -> Iterator[Batch]:
         """Batches made of the first training documents, each used once; the last may hold fewer rows."""
-        chosen = grain.MapDataset.source(self._source.train)[:documents]
+        chosen = grain.MapDataset.source(self._source.documents("an inspection"))[:documents]
         return iter(self._rows(self._encoded(chosen), seed=0).batch(self._batch_size, drop_remainder=False))
 
     def tokens(self, documents: int) -> Iterator[np.ndarray]:
         """Tokens of the same documents before the objective; for pairs, of both fields."""
         keys = [key for key in (self._config.text_key, self._config.target_key) if key is not None]
-        for i in range(min(documents, len(self._source.train))):
-            yield from (self.tokenizer.encode(field(self._source.train[i], key)) for key in keys)
+        records = self._source.documents("an inspection")
+        for i in range(min(documents, len(records))):
+            yield from (self.tokenizer.encode(field(records[i], key)) for key in keys)
 
     def baselines(self) -> dict[str, float]:
         """See `jaxllm.data.baselines.simple_baselines`; for pairs, of the answers."""
@@ -144,6 +144,22 @@ class Pipeline:
     def close(self) -> None:
         """Stops worker processes."""
         self._iterator.close()
+
+    def _shuffled(
+        self, objective: Objective, records: Sequence[dict[str, Any]], shard: slice, seed: int, start_id: int
+    ) -> tuple[Any, int]:
+        """Encoded documents in random order without end, and how many rows are shuffled together."""
+        numbers = range(len(records))[shard]
+        # Bytes of a sample of documents, each with its end.
+        sizes = [len(text.encode()) + 1 for text in sample_texts(records, self._config.text_key)]
+        window = self._window(_rows_of_an_epoch(len(numbers), sizes, self.recipe.lengths[0]))
+        order: Any = grain.MapDataset.source(numbers).seed(seed).shuffle().repeat()
+        if not self._config.workers:
+            return self._encoded(order.map(records.__getitem__)), window
+        ahead = window * self.recipe.lengths[0] * _BYTES_PER_TOKEN
+        size = sum(sizes) / len(sizes)
+        task = Task(order, records, objective, self._config, self.tokenizer, start_id)
+        return EncodedDocuments(task, workers=self._config.workers, size=size, ahead=ahead), window
 
     def _encoded(self, documents: Any) -> Any:
         return documents.map(self.recipe.encode).to_iter_dataset(_READING)

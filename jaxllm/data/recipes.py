@@ -3,8 +3,6 @@
 A decoder row is (tokens, positions, segment_ids, targets, weights); an encoder-decoder row is that of `pack_pairs`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Records of a source and their texts; imports no data library."""
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math
@@ -37,6 +35,11 @@ class Records(Sequence[Any]):
     def file_of(self, index: int) -> str:
         """The file that holds a record."""
         return self._files[bisect.bisect_right(self._ends, index % len(self))]
+
+
+def file_of(records: Sequence[Any], number: int) -> str:
+    """The file of a record, or its number where the records are not in files."""
+    return records.file_of(number) if isinstance(records, Records) else f"record {number}"
 
 
 def damaged(folder: Path, error: Exception, where: str = "") -> DataError:

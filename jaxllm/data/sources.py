@@ -13,16 +13,18 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import tensorflow_datasets as tfds
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
+from jaxllm.data.durable import sync_tree
 from jaxllm.data.records import Records
+from jaxllm.data.streams import Stream, is_stream
 
 _log = logging.getLogger(__name__)
 
@@ -31,17 +33,18 @@ _NO_SPACE = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "Not 
 
 
 class Source(NamedTuple):
-    """Documents of a corpus.
+    """Documents of a corpus."""
 
-    Attributes:
-        name: corpus and version, for logs and checkpoints.
-        train: random access to records, dicts of bytes.
-        validation: the held-out records.
-    """
+    name: str  # corpus and version, for logs and checkpoints
+    # Random access to dicts of text or UTF-8 bytes; or a stream of them without end, which is read in its own order.
+    train: Sequence[dict[str, Any]] | Stream
+    validation: Sequence[dict[str, Any]]  # the held-out records
 
-    name: str
-    train: Records
-    validation: Records
+    def documents(self, purpose: str) -> Sequence[dict[str, Any]]:
+        """The training records by number; DataError for a stream, naming the purpose that needs them."""
+        if is_stream(self.train):
+            raise DataError(f"{purpose} needs documents by number, and the source {self.name} is a stream without end")
+        return cast(Sequence[dict[str, Any]], self.train)
 
 
 def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
@@ -88,6 +91,9 @@ def _tfds_builder(name: str, cache_dir: Path) -> Any:
 
 
 def _prepare(builder: Any, problems: ProblemLog) -> None:
+    prepared = builder.data_path.exists()
+    if not prepared:
+        _log.info("preparing %s in %s", builder.info.full_name, builder.data_path)
     try:
         with _quiet():
             builder.download_and_prepare(file_format="array_record")
@@ -116,6 +122,8 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
             f"{name} could not be prepared without TensorFlow ({first_line(error)}); it may need a network or Apache "
             f"Beam. Or prepare it elsewhere as array_record and put it into data.cache_dir"
         ) from error
+    if not prepared:
+        sync_tree(Path(builder.data_dir))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as _Fast
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxllm.data import DataError, first_line
+from jaxllm.data.durable import write_whole
 
 NUM_SENTINELS = 100
 _PAD, _EOS, _UNK = "<pad>", "</s>", "<unk>"
@@ -76,7 +77,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json, whole or not at all, in a folder that may be new."""
-        _write_whole(Path(path), self._fast.to_str(pretty=True).encode())
+        write_whole(Path(path), self._fast.to_str(pretty=True).encode())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -181,17 +182,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, path: str | Path) -> None:
         """Writes the .model next to where a tokenizer.json would be, whole or not at all."""
-        _write_whole(Path(path).with_suffix(".model"), self._model.serialized_model_proto())
+        write_whole(Path(path).with_suffix(".model"), self._model.serialized_model_proto())
 
     def _restrict(self) -> None:
         """SentencePiece needs no restriction."""
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:

@@ -4,8 +4,6 @@ A run that has made a step never gets another tokenizer, since its parameters be
 config decides, but a tokenizer that a person put there is not replaced.
 """
 
-from __future__ import annotations
-
 import enum
 import itertools
 import logging
@@ -19,20 +17,17 @@ from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
+_TRAINING = "data.tokenizer: train (or set it to a tokenizer.json)"
+
 # What determines a tokenizer: the fingerprint of a given file, or the corpus and size of a trained one.
 Origin = dict[str, Any]
 
 
 class Kept(NamedTuple):
-    """A tokenizer that is kept for a run.
+    """A tokenizer that is kept for a run."""
 
-    Attributes:
-        origin: with the keys of the wanted one; None where no file records it.
-        by_run: whether a run made it; otherwise a person put it there.
-    """
-
-    origin: Origin | None
-    by_run: bool
+    origin: Origin | None  # with the keys of the wanted one; None where no file records it
+    by_run: bool  # whether a run made it; otherwise a person put it there
 
 
 class Choice(enum.Enum):
@@ -40,6 +35,7 @@ class Choice(enum.Enum):
 
     KEEP = enum.auto()
     MAKE = enum.auto()
+    MAKE_AGAIN = enum.auto()  # and compare it with what the run's checkpoints hold
 
 
 class Refuse(NamedTuple):
@@ -54,7 +50,8 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     | kept                            | wanted                     | begun | decision                          |
     |---------------------------------|----------------------------|-------|-----------------------------------|
     | none                            | any                        | no    | make                              |
-    | none                            | any                        | yes   | refuse: the ids are lost          |
+    | none                            | its file is missing (None) | yes   | refuse: the ids are lost          |
+    | none                            | any other                  | yes   | make again, and compare           |
     | any                             | its file is missing (None) | no    | make, which names the file        |
     | any                             | its file is missing (None) | yes   | keep: the run or the file moved   |
     | of the same origin              | any                        | any   | keep                              |
@@ -66,7 +63,8 @@ def decide(kept: Kept | None, wanted: Origin | None, *, begun: bool) -> Choice |
     `wanted` is the origin that the config describes; `begun` is whether the run has made a step.
     """
     if kept is None:
-        return Refuse("holds a run whose tokenizer is not there any more") if begun else Choice.MAKE
+        lost = Refuse("holds a run whose tokenizer is not there any more") if wanted is None else Choice.MAKE_AGAIN
+        return lost if begun else Choice.MAKE
     if wanted is None:
         return Choice.KEEP if begun else Choice.MAKE
     before = wanted if kept.origin is None else kept.origin
@@ -92,7 +90,7 @@ def origin_of(given: Tokenizer | None, config: DataConfig, source: Source, *, vo
         return {"fingerprint": given.fingerprint}
     if config.tokenizer != "train":
         return None
-    documents = len(source.train)
+    documents = len(source.documents(_TRAINING))
     return {"source": source.name, "documents": documents, "fields": _fields(config), "vocab_size": vocab_size}
 
 
@@ -100,10 +98,10 @@ def make_tokenizer(config: DataConfig, source: Source, *, vocab_size: int) -> To
     """The tokenizer that the config describes, loaded or trained; DataError when neither is possible."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
-    every = itertools.chain.from_iterable(texts(source.train, key) for key in _fields(config))
-    made = train_tokenizer(every, vocab_size=vocab_size)
-    _log.info("trained a tokenizer of %d ids on %d documents", made.vocab_size, len(source.train))
-    return made
+    documents = source.documents(_TRAINING)
+    _log.info("training a tokenizer of %d ids on %d documents", vocab_size, len(documents))
+    every = itertools.chain.from_iterable(texts(documents, key) for key in _fields(config))
+    return train_tokenizer(every, vocab_size=vocab_size)
 
 
 def _fields(config: DataConfig) -> list[str]:

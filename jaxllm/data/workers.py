@@ -4,8 +4,6 @@ A worker encodes single documents; joining, cutting and shuffling stay in the ma
 of the next document, with any number of workers or none.
 """
 
-from __future__ import annotations
-
 import atexit
 import collections
 import multiprocessing
@@ -24,8 +22,8 @@ import grain
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.packing import Batch
-from jaxllm.data.recipes import RECIPES
-from jaxllm.data.records import Records
+from jaxllm.data.recipes import Objective
+from jaxllm.data.records import file_of
 from jaxllm.data.tokenizer import Tokenizer
 
 TIME_LIMIT = 300.0  # seconds to wait for a worker, which may need a minute to start on a busy machine
@@ -35,25 +33,18 @@ _REQUEST_BYTES, _REQUEST_DOCUMENTS = 2**16, 256
 
 
 class Task(NamedTuple):
-    """What a worker does; sent to it once.
+    """What a worker does; sent to it once."""
 
-    Attributes:
-        order: number of a document -> number of its record.
-        records: records of the corpus.
-        config: its objective has the recipe, which is made again in the worker.
-        tokenizer: text to ids.
-        start_id: first decoder token.
-    """
-
-    order: Sequence[int]
-    records: Records
-    config: DataConfig
-    tokenizer: Tokenizer
-    start_id: int
+    order: Sequence[int]  # number of a document -> number of its record
+    records: Sequence[dict[str, Any]]  # records of the corpus
+    objective: Objective  # its recipe is made again in the worker
+    config: DataConfig  # lengths and fields of the recipe
+    tokenizer: Tokenizer  # text to ids
+    start_id: int  # first decoder token
 
     def encoder(self) -> Callable[[int], Batch]:
         """The number of a document to its arrays."""
-        recipe = RECIPES[self.config.objective].recipe(self.config, self.tokenizer, self.start_id)
+        recipe = self.objective.recipe(self.config, self.tokenizer, self.start_id)
         return lambda number: recipe.encode(self.records[self.order[number]])
 
 
@@ -67,14 +58,14 @@ class EncodedDocuments(grain.IterDataset[Batch]):
         self._request = min(max(int(_REQUEST_BYTES / size), 1), _REQUEST_DOCUMENTS)
         self._depth = max(int(ahead / (size * self._request)), 2 * workers)
 
-    def __iter__(self) -> _Iterator:
+    def __iter__(self) -> "_Iterator":
         return _Iterator(_Pool(self._task, self._workers), request=self._request, depth=self._depth)
 
 
 class _Iterator(grain.DatasetIterator[Batch]):
     """Has the state of grain's reader of documents, so that checkpoints do not depend on workers."""
 
-    def __init__(self, pool: _Pool, *, request: int, depth: int) -> None:
+    def __init__(self, pool: "_Pool", *, request: int, depth: int) -> None:
         super().__init__()
         self._pool, self._request, self._depth = pool, request, depth
         self._next = self._asked = 0
@@ -141,9 +132,9 @@ class _Pool:
         try:
             return job.answer.result(TIME_LIMIT)
         except TimeoutError:
-            who = "no worker process" if job.pid is None else f"worker process {job.pid}"
+            who = "no worker process has" if job.pid is None else f"worker process {job.pid} has not"
             raise DataError(
-                f"{who} has answered for {TIME_LIMIT:g} s; it was to read {self._where(job)}. It is stopped, or the "
+                f"{who} answered for {TIME_LIMIT:g} s; it was to read {self._where(job)}. It is stopped, or the "
                 f"file cannot be read: check its disk or network, then start the same command again"
             ) from None
 
@@ -196,7 +187,7 @@ class _Pool:
 
     def _where(self, job: _Job) -> str:
         order, records = self._task.order, self._task.records
-        files = dict.fromkeys(records.file_of(order[number]) for number in job.numbers)
+        files = dict.fromkeys(file_of(records, order[number]) for number in job.numbers)
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         return f"{len(job.numbers)} documents of {next(iter(files))}{more}"
 

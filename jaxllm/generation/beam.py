@@ -4,25 +4,24 @@ One compiled loop serves both families. The beams of a prompt share its prefill.
 to follow the chosen parents.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.config.setting import at_least, require
+from jaxllm.config.setting import settings as declare
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.loop import GenerateState, ban_end, ended, read_lengths, read_prompts, take_step
+from jaxllm.generation.loop import GenerateState, ban_end, ended, read_lengths, read_prompts
 from jaxllm.generation.requests import Request, Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
 from jaxllm.models.decoder import Decoder
-from jaxllm.ops.sampling import Sampling, process, to_numbers
+from jaxllm.ops.sampling import Sampling, process
 
 # Added to a score to rule a beam out, as in transformers; finite, so that sums stay ordered.
 _RULED_OUT = -1e9
@@ -40,32 +39,21 @@ class Beam(NamedTuple):
     score: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@declare
 class BeamSettings:
-    """Options of a beam search; hashable, so that it can be a static argument.
+    """Options of a beam search; hashable, so that it can be a static argument."""
 
-    Attributes:
-        beams: number of beams kept at every step.
-        length_penalty: exponent of the length that divides a score; above 0 favours long outputs.
-        early_stopping: True ends a row once `beams` have finished. False ends it once the best running beam, at its
-            present length, can't beat the worst finished one; never compares at the longest possible length.
-        returned: number of beams to return for each row.
-    """
-
-    beams: int
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    returned: int = 1
+    beams: Annotated[int, at_least(2), "number of beams kept at every step; one beam is a greedy generate"]
+    length_penalty: Annotated[float, "exponent of the length that divides a score; above 0 favours long outputs"] = 1.0
+    early_stopping: Annotated[
+        bool | Literal["never"],
+        "True ends a row once `beams` have finished. False ends it once the best running beam, at its present length, "
+        "can't beat the worst finished one; never compares at the longest possible length",
+    ] = False
+    returned: Annotated[int, at_least(1), "number of beams to return for each row, at most `beams`"] = 1
 
     def __post_init__(self) -> None:
-        to_numbers(self, int, "beams", "returned")
-        to_numbers(self, float, "length_penalty")
-        if self.beams < 2:
-            raise ValueError(f"beams must be at least 2, got {self.beams}; one beam is a greedy generate")
-        if not 1 <= self.returned <= self.beams:
-            raise ValueError(f"returned must be in 1..{self.beams} (beams), got {self.returned}")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping must be True, False or never, got {self.early_stopping!r}")
+        require(self.returned <= self.beams, f"returned must be in 1..{self.beams} (beams), got {self.returned}")
 
 
 class BeamState(NamedTuple):
@@ -129,9 +117,8 @@ def _check_search(search: BeamSettings, vocab_size: int, eos_ids: Sequence[int])
 
 
 def _best(request: Request, search: BeamSettings) -> list[list[Beam]]:
-    settings = request.settings._replace(samples=search.beams)
-    arguments = settings, search, request.params, request.tokens, request.lengths, request.keys, request.limit
-    out = fall_back(lambda decoder: _search(decoder, *arguments), request.decoder)
+    decoder, *arguments = request._replace(settings=request.settings._replace(samples=search.beams))
+    out = fall_back(lambda decoder: _search(decoder, search, *arguments), decoder)
     tokens, lengths, scores = (np.asarray(each)[:, : search.returned].tolist() for each in out)
     return [
         [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]
@@ -142,15 +129,15 @@ def _best(request: Request, search: BeamSettings) -> list[list[Beam]]:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _search(
     decoder: Decoder,
-    settings: Settings,
     search: BeamSettings,
+    settings: Settings,
     params: Any,
     tokens: Array,
     lengths: Array,
     keys: Array,
     limit: Array,
 ) -> tuple[Array, Array, Array]:
-    context, decoding = read_prompts(decoder, settings, params, tokens, lengths, keys)
+    reader, decoding = read_prompts(decoder, settings, params, tokens, lengths, keys)
     state = _init(decoding, search.beams, settings)
 
     def unfinished(until: int, state: BeamState) -> Array:
@@ -161,7 +148,7 @@ def _search(
     def grow(attended: int, state: BeamState) -> BeamState:
         new, chosen = _select(state, settings, search, limit)
         d = new.decoding
-        logits, cache = take_step(decoder, settings, params, context, d, chosen, attended)
+        logits, cache = reader.step(d, chosen, attended)
         return new._replace(decoding=d._replace(cache=cache, logits=logits, positions=d.positions + 1))
 
     for attended, until in read_lengths(settings.plan, 1):

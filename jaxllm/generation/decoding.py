@@ -4,8 +4,6 @@ The host checks and pads the prompts, calls `jaxllm.generation.loop` and cuts ro
 strings need the host while tokens appear, so they run chunk by chunk; everything else is one call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -72,7 +70,9 @@ def generate(
     if stop:
         pieces = list(_stream(request, stop, decode))
         return [list(chain(*row)) for row in zip(*pieces, strict=True)]
-    return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in _at_once(request).tolist()]
+    decoder, *arguments = request
+    rows = np.asarray(fall_back(lambda decoder: loop.run(decoder, *arguments), decoder)).tolist()
+    return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in rows]
 
 
 def generate_stream(
@@ -111,17 +111,10 @@ def generate_stream(
     return _stream(request, stop, decode)
 
 
-def _at_once(request: Request) -> np.ndarray:
-    r = request
-    arguments = r.settings, r.params, r.tokens, r.lengths, r.keys, r.limit
-    return np.asarray(fall_back(lambda decoder: loop.run(decoder, *arguments), r.decoder))
-
-
 def _stream(request: Request, stop: Sequence[str], decode: Decode | None) -> Iterator[list[list[int]]]:
     """New tokens of each row, chunk by chunk, until all rows have finished."""
     r, settings = request, request.settings
-    arguments = settings, r.params, r.tokens, r.lengths, r.keys
-    context, state = fall_back(lambda decoder: loop.begin(decoder, *arguments), r.decoder)
+    context, state = fall_back(lambda decoder: loop.begin(decoder, *r[1:-1]), r.decoder)
     stopped = np.zeros(r.keys.shape[0], bool)
     rows: list[list[int]] = [[] for _ in stopped]
     sent = [0] * len(rows)

@@ -4,8 +4,6 @@ The loops call the model by `run_model`, so the edits apply to the prompt and to
 holds edited keys and values.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,14 +18,10 @@ R = TypeVar("R")
 
 
 class Edited(NamedTuple):
-    """Parameters with edits, as `edited` makes them.
+    """Parameters with edits, as `edited` makes them."""
 
-    Attributes:
-        params: stacked as in training, or prepared.
-        edits: by name, each a `jax.tree_util.Partial`, whose arrays are arguments of the compiled program.
-    """
-
-    params: Any
+    params: Any  # stacked as in training, or prepared
+    # by name, each a `jax.tree_util.Partial`, whose arrays are arguments of the compiled program
     edits: OrderedDict[str, Any]
 
 

@@ -4,8 +4,6 @@ jax lowers and compiles when a function is first called, so that call raises the
 Steps after the prompt attend to a cache and never use cuDNN.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar

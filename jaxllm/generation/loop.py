@@ -6,8 +6,6 @@ donated. Attention reads only the first slots of the cache. Their number doubles
 loop for each number.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 
@@ -37,10 +35,24 @@ class GenerateState(NamedTuple):
     seen: Bool[Array, "B V"] | None  # tokens that a repetition penalty counts; None without one
 
 
+class Reader(NamedTuple):
+    """A model that has read its prompts."""
+
+    decoder: Decoder
+    settings: Settings
+    params: Any
+    context: Any  # what the model keeps of the prompts in addition to its cache
+
+    def step(self, state: GenerateState, tokens: Array, attended: int) -> tuple[Float[Array, "B V"], KVCache]:
+        """Appends a token to each row; the logits of the next, and the cache."""
+        arrays, plan = (self.context, state.cache, tokens, state.positions), self.settings.plan
+        return run_model(self.decoder.step, self.params, *arrays, strict=False, plan=plan, attended=attended)
+
+
 def read_prompts(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array
-) -> tuple[Any, GenerateState]:
-    """Context and state after the prompts; each prompt is read once for all of its samples."""
+) -> tuple[Reader, GenerateState]:
+    """The model and the state after the prompts; each prompt is read once for all of its samples."""
     context, logits, cache, positions = run_model(decoder.start, params, tokens, lengths, plan=settings.plan)
     penalised = settings.sampling.repetition_penalty != 1
     seen = mark_seen(*decoder.history(tokens, lengths), logits.shape[-1]) if penalised else None
@@ -48,7 +60,8 @@ def read_prompts(
         cache = repeat_rows(cache, settings.samples)
         context, logits, positions, seen = repeat_tree((context, logits, positions, seen), settings.samples)
     finished = jnp.zeros(positions.shape, bool)
-    return context, GenerateState(cache, logits, positions, finished, jnp.zeros((), jnp.int32), keys, seen)
+    state = GenerateState(cache, logits, positions, finished, jnp.zeros((), jnp.int32), keys, seen)
+    return Reader(decoder, settings, params, context), state
 
 
 def mark_seen(tokens: Int[Array, "B T"], real: Bool[Array, "B T"], vocab: int) -> Bool[Array, "B V"]:
@@ -62,7 +75,7 @@ def ended(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B
     return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(tokens.shape, bool)
 
 
-def ban_end(settings: Settings, count: Int[Array, ...], vocab: int) -> Bool[Array, "... V"] | None:
+def ban_end(settings: Settings, count: Int[Array, "..."], vocab: int) -> Bool[Array, "... V"] | None:
     """End tokens while a row has fewer than min_new_tokens; None where no end token is ever banned."""
     if not (settings.sampling.min_new_tokens and settings.eos_ids):
         return None
@@ -70,34 +83,23 @@ def ban_end(settings: Settings, count: Int[Array, ...], vocab: int) -> Bool[Arra
     return ends & (count < settings.sampling.min_new_tokens)[..., None]
 
 
-def advance(
-    decoder: Decoder, settings: Settings, params: Any, context: Any, state: GenerateState, *, attended: int
-) -> tuple[GenerateState, Int[Array, " B"]]:
+def advance(reader: Reader, state: GenerateState, *, attended: int) -> tuple[GenerateState, Int[Array, " B"]]:
     """One step: chooses the next tokens and feeds them."""
+    settings = reader.settings
     banned = ban_end(settings, state.count[None], state.logits.shape[-1])
     logits = process(state.logits, settings.sampling, seen=state.seen, banned=banned)
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
     tokens = jnp.where(state.finished, settings.pad_id, choose(logits, keys, settings.sampling))
     finished = state.finished | ended(tokens, settings.eos_ids)
     seen = None if state.seen is None else state.seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
-    after, cache = take_step(decoder, settings, params, context, state, tokens, attended)
+    after, cache = reader.step(state, tokens, attended)
     return GenerateState(cache, after, state.positions + 1, finished, state.count + 1, state.keys, seen), tokens
 
 
-def take_step(
-    decoder: Decoder, settings: Settings, params: Any, context: Any, state: GenerateState, tokens: Array, attended: int
-) -> tuple[Float[Array, "B V"], KVCache]:
-    """Appends a token to each row; the logits of the next, and the cache."""
-    arrays = context, state.cache, tokens, state.positions
-    return run_model(decoder.step, params, *arrays, strict=False, plan=settings.plan, attended=attended)
-
-
-def decode_chunk(
-    decoder: Decoder, settings: Settings, params: Any, context: Any, state: GenerateState, *, attended: int
-) -> tuple[GenerateState, Int[Array, "T B"]]:
+def decode_chunk(reader: Reader, state: GenerateState, *, attended: int) -> tuple[GenerateState, Int[Array, "T B"]]:
     """`settings.chunk` steps, reading the first `attended` slots."""
-    step = functools.partial(advance, decoder, settings, params, context, attended=attended)
-    return jax.lax.scan(lambda carry, _: step(carry), state, None, length=settings.chunk)
+    step = functools.partial(advance, reader, attended=attended)
+    return jax.lax.scan(lambda carry, _: step(carry), state, None, length=reader.settings.chunk)
 
 
 def read_lengths(plan: Plan, chunk: int) -> list[tuple[int, int]]:
@@ -120,7 +122,7 @@ def run(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array, limit: Array
 ) -> Int[Array, "B N"]:
     """A whole generation; columns from `limit` on are undefined, and those after an end token padding."""
-    context, state = read_prompts(decoder, settings, params, tokens, lengths, keys)
+    reader, state = read_prompts(decoder, settings, params, tokens, lengths, keys)
     out = jnp.full((state.positions.shape[0], settings.plan.new), settings.pad_id, jnp.int32)
 
     def unfinished(until: int, carry: tuple[GenerateState, Array]) -> Array:
@@ -129,7 +131,7 @@ def run(
 
     def append_chunk(attended: int, carry: tuple[GenerateState, Array]) -> tuple[GenerateState, Array]:
         state, out = carry
-        new, tokens = decode_chunk(decoder, settings, params, context, state, attended=attended)
+        new, tokens = decode_chunk(reader, state, attended=attended)
         return new, jax.lax.dynamic_update_slice_in_dim(out, tokens.T, state.count, axis=1)
 
     for attended, until in read_lengths(settings.plan, settings.chunk):
@@ -143,7 +145,8 @@ def begin(
     decoder: Decoder, settings: Settings, params: Any, tokens: Array, lengths: Array, keys: Array
 ) -> tuple[Any, GenerateState]:
     """`read_prompts`, compiled: the context and first state for `next_chunk`."""
-    return read_prompts(decoder, settings, params, tokens, lengths, keys)
+    reader, state = read_prompts(decoder, settings, params, tokens, lengths, keys)
+    return reader.context, state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=4)
@@ -158,4 +161,4 @@ def next_chunk(
 ) -> tuple[GenerateState, Int[Array, "T B"]]:
     """One chunk; the state is donated. Rows in `stopped` are finished from now on."""
     state = state._replace(finished=state.finished | stopped)
-    return decode_chunk(decoder, settings, params, context, state, attended=attended)
+    return decode_chunk(Reader(decoder, settings, params, context), state, attended=attended)

@@ -3,8 +3,6 @@
 Lengths are rounded up to a few buckets, so that another length in the same bucket compiles nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,13 +67,11 @@ def make_request(
     seed: int | Sequence[int] = 0,
     samples: int = 1,
     cache_dtype: str | None = None,
-    extra: int = 0,
     wraps: bool = True,
 ) -> Request:
     """Checks the arguments of `generate` and makes the arrays and sizes of one generation.
 
-    `extra` is the number of slots that drafts need beyond the new tokens. With `wraps` the cache of a sliding window
-    may be as short as the window.
+    With `wraps` the cache of a sliding window may be as short as the window.
     """
     decoder = decoder_of(model)
     check_outside(params, prompts, seed)
@@ -84,7 +80,7 @@ def make_request(
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
     chunk = min(CHUNK, bucket(max_new_tokens, 4))
     needed = int(lengths.max()) + max_new_tokens
-    new = bucket(max_new_tokens + extra, chunk)
+    new = bucket(max_new_tokens, chunk)
     plan = decoder.plan(prompt=tokens.shape[1], new=new, needed=needed, cache_dtype=cache_dtype, wraps=wraps)
     settings = Settings(plan, chunk, sampling, tuple(eos_ids), pad_id, samples)
     keys = _row_keys(seed, len(prompts), samples)

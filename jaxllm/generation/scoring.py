@@ -1,7 +1,5 @@
 """Log-probabilities of given continuations: one forward of the training model, no cache."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Out of scope: arguments (`scripts/generate.py`), loading (`jaxllm.run.load`).
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -17,11 +15,7 @@ from jaxllm.generation.text import TextModel
 
 
 def read_prompts(prompt: str | None, *, prompt_file: Path | None, batch: Path | None) -> list[str]:
-    """The prompt itself (- is standard input), that of a file, or a prompt per line of `batch`; one of them is given.
-
-    Raises:
-        ValueError: for a batch without prompts, or a file that is not UTF-8 text.
-    """
+    """The prompt (- is standard input), that of a file, or one a line of `batch`; ValueError where it has no text."""
     if batch:
         text = _read(batch)
         if not text:

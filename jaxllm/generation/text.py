@@ -4,14 +4,12 @@ The prompt of a decoder starts a document; that of an encoder-decoder is a whole
 on become sentinels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from jaxllm.data.objectives import before_end
+from jaxllm.data.objectives import after_sentinels, before_end, cut_at_sentinels
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks
 from jaxllm.generation.decoding import generate, generate_stream
 from jaxllm.generation.edits import edited
@@ -54,7 +52,7 @@ class TextModel(NamedTuple):
     pad_id: int
 
     @classmethod
-    def of(cls, model: Model, params: Any, tokenizer: Tokenizer, *, int8: bool = False) -> TextModel:
+    def of(cls, model: Model, params: Any, tokenizer: Tokenizer, *, int8: bool = False) -> "TextModel":
         """A model in memory with the special ids of its tokenizer; `int8` quantizes the matrices.
 
         Raises:
@@ -162,20 +160,16 @@ def filled_in(
     marks: tuple[str, str] = ("", ""),
 ) -> str:
     """The text of `inputs`; the tokens in `answer`, between two marks, replace each sentinel."""
-    answers: dict[int, np.ndarray] = {}
-    for part in _before_sentinels(answer, tokenizer):
-        answers.setdefault(int(part[0]), part[1:])
+    sentinels = tokenizer.sentinel_ids
+    answers = after_sentinels(_ids(answer, tokenizer), sentinels)
     text = ""
-    for part in _before_sentinels(inputs, tokenizer):
-        if part[0] in tokenizer.sentinel_ids:
+    for part in cut_at_sentinels(_ids(inputs, tokenizer), sentinels):
+        if part[0] in sentinels:
             text += tokenizer.decode(answers.get(int(part[0]), part[:0])).join(marks)
             part = part[1:]
         text += tokenizer.decode(part)
     return text
 
 
-def _before_sentinels(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Ids without the end token, cut before each sentinel."""
-    tokens = before_end(np.asarray(ids, np.int32), tokenizer.eos_id)
-    parts = np.split(tokens, np.flatnonzero(np.isin(tokens, tokenizer.sentinel_ids)))
-    return [part for part in parts if len(part)]
+def _ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    return before_end(np.asarray(ids, np.int32), tokenizer.eos_id)

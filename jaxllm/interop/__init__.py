@@ -1,7 +1,5 @@
 """Weights of other libraries: Hugging Face directories and Meta's checkpoints to ours, and back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,7 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 def weight_dtype(dtype: Any) -> Any:
-    """The NumPy dtype of weights that a user chose.
-
-    Raises:
-        InteropError: for another than a float: casting weights to integers would destroy them silently.
-    """
+    """The NumPy dtype of weights; InteropError unless it is a float: integers would destroy them silently."""
     known = ("float32", "bfloat16", "float16", *(["float64"] if jax.config.read("jax_enable_x64") else []))
     try:
         found = jnp.dtype(dtype)

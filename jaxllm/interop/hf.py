@@ -4,8 +4,6 @@ A family is a module with `DEFAULTS`, `IGNORED`, `read_config`, `write_config` a
 config.json. Out of scope: names of tensors and keys (the families), bytes (`safetensors_dir`), tokenizers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

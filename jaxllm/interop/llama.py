@@ -4,8 +4,6 @@ The four differ only in the defaults of config.json and in the flags that they i
 A setting without a flag in our model is an error. Out of scope: reading files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxllm.config import LlamaConfig, RopeConfig
@@ -103,10 +101,9 @@ def entries(config: LlamaConfig) -> list[Entry]:
 
 
 def read_config(value: dict[str, Any], files: TensorFiles) -> LlamaConfig:
-    """Our config of a config.json with defaults; `files` decide whether the head is tied.
+    """Our config of a config.json with defaults; InteropError for a setting that our model cannot reproduce.
 
-    Raises:
-        InteropError: for a setting that our model cannot reproduce.
+    `files` decide whether the head is tied.
     """
     kind = value["model_type"]
     if value["hidden_act"] not in ACTIVATIONS:
@@ -127,11 +124,7 @@ def read_config(value: dict[str, Any], files: TensorFiles) -> LlamaConfig:
 
 
 def write_config(config: LlamaConfig) -> dict[str, Any]:
-    """A config.json that transformers 4.x and 5.x read as this config.
-
-    Raises:
-        InteropError: when no architecture of transformers has this combination of flags.
-    """
+    """A config.json that transformers 4.x and 5.x read as this config; InteropError where no architecture has it."""
     kind, window = _architecture(config), config.sliding_window
     raw: dict[str, Any] = {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"]}
     raw |= {theirs: getattr(config, ours) for ours, theirs in _SETTINGS.items()} | {

@@ -4,8 +4,6 @@ The slices of the ranks are joined here. q and k are stored for rotation of neig
 the halves that we and Hugging Face rotate. Only torch pickles (.pth) need torch. All ranks are opened at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,11 +78,6 @@ def halves(rows: np.ndarray, heads: int) -> np.ndarray:
     if not heads:
         return rows
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `halves`."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _open(path: Path) -> Tensors:

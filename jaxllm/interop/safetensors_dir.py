@@ -5,8 +5,6 @@ as a whole. Each piece opens its file again: the pages of a mapped file count as
 closed. Out of scope: the names of a family, config.json.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -39,19 +37,12 @@ _ROWS, _PAD = 128, 32
 
 
 class Entry(NamedTuple):
-    """One parameter of ours and the tensor or tensors that hold it.
+    """One parameter of ours and the tensor or tensors that hold it."""
 
-    Attributes:
-        path: its keys in the parameter tree.
-        name: the tensor; `{}` stands for the number of the layer of a stacked parameter.
-        layers: how many layers are stacked; 0 for a parameter that is not stacked.
-        transposed: whether the last two axes are swapped in the file (kernels are [out, in] there).
-    """
-
-    path: tuple[str, ...]
-    name: str
-    layers: int = 0
-    transposed: bool = False
+    path: tuple[str, ...]  # its keys in the parameter tree
+    name: str  # the tensor; `{}` stands for the number of the layer of a stacked parameter
+    layers: int = 0  # how many layers are stacked; 0 for a parameter that is not stacked
+    transposed: bool = False  # whether the last two axes are swapped in the file (kernels are [out, in] there)
 
     def tensors(self) -> list[str]:
         """Names of its tensors, in the order of the stack."""
@@ -77,11 +68,7 @@ class TensorFiles:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the headers of model.safetensors or of the shards that its index names.
-
-        Raises:
-            InteropError: for a missing or damaged file, naming it.
-        """
+        """Reads the headers of model.safetensors, or of its index's shards; InteropError for a damaged file."""
         self.folder = Path(folder)
         self.info = dict(self._headers())
         self._alias: dict[str, str] = {}
@@ -139,11 +126,7 @@ class TensorFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InteropError: when the file is missing, cannot be read or holds no object.
-    """
+    """The object in a JSON file; InteropError when it is missing, cannot be read or holds no object."""
     if not path.exists():
         raise InteropError(f"no {path.name} in {path.parent}; give the directory that save_pretrained wrote")
     check_readable(path)
@@ -162,10 +145,8 @@ def read_params(
     """The parameter tree that `entries` describe, on the default device.
 
     `abstract` is the tree of shapes of `jaxllm.models.abstract_params`. `dtype` None takes the narrowest that holds
-    every tensor exactly. Tensors with a name that matches `ignored` may be there without a meaning.
-
-    Raises:
-        InteropError: naming the tensors that are missing, unexpected or of another shape or dtype.
+    every tensor exactly. Tensors with a name that matches `ignored` may be there without a meaning. An InteropError
+    names the tensors that are missing, unexpected or of another shape or dtype.
     """
     leaves = flatten_dict(abstract)
     _check(files, entries, leaves, ignored)
@@ -199,11 +180,8 @@ def write_params(
 ) -> None:
     """Writes model.safetensors, or shards and their index when it would exceed `shard_bytes`.
 
-    Files of an earlier export are replaced once all new ones are whole. `dtype` None keeps each parameter's. `texts`
-    are other files of the export by name, such as config.json.
-
-    Raises:
-        InteropError, OSError: when a file cannot be written; those of an earlier export are as they were.
+    Files of an earlier export are replaced once all new ones are whole, and stay after an error. `dtype` None keeps
+    each parameter's. `texts` are other files of the export by name, such as config.json.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,6 @@ file that differs. Here the scaling comes from the newer key where it exists, an
 Out of scope: reading files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxllm.config import T5Config
@@ -88,10 +86,9 @@ def entries(config: T5Config) -> list[Entry]:
 
 
 def read_config(value: dict[str, Any], files: TensorFiles) -> T5Config:
-    """Our config of a config.json with defaults; `files` decide whether the head is tied.
+    """Our config of a config.json with defaults; InteropError for a setting that our model cannot reproduce.
 
-    Raises:
-        InteropError: for a setting that our model cannot reproduce.
+    `files` decide whether the head is tied.
     """
     tied = _tied(files)
     scaled = _scaled(value, tied=tied)
@@ -111,11 +108,7 @@ def read_config(value: dict[str, Any], files: TensorFiles) -> T5Config:
 
 
 def write_config(config: T5Config) -> dict[str, Any]:
-    """A config.json that transformers reads as this config.
-
-    Raises:
-        InteropError: when some version of transformers would read it as another model.
-    """
+    """A config.json of this config; InteropError where some version of transformers would read another model."""
     if config.scale_logits and not config.tie_embeddings:
         raise InteropError(
             "got scale_logits without tie_embeddings; transformers 4.x scales logits only where it ties the "

@@ -5,8 +5,6 @@ once and keep little. jax refuses to differentiate these forward. Here each runs
 differentiates those either way.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ models. Its path follows the parameter tree, such as decoder/layers/cross_attent
 layer. All three are transformations of functions: they compose with `jax.grad`, jit, vmap and each other.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

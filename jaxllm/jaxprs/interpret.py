@@ -4,8 +4,6 @@ The function itself needs no hooks and stays as fast as it is. A loop over layer
 have one more axis. `hooks`, `derivatives` and `observe` in this package have the visitors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

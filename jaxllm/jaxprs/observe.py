@@ -5,8 +5,6 @@ stay as fast as they are. A loop over layers gives one reading per layer. This r
 never in the step itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 `jaxllm.jaxprs.interpret` reads values with it, `jaxllm.study.ledger` dtypes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any

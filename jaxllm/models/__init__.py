@@ -5,18 +5,5 @@ from jaxllm.models.llama import Llama
 from jaxllm.models.params import Model, abstract_params, check_model, check_params, count_params, init_params
 from jaxllm.models.t5 import T5
 
-__all__ = [
-    "FAMILIES",
-    "T5",
-    "Family",
-    "Llama",
-    "Model",
-    "abstract_params",
-    "build",
-    "check_model",
-    "check_params",
-    "count_params",
-    "decoder_of",
-    "family_of",
-    "init_params",
-]
+__all__ = ["FAMILIES", "T5", "Family", "Llama", "Model", "build", "decoder_of", "family_of"]
+__all__ += ["abstract_params", "check_model", "check_params", "count_params", "init_params"]

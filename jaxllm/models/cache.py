@@ -4,11 +4,9 @@ Arrays are per layer and head-major, [R, S, H], where R = B * K counts the heads
 updates each in place under donation and reads a head's keys contiguously. (With axes B and K apart, XLA:CPU drops a
 batch of 1 in its matmuls, and copies the whole cache for that.) On a GPU a layer of a single row has one store for
 both, [2K, S, H] with the keys before the values: a step updates it in one kernel instead of two. `positions` holds the
-position of each slot's token. Ragged prompts leave holes instead of shifting, rejected drafts stay invisible until they
-are overwritten, and a sliding window can wrap around. Only this module depends on the layout, int8 included.
+position of each slot's token. Ragged prompts leave holes instead of shifting, and a sliding window can wrap around.
+Only this module depends on the layout, int8 included.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Callable
@@ -20,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxllm.models.functions import Attend, Pairs
 from jaxllm.ops import backend
-from jaxllm.ops.attention import masked_attention
 from jaxllm.ops.quantize import Quantized, quantize
 
 # Keys or values of one layer, quantised over H; [B, N, S, H] in a cross cache, which is only read.
@@ -69,7 +66,7 @@ def init_cache(*, batch: int, capacity: int, num_layers: int, num_kv_heads: int,
 
     def store() -> Store:
         values = jnp.zeros(shape, dtype)
-        return Quantized(values, jnp.zeros(shape[:-1], jnp.float32)) if dtype == jnp.int8 else values
+        return Quantized(values, jnp.zeros(shape[:-1], jnp.float32)) if values.dtype == jnp.int8 else values
 
     return KVCache(
         keys=tuple(store() for _ in range(num_layers)),
@@ -83,10 +80,7 @@ def fill(cache: KVCache, lengths: Int[Array, " B"], count: int, *, window: int |
     """Prompts into an empty cache: `count` columns; the first `lengths` of a row are real.
 
     A cache at most as wide as the window may wrap around. It holds each prompt's last tokens, oldest first, so that the
-    oldest is replaced first.
-
-    Raises:
-        ValueError: when the prompts exceed the capacity and no window drops their beginning.
+    oldest is replaced first. ValueError when prompts exceed the capacity and no window drops their beginning.
     """
     capacity = cache.positions.shape[1]
     if count > capacity and capacity != window:
@@ -122,31 +116,13 @@ def append(
     held = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], slot, axis=1)
     update = Update(lambda store, new: write(store, new, slot), held, cache.slot + 1)
     pairs = visible_pairs(held[:, :attended], positions[:, None], window=window)
-    return Turn(update, pairs, _attend_by(own, attend_one))
-
-
-def extend(cache: KVCache, positions: Int[Array, "B T"], own: Attend | None, *, window: int | None = None) -> Turn:
-    """T tokens per row, each in the slot of its position; the cache must not wrap around.
-
-    Rows may advance by different counts: a later call overwrites its positions, and no query sees beyond its position.
-    """
-    rows = jnp.arange(positions.shape[0])[:, None]
-    held = cache.positions.at[rows, positions].set(positions, mode="drop")
-    update = Update(lambda store, new: write_at(store, new, positions), held, cache.slot)
-    return Turn(update, visible_pairs(held, positions, window=window), _attend_by(own, attend_many))
+    return Turn(update, pairs, _attend_by(own))
 
 
 def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> Store:
     """Puts T new entries at slots slot..slot+T-1; the caller has checked that they fit (XLA would clamp)."""
     put_one = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
     return jax.tree.map(put_one, store, _entries(store, new))
-
-
-def write_at(store: Store, new: Float[Array, "B T K H"], slots: Int[Array, "B T"]) -> Store:
-    """Puts T new entries of each row at the row's slots; those beyond the capacity are dropped."""
-    slots = jnp.repeat(slots, new.shape[2], axis=0)  # [R, T]
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return jax.tree.map(lambda old, part: old.at[rows, slots].set(part, mode="drop"), store, _entries(store, new))
 
 
 def _entries(store: Store, new: Float[Array, "B T K H"]) -> Float[Array, "R T H"] | Quantized:
@@ -197,26 +173,18 @@ def _scores_by_dot(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) ->
     return jax.lax.optimization_barrier(jnp.einsum("rsh,rgh->rsg", keys, query)).swapaxes(1, 2)
 
 
-def attend_many(
-    query: Float[Array, "B T N H"], keys: Store, values: Store | None, pairs: Pairs, *, scale: float
-) -> Float[Array, "B T N H"]:
-    """Attention of T queries per row over the mask's first A slots."""
-    key, value = _plain(keys, values, query, pairs)
-    return masked_attention(query, key, value, mask=pairs.mask, scale=scale, bias=pairs.bias)
-
-
-def _attend_by(own: Attend | None, default: Callable[..., Array]) -> Callable[..., Array]:
-    """`default`, or a model's own attention, which includes its scale."""
+def _attend_by(own: Attend | None) -> Callable[..., Array]:
+    """`attend_one`, or a model's own attention, which includes its scale."""
     if own is None:
-        return default
+        return attend_one
 
     def attend(query: Array, keys: Store, values: Store | None, pairs: Pairs, *, scale: float) -> Array:
-        return own(query, *_plain(keys, values, query, pairs), pairs)
+        return own(query, *plain_stores(keys, values, query, pairs), pairs)
 
     return attend
 
 
-def _plain(keys: Store, values: Store | None, query: Array, pairs: Pairs) -> tuple[Array, Array]:
+def plain_stores(keys: Store, values: Store | None, query: Array, pairs: Pairs) -> tuple[Array, Array]:
     """Keys and values [B, A, K, H] in the query's dtype."""
 
     def plain(store: Array, scale: Array | None) -> Array:

@@ -1,7 +1,5 @@
 """Misuse that would silently compute something else: each is an error with its fix."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn

@@ -1,22 +1,22 @@
-"""What the decoding loops need of a model family: one small adapter per family.
+"""What the decoding loops need of a model family: one subclass of `Decoder` per family.
 
-An adapter is a hashable value around a model, so that it can be a static argument. `context` is what a generation
+A decoder is a hashable value around a model, so that it can be a static argument. `context` is what a generation
 keeps besides the cache: None for a decoder, the encoder's keys and values for an encoder-decoder. The loops close over
 it and never carry it, so that it is neither copied nor mistaken for another batch's.
 """
 
-from __future__ import annotations
-
+import abc
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.models.cache import KVCache
-from jaxllm.models.params import Model
+from jaxllm.models.layers import apply
+from jaxllm.models.params import Model, check_params
 
 
 class Plan(NamedTuple):
@@ -30,18 +30,18 @@ class Plan(NamedTuple):
     cache_dtype: str | None  # name of the cache's dtype; None is the compute dtype
 
 
-@runtime_checkable
-class Decoder(Protocol):
-    """One family's side of the decoding loops."""
+@dataclass(frozen=True)
+class Decoder(abc.ABC):
+    """One family's side of the decoding loops; what is not abstract fits a model without an encoder or a longest row.
 
-    @property
-    def model(self) -> Model:
-        """The model itself."""
-        ...
+    Such a model has a method `hidden` of tokens, and `logits` of hidden states.
+    """
 
-    def without_cudnn(self) -> Decoder:
+    model: Any
+
+    def without_cudnn(self) -> "Decoder":
         """The same with `attention: chunked`, which cuDNN cannot refuse."""
-        ...
+        return replace(self, model=self.model.clone(config=replace(self.model.config, attention="chunked")))
 
     def prepare(self, params: Any, *, int8: bool = False) -> Any:
         """The decoding layout of training parameters; prepared ones are returned as they are.
@@ -50,45 +50,40 @@ class Decoder(Protocol):
             TypeError: for a subclass of the family's model that overrides a method.
             ValueError: for parameters of another model.
         """
-        ...
+        check_params(self.model, params)
+        return params
 
     def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
-        """Raises a ValueError when the prompts can't be continued by `new` tokens."""
-        ...
+        """Raises a ValueError when the prompts can't be continued by `new` tokens; here, never."""
+        return
 
     def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
         """Sizes for padded prompts and new tokens; the longest row really holds `needed` tokens."""
-        ...
+        return Plan(prompt, new, prompt, prompt + new, None, cache_dtype)
 
+    @abc.abstractmethod
     def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
         """Context, logits of the first new token [B, V], cache, and that token's position [B]."""
-        ...
 
+    @abc.abstractmethod
     def step(
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
     ) -> tuple[Array, KVCache]:
         """Appends one token per row; logits [B, V] of the next."""
-        ...
-
-    def extend(
-        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
-    ) -> tuple[Array, KVCache]:
-        """Appends T tokens per row at the given positions; logits [B, T, V] after each."""
-        ...
 
     def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         """Tokens [B, T] before the first new one, as penalties of repetition count them, and which of them are real."""
-        ...
-
-    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
-        """Text in which drafts are looked up [B, W], its lengths; text so far, whose end is looked up, its lengths."""
-        ...
+        return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
 
     def full_logits(
         self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
     ) -> Float[Array, "B N V"]:
         """Logits that predict each of `new` [B, N] after the prompts, by one forward of the training model."""
-        ...
+        columns = lengths[:, None] + jnp.arange(new.shape[1])
+        options = {} if length is None else {"length": length}
+        hidden = apply(self.model, params, _join(tokens, lengths, new), **options, method="hidden")
+        before = jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
+        return apply(self.model, params, before, method="logits")
 
 
 # Methods that an override may change without changing what is generated.
@@ -113,17 +108,6 @@ def check_methods(model: type, family: type) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """What the adapters of Llama and T5 share."""
-
-    model: Any
-
-    def without_cudnn(self) -> Any:
-        """See `Decoder`."""
-        return replace(self, model=self.model.clone(config=replace(self.model.config, attention="chunked")))
-
-
 def check_prepared(model: Model, embed: Array, **layers: tuple[int, int]) -> None:
     """Raises ValueError unless prepared parameters have the model's embedding and, per stack, its number of layers."""
     shape = (model.config.vocab_size, model.config.d_model)
@@ -134,7 +118,7 @@ def check_prepared(model: Model, embed: Array, **layers: tuple[int, int]) -> Non
         raise ValueError(f"the prepared parameters are not those of the model: {'; '.join(wrong)}")
 
 
-def join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
+def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
     """Each prompt, followed directly by its new tokens."""
     columns = lengths[:, None] + jnp.arange(new.shape[1])
     joined = jnp.pad(tokens, ((0, 0), (0, new.shape[1])))

@@ -4,8 +4,6 @@ To add one, write its config class (`jaxllm.config.model.MODEL_CONFIGS`), its mo
 `FAMILIES`. A row of `jaxllm.interop.hf` reads and writes its Hugging Face files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

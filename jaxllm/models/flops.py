@@ -3,8 +3,6 @@
 The formulas count the algorithm's work, without recomputation and the embedding lookup.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

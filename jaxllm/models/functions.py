@@ -10,8 +10,6 @@
 The functions are static: two models are equal, and share compiled programs, when their functions are the same objects.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Hook points: the values that layers name, for `jaxllm.study` to find and for `remat: elementwise` to keep."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from jax.ad_checkpoint import checkpoint_name

@@ -1,7 +1,5 @@
 """Parameters of a model of any family: random, as shapes, counted, compared."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

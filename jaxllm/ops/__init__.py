@@ -19,5 +19,4 @@ Axes in signatures (jaxtyping) and docstrings of the whole package; the first se
     P  pairs of a rotary head, H / 2
     R  rows: B * K of a cache, buckets of a relative bias, tokens so far of a text
     W  another width, named where it is used
-    k  drafted tokens of speculative decoding
 """

@@ -1,7 +1,5 @@
 """Activations of the MLPs: computed in float32 and rounded once in each pass."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -6,8 +6,6 @@ causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused ke
 repeated: query heads are folded as [K, G]. Out of scope: projections, RoPE, caches.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable
@@ -48,10 +46,8 @@ def attention(
     """softmax(scale * q k^T + bias) v over the keys that `pattern` shows; a query that sees none gives zeros.
 
     cuDNN has one exception, see `fused_attention`. Only path `reference` holds the softmax's weights, to which `drop`
-    (dropout, as a function) is applied, and has a choice of their dtype (`softmax_dtype`; None is float32).
-
-    Raises:
-        ValueError: for an implementation that cannot do this, with the reason and an implementation that can.
+    (dropout, as a function) is applied, and has a choice of their dtype (`softmax_dtype`; None is float32). ValueError
+    for an implementation that cannot do this, with the reason and an implementation that can.
     """
     if drop is not None or softmax_dtype not in (None, jnp.float32):
         if implementation not in ("auto", "reference"):

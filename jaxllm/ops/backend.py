@@ -2,13 +2,12 @@
 
 A choice is made while a program is traced, for the default backend of the process. A function for one compiler states
 what it does and why; `Figure`, a measurement; `Seen`, its jaxlib; and `Shown by`, a row of `benchmarks/workarounds.py`
-or a test. Where a newer jaxlib shows no gain, the function and the branches of its callers can go. The limits of cuDNN
-are in `jaxllm.ops.cudnn_calls` and `jaxllm.ops.fused_attention`.
+or a test. A form without a choice has the same words in a comment at its place. Where a newer jaxlib shows no gain, the
+function and the branches of its callers can go. The limits of cuDNN are in `jaxllm.ops.cudnn_calls` and
+`jaxllm.ops.fused_attention`.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +130,7 @@ def fast_argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     return (block * _BLOCK + inside).astype(jnp.int32)
 
 
-def largest_magnitude(x: Float[Array, ...], *, axis: int) -> Float[Array, ...]:
+def largest_magnitude(x: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
     """The largest |x| over an axis, NaN where there is one.
 
     XLA:CPU's maximum of a large array leaves NaNs out.
@@ -141,7 +140,7 @@ def largest_magnitude(x: Float[Array, ...], *, axis: int) -> Float[Array, ...]:
     return jnp.where(jnp.any(jnp.isnan(x), axis=axis), jnp.nan, jnp.max(jnp.abs(x), axis=axis))
 
 
-def sum_by_matmul(x: Float[Array, ...], axis: int, *, keepdims: bool = False) -> Float[Array, ...]:
+def sum_by_matmul(x: Float[Array, "..."], axis: int, *, keepdims: bool = False) -> Float[Array, "..."]:
     """The sum over an axis that is not the last, in float32, as a matmul with ones.
 
     XLA:CPU is slow at reducing a major axis.
@@ -200,34 +199,3 @@ def attends_one_head_at_a_time(groups: int) -> bool:
     Seen: jaxlib 0.10.2. Shown by: row `attention head by head`.
     """
     return groups <= 2
-
-
-class Form(NamedTuple):
-    """A way of writing something that one compiler is fast at, without a branch; shown by the row of its name."""
-
-    place: str
-    reason: str
-    figure: str
-    seen: str
-
-
-FORMS = {
-    "four axes": Form(
-        "jaxllm.ops.chunked_attention._scores",
-        reason="XLA:CPU fuses a softmax over [B, K, G * T, S]; over [B, K, G, T, S] each step is a pass over memory",
-        figure="with `maxima` and larger blocks, a train step takes 0.88 to 1.00 of the time; a softmax alone, no less",
-        seen="jaxlib 0.10.2",
-    ),
-    "maxima": Form(
-        "jaxllm.ops.chunked_attention._forward",
-        reason="XLA:CPU fuses two maxima; selections for queries that see nothing would be a pass over memory",
-        figure="1.1 times the processor time without, for the softmax alone",
-        seen="jaxlib 0.10.2",
-    ),
-    "slices of a bias": Form(
-        "jaxllm.ops.relative_bias._lay_out",
-        reason="slices are written once; XLA:CPU would fuse reshapes into the softmax of every layer",
-        figure="1.04 times the processor time without, for two layers' softmax",
-        seen="jaxlib 0.10.2",
-    ),
-}

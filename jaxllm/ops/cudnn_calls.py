@@ -1,11 +1,9 @@
-"""The calls of cuDNN's attention by class, and which classes are avoided: one table, so that a finding changes one row.
+"""The calls of cuDNN's attention by class, and which classes are avoided: one table, so that a finding is one row.
 
 `benchmarks/gpu/probe.py` compares a call of every class with float32 on a GPU and names the row that a bad answer
 changes. cuDNN's limits are in `jaxllm.ops.fused_attention.obstacle`. `refused` recognises what cuDNN refuses in spite
 of both, by the error of the lowering or compilation.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable
@@ -34,87 +32,30 @@ class Call(NamedTuple):
 
 
 class CallClass(NamedTuple):
-    """One row of the table.
+    """Calls that do not go to cuDNN, or that may have to be kept from it."""
 
-    Attributes:
-        name: what the calls have in common.
-        holds: whether a call is one of them.
-        reason: what is wrong, or what may be.
-        evidence: who has seen it, and where.
-        avoided: whether such calls do not go to cuDNN; set it after a wrong or refused answer of the probe.
-        instead: what an avoided call becomes: blocks in plain JAX, or the same kernel with lengths as document codes.
-    """
-
-    name: str
-    holds: Callable[[Call], bool]
-    reason: str = "none"
-    evidence: str = "none"
-    avoided: bool = False
+    name: str  # what the calls have in common
+    holds: Callable[[Call], bool]  # whether a call is one of them
+    reason: str = "none"  # what is wrong, or what may be
+    evidence: str = "none"  # who has seen it, and where
+    # what a call becomes instead: blocks in plain JAX, or the same kernel with lengths as document codes
     instead: Literal["chunked", "codes"] = "chunked"
 
 
-# From the narrowest class to all calls. Only the first was seen to be wrong, and none has run on a card yet.
-CALL_CLASSES = (
+# Classes that may have to join these are `SUSPECTS` of `benchmarks.gpu.attention_calls`.
+AVOIDED = (
     CallClass(
         "bias, 64 keys beyond a multiple of 128",
         lambda call: call.generation == 9 and call.bias and call.keys % 128 == 64,
         reason="the gradient of a query is NaN on Hopper where all of its scores are below about -89",
         evidence="pytorch#196678 and cudnn-frontend#628: cuDNN 9.20 to 9.30 on H100 and H200",
-        avoided=True,
     ),
-    CallClass(
-        "bias and lengths",
-        lambda call: call.bias and call.lengths,
-        reason="cuDNN's frontend allows a bias gradient with a padding mask from 9.5 on; Transformer Engine refuses it",
-        evidence="sources of both; no report of a wrong answer",
-        instead="codes",
-    ),
-    CallClass(
-        "window and bias",
-        lambda call: call.window and call.bias,
-        reason="cuDNN's frontend allows it from 9.10.2 on; Transformer Engine refuses it",
-        evidence="sources of both",
-    ),
-    CallClass(
-        "bias rows that are not a multiple of 16 bytes",
-        lambda call: call.bias and call.keys % 8 != 0,
-        reason="a row of T5's decoder of 114 has 228 bytes, which no vector load fits",
-        evidence="derived; no report",
-    ),
-    CallClass(
-        "document codes beyond a head of 128",
-        lambda call: call.packed and call.width > 128,
-        reason="kernels for heads wider than 128 are others, and slow in the backward pass",
-        evidence="derived; no report",
-    ),
-    CallClass(
-        "document codes",
-        lambda call: call.packed,
-        reason="a head of 72 or 80 is padded to 128",
-        evidence="derived; no report",
-    ),
-    CallClass(
-        "queries that fill no tile, without any mask",
-        lambda call: not (call.causal or call.lengths or call.bias) and call.queries % 64 != 0,
-        reason="gradients of keys are NaN on Hopper for one query whose scores are strongly negative; with lengths not",
-        evidence="cudnn-frontend#1072 (cuDNN 9.25 and 9.26); one query takes path `reference` here",
-    ),
-    CallClass("bias", lambda call: call.bias, reason="its gradient takes a workspace", evidence="source"),
-    CallClass("window", lambda call: call.window),
-    CallClass("lengths", lambda call: call.lengths),
-    CallClass("float16", lambda call: call.dtype == "float16"),
-    CallClass("all calls", lambda call: True),
 )
-
-
-def narrowest(call: Call) -> CallClass:
-    """The first row that a call belongs to, which a finding about the call changes."""
-    return next(row for row in CALL_CLASSES if row.holds(call))
 
 
 def avoided(call: Call) -> CallClass | None:
     """The first row that keeps a call from cuDNN."""
-    return next((row for row in CALL_CLASSES if row.avoided and row.holds(call)), None)
+    return next((row for row in AVOIDED if row.holds(call)), None)
 
 
 # Compiler errors: by cuDNN's frontend and XLA's callers of it, and by a machine that is at fault instead of the call.

@@ -1,7 +1,5 @@
 """Dropout from an explicit key; None turns it off, so that no training flag can be forgotten."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -13,8 +13,6 @@ heads and bias included, and a head is wider by 8 or 16. jax also has a packed l
 keys by the number of query heads and bounds the documents of a row, so it is not used.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

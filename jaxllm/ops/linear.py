@@ -4,8 +4,6 @@ Autodiff would give the matmuls of the backward pass a 16-bit output instead of 
 custom rules.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

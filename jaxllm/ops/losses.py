@@ -4,8 +4,6 @@ The gradient is computed in the forward pass, chunk by chunk, with three matmuls
 head gradient). Recomputation would take four. Sums, not means, cross this border.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 
@@ -47,10 +45,8 @@ def chunked_cross_entropy(
 
     `chunk` rows of logits exist at once, stored in float32 or `logits_dtype`. Their exponentials and all sums over the
     vocabulary are float32. Gradients flow to hidden and head. A target outside the vocabulary makes the sums NaN,
-    except where its weight is 0. Source: arXiv 2204.02311 section 5 for the z-loss.
-
-    Raises:
-        ValueError: for targets or weights of another shape than [B, T].
+    except where its weight is 0. ValueError for targets or weights of another shape than [B, T]. Source: arXiv
+    2204.02311 section 5 for the z-loss.
     """
     for name, value in (("targets", targets), ("weights", weights)):
         if value.shape != hidden.shape[:-1]:

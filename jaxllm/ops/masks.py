@@ -4,8 +4,6 @@ Each mask is a broadcast comparison that XLA fuses into the scores. Padding is s
 row have ids from 1.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
@@ -14,25 +12,17 @@ from jaxtyping import Array, Int
 
 
 class Pattern(NamedTuple):
-    """Which keys each query sees: everything, minus what the fields forbid.
+    """Which keys each query sees: everything, minus what the fields forbid."""
 
-    Attributes:
-        causal: keys after the query are masked; queries and keys then share one index.
-        window: only the last `window` keys up to and including the query are seen (Mistral).
-        query_segments: document of each query [B, T]; None is one document.
-        key_segments: document of each key [B, S], 0 = padding.
-        query_lengths: real queries of each row [B], the rest is padding on the right; None is all.
-        key_lengths: real keys of each row [B]; equal to query_lengths where a causal pattern has both.
-        some_keys: `key_lengths` are at least 1, so that no kernel has to bound them.
-    """
-
-    causal: bool = False
-    window: int | None = None
-    query_segments: Int[Array, "B T"] | None = None
-    key_segments: Int[Array, "B S"] | None = None
+    causal: bool = False  # keys after the query are masked; queries and keys then share one index
+    window: int | None = None  # only the last `window` keys up to and including the query are seen (Mistral)
+    query_segments: Int[Array, "B T"] | None = None  # document of each query [B, T]; None is one document
+    key_segments: Int[Array, "B S"] | None = None  # document of each key [B, S], 0 = padding
+    # real queries of each row [B], the rest is padding on the right; None is all
     query_lengths: Int[Array, " B"] | None = None
+    # real keys of each row [B]; equal to query_lengths where a causal pattern has both
     key_lengths: Int[Array, " B"] | None = None
-    some_keys: bool = False
+    some_keys: bool = False  # `key_lengths` are at least 1, so that no kernel has to bound them
 
     def mask(self, queries: range, keys: range) -> Array | None:
         """The mask of a block of queries and keys, [T, S] or [B, T, S] or what broadcasts to it; None is all True."""

@@ -4,8 +4,6 @@ A step of decoding is bound by reading every weight once for a few rows of activ
 (`jaxllm.ops.linear`).
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,6 @@
 """Root-mean-square normalisation, the float32 island that both families share."""
 
-from __future__ import annotations
-
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
-from jaxllm.ops.broadcast import rows_of
 
 
 @jax.named_scope("norms")  # the precision ledger reads it
@@ -28,3 +26,25 @@ def rms_norm(
     wide = x.astype(inside or jnp.promote_types(x.dtype, jnp.float32))
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return rows_of(weight, x) * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def rows_of(vector: Float[Array, " D"], like: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """`vector` repeated to the shape of `like`, in the vector's dtype, with a gradient that is summed in float32.
+
+    Autodiff would sum thousands of rows in bfloat16's 8 bits, or past float16's 65504.
+    """
+    if vector.dtype in (jnp.bfloat16, jnp.float16):
+        return _rows(like.shape, vector)
+    return jnp.broadcast_to(vector, like.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(shape: tuple[int, ...], vector: Array) -> Array:
+    return jnp.broadcast_to(vector, shape)
+
+
+def _rows_backward(shape: tuple[int, ...], saved: None, grad: Array) -> tuple[Array]:
+    return (jnp.sum(grad, axis=tuple(range(grad.ndim - 1)), dtype=jnp.float32).astype(grad.dtype),)
+
+
+_rows.defvjp(lambda shape, vector: (_rows(shape, vector), None), _rows_backward)

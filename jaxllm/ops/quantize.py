@@ -5,8 +5,6 @@ zero points. A channel of zeros has scale 0, a channel with a NaN has scale NaN.
 activations in int8.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,18 +14,13 @@ from jaxllm.ops import backend
 
 
 class Quantized(NamedTuple):
-    """An array as values * scale, the scale broadcast over the axis that `quantize` reduced.
+    """An array as values * scale, the scale broadcast over the axis that `quantize` reduced."""
 
-    Attributes:
-        values: rounded to -127..127.
-        scale: largest magnitude / 127, without the reduced axis.
-    """
-
-    values: Int8[Array, ...]
-    scale: Float[Array, ...]
+    values: Int8[Array, "..."]  # rounded to -127..127
+    scale: Float[Array, "..."]  # largest magnitude / 127, without the reduced axis
 
 
-def quantize(x: Float[Array, ...], *, axis: int) -> Quantized:
+def quantize(x: Float[Array, "..."], *, axis: int) -> Quantized:
     """Rounds to int8 with one scale for each slice along `axis`; the error is at most half a scale."""
     wide = x.astype(jnp.float32)
     scale = backend.largest_magnitude(wide, axis=axis) / 127

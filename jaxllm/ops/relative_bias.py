@@ -6,8 +6,6 @@ zero, and row t of [N, T, S] is a slice of the result. The gradient is a sum and
 terms. Out of scope: attention, which adds the bias to its scores.
 """
 
-from __future__ import annotations
-
 import bisect
 import functools
 from typing import Any
@@ -63,7 +61,10 @@ def relative_bias(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _lay_out(numbers: Float[Array, "N W"], queries: int, keys: int) -> Float[Array, "N T S"]:
-    """Row t is the S of W numbers (distances -T .. S - 1) from -t on: `slices of a bias` of `backend.FORMS`."""
+    """Row t is the S of W numbers (distances -T .. S - 1) from -t on."""
+    # Slices are written once; XLA:CPU would fuse reshapes into the softmax of every layer.
+    # Figure: 1.04 times the processor time without, for two layers' softmax.
+    # Seen: jaxlib 0.10.2. Shown by: row `slices of a bias`.
     heads, width = numbers.shape
     starts = width * jnp.arange(heads)[:, None] + queries - jnp.arange(queries)
     row = functools.partial(jax.lax.dynamic_slice_in_dim, numbers.reshape(-1), slice_size=keys)

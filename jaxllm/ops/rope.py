@@ -10,8 +10,6 @@ largest position of each call, and its cached keys keep the frequencies of an ea
 sequences only.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax.numpy as jnp

@@ -5,46 +5,21 @@ samples, each on the result of the previous one. Each row has a separate key, so
 of the batch. Out of scope: when to stop.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxllm.config.setting import above, at_least, at_most, require, settings
 from jaxllm.ops import backend
 
 _SMALLEST, _LARGEST = 1e-30, 1e30  # by which logits can be divided or multiplied without leaving float32
 
 
-def to_numbers(settings: Any, kind: type[int] | type[float], *names: str) -> None:
-    """Converts fields of a frozen dataclass to Python numbers: jax's cannot be hashed, as a static argument must be.
-
-    Raises:
-        ValueError: for a value that is not a number, or not a whole number for `kind` int.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        given = np.asarray(value)
-        if given.ndim or given.dtype.kind not in ("iu" if kind is int else "iuf"):
-            raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}")
-        object.__setattr__(settings, name, kind(given))
-
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Sampling:
     """How tokens are chosen; hashable, so that it can be a static argument.
-
-    Attributes:
-        temperature: divides the logits; 0 is greedy.
-        top_k: keep the k largest logits and their ties; None keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
-        min_p: keep tokens at least this fraction as probable as the most probable; 0 keeps all.
-        repetition_penalty: divides positive logits of tokens already in the row, multiplies negative ones.
-        min_new_tokens: end tokens are impossible before so many new tokens.
 
     Raises:
         ValueError: for a number out of its range, or top_k, top_p or min_p with a temperature of 0.
@@ -59,31 +34,25 @@ class Sampling:
         [1, 0]
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    min_new_tokens: int = 0
+    temperature: Annotated[float, at_least(0), "divides the logits; 0 is greedy"] = 0.0
+    top_k: Annotated[int | None, at_least(1), "keep the k largest logits and their ties; None keeps all"] = None
+    top_p: Annotated[float, above(0), at_most(1), "keep the smallest set of probability p; 1 keeps all"] = 1.0
+    min_p: Annotated[float, at_least(0), at_most(1), "least fraction of the largest probability; 0 keeps all"] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        at_least(_SMALLEST),
+        at_most(_LARGEST),
+        "divides positive logits of tokens already in the row, multiplies negative ones; 1 turns it off",
+    ] = 1.0
+    min_new_tokens: Annotated[int, at_least(0), "end tokens are impossible before so many new tokens"] = 0
 
     def __post_init__(self) -> None:
-        to_numbers(self, float, "temperature", "top_p", "min_p", "repetition_penalty")
-        to_numbers(self, int, "min_new_tokens", *(["top_k"] if self.top_k is not None else []))
-        between = f"in [{_SMALLEST}, {_LARGEST}]"
-        if self.temperature != 0 and not _SMALLEST <= self.temperature <= _LARGEST:
-            raise ValueError(f"temperature must be 0 (greedy) or {between}, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}; null keeps all")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not _SMALLEST <= self.repetition_penalty <= _LARGEST:
-            raise ValueError(f"repetition_penalty must be {between}, got {self.repetition_penalty}; 1 turns it off")
-        if self.min_new_tokens < 0:
-            raise ValueError(f"min_new_tokens must not be negative, got {self.min_new_tokens}")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
-            raise ValueError("top_k, top_p and min_p choose among samples; set a temperature above 0")
+        usable = self.temperature == 0 or _SMALLEST <= self.temperature <= _LARGEST
+        message = f"temperature must be 0 (greedy) or in [{_SMALLEST}, {_LARGEST}], got {self.temperature}"
+        require(usable, message)
+        filtered = self.top_k is not None or self.top_p < 1 or self.min_p > 0
+        message = "top_k, top_p and min_p choose among samples; set a temperature above 0"
+        require(self.temperature > 0 or not filtered, message)
 
 
 GREEDY = Sampling()

@@ -10,11 +10,14 @@ newer, damaged ones aside: a disk that fails for a moment must cost no checkpoin
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +27,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxllm.data import first_line
+from jaxllm.data.durable import move, sync_tree
 from jaxllm.data.records import refused
+from jaxllm.run.folder import checkpoint_steps
 from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.fingerprint import named_fingerprints, path_name, total
 
@@ -39,6 +44,7 @@ _LOSS = "validation_loss"
 # Keys of the second item: position, fingerprints of the state by leaf, and checksum of the position.
 _POSITION, _LEAVES, _CHECKSUM = "position", "fingerprints", "checksum"
 _RECORD = {_POSITION, _LEAVES, _CHECKSUM}
+_TRIES = 3  # saves in a row
 
 
 class CheckpointError(RuntimeError):
@@ -57,12 +63,14 @@ class Restored(NamedTuple):
         state: train state, placed as the abstract state asked.
         data: state of the data iterator.
         skipped: steps of newer checkpoints that were damaged.
+        verified: whether it has fingerprints, and they agree.
     """
 
     step: int
     state: Any
     data: dict[str, Any]
     skipped: tuple[int, ...]
+    verified: bool
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -79,6 +87,16 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         return [step == best or step in steps[-self._keep :] for step in steps]
 
 
+class _Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint, or an item of one, until it has its name."""
+
+    async def finalize(self) -> None:
+        """Renames it when its files are on disk; older checkpoints are deleted when its name is, too."""
+        sync_tree(Path(self.get()))
+        await super().finalize()
+        sync_tree(Path(self.get_final()))  # again: orbax writes small files just before it renames
+
+
 class Checkpoints:
     """The checkpoint folder of one run."""
 
@@ -86,14 +104,15 @@ class Checkpoints:
         """Opens or creates the folder and removes what an interrupted save left behind."""
         self._losses: dict[int, float] = {}
         # orbax opens no folder in which a single checkpoint's description cannot be parsed.
-        self._undescribed = [step for step in _steps_in(folder) if not _is_described(folder, step)]
-        if self._undescribed and self._undescribed == _steps_in(folder):
+        self._undescribed = [step for step in checkpoint_steps(folder) if not _is_described(folder, step)]
+        if self._undescribed and self._undescribed == checkpoint_steps(folder):
             raise _none_readable(folder, self._undescribed)
         _move_aside(folder, self._undescribed)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            temporary_path_class=_Durable,
         )
         try:
             # Named here, so that a new process can read what a checkpoint holds before restoring it.
@@ -102,31 +121,46 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"cannot use checkpoint folder {folder}: {error}") from error
         self.folder = folder
+        self._writing: int | None = None  # the step of a save in the background, until it is known how that ended
+        self._failures = 0  # in a row
         for step in self.steps():
             with contextlib.suppress(Exception):  # `restore` reports it, if it comes to this one
                 self._note_loss(step, (self._manager.metadata(step).custom_metadata or {}).get(_LOSS))
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
+        """Steps whose checkpoint is on disk or being written, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> str:
-        """Starts writing a checkpoint; returns its fingerprint. An error of the save before surfaces here."""
+        """Starts writing a checkpoint; returns its fingerprint. A save that fails, then or later, is reported once."""
+        self.wait()
+        if self._failures:
+            self._remove_unfinished()
         self._note_loss(step, validation_loss)
         record = _record(data, state)  # before the save, which may read buffers that change
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _DATA: ocp.args.JsonSave(record)})
         try:
             self._manager.save(step, args=items, custom_metadata={_LOSS: validation_loss}, force=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot save step {step} in {self.folder}: {error}") from error
+            self._writing = step
+        except Exception as error:  # tensorstore's is a ValueError for a full disk
+            self._failed(step, error)
         return total(record[_LEAVES])
 
+    def poll(self) -> None:
+        """Reports a save that has failed in the background; returns at once while it is written."""
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
+        """Returns when the last save is on disk or has failed, which is reported."""
+        step, self._writing = self._writing, None
+        if step is None:
+            return
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"a checkpoint in {self.folder} could not be written: {error}") from error
+            self._failures = 0
+        except Exception as error:
+            self._failed(step, error)
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest whole checkpoint, or None when there is none yet; newer ones are moved aside.
@@ -138,8 +172,8 @@ class Checkpoints:
         found, damaged = _newest_whole(self.folder, self.steps(), lambda step: self._read(step, abstract_state))
         if found is not None:
             self._set_aside(damaged)
-            step, (state, data) = found
-            return Restored(step, state, data, tuple(damaged))
+            step, (state, data, verified) = found
+            return Restored(step, state, data, tuple(damaged), verified)
         if damaged or self._undescribed:
             raise _none_readable(self.folder, [*damaged, *self._undescribed])
         return None
@@ -156,10 +190,33 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves and releases the folder."""
-        self.wait()
+        with contextlib.suppress(CheckpointError):  # whoever needs the save has waited for it
+            self.wait()
         self._manager.close()
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def _failed(self, step: int, error: Exception) -> None:
+        """Reports a failed save by a warning, the third in a row by a CheckpointError."""
+        self._remove_unfinished()
+        with contextlib.suppress(OSError):
+            self._manager.reload()  # orbax has forgotten the checkpoints that this one would have replaced
+        if step in self.steps():  # a rename can be reported as failed when it was done, as by NFS
+            return
+        self._failures += 1
+        causes = (os.strerror(code) for code in errno.errorcode)  # the system's words, in the message of a library
+        cause = next((words for words in causes if words in str(error)), first_line(error))
+        failure, fix = f"step {step} is not saved in {self.folder} ({cause})", "free space or repair the disk"
+        if self._failures == _TRIES:
+            kept = f"resumes from step {self.steps()[-1]}" if self.steps() else "begins again"
+            ends = f"{failure}, and {_TRIES} saves in a row have failed; {fix}, then run the same command, which {kept}"
+            raise CheckpointError(ends) from error
+        _log.warning("%s; the next save tries again; %s before %d in a row have failed", failure, fix, _TRIES)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what failed saves have left: it may be what fills the disk. Threads of orbax may still add to it."""
+        for path in self.folder.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any], bool]:
         found = self._manager.item_metadata(step)[_STATE]
         self._check_dtypes(step, found, abstract_state)
         state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
@@ -167,9 +224,9 @@ class Checkpoints:
         restored = self._manager.restore(step, args=wanted)
         state, record = without_dropped_leaf(restored[_STATE]), restored[_DATA]
         if _verify(state, record):
-            return state, record[_POSITION]
+            return state, record[_POSITION], True
         _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, self.folder)
-        return state, record  # which is the position alone
+        return state, record, False  # the record is the position alone
 
     def _check_dtypes(self, step: int, found: Any, abstract_state: Any) -> None:
         """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
@@ -199,10 +256,6 @@ def _none_readable(folder: Path, steps: list[int]) -> CheckpointError:
     )
 
 
-def _steps_in(folder: Path) -> list[int]:
-    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
-
-
 def _is_described(folder: Path, step: int) -> bool:
     """Whether orbax can parse its own description of a checkpoint; one without a description is left to `restore`."""
     if not (folder / str(step) / "_CHECKPOINT_METADATA").exists():
@@ -224,7 +277,7 @@ def _move_aside(folder: Path, steps: Sequence[int]) -> None:
         target = next(aside / name for name in names if not (aside / name).exists())
         try:
             aside.mkdir(exist_ok=True)
-            (folder / str(step)).rename(target)
+            move(folder / str(step), target)
         except OSError as error:
             raise CheckpointError(f"cannot move damaged checkpoint {step} to {target}: {error}") from error
         _log.warning("checkpoint %d is now %s", step, target)
@@ -258,7 +311,7 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
                 _verify(found, reader.restore(folder / str(step) / _DATA))
         return found[_PARAMS]
 
-    found, damaged = _newest_whole(folder, _steps_in(folder), read)
+    found, damaged = _newest_whole(folder, checkpoint_steps(folder), read)
     if found is not None:
         return found[1]
     if damaged:

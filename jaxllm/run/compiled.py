@@ -47,6 +47,10 @@ def explained(name: str) -> Iterator[None]:
     """Adds advice to an error of the device or its compiler; `name` is what could not run."""
     try:
         yield
+    except MemoryError as error:
+        raise DeviceError(
+            f"the {name} needs more memory than this machine has; {_ADVICE['resource_exhausted']}"
+        ) from error
     except Exception as error:
         if not refused(error) and not isinstance(error, jax.errors.JaxRuntimeError):
             raise
@@ -104,6 +108,7 @@ class CompiledOnce(Generic[P, R]):
         if self._executable is not None:
             return self._executable
         start = time.perf_counter()
+        _log.info("compiling the %s", self._name)
         with explained(self._name):
             lowered = self._jitted.lower(*args, **kwargs)
             try:

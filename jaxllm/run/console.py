@@ -1,26 +1,50 @@
 """What a person sees of a run: log lines, and on a terminal a progress bar under them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxllm.config import RunConfig
+from jaxllm.run.parts import OnStep, StepReport
+
+
+def nobody_listens() -> bool:
+    """Whether no handler would show the log: absl, which grain brings, has one that shows warnings alone."""
+    handlers = [*logging.getLogger("jaxllm").handlers, *logging.root.handlers]
+    return all(type(each).__module__.startswith("absl") for each in handlers)
+
+
+class _Lines(logging.Handler):
+    """One line per message: rich's own handler makes a table of 80 columns, which wraps and pads in files and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
-    """Shows the log of `jaxllm` while the block runs; yields what moves the bar to a step, for `pretrain`."""
+def training_console(config: RunConfig) -> Iterator[OnStep]:
+    """Shows the log of `jaxllm` while the block runs; yields what moves the bar at each step, for `pretrain`."""
     console = Console(soft_wrap=True)
-    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    handler = _Lines(console)
+    figures = TextColumn("loss {task.fields[loss]:.3f} {task.fields[speed]} tok/s")
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), figures, TimeRemainingColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = progress.add_task("training", total=config.training.steps)
+    task = progress.add_task("training", total=config.training.steps, loss=float("nan"), speed="-")
+
+    def show(report: StepReport) -> None:
+        steps = progress.tasks[0].speed  # per second
+        speed = "-" if steps is None else f"{steps * report.metrics.weight:,.0f}"
+        progress.update(task, completed=report.step, loss=report.metrics.loss, speed=speed)
+
     logger = logging.getLogger("jaxllm")
     before, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
@@ -28,7 +52,7 @@ def training_console(config: RunConfig) -> Iterator[Callable[[int], None]]:
     logger.addHandler(handler)
     try:
         with progress:
-            yield lambda step: progress.update(task, completed=step)
+            yield show
     finally:
         logger.setLevel(before)
         logger.propagate = propagate

@@ -3,8 +3,6 @@
 A conversion that fails leaves nothing in its target.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterator
@@ -24,8 +22,7 @@ from jaxllm.run.start import read_run
 def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
     """Writes a run's newest parameters, tokenizer and special ids as a Hugging Face directory.
 
-    Raises:
-        FileExistsError: when the target holds what would be overwritten, as `check_target`.
+    FileExistsError when the target holds what would be overwritten, as `check_target`.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     check_target(target)
@@ -48,8 +45,7 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
 def import_run(source: str | Path, target: str | Path) -> None:
     """Writes a run folder of float32 parameters and tokenizer alone, for `training.init_from` and for generation.
 
-    Raises:
-        FileExistsError: when the target holds what would be overwritten, as `check_target`.
+    FileExistsError when the target holds what would be overwritten, as `check_target`.
     """
     source, folder = Path(source).expanduser(), Path(target).expanduser()
     check_target(folder)

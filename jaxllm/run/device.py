@@ -45,6 +45,7 @@ _PEAKS = {
 # What JAX's guide to GPU performance recommends for one device; benchmarks/gpu/variants.py has others to compare with.
 TRAIN_FLAGS = ("--xla_gpu_triton_gemm_any=true",)
 
+_GROUPS = Path("/sys/fs/cgroup")
 _CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
@@ -73,6 +74,20 @@ def detect_device() -> Device:
     flops, bandwidth = datasheet_peaks(kind) or (None, None)
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     return Device(kind, len(devices), memory, flops, bandwidth)
+
+
+def host_memory() -> int:
+    """Bytes of memory and swap for this process: those of the machine, or of its control group if that has fewer."""
+    memory, swap, groups = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "0", [Path()]
+    with contextlib.suppress(OSError):
+        swap = Path("/proc/meminfo").read_text().partition("SwapTotal:")[2].split()[0]
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups += [Path(name.lstrip("/")) for _, kinds, name in lines if kinds in ("", "memory")]
+    for group in {folder for each in groups for folder in (each, *each.parents)}:
+        for file in (_GROUPS / group / "memory.max", _GROUPS / "memory" / group / "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # "max"
+                memory = min(memory, int(file.read_text()))
+    return memory + int(swap) * 1024
 
 
 def datasheet_peaks(kind: str) -> tuple[float, float] | None:

@@ -1,7 +1,5 @@
 """The validation of a run: loss, bits per byte, accuracy, and the spans that an encoder-decoder predicts whole."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -32,9 +30,9 @@ def evaluate(steps: Steps, params: Any, pipeline: Pipeline) -> dict[str, float]:
         size += target_bytes(batch, tokenizer)
         if steps.predict is not None:
             predicted = np.asarray(steps.predict(params, placed))
-            counts = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)
-            exact += counts.exact
-            spans += counts.total
+            whole, total = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)
+            exact += whole
+            spans += total
     nll, weight, correct = sums.tolist()
     weight = max(weight, 1.0)
     return {

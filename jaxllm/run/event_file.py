@@ -5,14 +5,14 @@ tensorboardX 2.6.5 imports torch where it is installed, and blocks its caller fo
 tensorflow/core/lib/io/record_writer.h with the CRC-32C of RFC 3720 appendix B.4.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from jaxllm.data.durable import Appended
 
 
 def _crc_table() -> list[int]:
@@ -28,13 +28,13 @@ _PREFIX = "events.out.tfevents."
 
 
 class EventFile:
-    """Scalars over steps in a new event file of a folder, flushed record by record."""
+    """Scalars over steps in a new event file of a folder, record by record."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Voids what other files of the folder hold after `resume_step`: those steps are about to be done again."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{_PREFIX}{_time_after(folder):017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("xb")
+        self._file = Appended(folder / name)
         self._write(_field(3, b"brain.Event:2"))
         self._write(_field(2, resume_step + 1) + _field(7, _field(1, _START)))
 
@@ -51,7 +51,6 @@ class EventFile:
         data = b"\x09" + struct.pack("<d", time.time()) + fields
         length = struct.pack("<Q", len(data))
         self._file.write(length + _masked_crc(length) + data + _masked_crc(data))
-        self._file.flush()
 
 
 def _time_after(folder: Path) -> float:

@@ -16,12 +16,15 @@ from jax.sharding import Mesh
 from jaxllm.config import DataConfig, RunConfig
 from jaxllm.data import BatchError, DataError
 from jaxllm.data.pipeline import Pipeline
-from jaxllm.data.sources import open_source
+from jaxllm.data.recipes import Objective
+from jaxllm.data.sources import Source, open_source
 from jaxllm.run.folder import DATA, check_apart, settle_tokenizer
 from jaxllm.training.sharding import place_rows
 
 
-def open_run_pipeline(config: RunConfig, run_dir: Path) -> Pipeline:
+def open_run_pipeline(
+    config: RunConfig, run_dir: Path, *, source: Source | None = None, objective: Objective | None = None
+) -> Pipeline:
     """The pipeline of a run on one process; raises what `build_pipeline` does."""
     training, model = config.training, config.model
     return build_pipeline(
@@ -31,16 +34,21 @@ def open_run_pipeline(config: RunConfig, run_dir: Path) -> Pipeline:
         batch_size=training.batch_size,
         seed=training.seed,
         decoder_start_id=model.decoder_start_id if model.encoder_decoder else 0,
+        source=source,
+        objective=objective,
     )
 
 
-def build_pipeline(config: DataConfig, *, vocab_size: int, run_dir: str | Path, **options: Any) -> Pipeline:
+def build_pipeline(
+    config: DataConfig, *, vocab_size: int, run_dir: str | Path, source: Source | None = None, **options: Any
+) -> Pipeline:
     """Opens the corpus and the tokenizer of a run.
 
     Args:
         config: source, tokenizer, objective and lengths.
         vocab_size: rows of the model's embedding.
         run_dir: keeps the tokenizer, and unless `cache_dir` is set the prepared data; made where it is new.
+        source: takes the place of data.source.
         options: of `Pipeline`, such as batch_size and seed.
 
     Raises:
@@ -48,7 +56,7 @@ def build_pipeline(config: DataConfig, *, vocab_size: int, run_dir: str | Path, 
     """
     folder = Path(run_dir).expanduser()
     check_apart(config, folder)
-    source = open_source(config, cache_dir=Path(config.cache_dir or folder / DATA).expanduser())
+    source = source or open_source(config, cache_dir=Path(config.cache_dir or folder / DATA).expanduser())
     tokenizer = settle_tokenizer(config, source, vocab_size=vocab_size, folder=folder)
     if (ids := tokenizer.vocab_size) > vocab_size:
         raise DataError(f"the tokenizer has {ids} ids, model.vocab_size is {vocab_size}; raise it to at least {ids}")

@@ -19,17 +19,19 @@ import fcntl
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jaxllm.config import DataConfig, RunConfig
 from jaxllm.config.file import ConfigError, config_differences, dump_config, load_config
 from jaxllm.data import DataError, tokenizer_choice
+from jaxllm.data.durable import sync, write_whole
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.ops.backend import has_bfloat16
+from jaxllm.training.optimizer import same_rates
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,10 @@ _MAY_CHANGE = {
 }
 
 
+# Settings of the learning rate, which may change as long as the rates of the steps that are done stay the same.
+_RATES = {"training": "steps", "optimizer": "learning_rate schedule warmup_steps decay_steps min_lr_ratio"}
+
+
 class RunFolderError(ConfigError):
     """A run folder that cannot be used; the message has the reason and the fix."""
 
@@ -72,6 +78,11 @@ def kind_of(path: str | Path) -> Kind | None:
     if (folder / CONFIG).is_file():
         return Kind.RUN
     return Kind.HUGGING_FACE if (folder / _HUGGING_FACE_CONFIG).is_file() else None
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, whole or damaged, oldest first."""
+    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
 
 
 def has_begun(folder: Path) -> bool:
@@ -103,14 +114,18 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # a folder that may not be listed
+                sync(folder.parent)
             with tempfile.TemporaryFile(dir=folder):
                 pass
             stack.enter_context(_alone(folder))
             if _holds_begun_run(folder):
                 _check_same(folder / CONFIG, config)
         except OSError as error:
+            dangling = folder.is_symlink() and not folder.exists()
+            reason = "a link to a folder that does not exist" if dangling else error.strerror or error
             raise RunFolderError(
-                f"cannot write to training.run_dir {folder}: {error.strerror or error}; choose a writable folder "
+                f"cannot write to training.run_dir {folder}: {reason}; choose a writable folder "
                 f"with free space, e.g. training.run_dir=runs/again"
             ) from error
         yield folder
@@ -138,10 +153,7 @@ def settle_residual(config: RunConfig) -> RunConfig:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the resolved config, once nothing can refuse the run any more."""
-    path = folder / CONFIG
-    partial = path.with_suffix(".partial")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(path)
+    write_whole(folder / CONFIG, dump_config(config).encode())
 
 
 def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]) -> None:
@@ -196,12 +208,28 @@ def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, fol
     if file is not None and decision is Choice.KEEP:
         return given or load_tokenizer(file)
     made = given or tokenizer_choice.make_tokenizer(config, source, vocab_size=vocab_size)
+    if decision is Choice.MAKE_AGAIN:
+        _check_made_again(made, folder)
     if file is not None:
         file.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER_ORIGIN).write_text(json.dumps(wanted), encoding="utf-8")  # first: alone it means nothing
+    write_whole(folder / TOKENIZER_ORIGIN, json.dumps(wanted).encode())  # first: alone it means nothing
     made.save(folder / TOKENIZER)
     return made
+
+
+def _check_made_again(made: Tokenizer, folder: Path) -> None:
+    """Compares a tokenizer with the fingerprint in checkpoints of the run, whose own tokenizer is lost."""
+    known = None
+    for path in (folder / CHECKPOINTS).glob("[0-9]*/data/metadata"):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # damaged; another may not be
+            record = json.loads(path.read_bytes())
+            known = record.get("position", record)["tokenizer"]
+    if made.fingerprint != known:
+        raise DataError(
+            f"{folder} holds a run whose tokenizer is not there any more, and that of this config is another "
+            f"({made.fingerprint}, not {known}); restore {TOKENIZER} from a backup or choose another training.run_dir"
+        )
+    _log.info("the tokenizer of %s was lost and is made again, with the fingerprint of its checkpoints", folder)
 
 
 def _kept(file: Path, wanted: Origin | None) -> Kept:
@@ -251,15 +279,22 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def _keys(table: Mapping[str, str]) -> list[str]:
+    return [f"{section}.{name}" for section, names in table.items() for name in names.split()]
+
+
 def _check_same(path: Path, config: RunConfig) -> None:
     try:
         old = load_config(path)
     except ConfigError as error:
         raise RunFolderError(f"the config of the run there cannot be read: {error}") from None
-    ignored = [f"{section}.{name}" for section, names in _MAY_CHANGE.items() for name in names.split()]
-    differing = config_differences(old, config, ignored=ignored)
+    done = max(checkpoint_steps(path.parent / CHECKPOINTS), default=0)
+    same = same_rates(old, config, steps=done)
+    differing = config_differences(old, config, ignored=_keys(_MAY_CHANGE) + (_keys(_RATES) if same else []))
     if differing:
         listed = "\n  ".join(differing)
+        if not same:
+            listed += f"\n(the learning rates of the {done} steps that are done would differ)"
         raise RunFolderError(
             f"{path.parent} holds a run of another config; these keys differ (there -> here):\n  {listed}\n"
             f"resume it with its own config, or choose another training.run_dir"

@@ -1,7 +1,5 @@
 """Models from disk: of a run folder, or with their tokenizer of a run folder or a Hugging Face directory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

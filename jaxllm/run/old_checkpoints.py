@@ -5,8 +5,6 @@ only a tree with the leaves of the checkpoint, so the leaf is restored and dropp
 `jaxllm.run.checkpoint` when float16 runs of that time no longer have to resume (tests/golden/run_folders holds two).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -6,8 +6,6 @@ later, and the same when that step was skipped. Without a loss scale no step is 
 so the trainer passes those of its last checkpoint. Skipping is in `jaxllm.training.loss_scale`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging
@@ -18,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxllm.config import RunConfig
 from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
-from jaxllm.training.program import program_of
+from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import largest, map_rows, own_keys, place_rows, with_ends
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
@@ -32,15 +29,17 @@ _log = logging.getLogger(__name__)
 class OverflowWatch:
     """The host's view of the loss scale of one run."""
 
-    def __init__(self, config: RunConfig, params: Any, *, mesh: Mesh | None = None) -> None:
+    def __init__(self, program: Program, params: Any, *, mesh: Mesh | None = None) -> None:
         """Compiles nothing yet. `mesh` is where batches go."""
+        config = program.config
         self._mesh = mesh
         self._limit = config.precision.max_overflows
         self._groups = gradient_groups(params)
         self._observes = config.precision.compute == "float16"
         self._accumulation = config.training.accumulation
         # A scan over layers gives readings by layer; the parameters are the same either way.
-        program = program_of(dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan")))
+        by_layer = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan"))
+        program = program_of(by_layer, own=program.own)
         self._dtype, loss = program.dtype, with_ends(program.loss)
         own, spread = own_keys(mesh), functools.partial(map_rows, mesh=mesh, dtype=program.dtype, combine=largest)
 

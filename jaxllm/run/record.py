@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import RunConfig
+from jaxllm.data.durable import Appended, write_whole
 from jaxllm.models.family import train_flops
 from jaxllm.run.device import Device
 from jaxllm.run.event_file import EventFile
@@ -76,7 +77,7 @@ class Throughput:
 
 
 def step_row(
-    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float, speed: dict[str, float]
+    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float | None, speed: dict[str, float]
 ) -> dict[str, Any]:
     """The row of a training step in metrics.jsonl, without headroom.
 
@@ -84,7 +85,7 @@ def step_row(
         config: the run.
         values: metrics of the step, as numbers.
         size: bytes of text that its batch predicts.
-        learning_rate: of the step.
+        learning_rate: of the step, None where it is not known.
         speed: what `Throughput.read` returned.
     """
     row = {
@@ -102,18 +103,23 @@ def step_row(
 
 def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
     """Shows the row of a training step."""
-    names = ("loss", config.model.metric, "grad_norm", "learning_rate", "tokens_per_second")
-    text = "step %d/%d  loss %.4f  bits/byte %.3f  grad %.2f  lr %.2e  %d tok/s"
-    _log.info(text, step, config.training.steps, *(row[name] for name in names))
+    names = ("loss", config.model.metric, "grad_norm", "tokens_per_second")
+    loss, size, norm, speed = (row[name] for name in names)
+    unit = "target" if config.model.encoder_decoder else "byte"
+    rate = "" if row["learning_rate"] is None else f" lr {row['learning_rate']:.1e}"
+    rounded = f"{speed / 1000:.0f}k" if speed >= 10_000 else f"{speed:.0f}"
+    text = "step %d loss %.3f bits/%s %.3f grad %.2f%s %s tok/s"  # 80 columns, with the time before it
+    _log.info(text, step, loss, unit, size, norm, rate, rounded)
 
 
 def log_validation(step: int, values: dict[str, float]) -> None:
     """Shows an evaluation."""
-    _log.info("step %d  validation %s", step, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+    listed = " ".join(f"{name.replace('bits_per_', 'bits/').replace('_', ' ')} {x:.4f}" for name, x in values.items())
+    _log.info("step %d validation %s", step, listed)
 
 
 class MetricsWriter:
-    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, flushed line by line."""
+    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, line by line."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
@@ -122,22 +128,18 @@ class MetricsWriter:
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if text.encode() != self.path.read_bytes():
-                # A full disk or a kill must not cost the rows of steps that stay done.
-                partial = self.path.with_suffix(".partial")
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+                write_whole(self.path, text.encode())  # a full disk or a kill costs no row of a step that stays done
+        self._file = Appended(self.path)
         self._board = EventFile(folder / TENSORBOARD, resume_step=resume_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._file.write(f"{json.dumps({'step': step, **finite})}\n".encode())
         self._board.write(step, {name: value for name, value in finite.items() if isinstance(value, int | float)})
 
     def close(self) -> None:
-        """Flushes and closes both records."""
+        """Closes both records."""
         self._file.close()
         self._board.close()
 

@@ -1,7 +1,5 @@
 """Text from a trained model, written at the end of a run: a decoder continues a prompt, T5 fills in blanks."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

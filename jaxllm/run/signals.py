@@ -1,7 +1,5 @@
 """Stop signals become a flag that the loop reads between two steps."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import signal
@@ -23,7 +21,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def handle(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
-        _log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
+        _log.info("%s: after this step, evaluation or compilation the run is saved", signal.Signals(number).name)
 
     for number in previous:
         signal.signal(number, handle)

@@ -43,12 +43,14 @@ class Start(NamedTuple):
         state: train state on its devices.
         data: position in the data; None for a new run, which reads from the beginning.
         skipped: number of newer checkpoints that were damaged.
+        verified: False for a checkpoint that has no fingerprints.
     """
 
     step: int
     state: TrainState
     data: dict[str, Any] | None
     skipped: int
+    verified: bool = True
 
 
 def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None, tokenizer: Tokenizer) -> Start:
@@ -65,7 +67,7 @@ def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None,
     with explained("initial state"):
         restored = checkpoints.restore(with_shardings(abstract, mesh))
         if restored is not None:
-            return Start(restored.step, restored.state, restored.data, len(restored.skipped))
+            return Start(restored.step, restored.state, restored.data, len(restored.skipped), restored.verified)
         if not source:
             return Start(0, jax.jit(program.fresh_state, out_shardings=layout)(), None, 0)
         params = load_initial_params(source, program.model, tokenizer=tokenizer)

@@ -5,8 +5,6 @@ refuses changes the path of the whole run. Elsewhere evaluations are compiled wh
 decode, have `jaxllm.generation.fallback`.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any, NamedTuple
 
@@ -27,20 +25,14 @@ _log = logging.getLogger(__name__)
 
 
 class Steps(NamedTuple):
-    """What a run compiles.
+    """What a run compiles."""
 
-    Attributes:
-        program: the pure functions.
-        mesh: the devices that they are compiled for, None for one.
-        train_step: (state, batch) -> (state, metrics), in place.
-        eval_step: (params, batch) -> sums.
-        predict: (params, batch) -> the most likely targets, of an encoder-decoder.
-    """
-
-    program: Program
-    mesh: Mesh | None
+    program: Program  # the pure functions
+    mesh: Mesh | None  # the devices that they are compiled for, None for one
+    # (state, batch) -> (state, metrics), in place
     train_step: CompiledOnce[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    eval_step: CompiledOnce[[Any, Batch], LossSums]
+    eval_step: CompiledOnce[[Any, Batch], LossSums]  # (params, batch) -> sums
+    # (params, batch) -> the most likely targets, of an encoder-decoder
     predict: CompiledOnce[[Any, Batch], Int[Array, "B T"]] | None
 
 
@@ -74,7 +66,7 @@ def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
         if config.model.attention != "auto":
             raise
         _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
-        steps = make_steps(program_of(by_blocks(config), steps.mesh), steps.mesh)
+        steps = make_steps(program_of(by_blocks(config), steps.mesh, steps.program.own), steps.mesh)
         _compile(steps, state, batch)
     return steps
 

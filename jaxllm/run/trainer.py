@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -23,26 +24,32 @@ from jaxllm.config import RunConfig
 from jaxllm.data import BatchError
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.recipes import Objective
+from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.models import count_params
 from jaxllm.run.checkpoint import Checkpoints
+from jaxllm.run.compiled import explained
+from jaxllm.run.console import nobody_listens, training_console
 from jaxllm.run.device import compilation_cache, detect_device
 from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
-from jaxllm.run.folder import CHECKPOINTS, open_run_folder, settle_residual, write_config
+from jaxllm.run.folder import CHECKPOINTS, METRICS, open_run_folder, settle_residual, write_config
 from jaxllm.run.overflow import OverflowWatch
-from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, step_row
+from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
+from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, read_metrics, step_row
 from jaxllm.run.samples import write_sample
 from jaxllm.run.signals import stop_signals
-from jaxllm.run.start import find_start
+from jaxllm.run.start import Start, find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
-from jaxllm.training.optimizer import build_schedule
-from jaxllm.training.program import Program, program_of
+from jaxllm.training.optimizer import build_schedule, phases
+from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
+_SOON = 10  # steps after a resume, within which damage of its checkpoint shows
 
 
 class TrainingStopped(RuntimeError):
@@ -50,21 +57,14 @@ class TrainingStopped(RuntimeError):
 
 
 class Summary(NamedTuple):
-    """What a call of `pretrain` did.
+    """What a call of `pretrain` did."""
 
-    Attributes:
-        step: optimizer steps done in total.
-        resumed_from: step at which the call started, 0 for a new run.
-        finished: whether the last step was reached.
-        validation: the newest evaluation and its step, as `evaluate`; empty without one.
-        folder: the run folder.
-    """
-
-    step: int
-    resumed_from: int
-    finished: bool
-    validation: dict[str, float]
-    folder: Path
+    step: int  # optimizer steps done in total
+    resumed_from: int  # step at which the call started, 0 for a new run
+    finished: bool  # whether the last step was reached
+    validation: dict[str, float]  # the newest evaluation and its step, as `evaluate`; empty without one
+    folder: Path  # the run folder
+    metrics: list[dict[str, Any]]  # all rows of metrics.jsonl, earlier sessions included
 
 
 class Parts(NamedTuple):
@@ -74,12 +74,13 @@ class Parts(NamedTuple):
     pipeline: Pipeline
     feed: Prefetch
     steps: Steps
-    schedule: optax.Schedule
+    schedule: optax.Schedule | None  # None for an optimizer that the caller gave
     checkpoints: Checkpoints
     writer: MetricsWriter
     overflow: OverflowWatch
     meter: Throughput
-    on_progress: Callable[[int], None]  # called with each step whose metrics have been read
+    on_step: Sequence[OnStep]
+    on_evaluate: OnEvaluate
 
     @property
     def config(self) -> RunConfig:
@@ -97,34 +98,45 @@ class Pending(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: what changes from step to step.
+    """How far a run is: what changes from step to step."""
 
-    Attributes:
-        state: train state on the devices; each step replaces it in place.
-        step: optimizer steps dispatched.
-        position: position in the data after the batch of that step.
-        saved: step of the newest checkpoint, -1 without one.
-        validation: the newest evaluation, and its step.
-        unread: the newest step, until its metrics are read.
-    """
-
-    state: TrainState
-    step: int
-    position: dict[str, Any]
-    saved: int = -1
-    validation: dict[str, float] = dataclasses.field(default_factory=dict)
-    unread: Pending | None = None
+    state: TrainState  # train state on the devices; each step replaces it in place
+    step: int  # optimizer steps dispatched
+    position: dict[str, Any]  # position in the data after the batch of that step
+    fingerprinted: int = -1  # newest step whose state has its fingerprint in the record, saved or not; -1 without one
+    # step of the checkpoint that the run resumed from, if it could not be verified; otherwise None
+    doubtful: int | None = None
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest evaluation, and its step
+    unread: Pending | None = None  # the newest step, until its metrics are read
 
 
 def pretrain(
-    config: RunConfig, *, stop_at: int | None = None, on_progress: Callable[[int], None] | None = None
+    config: RunConfig,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    loss: LossBuilder | None = None,
+    source: Source | None = None,
+    recipe: Objective | None = None,
+    on_step: OnStep | None = None,
+    on_evaluate: OnEvaluate | None = None,
+    stop_at: int | None = None,
+    accept_other_parts: bool = False,
 ) -> Summary:
     """Trains, or continues training, the run of `config.training.run_dir`.
 
+    Shows log and progress, unless the program has its own handler for the logger `jaxllm` or for all. docs/parts.md has
+    an example of each part.
+
     Args:
         config: the run.
+        optimizer: in place of the config's, see `jaxllm.training.program.Own`; the column learning_rate is null.
+        loss: in place of `build_loss`, see `Own`.
+        recipe: in place of the objective's, see `Own`.
+        source: in place of `data.source`: documents by number, or a stream with a position.
+        on_step: called with each `StepReport`, one step late.
+        on_evaluate: (step, metrics, parameters) -> more metrics for metrics.jsonl, or None.
         stop_at: save and return after this step, for sessions of limited length.
-        on_progress: called with each step that is done, such as the function that `training_console` yields.
+        accept_other_parts: continue a run that was trained with another optimizer, loss, source or recipe.
 
     Raises:
         ValueError (ConfigError, DataError, FitError), CheckpointError, DeviceError: before training, naming the value
@@ -134,15 +146,19 @@ def pretrain(
     """
     until = _last_step(config, stop_at)
     config = settle_residual(config)
-    with ExitStack() as stack:
+    own = Own(loss, optimizer, recipe)
+    given = describe_parts(own, source)
+    with explained("run"), ExitStack() as stack:
+        callbacks = [stack.enter_context(training_console(config))] if nobody_listens() else []
         # Open.
         stack.enter_context(compilation_cache(config.training.compilation_cache))
         folder = stack.enter_context(open_run_folder(config))
-        pipeline = stack.enter_context(closing(open_run_pipeline(config, folder)))
+        check_parts(folder, given, accept_other=accept_other_parts)
+        pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
         # Build.
         device = detect_device()
         mesh = make_mesh(fsdp=config.sharding.fsdp)
-        steps = make_steps(program_of(config, mesh), mesh)
+        steps = make_steps(program_of(config, mesh, own), mesh)
         if config.model.encoder_decoder and config.training.sample_tokens:
             encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
         check_memory = announce_fit(steps.program, device, mesh)
@@ -162,15 +178,20 @@ def pretrain(
             writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
             if progress.step < until:
                 write_config(steps.program.config, folder)
+                write_parts(folder, given)
             # Loop.
-            schedule = build_schedule(config.optimizer, steps=config.training.steps)
-            overflow = OverflowWatch(steps.program.config, progress.state.params, mesh=mesh)
-            show = on_progress or (lambda step: None)
-            parts = Parts(folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter, show)
+            schedule = build_schedule(config.optimizer, steps=config.training.steps) if optimizer is None else None
+            overflow = OverflowWatch(steps.program, progress.state.params, mesh=mesh)
+            callbacks += [] if on_step is None else [on_step]
+            evaluated = on_evaluate or (lambda step, metrics, params: None)
+            parts = Parts(
+                folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter, callbacks, evaluated
+            )
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
             _finish(parts, progress, baselines)
-        return Summary(progress.step, resumed_from, finished, progress.validation, folder)
+        rows = read_metrics(folder / METRICS)
+        return Summary(progress.step, resumed_from, finished, progress.validation, folder, rows)
 
 
 def _last_step(config: RunConfig, stop_at: int | None) -> int:
@@ -190,7 +211,8 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     pipeline.set_state(start.data)
     note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
     _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
-    return Progress(start.state, start.step, pipeline.get_state(), saved=start.step)
+    doubtful = None if start.verified else start.step
+    return Progress(start.state, start.step, pipeline.get_state(), fingerprinted=start.step, doubtful=doubtful)
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
@@ -198,6 +220,9 @@ def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float])
     size, ids = count_params(program.model) / 1e6, pipeline.tokenizer.vocab_size
     _log.info("%s, %.2fM parameters, %s in %s, tokenizer of %d", family, size, pipeline.source_name, compute, ids)
     _log.info("baselines: %s", _listed(baselines))
+    rule, steps = program.config.optimizer, program.config.training.steps
+    if (shorter := phases(rule, steps=steps)) != (rule.warmup_steps, rule.decay_steps):
+        _log.info("optimizer.warmup_steps and decay_steps are shortened to %d and %d of %d steps", *shorter, steps)
 
 
 def _listed(values: dict[str, float]) -> str:
@@ -213,9 +238,10 @@ def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[],
     except BatchError as error:
         failure = error
     _read(parts, progress, progress.unread)
-    if progress.step > progress.saved:
-        _save(parts, progress)
     parts.checkpoints.wait()
+    while progress.step not in parts.checkpoints.steps():  # tries again until saves in a row have failed
+        _save(parts, progress)
+        parts.checkpoints.wait()
     if failure is not None:
         raise BatchError(f"{failure}; the run is saved at step {progress.step}") from failure
     if progress.step < parts.config.training.steps:
@@ -232,6 +258,7 @@ def _step(parts: Parts, progress: Progress, *, until: int) -> None:
     if evaluates or saves or progress.step == until:
         _read(parts, progress, progress.unread)
         progress.unread = None
+    parts.checkpoints.poll()
     if evaluates:
         _evaluate(parts, progress)
     if saves:
@@ -258,22 +285,27 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
     values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
     scaling = config.precision.loss_scale != "none"
     if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-        cause = _first_bad_value(parts, progress, pending)
-        _stop(parts, pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}")
+        start = _last_good(parts, progress)
+        value = parts.overflow.first_value(pending.step, start.state, pending.batch)
+        cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
+        _stop(parts, progress, start, pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}")
     with parts.meter.paused():
         reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
     if reason is not None:
-        _stop(parts, pending.step, reason)
+        _stop(parts, progress, _last_good(parts, progress), pending.step, reason)
     parts.meter.add(_tokens(pending.batch))
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
-    parts.on_progress(pending.step)
+    report = StepReport(pending.step, values, pending.batch, lambda: jax.tree.map(jnp.copy, progress.state))
+    with parts.meter.paused():
+        for callback in parts.on_step:
+            callback(report)
 
 
 def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetrics) -> None:
     """Writes the row of a step."""
     config = parts.config
-    rate = np.asarray(parts.schedule(pending.step - 1 - int(values.skipped))).item()
+    rate = parts.schedule and np.asarray(parts.schedule(pending.step - 1 - int(values.skipped))).item()
     size = target_bytes(pending.batch, parts.pipeline.tokenizer)
     row = step_row(config, values, size=size, learning_rate=rate, speed=parts.meter.read())
     with parts.meter.paused():
@@ -285,6 +317,7 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
 def _evaluate(parts: Parts, progress: Progress) -> None:
     with parts.meter.paused():
         values = evaluate(parts.steps, progress.state.params, parts.pipeline)
+        values |= parts.on_evaluate(progress.step, values, progress.state.params) or {}
     progress.validation = {"step": progress.step, **values}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
     log_validation(progress.step, values)
@@ -293,31 +326,36 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
 def _save(parts: Parts, progress: Progress) -> None:
     loss = progress.validation.get("loss") if progress.validation.get("step") == progress.step else None
     saved = parts.checkpoints.save(progress.step, progress.state, progress.position, validation_loss=loss)
-    parts.writer.write(progress.step, {"fingerprint": saved})
-    progress.saved = progress.step
+    if progress.fingerprinted < progress.step:
+        parts.writer.write(progress.step, {"fingerprint": saved})
+        progress.fingerprinted = progress.step
 
 
-def _first_bad_value(parts: Parts, progress: Progress, pending: Pending) -> str:
-    """Where a step first left the finite numbers, by computing it again with the parameters of the last checkpoint.
-
-    Without a loss scale no step is skipped, so that the step has spoiled its own parameters.
-    """
+def _last_good(parts: Parts, progress: Progress) -> Start:
+    """The newest whole checkpoint, or the beginning, in the place of a state that is spoiled."""
     for leaf in jax.tree.leaves(progress.state):
         leaf.delete()  # a device may have no room for two states
     parts.checkpoints.wait()
     steps, tokenizer = parts.steps, parts.pipeline.tokenizer
-    start = find_start(steps.program, parts.checkpoints, mesh=steps.mesh, tokenizer=tokenizer)
-    value = parts.overflow.first_value(pending.step, start.state, pending.batch)
-    return f"first non-finite value: {value} (with the parameters of step {start.step})"
+    return find_start(steps.program, parts.checkpoints, mesh=steps.mesh, tokenizer=tokenizer)
 
 
-def _stop(parts: Parts, step: int, reason: str) -> NoReturn:
-    parts.checkpoints.wait()
-    steps = parts.checkpoints.steps()
-    good = f"step {steps[-1]} in {parts.checkpoints.folder}" if steps else "none yet"
-    again = f", from new parameters or with training.init_from={parts.folder}" if steps else ""
+def _stop(parts: Parts, progress: Progress, start: Start, step: int, reason: str) -> NoReturn:
+    """Stops a run whose values are bad, with what to do about it."""
+    folder, doubtful = parts.checkpoints.folder, progress.doubtful
+    if doubtful is not None and step - doubtful <= _SOON:
+        older = [saved for saved in parts.checkpoints.steps() if saved < doubtful]
+        fix = f"run the same command, which resumes from step {older[-1]}" if older else "start again, as none is older"
+        raise TrainingStopped(
+            f"{reason} at step {step}, soon after the run resumed from step {doubtful}. That checkpoint has no "
+            f"fingerprint and may be damaged: move those from step {doubtful} on out of {folder} and {fix}"
+        )
+    where, again = f"step {start.step} in {folder}", f", from new parameters or with training.init_from={parts.folder}"
+    if start.data is None:
+        where, again = "none yet", ""
+    newest = "last good checkpoint" if start.verified else "newest checkpoint (it has no fingerprint to verify it by)"
     raise TrainingStopped(
-        f"{reason} at step {step}; the last good checkpoint is {good}. Lower optimizer.learning_rate, lengthen "
+        f"{reason} at step {step}; the {newest} is {where}. Lower optimizer.learning_rate, lengthen "
         f"warmup_steps or tighten clip_norm, and start another training.run_dir{again}"
     )
 

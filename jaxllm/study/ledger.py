@@ -12,8 +12,6 @@ island (`allowed`). Nothing is compiled and no array is made. Out of scope: the 
 (['float32'], [])
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence

@@ -5,8 +5,6 @@ Each of our layers takes the input of transformers' layer, so that an error appe
 extra `parity` (torch and transformers). Out of scope: other families, gradients, decoding.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator
@@ -58,8 +56,7 @@ class Row(NamedTuple):
 def walk(path: str | Path, tokens: np.ndarray) -> Iterator[Row]:
     """Rows for every sublayer of a float32 model, in the order of execution; `tokens` are [B, T].
 
-    Raises:
-        InteropError: for a directory of another family, or where torch or transformers are missing.
+    InteropError for a directory of another family, or where torch or transformers are missing.
     """
     config = load_hf_config(path)
     if not isinstance(config, LlamaConfig):

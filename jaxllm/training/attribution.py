@@ -4,16 +4,13 @@ An infinity that arises in layer k spoils the gradients of every layer below. So
 order names the origin. Each layer of a stack is a group. Out of scope: activations (`jaxllm.jaxprs.observe`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.training.finite import all_finite, finite_rows
 from jaxllm.training.names import forward_rank, is_stacked
 
 
@@ -35,6 +32,26 @@ def first_nonfinite(grads: Any) -> Int[Array, ""]:
     index = [starts[leaf] + (row or 0) for _, leaf, row in _groups(grads)]
     bad = ~jnp.concatenate(flags)[np.array(index)]
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no element of any leaf is an infinity or NaN.
+
+    Check unscaled gradients: a division by a loss scale below 1 may add infinities.
+
+    >>> bool(all_finite({"w": jnp.array([1.0, jnp.nan])}))
+    False
+    """
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def finite_rows(stack: Float[Array, "L ..."]) -> Bool[Array, " L"]:
+    """Whether each row of the first axis, a layer of a stack, is finite.
+
+    >>> finite_rows(jnp.array([[1.0, jnp.inf], [3.0, 4.0]])).tolist()
+    [False, True]
+    """
+    return jnp.all(jnp.isfinite(stack), axis=tuple(range(1, stack.ndim)))
 
 
 def _groups(params: Any) -> list[tuple[str, int, int | None]]:

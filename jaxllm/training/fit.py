@@ -5,8 +5,6 @@ backward pass, under the remat policy. XLA may fuse some of it away, so the esti
 of the compiled step decides, before it runs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -26,22 +24,15 @@ class FitError(ValueError):
 
 
 class Fit(NamedTuple):
-    """Bytes that a run needs on each device.
+    """Bytes that a run needs on each device."""
 
-    Attributes:
-        parameters: this device's share of the float32 master weights, and the copy in the compute dtype: of all of
-            them, or where they are shared of what is outside the stacks and of two layers.
-        moments: its share of the optimizer's state.
-        gradients: of that copy in the compute dtype, and its share of the float32 sums over microbatches and devices.
-        activations: kept for the backward pass of one microbatch, and those of one layer again while it is used.
-        logits: the chunk of the vocabulary loss, as logits, probabilities and gradient.
-    """
-
+    # This device's share of the float32 master weights, and the copy in the compute dtype: of all, or where they
+    # are shared of what is outside the stacks and of two layers.
     parameters: int
-    moments: int
-    gradients: int
-    activations: int
-    logits: int
+    moments: int  # its share of the optimizer's state
+    gradients: int  # of that copy in the compute dtype, and its share of the float32 sums over microbatches and devices
+    activations: int  # kept for the backward pass of one microbatch, and those of one layer again while it is used
+    logits: int  # the chunk of the vocabulary loss, as logits, probabilities and gradient
 
     def table(self) -> str:
         """The parts and their sum in one line."""
@@ -69,9 +60,14 @@ def estimate_fit(program: Program, mesh: AnyMesh | None = None) -> Fit:
 
 def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
     """Raises FitError for a run that needs more than `limit` bytes, with advice for the two largest parts."""
-    if needed <= limit:
-        return
-    advice = {
+    if needed > limit:
+        sizes = f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB"
+        raise FitError(f"{sizes}; by the estimate: {fit.table()}. {advice(fit)}")
+
+
+def advice(fit: Fit) -> str:
+    """What makes the two largest parts smaller."""
+    fixes = {
         "activations": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
         "moments": "set optimizer.moment_dtype=bfloat16 or optimizer.name=adafactor",
         "logits": "lower training.loss_chunk",
@@ -79,10 +75,7 @@ def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
         "gradients": "as parameters, or training.accumulation=1 if its activations then fit",
     }
     largest = sorted(fit._asdict().items(), key=lambda part: -part[1])[:2]
-    raise FitError(
-        f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB; by the estimate: "
-        f"{fit.table()}. " + "; ".join(f"{name}: {advice[name]}" for name, _ in largest)
-    )
+    return "; ".join(f"{name}: {fixes[name]}" for name, _ in largest)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -3,8 +3,6 @@
 A loss function maps (compute parameters, batch, key) to `LossSums`; nothing else of a model reaches the train step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -7,8 +7,6 @@ scale moves exactly as that of torch.amp.GradScaler, and also has a floor, a cei
 select that XLA fuses into the update, so the host does not wait. Out of scope: multiplying the loss (`train_step`).
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -16,38 +14,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.training.finite import all_finite
+from jaxllm.training.attribution import all_finite
 
 
 class LossScaleState(NamedTuple):
-    """Scalars around the state of the wrapped rule.
+    """Scalars around the state of the wrapped rule."""
 
-    Attributes:
-        scale: factor of the next step's loss.
-        tracker: finite steps in a row since the scale last changed.
-        overflows: overflows in a row.
-        at_floor: overflows in a row while the scale was at its floor.
-        skipped: steps skipped since the start.
-        inner: state of the wrapped rule.
-    """
-
-    scale: Float[Array, ""]
-    tracker: Int[Array, ""]
-    overflows: Int[Array, ""]
-    at_floor: Int[Array, ""]
-    skipped: Int[Array, ""]
-    inner: Any
-
-
-class _Constants(NamedTuple):
-    """The arguments of `dynamic_loss_scale` by which the scale moves."""
-
-    growth_interval: int
-    growth_factor: float
-    backoff_factor: float
-    min_scale: float
-    max_scale: float
-    hysteresis: int
+    scale: Float[Array, ""]  # factor of the next step's loss
+    tracker: Int[Array, ""]  # finite steps in a row since the scale last changed
+    overflows: Int[Array, ""]  # overflows in a row
+    at_floor: Int[Array, ""]  # overflows in a row while the scale was at its floor
+    skipped: Int[Array, ""]  # steps skipped since the start
+    inner: Any  # state of the wrapped rule
 
 
 def dynamic_loss_scale(
@@ -91,14 +69,48 @@ def dynamic_loss_scale(
     Raises:
         ValueError: for constants with which the scale could not move as described.
     """
-    constants = _Constants(growth_interval, growth_factor, backoff_factor, min_scale, max_scale, hysteresis)
     if not 0 < min_scale <= initial_scale <= max_scale:
-        need = "0 < min_scale <= initial_scale <= max_scale"
-        raise ValueError(f"need {need}, got initial_scale {initial_scale} and {constants}")
+        found = f"{min_scale}, {initial_scale} and {max_scale}"
+        raise ValueError(f"need 0 < min_scale <= initial_scale <= max_scale, got {found}")
     if not (growth_factor > 1 > backoff_factor > 0 and growth_interval >= 1 and hysteresis >= 1):
-        need = "growth_factor > 1 > backoff_factor > 0 and counts of at least 1"
-        raise ValueError(f"need {need}, got {constants}")
-    return _wrap(optax.with_extra_args_support(inner), initial_scale, constants)
+        need = "growth_factor > 1 > backoff_factor > 0, growth_interval and hysteresis of at least 1"
+        raise ValueError(f"need {need}, got {growth_factor}, {backoff_factor}, {growth_interval} and {hysteresis}")
+    rule = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> LossScaleState:
+        scale = jnp.asarray(initial_scale, jnp.float32)
+        # A buffer for each: donation refuses one given twice.
+        tracker, overflows, at_floor, skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
+        return LossScaleState(scale, tracker, overflows, at_floor, skipped, rule.init(params))
+
+    def moved(state: LossScaleState, finite: Bool[Array, ""]) -> LossScaleState:
+        """The scale and its counts after a step."""
+        tracker = jnp.where(finite, state.tracker + 1, 0)
+        overflows = jnp.where(finite, 0, state.overflows + 1)
+        grown = state.scale * growth_factor
+        up = jnp.where((tracker >= growth_interval) & (grown <= max_scale), grown, state.scale)
+        shrunk = jnp.maximum(state.scale * backoff_factor, min_scale)
+        down = jnp.where(overflows >= hysteresis, shrunk, state.scale)
+        return state._replace(
+            scale=jnp.where(finite, up, down),
+            tracker=jnp.where(tracker >= growth_interval, 0, tracker),
+            overflows=overflows,
+            at_floor=jnp.where(finite | (state.scale > min_scale), 0, state.at_floor + 1),
+            skipped=state.skipped + ~finite,
+        )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: Bool[Array, ""] | None = None, **extra: Any
+    ) -> tuple[Any, LossScaleState]:
+        grads = unscale(updates, state.scale)
+        finite = all_finite(grads) if finite is None else finite
+        proposed, inner = rule.update(grads, state.inner, params, **extra)
+        proposed = jax.tree.map(lambda x: jnp.where(finite, x, jnp.asarray(-0.0, x.dtype)), proposed)
+        after = moved(state, finite)
+        inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
+        return proposed, after._replace(inner=inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def static_loss_scale(inner: optax.GradientTransformation, scale: float) -> optax.GradientTransformationExtraArgs:
@@ -122,43 +134,3 @@ def loss_scale_of(opt_state: Any) -> Float[Array, ""]:
     """The factor of the next loss; 1 without a loss scale."""
     state = loss_scale_state(opt_state)
     return jnp.ones((), jnp.float32) if state is None else state.scale
-
-
-def _wrap(
-    rule: optax.GradientTransformationExtraArgs, initial_scale: float, constants: _Constants
-) -> optax.GradientTransformationExtraArgs:
-    def init(params: optax.Params) -> LossScaleState:
-        scale = jnp.asarray(initial_scale, jnp.float32)
-        # A buffer for each: donation refuses one given twice.
-        tracker, overflows, at_floor, skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
-        return LossScaleState(scale, tracker, overflows, at_floor, skipped, rule.init(params))
-
-    def update(
-        updates: Any, state: Any, params: Any = None, *, finite: Bool[Array, ""] | None = None, **extra: Any
-    ) -> tuple[Any, LossScaleState]:
-        grads = unscale(updates, state.scale)
-        finite = all_finite(grads) if finite is None else finite
-        proposed, inner = rule.update(grads, state.inner, params, **extra)
-        proposed = jax.tree.map(lambda x: jnp.where(finite, x, jnp.asarray(-0.0, x.dtype)), proposed)
-        moved = _moved(state, finite, constants)
-        inner = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner, state.inner)
-        return proposed, moved._replace(inner=inner)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _moved(state: LossScaleState, finite: Bool[Array, ""], by: _Constants) -> LossScaleState:
-    """The scale and its counts after a step."""
-    tracker = jnp.where(finite, state.tracker + 1, 0)
-    overflows = jnp.where(finite, 0, state.overflows + 1)
-    grown = state.scale * by.growth_factor
-    up = jnp.where((tracker >= by.growth_interval) & (grown <= by.max_scale), grown, state.scale)
-    shrunk = jnp.maximum(state.scale * by.backoff_factor, by.min_scale)
-    down = jnp.where(overflows >= by.hysteresis, shrunk, state.scale)
-    return state._replace(
-        scale=jnp.where(finite, up, down),
-        tracker=jnp.where(tracker >= by.growth_interval, 0, tracker),
-        overflows=overflows,
-        at_floor=jnp.where(finite | (state.scale > by.min_scale), 0, state.at_floor + 1),
-        skipped=state.skipped + ~finite,
-    )

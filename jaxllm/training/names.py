@@ -5,21 +5,14 @@ it with every golden parameter tree. A new family adds the names that no other h
 one of your own module, counts as `MODULE` and is last in the order.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 
 class Role(NamedTuple):
-    """What training does with a parameter.
+    """What training does with a parameter."""
 
-    Attributes:
-        decayed: whether weight decay shrinks it.
-        split: whether devices hold shares of it; otherwise each holds a copy.
-    """
-
-    decayed: bool = False
-    split: bool = False
+    decayed: bool = False  # whether weight decay shrinks it
+    split: bool = False  # whether devices hold shares of it; otherwise each holds a copy
 
 
 MATRIX = Role(decayed=True, split=True)

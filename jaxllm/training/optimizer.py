@@ -4,8 +4,8 @@ optax has the rules; this module decides their order and which parameters decay.
 chain, so that clipping applies to unscaled gradients.
 """
 
-from __future__ import annotations
-
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.config import OptimizerConfig, PrecisionConfig
+from jaxllm.config import OptimizerConfig, PrecisionConfig, RunConfig
+from jaxllm.training.fingerprint import path_name
 from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
 from jaxllm.training.names import is_stacked, role_of
 
@@ -21,17 +22,45 @@ from jaxllm.training.names import is_stacked, role_of
 def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then the configured shape, down to its floor at `steps`.
 
+    A run that is shorter than warm-up and decay shortens both, see `phases`.
+
     >>> schedule = build_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=2, schedule="cosine"), steps=10)
     >>> [round(float(schedule(step)), 2) for step in (0, 1, 6, 10)]
     [0.5, 1.0, 0.55, 0.1]
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    warmup, decay = phases(config, steps=steps)
+    if (warmup, decay) != (config.warmup_steps, config.decay_steps):
+        config = dataclasses.replace(config, warmup_steps=warmup, decay_steps=decay)
+    peak = config.learning_rate
     after = _named(SCHEDULES, config.schedule, "schedule")(config, max(steps - warmup, 1))
     if warmup == 0:
         return after
     # Step 0 uses peak / warmup, so that it changes the parameters.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
+
+
+def phases(config: OptimizerConfig, *, steps: int) -> tuple[int, int]:
+    """Steps of warm-up and of final decay; shortened by the same factor where together they exceed the run.
+
+    >>> config = OptimizerConfig(schedule="wsd", warmup_steps=40, decay_steps=140)
+    >>> phases(config, steps=360), phases(config, steps=18)
+    ((40, 140), (4, 14))
+    """
+    warmup, decay = config.warmup_steps, config.decay_steps
+    if warmup + decay <= steps:
+        return warmup, decay
+    shorter = warmup * steps // (warmup + decay)
+    return shorter, steps - shorter if decay else 0
+
+
+def same_rates(one: RunConfig, other: RunConfig, *, steps: int) -> bool:
+    """Whether two runs have the same learning rates in their first steps."""
+    count = jnp.arange(steps)
+    before, after = (
+        jax.vmap(build_schedule(each.optimizer, steps=each.training.steps))(count) for each in (one, other)
+    )
+    return bool(jnp.array_equal(before, after))
 
 
 def _stable_then_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -77,7 +106,12 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     parts += _named(OPTIMIZERS, config.name, "name")(config)
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
-    inner = optax.chain(*parts)
+    parts += [_scale_by_name(config.rate_factors)] if config.rate_factors else []
+    return with_loss_scale(optax.chain(*parts), precision)
+
+
+def with_loss_scale(inner: optax.GradientTransformation, precision: PrecisionConfig) -> optax.GradientTransformation:
+    """An optimizer inside the loss scale of `precision.loss_scale`; itself where that is none."""
     if precision.loss_scale == "dynamic":
         return dynamic_loss_scale(
             inner,
@@ -96,12 +130,45 @@ def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     return [_stored_first_moment(optax.scale_by_adam(config.b1, config.b2, config.eps), config.moment_dtype)]
 
 
+def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    """Muon for the matrices of the layers, Adam for embedding, head, norms and biases.
+
+    Muon's updates are scaled to the RMS of Adam's, so that one learning rate and one weight decay fit both. Sources:
+    github.com/KellerJordan/Muon; arXiv 2502.16982 section 2.2.
+    """
+
+    def kinds(params: Any) -> Any:
+        def kind(path: tuple[Any, ...], _: Any) -> str:
+            return "muon" if is_stacked(path) and path[-1].key == "kernel" else "adam"
+
+        return jax.tree_util.tree_map_with_path(kind, params)
+
+    momentum = optax.trace(config.momentum, nesterov=True, accumulator_dtype=config.moment_dtype)
+    matrices = optax.chain(momentum, optax.stateless(lambda updates, _: jax.tree.map(_orthogonal, updates)))
+    return [optax.partition({"muon": matrices, "adam": _adamw(config)[0]}, kinds)]
+
+
+def _orthogonal(update: jax.Array) -> jax.Array:
+    """Each matrix with all singular values near 1, by five Newton-Schulz steps, then with the RMS of Adam's updates.
+
+    optax.contrib.muon corrects the bias of its momentum, and so differs from torch's and the original in early steps.
+    """
+    long = max(update.shape[-2:])
+    x = update if update.shape[-1] == long else update.mT
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return 0.2 * math.sqrt(long) * (x if update.shape[-1] == long else x.mT)
+
+
 # `OptimizerConfig.name` -> the rules from clipped gradients to an update, before weight decay and learning rate.
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], list[optax.GradientTransformation]]] = {
     "adamw": _adamw,
     "adamw_rms": lambda config: [*_adamw(config), scale_by_parameter_rms()],
     # Not optax.adafactor, whose weight decay is not multiplied by the learning rate.
     "adafactor": lambda _: [optax.scale_by_factored_rms(), _clip_by_rms(1.0), scale_by_parameter_rms()],
+    "muon": _muon,
 }
 
 
@@ -109,6 +176,28 @@ def _named(table: Mapping[str, Any], name: str, setting: str) -> Any:
     if name not in table:
         raise ValueError(f"optimizer.{setting} {name!r} is not implemented; known: {', '.join(table)}")
     return table[name]
+
+
+def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of the parameters whose path has a name, such as embed or layers/mlp."""
+
+    def factor(path: tuple[Any, ...]) -> float:
+        whole = f"/{path_name(path)}/"
+        return math.prod((value for name, value in factors.items() if f"/{name}/" in whole), start=1.0)
+
+    def init(params: Any) -> optax.EmptyState:
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        absent = [name for name in factors if not any(f"/{name}/" in f"/{path}/" for path in paths)]
+        if absent:
+            known = ", ".join(dict.fromkeys(paths))
+            raise ValueError(f"optimizer.rate_factors has {absent[0]!r}, which is in no path of {known}")
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree_util.tree_map_with_path(lambda path, x: factor(path) * x, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

@@ -8,8 +8,6 @@ and updates are always float32. `scripts/precision_ledger.py` lists the dtypes o
 the loss scale (`jaxllm.training.loss_scale`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

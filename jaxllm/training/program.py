@@ -20,10 +20,8 @@ for your own training loop (`jaxllm.training.sharding` has one for several devic
 >>> int(state.step), bool(metrics.loss < 1)
 (20, True)
 
-`build_loss` describes batches, and `jaxllm.training.train_step` takes your own loss or optimizer.
+`build_loss` describes batches. `Own` replaces the loss, the optimizer or the objective.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,18 +30,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.config import RunConfig
-from jaxllm.data.recipes import RECIPES
+from jaxllm.config import RunConfig, TrainingConfig
+from jaxllm.data.recipes import RECIPES, Objective
 from jaxllm.models import Model, abstract_params, init_params
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.loss import Batch, LossFunction, build_loss
-from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.optimizer import build_optimizer, with_loss_scale
 from jaxllm.training.precision import build_model
 from jaxllm.training.sharding import AnyMesh
 from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[Any, Batch], LossSums]
+LossBuilder = Callable[[Model, TrainingConfig], LossFunction]
+
+
+class Own(NamedTuple):
+    """Parts of a run that take the place of those in its config; None keeps that of the config.
+
+    Attributes:
+        loss: called as `build_loss`, with the model in its dtypes; returns a pure function as that does. The evaluation
+            uses it too, with key None.
+        optimizer: replaces clipping, moments, weight decay and learning rate; it gets unscaled float32 gradients and
+            the master weights, and is inside the loss scale.
+        recipe: replaces the row of `RECIPES` that `data.objective` names.
+    """
+
+    loss: LossBuilder | None = None
+    optimizer: optax.GradientTransformation | None = None
+    recipe: Objective | None = None
+
+
+_NONE = Own()
 
 
 class Program(NamedTuple):
@@ -51,6 +69,7 @@ class Program(NamedTuple):
 
     Attributes:
         config: of the run.
+        own: parts that are not the config's.
         model: in its dtypes.
         dtype: of activations and matmul inputs.
         loss: (parameters in `dtype`, batch, key) -> sums.
@@ -60,6 +79,7 @@ class Program(NamedTuple):
     """
 
     config: RunConfig
+    own: Own
     model: Model
     dtype: Any
     loss: LossFunction
@@ -82,7 +102,7 @@ class Program(NamedTuple):
     def abstract_batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of so many rows, of `training.batch_size` by default."""
         rows = self.config.training.batch_size if rows is None else rows
-        fields = RECIPES[self.config.data.objective].fields(self.config.data)
+        fields = (self.own.recipe or RECIPES[self.config.data.objective]).fields(self.config.data)
         return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
 
     def _keys(self) -> tuple[jax.Array, jax.Array]:
@@ -90,8 +110,10 @@ class Program(NamedTuple):
         return init_key, run_key
 
 
-def program_of(config: RunConfig, mesh: AnyMesh | None = None) -> Program:
+def program_of(config: RunConfig, mesh: AnyMesh | None = None, own: Own = _NONE) -> Program:
     """The program of a run on the devices of a mesh, None for a single device; nothing is allocated or compiled.
+
+    `own` has the parts that replace those of the config.
 
     >>> from jaxllm.config import LlamaConfig, RunConfig
     >>> model = LlamaConfig(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
@@ -102,8 +124,11 @@ def program_of(config: RunConfig, mesh: AnyMesh | None = None) -> Program:
     training = config.training
     dtype = jnp.dtype(config.precision.compute)
     model = build_model(config)
-    loss = build_loss(model, training)
-    optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
+    loss = (own.loss or build_loss)(model, training)
+    if own.optimizer is None:
+        optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
+    else:
+        optimizer = with_loss_scale(own.optimizer, config.precision)
     step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, mesh=mesh)
     evaluate = make_eval_step(loss, dtype=dtype, mesh=mesh)
-    return Program(config, model, dtype, loss, optimizer, step, evaluate)
+    return Program(config, own, model, dtype, loss, optimizer, step, evaluate)

@@ -5,8 +5,6 @@ one device would draw for all parts, because threefry hashes each element's plac
 (`jax_threefry_partitionable`, jax's default). Models split keys and draw from them as on one device.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

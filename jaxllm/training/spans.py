@@ -4,10 +4,8 @@ A span counts when each of its tokens, and the sentinel or end after it, is the 
 before it. Where nothing is masked by sentinels, a whole answer is one span.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +19,6 @@ from jaxllm.ops.sampling import most_probable
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import map_rows, with_ends
-
-
-class SpanCounts(NamedTuple):
-    """Spans of a batch: `exact` were predicted whole, `total` are all."""
-
-    exact: int
-    total: int
 
 
 def make_predict_step(program: Program, mesh: Mesh | None) -> Callable[[Any, Batch], Int[Array, "B T"]]:
@@ -44,8 +35,11 @@ def make_predict_step(program: Program, mesh: Mesh | None) -> Callable[[Any, Bat
 
 def count_spans(
     predicted: np.ndarray, targets: np.ndarray, segment_ids: np.ndarray, sentinels: np.ndarray
-) -> SpanCounts:
-    """Spans of rows [B, T]; one begins after a sentinel, or with an answer that does not begin with a sentinel."""
+) -> tuple[int, int]:
+    """Spans of rows [B, T] that were predicted whole, and all of them.
+
+    A span begins after a sentinel, or with an answer that does not begin with one.
+    """
     inside = segment_ids.ravel() > 0
     row = np.repeat(np.arange(len(targets)), targets.shape[1])
     owner = (row * (1 + segment_ids.max(initial=0)) + segment_ids.ravel())[inside]
@@ -57,4 +51,4 @@ def count_spans(
     # The sentinel before the first span of an answer is not a span.
     real = ~(first & marks)[begins]
     whole = np.bincount(number, weights=~right, minlength=len(real)) == 0
-    return SpanCounts(int((whole & real).sum()), int(real.sum()))
+    return int((whole & real).sum()), int(real.sum())

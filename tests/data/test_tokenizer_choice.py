@@ -9,13 +9,14 @@ from jaxllm.data.tokenizer_choice import Choice, Kept, Refuse, decide
 TRAINED = {"source": "files/1", "documents": 32, "fields": ["text"], "vocab_size": 448}
 LARGER = {**TRAINED, "vocab_size": 512}
 GIVEN, OTHER = {"fingerprint": "aa"}, {"fingerprint": "bb"}
-KEEP, MAKE, REFUSE = Choice.KEEP, Choice.MAKE, Refuse
+KEEP, MAKE, AGAIN, REFUSE = Choice.KEEP, Choice.MAKE, Choice.MAKE_AGAIN, Refuse
 
 
 @pytest.mark.parametrize(
     ("kept", "wanted", "new", "begun"),
     [
-        (None, TRAINED, MAKE, REFUSE),
+        (None, TRAINED, MAKE, AGAIN),
+        (None, GIVEN, MAKE, AGAIN),
         (None, None, MAKE, REFUSE),
         (Kept(None, by_run=True), None, MAKE, KEEP),  # its file is missing: the run has moved
         (Kept(TRAINED, by_run=True), TRAINED, KEEP, KEEP),

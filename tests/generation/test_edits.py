@@ -18,7 +18,6 @@ from jaxllm.generation import (
     beam_search,
     edited,
     generate,
-    generate_speculative,
     generate_stream,
     loop,
     score,
@@ -68,7 +67,6 @@ def test_every_way_of_decoding_is_edited(name: str) -> None:
     prepared = edited(decoder_of(model).prepare(params), EDITS)
     parts = list(generate_stream(model, prepared, PROMPTS, max_new_tokens=12))
     assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == want
-    assert generate_speculative(model, altered, PROMPTS, max_new_tokens=12).rows == want
     found, wanted = (
         beam_search(model, p, PROMPTS, max_new_tokens=6, search=BeamSettings(beams=2)) for p in (altered, changed)
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
-from jaxllm.generation import BeamSettings, beam_search, generate, generate_speculative, generate_stream, score
+from jaxllm.generation import BeamSettings, beam_search, generate, generate_stream, score
 from jaxllm.models import build, init_params
 from jaxllm.models.llama import Llama
 from jaxllm.models.t5 import T5
@@ -67,13 +67,10 @@ class Named(Llama):
 )
 def test_an_overridden_method_is_refused_by_name(model: Any, name: str) -> None:
     params, prompts = init_params(model, jax.random.key(0)), [[3, 4, 5]]
-    draft = build(model.config)
     for call in (
         lambda: generate(model, params, prompts, max_new_tokens=2),
         lambda: list(generate_stream(model, params, prompts, max_new_tokens=2)),
         lambda: beam_search(model, params, prompts, max_new_tokens=2, search=BeamSettings(beams=2)),
-        lambda: generate_speculative(model, params, prompts, max_new_tokens=2, draft_model=draft, draft_params=params),
-        lambda: generate_speculative(draft, params, prompts, max_new_tokens=2, draft_model=model, draft_params=params),
     ):
         with pytest.raises(TypeError, match=f"cannot decode with {name}: .* would ignore it; use score"):
             call()

@@ -17,7 +17,6 @@ from jaxllm.generation import (
     Sampling,
     beam_search,
     generate,
-    generate_speculative,
     generate_stream,
     score,
 )
@@ -40,11 +39,6 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
         for row in beam_search(*model, PROMPTS, max_new_tokens=4, search=BeamSettings(beams=2))
         for beam in row
     ],
-    "speculative": functools.partial(generate_speculative, prompts=PROMPTS, max_new_tokens=4),
-    "speculative samples": functools.partial(generate_speculative, prompts=PROMPTS, max_new_tokens=4, sampling=DRAWN),
-    "drafted": lambda *model: generate_speculative(
-        *model, PROMPTS, max_new_tokens=4, draft_model=model[0], draft_params=model[1]
-    ),
     "score": lambda *model: np.round(score(*model, PROMPTS, [[5], [6]]), 4).tolist(),
 }
 
@@ -55,7 +49,7 @@ def make(family: str) -> tuple[Any, Any]:
     return model, init_params(model, jax.random.key(0))
 
 
-OWN = ("sample", "beams", "speculative samples")  # the ways that compute most themselves
+OWN = ("sample", "beams")  # the ways that compute most themselves
 
 
 @pytest.mark.parametrize(("family", "way"), [*(("llama", way) for way in WAYS), *(("t5", way) for way in OWN)])

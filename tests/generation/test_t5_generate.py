@@ -1,11 +1,10 @@
-"""All of decoding on T5, which shares the loop, samples, beams, scores and speculation with Llama."""
+"""All of decoding on T5, which shares the loop, samples, beams and scores with Llama."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +13,6 @@ from jaxllm.generation import (
     BeamSettings,
     beam_search,
     generate,
-    generate_speculative,
     generate_stream,
     loop,
     score,
@@ -77,29 +75,13 @@ def test_streams_samples_and_int8(model_and_params) -> None:
     assert together[2:4] == generate(model, params, PROMPTS[1:2], seed=[4], **options)
 
 
-def test_beams_score_as_the_model_does_and_speculation_changes_nothing(model_and_params) -> None:
+def test_beams_score_as_the_model_does(model_and_params) -> None:
     model, params = model_and_params
     search = BeamSettings(beams=3, length_penalty=0.0, returned=2)
     found = beam_search(model, params, PROMPTS, max_new_tokens=6, search=search, eos_ids=(1,))
     for i in range(2):
         totals = [sum(row) for row in score(model, params, PROMPTS, [beams[i].tokens for beams in found])]
         np.testing.assert_allclose([beams[i].score for beams in found], totals, atol=1e-4)
-    prompts = [[5, 6, 7, 8, 9, 5, 6], [3] * 9]
-    quick = generate_speculative(model, params, prompts, max_new_tokens=24, eos_ids=(1,))
-    assert quick.rows == generate(model, params, prompts, max_new_tokens=24, eos_ids=(1,))
-
-
-def test_drafts_come_from_the_encoders_input() -> None:
-    """The lookup proposes what follows in the source, whatever the decoder has written before."""
-    from jaxllm.generation.speculative import _look_up
-    from jaxllm.models import decoder_of
-
-    decoder = decoder_of(build(CONFIG))
-    source, said = jnp.array([[4, 7, 8, 9, 3, 7, 8, 2, 6, 0]]), jnp.array([[1, 9, 3, 7, 8, 0, 0]])
-    place = decoder.lookup(source, jnp.array([9]), said, jnp.array([5]))
-    draft = jax.jit(_look_up, static_argnums=4)(*place, 2)
-    assert draft.tokens.tolist() == [[2, 6]]
-    assert draft.probabilities is None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 from benchmarks.gpu import attention_calls, probe
 from benchmarks.gpu.attention_calls import (
     ATTENTION,
+    SUSPECTS,
     Prepared,
     attend,
     change,
@@ -26,7 +27,7 @@ from benchmarks.gpu.attention_calls import (
     small,
     verdict,
 )
-from jaxllm.ops.cudnn_calls import CALL_CLASSES
+from jaxllm.ops.cudnn_calls import AVOIDED
 from tests.structure.programs import pretend_gpu
 
 REFUSED = "INTERNAL: No valid engine configs for Matmul_MUL_Matmul_ in cuda_dnn.cc: 'graph_.create_execution_plans'"
@@ -73,7 +74,7 @@ def test_a_clock_ends_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_class_of_calls_is_probed() -> None:
     rows = {name: row_of(case).name for name, case in ATTENTION.items()}
-    assert {row.name for row in CALL_CLASSES} == set(rows.values())
+    assert {row.name for row in (*AVOIDED, *SUSPECTS)} == set(rows.values())
     assert rows["negative_bias_320"] == "bias, 64 keys beyond a multiple of 128"
     assert rows["t5_encoder"] == rows["t5_prefill"] == "bias and lengths" and rows["llama_1b"] == "all calls"
     assert all(not case.compare or case.compare in ATTENTION for case in ATTENTION.values())
@@ -110,7 +111,10 @@ def test_wrong_values_refusals_and_slow_calls_name_the_row_they_change() -> None
     for fault in (lambda x: x * 1.02, lambda x: x.at[0].set(jnp.nan)):
         bad = attend(toy, given(want, [*ours[:4], fault(ours[4])]), row)
         assert bad["verdict"] == "wrong"
-        assert bad["change"].endswith("avoided=True, so that it takes codes") and "'bias and lengths'" in bad["change"]
+        assert (
+            bad["change"].endswith("into AVOIDED of jaxllm/ops/cudnn_calls.py, so that it takes codes")
+            and "'bias and lengths'" in bad["change"]
+        )
     refused: Future[Prepared] = Future()
     refused.set_exception(jax.errors.JaxRuntimeError(REFUSED))
     assert attend(toy, refused, row)["verdict"] == "refused"
@@ -129,5 +133,5 @@ def test_strongly_negative_scores_are_judged_by_being_finite_and_may_end_a_row()
         verdict(case, errors, speed, finite=True) == "right" and verdict(case, errors, speed, finite=False) == "wrong"
     )
     row = row_of(case)
-    assert change(case, "right", row).endswith("avoided=False for this cuDNN")
+    assert change(case, "right", row).endswith("not for this cuDNN")
     assert change(case, "wrong", row) == "none: the row is avoided"

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxllm.config import RopeConfig
 from jaxllm.interop import InteropError
 from jaxllm.interop.hf import load_hf
-from jaxllm.interop.meta import load_meta, neighbours
+from jaxllm.interop.meta import load_meta
 from jaxllm.models import build
 from tests.conftest import TOLERANCE
 from tests.interop.test_directories import FULL, assert_same_bits, random_params
@@ -34,6 +34,11 @@ NAMES = {
     "up_proj": "feed_forward.w3",
     "down_proj": "feed_forward.w2",
 }
+
+
+def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `halves`: as Meta rotates them."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def write_meta(folder: Path, params, *, ranks: int, columns: bool) -> None:

@@ -179,14 +179,15 @@ def test_numbers_of_numpy_are_numbers() -> None:
 @pytest.mark.parametrize(
     ("settings", "number", "message"),
     [
-        (Sampling, {"temperature": "1"}, "temperature must be a number, got '1'"),
-        (Sampling, {"temperature": 1.0, "top_k": 5.0}, "top_k must be a whole number, got 5.0"),
-        (Sampling, {"temperature": True}, "temperature must be a number, got True"),
-        (Sampling, {"temperature": None}, "temperature must be a number, got None"),
-        (Sampling, {"min_new_tokens": 2.0}, "min_new_tokens must be a whole number, got 2.0"),
-        (BeamSettings, {"beams": 4.0}, "beams must be a whole number, got 4.0"),
-        (BeamSettings, {"beams": 4, "length_penalty": "1"}, "length_penalty must be a number, got '1'"),
-        (BeamSettings, {"beams": 4, "returned": 2.0}, "returned must be a whole number, got 2.0"),
+        (Sampling, {"temperature": "1"}, "temperature must be of type float, got '1'"),
+        (Sampling, {"temperature": 1.0, "top_k": 5.0}, r"top_k must be of type int\|null, got 5.0"),
+        (Sampling, {"temperature": True}, "temperature must be of type float, got True"),
+        (Sampling, {"temperature": None}, "temperature must be of type float, got None"),
+        (Sampling, {"min_new_tokens": 2.0}, "min_new_tokens must be of type int, got 2.0"),
+        (BeamSettings, {"beams": 4.0}, "beams must be of type int, got 4.0"),
+        (BeamSettings, {"beams": 4, "length_penalty": "1"}, "length_penalty must be of type float, got '1'"),
+        (BeamSettings, {"beams": 4, "returned": 2.0}, "returned must be of type int, got 2.0"),
+        (BeamSettings, {"beams": 4, "early_stopping": "always"}, r"early_stopping must be of type bool\|never, got"),
     ],
 )
 def test_settings_of_decoding_are_numbers(settings: Any, number: dict[str, Any], message: str) -> None:

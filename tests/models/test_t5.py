@@ -283,20 +283,17 @@ def test_cached_equals_uncached(config: T5Config, t5: Compiled) -> None:
     params = t5_decode.prepare_for_decode(runner.params, dtype=jnp.float32)
     prefill = jax.jit(lambda p, source, lengths: t5_decode.prefill(model, p, source, lengths, capacity=TARGET))
     step = jax.jit(lambda p, *state: t5_decode.decode_step(model, p, *state))
-    extend = jax.jit(lambda p, *state: t5_decode.extend(model, p, *state))
     for seed in (20, 30):
         source, target = draw(seed, 2, SOURCE), draw(seed + 1, 2, TARGET)
         lengths = np.array([SOURCE, 5], np.int32)
         ids = (np.arange(SOURCE)[None] < lengths[:, None]).astype(np.int32)
         want = runner(source, target, ids)
-        cross, empty = prefill(params, source, lengths)
-        cache, found = empty, []
+        cross, cache = prefill(params, source, lengths)
+        found = []
         for t in range(TARGET):
             logits, cache = step(params, cross, cache, target[:, t], np.full((2,), t, np.int32))
             found.append(logits)
         np.testing.assert_allclose(np.stack(found, axis=1), want, atol=1e-5)
-        places = np.tile(np.arange(TARGET, dtype=np.int32), (2, 1))
-        np.testing.assert_allclose(extend(params, cross, empty, target, places)[0], want, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.gpu.attention_calls import SUSPECTS, narrowest
 from jaxllm.ops import cudnn_calls
 from jaxllm.ops.attention import attention, choose
-from jaxllm.ops.cudnn_calls import CALL_CLASSES, Call, avoided, narrowest
+from jaxllm.ops.cudnn_calls import AVOIDED, Call, avoided
 from jaxllm.ops.fused_attention import call_of, fused_attention
 from jaxllm.ops.masks import Pattern
 from tests.conftest import TOLERANCE
@@ -24,9 +25,8 @@ PATTERN = Pattern(query_lengths=LENGTHS, key_lengths=LENGTHS)
 
 
 def set_avoided(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    rows = tuple(row._replace(avoided=row.avoided or row.name == name) for row in CALL_CLASSES)
-    assert rows != CALL_CLASSES
-    monkeypatch.setattr(cudnn_calls, "CALL_CLASSES", rows)
+    (row,) = (row for row in SUSPECTS if row.name == name)
+    monkeypatch.setattr(cudnn_calls, "AVOIDED", (*AVOIDED, row))
 
 
 def biased(length: int = 128) -> tuple[list[jax.Array], jax.Array]:

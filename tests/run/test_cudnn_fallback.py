@@ -22,7 +22,6 @@ from jaxllm.generation import (
     beam_search,
     fallback,
     generate,
-    generate_speculative,
     generate_stream,
     score,
 )
@@ -252,7 +251,6 @@ def test_prompts_are_read_by_blocks(family: Any, caplog: pytest.LogCaptureFixtur
     assert len(caplog.records) == 1 and "cuDNN refused one" in caplog.text
     assert list(generate_stream(model, params, prompts, **options))
     assert beam_search(model, params, prompts, search=BeamSettings(beams=2), **options)
-    assert generate_speculative(model, params, prompts, draft_model=model, draft_params=params, **options)
     assert len(score(model, params, prompts, [[3, 4]])[0]) == 2
     assert len(caplog.records) == 1  # said once, tried once
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,30 @@ def test_no_tokenizer_is_trained_for_checkpoints_that_know_one(corpus: Path, tmp
         build_pipeline(
             DataConfig(source="files", path=str(corpus)), vocab_size=420, batch_size=4, seed=3, run_dir=tmp_path / "run"
         )
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_lost_tokenizer_is_made_again_if_the_checkpoints_hold_its_fingerprint(
+    corpus: Path, tmp_path: Path, earlier: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Earlier versions kept the position alone."""
+    run, file = tmp_path / "run", tmp_path / "run" / "tokenizer.json"
+
+    def opened(vocab_size: int) -> str:
+        config = DataConfig(source="files", path=str(corpus), cache_dir=str(tmp_path / "cache"))
+        return build_pipeline(config, vocab_size=vocab_size, batch_size=4, seed=0, run_dir=run).tokenizer.fingerprint
+
+    made = opened(448)
+    text = file.read_bytes()
+    position = {"tokenizer": made, "iterator": {}}
+    (run / "checkpoints" / "2" / "data").mkdir(parents=True)
+    (run / "checkpoints" / "2" / "data" / "metadata").write_text(
+        json.dumps(position if earlier else {"position": position})
+    )
+    file.unlink()
+    with pytest.raises(DataError, match=rf"not {made}\); restore tokenizer.json from a backup"):
+        opened(440)
+    assert not file.exists()
+    with caplog.at_level("INFO", logger="jaxllm"):
+        assert opened(448) == made
+    assert file.read_bytes() == text and caplog.text.count("was lost and is made again") == 1

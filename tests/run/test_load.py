@@ -165,7 +165,7 @@ def test_batches_cut_at_line_breaks_only_and_their_size_changes_no_sample(llama:
         (["--prompt-file", "NOWHERE"], "No such file"),
         (["the \udcff cat"], "the prompt is not UTF-8 text (byte 0xff at character 4)"),
         (["x", "--temperature=1e-40"], "temperature must be 0 (greedy) or in"),
-        (["x", "--repetition-penalty=1e300"], "repetition_penalty must be in"),
+        (["x", "--repetition-penalty=1e300"], "repetition_penalty must be at least 1e-30 and at most 1e+30"),
     ],
 )
 def test_bad_requests_end_in_one_line(llama: Path, tmp_path: Path, speak, options: list[str], message: str) -> None:

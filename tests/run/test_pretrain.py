@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -23,14 +24,18 @@ from jaxllm.config import RunConfig
 from jaxllm.config.file import dump_config, load_config, parse_config
 from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.models import build, init_params
-from jaxllm.run import console, trainer
+from jaxllm.run import trainer
 from jaxllm.run.checkpoint import CheckpointError, Checkpoints
 from jaxllm.run.device import Device
-from jaxllm.run.folder import RunFolderError, check_in_place, open_run_folder
+from jaxllm.run.folder import TOKENIZER, RunFolderError, check_in_place, open_run_folder
+from jaxllm.run.parts import StepReport
+from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import Summary, TrainingStopped, pretrain
 from jaxllm.training.fit import Fit, FitError, check_fit
+from jaxllm.training.program import program_of
 from tests.conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
@@ -103,11 +108,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole: tuple[RunConfig, Summar
     run, summary = whole
     parts = config(shared / "parts", shared / "corpus")
     assert (summary.step, summary.finished, summary.resumed_from) == (8, True, 0)
-    shown: list[int] = []
-    first = pretrain(parts, stop_at=4, on_progress=shown.append)
+    shown: list[StepReport] = []
+    first = pretrain(parts, stop_at=4, on_step=shown.append)
     assert (first.step, first.finished) == (4, False)
-    second = pretrain(parts, on_progress=shown.append)
-    assert shown == list(range(1, 9))
+    second = pretrain(parts, on_step=shown.append)
+    assert [report.step for report in shown] == list(range(1, 9))
     assert (second.step, second.finished, second.resumed_from) == (8, True, 4)
     for a, b in zip(final_params(run), final_params(parts), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -245,14 +250,6 @@ def test_a_finished_run_needs_no_record_of_its_metrics(
             assert pretrain(run).finished
         assert "no curve is drawn" in caplog.text and "has no value of bits_per_byte" in caplog.text
         assert not (tmp_path / "run" / "loss.png").exists()
-
-
-def test_the_bar_is_moved_by_the_trainer(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[int] = []
-    monkeypatch.setattr(console.Progress, "update", lambda self, task, completed: moved.append(completed))
-    with console.training_console(config(tmp_path, corpus)) as show_step:
-        show_step(3)
-    assert moved == [3]
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
@@ -416,28 +413,70 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Pa
     assert all(np.isfinite(value) for value in losses(run).values())
 
 
+def without_fingerprints(checkpoint: Path) -> None:
+    """As earlier versions wrote it: the position alone."""
+    file = checkpoint / "data" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text())["position"]))
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_values_that_go_bad_after_an_unverified_resume_are_not_blamed_on_the_learning_rate(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], shared: Path, older: bool
+) -> None:
+    run = config(tmp_path / "run", shared / "corpus")
+    folder = tmp_path / "run" / "checkpoints"
+    assert pretrain(run, stop_at=6).step == 6
+    with contextlib.closing(Checkpoints(folder, keep=2)) as checkpoints:
+        start = find_start(
+            program_of(run), checkpoints, mesh=None, tokenizer=load_tokenizer(tmp_path / "run" / TOKENIZER)
+        )
+        assert start.verified
+        damaged = jax.tree.map(lambda x: jnp.full_like(x, 1e38), start.state.params)
+        shutil.rmtree(folder / "6")
+        checkpoints._manager.reload()
+        checkpoints.save(6, start.state._replace(params=damaged), start.data, validation_loss=None)
+        checkpoints.wait()
+    without_fingerprints(folder / "6")
+    if not older:
+        shutil.rmtree(folder / "4")
+    fix = "run the same command, which resumes from step 4" if older else "start again"
+    with pytest.raises(TrainingStopped, match=rf"at step 7, soon after .* step 6\. That checkpoint has no .*and {fix}"):
+        pretrain(run)
+    if older:
+        shutil.move(folder / "6", tmp_path / "6")
+        assert pretrain(run)[:3] == (8, 4, True)
+        assert losses(run) == losses(whole[0])
+
+
+def test_a_damaged_checkpoint_is_not_called_good(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest is found damaged when the values go bad, so that the one before it is named."""
+    run = config(tmp_path / "run", shared / "corpus", training={"save_every": 2, "eval_every": 100, "steps": 8})
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, run_dir=str(tmp_path / "run")))
+    assert pretrain(run, stop_at=4).step == 4
+    read = trainer._read
+
+    def spoiled(parts: trainer.Parts, progress: trainer.Progress, pending: trainer.Pending | None) -> None:
+        if pending is not None and pending.step == 7:
+            parts.checkpoints.wait()
+            (tmp_path / "run" / "checkpoints" / "6" / "data" / "metadata").write_text("{")
+            pending = pending._replace(metrics=pending.metrics._replace(loss=jnp.float32(math.nan)))
+        read(parts, progress, pending)
+
+    monkeypatch.setattr(trainer, "_read", spoiled)
+    with pytest.raises(
+        TrainingStopped, match=r"with the parameters of step 4\) at step 7; the last good .* is step 4 in"
+    ):
+        pretrain(run)
+
+
 def test_unwritable_run_dir_is_named(tmp_path: Path, corpus: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(RunFolderError, match=r"cannot write to training.run_dir .*choose a writable folder"):
         pretrain(config(blocked / "run", corpus))
-
-
-def test_full_disk_is_an_error_and_keeps_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    state = {"x": jnp.arange(4.0)}
-    checkpoints.save(1, state, {"position": 1}, validation_loss=None)
-    checkpoints.wait()
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints._manager, "save", full)
-    with pytest.raises(CheckpointError, match=r"cannot save step 2 .*No space left"):
-        checkpoints.save(2, state, {"position": 2}, validation_loss=None)
-    restored = checkpoints.restore(jax.eval_shape(lambda: state))
-    assert restored.step == 1 and restored.data == {"position": 1}
-    checkpoints.close()
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    with pytest.raises(RunFolderError, match=r"link: a link to a folder that does not exist; choose"):
+        pretrain(config(tmp_path / "link", corpus))
 
 
 def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:

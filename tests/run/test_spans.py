@@ -9,7 +9,7 @@ import pytest
 
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
 from jaxllm.generation.text import filled_in
-from jaxllm.training.spans import SpanCounts, count_spans
+from jaxllm.training.spans import count_spans
 
 SENTINELS = np.array([99, 98, 97])
 #                    S0  a  b  S1  c end | S0 d  end pad
@@ -22,7 +22,7 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(iter(["def name(self): return self.name\n" * 9]), vocab_size=400)
 
 
-def guess(*wrong: int) -> SpanCounts:
+def guess(*wrong: int) -> tuple[int, int]:
     predicted = TARGETS.copy()
     predicted[0, list(wrong)] = 50
     return count_spans(predicted, TARGETS, SEGMENTS, SENTINELS)

@@ -16,7 +16,7 @@ import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
 from jaxllm.config.file import parse_config
-from jaxllm.generation import BeamSettings, beam_search, generate, generate_speculative, generate_stream
+from jaxllm.generation import BeamSettings, beam_search, generate, generate_stream
 from jaxllm.models import build, decoder_of, init_params
 from jaxllm.ops.sampling import Sampling
 from jaxllm.run.compiled import CompiledOnce, DeviceError, RecompilationError
@@ -113,7 +113,7 @@ def decodings(family: str) -> dict[str, tuple[tuple[str, ...], Callable[[list[li
     model = build((LlamaConfig if family == "llama" else T5Config)(**sizes))
     params = init_params(model, jax.random.key(0))
     params = decoder_of(model).prepare(params)
-    draft, search = {"draft_model": model, "draft_params": params}, BeamSettings(beams=3)
+    search = BeamSettings(beams=3)
     warm = {"sampling": Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1), "eos_ids": (1,), "samples": 2}
     pieces = ("begin", "next_chunk")
 
@@ -124,9 +124,6 @@ def decodings(family: str) -> dict[str, tuple[tuple[str, ...], Callable[[list[li
         options = {"stop": ("never",), "decode": str}
         return generate(model, params, prompts, max_new_tokens=new, **options)
 
-    def speculated(prompts: list[list[int]], new: int) -> Any:
-        return [generate_speculative(model, params, prompts, max_new_tokens=new, **more) for more in ({}, draft)]
-
     return {
         "greedy": (("run",), lambda prompts, new: generate(model, params, prompts, max_new_tokens=new)),
         "samples": (("run",), lambda prompts, new: generate(model, params, prompts, max_new_tokens=new, **warm)),
@@ -136,7 +133,6 @@ def decodings(family: str) -> dict[str, tuple[tuple[str, ...], Callable[[list[li
             ("_search",),
             lambda prompts, new: beam_search(model, params, prompts, max_new_tokens=new, search=search),
         ),
-        "speculative": (("_run", "_run"), speculated),
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.training.finite import all_finite, finite_rows
+from jaxllm.training.attribution import all_finite, finite_rows
 from jaxllm.training.loss_scale import (
     dynamic_loss_scale,
     loss_scale_of,

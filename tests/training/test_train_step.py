@@ -116,7 +116,7 @@ def test_adamw_equals_optax_adamw(tiny: LlamaConfig) -> None:
         np.testing.assert_array_equal(ours_leaf, wanted)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_rms", "adafactor", "muon"])
 def test_decay_is_multiplied_by_the_rate_in_every_rule(name: str) -> None:
     config = OptimizerConfig(name=name, learning_rate=1e-3, weight_decay=0.1, schedule="constant")
     rule = build_optimizer(config, PrecisionConfig(), steps=10)
@@ -156,6 +156,79 @@ def test_adamw_rms_is_adam_times_the_parameters_rms() -> None:
         adam = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-6)
         updates, state = rule.update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)
         np.testing.assert_allclose(updates["kernel"], -2e-2 * np.sqrt((p**2).mean()) * adam, rtol=1e-4)
+
+
+def orthogonal(x: np.ndarray) -> np.ndarray:
+    """Five Newton-Schulz steps of Muon in float64."""
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_muon_equals_its_definition_and_spares_embedding_and_norms() -> None:
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0, clip_norm=None, schedule="constant")
+    muon = build_optimizer(config, PrecisionConfig(), steps=10)
+    adam = build_optimizer(dataclasses.replace(config, name="adamw"), PrecisionConfig(), steps=10)
+    rng = np.random.default_rng(0)
+    shapes = {"layers": {"kernel": (3, 8, 24), "weight": (3, 8)}, "embed": (16, 8)}
+    params = jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes, is_leaf=_is_shape)
+    states, momentum = [rule.init(params) for rule in (muon, adam)], np.zeros((3, 8, 24))
+    for _ in range(3):
+        grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        (ours, first), (theirs, second) = (
+            rule.update(grads, state, params) for rule, state in zip((muon, adam), states, strict=True)
+        )
+        states, gradient = [first, second], grads["layers"]["kernel"].astype(np.float64)
+        momentum = 0.95 * momentum + gradient
+        want = np.stack([orthogonal(0.95 * m + g) for m, g in zip(momentum, gradient, strict=True)])
+        np.testing.assert_allclose(ours["layers"]["kernel"], -1e-2 * 0.2 * np.sqrt(24) * want, rtol=2e-3, atol=1e-6)
+        np.testing.assert_array_equal(ours["embed"], theirs["embed"])
+        np.testing.assert_array_equal(ours["layers"]["weight"], theirs["layers"]["weight"])
+
+
+def _is_shape(x: object) -> bool:
+    return isinstance(x, tuple)
+
+
+def test_muon_equals_torch() -> None:
+    """Within bfloat16, in which torch iterates."""
+    torch = pytest.importorskip("torch")
+    start = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
+    weight = torch.nn.Parameter(torch.tensor(start.T))  # its matrices map the last axis
+    theirs = torch.optim.Muon([weight], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.1, clip_norm=None, schedule="constant")
+    rule, params = (
+        build_optimizer(config, PrecisionConfig(), steps=10),
+        {"layers": {"kernel": jnp.asarray(start)[None]}},
+    )
+    state = rule.init(params)
+    for i in range(4):
+        grad = np.cos(start * (i + 1))
+        weight.grad = torch.tensor(grad.T)
+        theirs.step()
+        updates, state = rule.update({"layers": {"kernel": jnp.asarray(grad)[None]}}, state, params)
+        params = optax.apply_updates(params, updates)
+    moved, wanted = (np.asarray(x) - start for x in (params["layers"]["kernel"][0], weight.detach().numpy().T))
+    assert np.linalg.norm(moved - wanted) < 2e-2 * np.linalg.norm(wanted)
+
+
+def test_rate_factors_scale_the_updates_of_what_they_name(tiny: LlamaConfig) -> None:
+    params = init_params(build(tiny), jax.random.key(0))
+    grads = jax.tree.map(jnp.cos, params)
+    config = OptimizerConfig(schedule="constant", rate_factors={"layers/up_proj": 0.5, "kernel": 2.0, "embed": 0.0})
+    plain, scaled = (
+        build_optimizer(each, PrecisionConfig(), steps=10)
+        for each in (dataclasses.replace(config, rate_factors={}), config)
+    )
+    before, after = (rule.update(grads, rule.init(params), params)[0] for rule in (plain, scaled))
+    ratios = jax.tree.map(lambda a, b: float(jnp.median(b / a)), before, after)
+    assert ratios["layers"]["up_proj"]["kernel"] == 1.0 and ratios["layers"]["q_proj"]["kernel"] == 2.0
+    assert ratios["embed"] == 0.0 and ratios["final_norm"]["weight"] == 1.0
+    wrong = build_optimizer(OptimizerConfig(rate_factors={"mlpp": 1.0}), PrecisionConfig(), steps=10)
+    with pytest.raises(ValueError, match="'mlpp', which is in no path of"):
+        wrong.init(params)
 
 
 SCHEDULES = {
@@ -243,7 +316,7 @@ def test_a_first_moment_in_bfloat16_decays_by_the_exact_b1(b1: float) -> None:
     np.testing.assert_allclose(np.vdot(*updates) / np.vdot(updates[0], updates[0]), 1, atol=2e-3)
 
 
-@pytest.mark.parametrize(("name", "rate"), [("adamw", 1e-2), ("adamw_rms", 0.3), ("adafactor", 0.3)])
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 1e-2), ("adamw_rms", 0.3), ("adafactor", 0.3), ("muon", 1e-2)])
 def test_every_rule_trains(tiny: LlamaConfig, name: str, rate: float) -> None:
     """Rules that scale by a tensor's RMS (0.02 at the start) need a larger rate for the same step."""
     step, state, _ = setup(tiny, name=name, learning_rate=rate)

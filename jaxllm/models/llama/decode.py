@@ -4,8 +4,6 @@ Pure functions on the decoding layout: one NamedTuple per layer instead of stack
 as one matrix each. A step reads every weight once and in few kernels. Out of scope: training, choosing tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
-from jaxllm.models.decoder import Adapter, Plan, check_methods, check_prepared, join
-from jaxllm.models.layers import Parts, apply
+from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
+from jaxllm.models.layers import Parts
 from jaxllm.models.llama.layer import layer_body, rotation, whole_attention
 from jaxllm.models.llama.model import Llama
 from jaxllm.models.params import check_params
@@ -158,20 +156,6 @@ def decode_step(
     return logits[:, 0], cache
 
 
-def extend(
-    model: Llama,
-    params: LlamaParams,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    *,
-    length: int | None = None,
-) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Appends T tokens per row as `kv.extend` does, and returns the logits after each."""
-    turn = kv.extend(cache, positions, model.attend, window=model.config.sliding_window)
-    return _through_cache(model, params, cache, tokens, turn, length)
-
-
 def _through_cache(
     model: Llama, params: LlamaParams, cache: KVCache, tokens: Int[Array, "B T"], turn: kv.Turn, length: int | None
 ) -> tuple[Float[Array, "B T V"], KVCache]:
@@ -217,7 +201,7 @@ def _logits(config: LlamaConfig, params: LlamaParams, x: Float[Array, "B T D"]) 
     return project(rms_norm(x, params.final_norm, eps=config.norm_eps), params.head, dtype=jnp.float32)
 
 
-class LlamaDecoder(Adapter):
+class LlamaDecoder(Decoder):
     """Llama's side of the decoding loops: a decoder continues its prompt."""
 
     def prepare(self, params: Any, *, int8: bool = False) -> LlamaParams:
@@ -253,8 +237,7 @@ class LlamaDecoder(Adapter):
 
     def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
         """See `Decoder`."""
-        dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
-        options = {"capacity": plan.slots, "length": plan.length, "dtype": dtype}
+        options = {"capacity": plan.slots, "length": plan.length, "dtype": plan.cache_dtype}
         logits, cache = prefill(self.model, params, tokens, lengths, **options)
         return None, logits, cache, lengths
 
@@ -262,30 +245,4 @@ class LlamaDecoder(Adapter):
         self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan, attended: int
     ) -> tuple[Array, KVCache]:
         """See `Decoder`."""
-        options = {"length": plan.length, "attended": attended}
-        return decode_step(self.model, params, cache, tokens, positions, **options)
-
-    def extend(
-        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
-    ) -> tuple[Array, KVCache]:
-        """See `Decoder`."""
-        return extend(self.model, params, cache, tokens, positions, length=plan.length)
-
-    def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-        """See `Decoder`: the prompt."""
-        return tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-
-    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
-        """See `Decoder`: the row itself, prompt and new tokens."""
-        joined = join(tokens, lengths, new)
-        return joined, lengths + counts, joined, lengths + counts
-
-    def full_logits(
-        self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None
-    ) -> Float[Array, "B N V"]:
-        """See `Decoder`."""
-        columns = lengths[:, None] + jnp.arange(new.shape[1])
-        joined = join(tokens, lengths, new)
-        hidden = apply(self.model, params, joined, length=length, method="hidden")
-        before = jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
-        return apply(self.model, params, before, method="logits")
+        return decode_step(self.model, params, cache, tokens, positions, length=plan.length, attended=attended)

@@ -3,8 +3,6 @@
 For training and scoring, whole sequences and no cache at all; decoding is `jaxllm.models.llama.decode`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Pure functions on the decoding layout, as for Llama: one NamedTuple per layer, c
 joined. Out of scope: training, choosing tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import T5Config
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
-from jaxllm.models.decoder import Adapter, Plan, check_methods, check_prepared
+from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
 from jaxllm.models.functions import Pairs
 from jaxllm.models.layers import Parts, apply
 from jaxllm.models.params import check_params
@@ -183,26 +181,14 @@ def decode_step(
     same call of `prefill`.
     """
     turn = kv.append(cache, positions, model.attend, attended=attended)
-    logits, cache = _through_cache(model, params, cross, cache, tokens[:, None], turn)
+    logits, cache = through_cache(model, params, cross, cache, tokens[:, None], turn)
     return logits[:, 0], cache
 
 
-def extend(
-    model: T5,
-    params: T5Params,
-    cross: CrossCache,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Appends T tokens per row as `kv.extend` does, and returns the logits after each."""
-    turn = kv.extend(cache, positions, model.attend)
-    return _through_cache(model, params, cross, cache, tokens, turn)
-
-
-def _through_cache(
+def through_cache(
     model: T5, params: T5Params, cross: CrossCache, cache: KVCache, tokens: Int[Array, "B T"], turn: kv.Turn
 ) -> tuple[Float[Array, "B T V"], KVCache]:
+    """Appends T tokens per row in the slots of `turn`; the logits after each, and the cache."""
     c, sources = model.config, cross.visible.shape[1]
     places = turn.pairs.query_positions, turn.pairs.key_positions
     source_mask = jnp.broadcast_to(cross.visible[:, None], (*tokens.shape, sources))
@@ -284,7 +270,7 @@ def _embed(params: T5Params, tokens: Array) -> Array:
     return params.embed[tokens].astype(stream_dtype(params.embed.dtype))
 
 
-class T5Decoder(Adapter):
+class T5Decoder(Decoder):
     """T5's side of the decoding loops: an encoder-decoder answers its prompt, from the decoder's start token on."""
 
     def prepare(self, params: Any, *, int8: bool = False) -> T5Params:
@@ -310,8 +296,7 @@ class T5Decoder(Adapter):
 
     def start(self, params: Any, tokens: Array, lengths: Array, plan: Plan) -> tuple[Any, Array, KVCache, Array]:
         """See `Decoder`."""
-        dtype = jnp.dtype(plan.cache_dtype) if plan.cache_dtype else None
-        cross, cache = prefill(self.model, params, tokens, lengths, capacity=plan.slots, dtype=dtype)
+        cross, cache = prefill(self.model, params, tokens, lengths, capacity=plan.slots, dtype=plan.cache_dtype)
         zeros = jnp.zeros_like(lengths)
         start = zeros + self.model.config.decoder_start_id
         logits, cache = decode_step(self.model, params, cross, cache, start, zeros, attended=1)
@@ -323,20 +308,10 @@ class T5Decoder(Adapter):
         """See `Decoder`."""
         return decode_step(self.model, params, context, cache, tokens, positions, attended=attended)
 
-    def extend(
-        self, params: Any, context: Any, cache: KVCache, tokens: Array, positions: Array, plan: Plan
-    ) -> tuple[Array, KVCache]:
-        """See `Decoder`."""
-        return extend(self.model, params, context, cache, tokens, positions)
-
     def history(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         """See `Decoder`: the start token, not the encoder's input."""
         begun = jnp.full((tokens.shape[0], 1), self.model.config.decoder_start_id, jnp.int32)
         return begun, jnp.ones(begun.shape, bool)
-
-    def lookup(self, tokens: Array, lengths: Array, new: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
-        """See `Decoder`: the encoder's input."""
-        return tokens, lengths, new, counts
 
     def full_logits(
         self, params: Any, tokens: Array, lengths: Array, new: Array, *, length: int | None = None

@@ -1,7 +1,5 @@
 """Which source tokens and targets of a row belong together, as one value."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ class Documents(NamedTuple):
     encoder_lengths: Int[Array, "#B"] | None = None
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> Documents:
+    def of(cls, batch: Mapping[str, Any]) -> "Documents":
         """Those of a training batch, from the fields that it has."""
         return cls(**{name: batch[name] for name in cls._fields if name in batch})
 

@@ -4,8 +4,6 @@
 is `jaxllm.models.t5.decode`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 

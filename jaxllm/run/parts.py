@@ -1,0 +1,102 @@
+"""Parts that the caller of `pretrain` gives: what a callback gets, and how a run folder records the parts.
+
+parts.json has the name of each part, with a hash of its source code where Python finds one. A run that was trained with
+some parts is not continued with others, unless the caller accepts them.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.data.sources import Source
+from jaxllm.run.folder import RunFolderError, has_begun
+from jaxllm.training.program import Own
+from jaxllm.training.train_step import StepMetrics, TrainState
+
+_log = logging.getLogger(__name__)
+
+_PARTS = "parts.json"
+
+
+class StepReport(NamedTuple):
+    """What `on_step` gets, while the next step runs on the device.
+
+    Attributes:
+        step: optimizer steps done, this one included.
+        metrics: of this step, as numbers.
+        batch: NumPy arrays of this step.
+        state: returns a copy of the newest state on its devices, which is up to one step later: see `state().step`. It
+            waits for that step and needs memory for a second state.
+    """
+
+    step: int
+    metrics: StepMetrics
+    batch: dict[str, np.ndarray]
+    state: Callable[[], TrainState]
+
+
+OnStep = Callable[[StepReport], None]
+# (step, metrics of the evaluation, parameters, which the next step overwrites) -> more metrics, or None.
+OnEvaluate = Callable[[int, dict[str, float], Any], Mapping[str, float] | None]
+
+
+def describe_parts(own: Own, source: Source | None) -> dict[str, str]:
+    """The given parts by name; empty where the config describes the whole run."""
+    functions = {
+        "optimizer": own.optimizer and own.optimizer.update,
+        "loss": own.loss,
+        "recipe": own.recipe and own.recipe.recipe,
+    }
+    described = {name: _described(name, function) for name, function in functions.items() if function is not None}
+    return described if source is None else {**described, "source": source.name}
+
+
+def check_parts(folder: Path, parts: Mapping[str, str], *, accept_other: bool) -> None:
+    """Compares parts with those that trained the run so far.
+
+    Raises:
+        RunFolderError: naming the parts that differ, unless `accept_other`.
+    """
+    file = folder / _PARTS
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if accept_other or not has_begun(folder):
+        return
+    names = sorted(before.keys() | parts.keys())
+    differing = [
+        f"{name}: {before.get(name, 'of the config')} -> {parts.get(name, 'of the config')}"
+        for name in names
+        if before.get(name) != parts.get(name)
+    ]
+    if differing:
+        listed = "\n  ".join(differing)
+        raise RunFolderError(
+            f"{folder} holds a run with other parts (there -> here):\n  {listed}\nresume it with the same arguments of "
+            f"pretrain, pass accept_other_parts=True, or choose another training.run_dir"
+        )
+
+
+def write_parts(folder: Path, parts: Mapping[str, str]) -> None:
+    """Records the parts of a run; removes the record of a run that has none any more."""
+    file = folder / _PARTS
+    if parts:
+        file.write_text(json.dumps(parts, indent=1), encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
+
+
+def _described(name: str, part: Any) -> str:
+    function = inspect.unwrap(getattr(part, "func", part))
+    label = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+    if name != "optimizer":  # the source of an optax rule has none of its numbers
+        try:
+            return f"{label} sha256:{hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]}"
+        except (OSError, TypeError):
+            pass
+    _log.info("%s %s is recorded by its name alone: a change of its numbers is not noticed at a resume", name, label)
+    return label

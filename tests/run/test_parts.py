@@ -1,0 +1,128 @@
+"""Own parts of a run: the examples of docs/parts.md, and that parts change nothing but what they replace."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxllm.data import BatchError
+from jaxllm.data.sources import Source
+from jaxllm.ops.losses import LossSums
+from jaxllm.run.folder import RunFolderError
+from jaxllm.run.parts import StepReport
+from jaxllm.run.trainer import pretrain
+from jaxllm.training.loss import build_loss
+from jaxllm.training.optimizer import build_optimizer
+from tests.conftest import write_corpus
+from tests.run.test_pretrain import config, final_params, losses
+
+GUIDE = (Path(__file__).parent.parent.parent / "docs" / "parts.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.+?)```", GUIDE, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+def test_the_guide_to_parts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 7 and all(block.count("\n") <= 40 for block in BLOCKS)
+    exec(compile("\n".join(BLOCKS), "docs/parts.md", "exec", dont_inherit=True), {"__name__": "guide"})
+    assert json.loads(Path("runs/smoothed/parts.json").read_text()) == {"loss": "guide.smoothed"}  # not from a file
+    assert not Path("runs/watched/parts.json").exists()
+
+
+def twice(model, training):
+    plain = build_loss(model, training)
+
+    def loss(params, batch, key):
+        return LossSums(*(2 * x for x in plain(params, batch, key)))
+
+    return loss
+
+
+def test_the_same_parts_make_the_same_run_and_callbacks_change_nothing(shared: Path) -> None:
+    run = config(shared / "plain", shared / "corpus", training={"steps": 4})
+    pretrain(run)
+    own = config(shared / "own", shared / "corpus", training={"steps": 4})
+    rule = build_optimizer(own.optimizer, own.precision, steps=4)
+    reports: list[tuple[StepReport, jax.Array]] = []
+
+    def on_step(report: StepReport) -> None:
+        reports.append((report, report.state().params["final_norm"]["weight"]))
+
+    pretrain(own, optimizer=rule, loss=build_loss, on_step=on_step, stop_at=2)
+    with pytest.raises(RunFolderError, match=r"(?s)other parts.*  loss: .*build_loss sha256:\w+ -> of the config"):
+        pretrain(own)
+    summary = pretrain(own, optimizer=rule, loss=build_loss, on_step=on_step)
+    for a, b in zip(final_params(run), final_params(own), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [report.step for report, _ in reports] == [1, 2, 3, 4]
+    assert losses(run) == losses(own) == {report.step: report.metrics.loss for report, _ in reports}
+    assert [row["step"] for row in summary.metrics if "loss" in row] == [1, 2, 3, 4]
+    assert all(np.isfinite(np.asarray(weight)).all() for _, weight in reports)  # copies, which no step overwrites
+
+
+def test_parts_are_inside_the_loss_scale_and_accepted_on_request(shared: Path) -> None:
+    half = {"compute": "float16", "loss_scale": "dynamic"}
+    run = config(shared / "half", shared / "corpus", training={"steps": 2}, precision=half)
+    summary = pretrain(run, optimizer=optax.sgd(0.1), loss=twice, stop_at=1)
+    assert summary.metrics[0]["loss_scale"] == 65536 and summary.metrics[0]["learning_rate"] is None
+    assert pretrain(run, accept_other_parts=True, optimizer=optax.sgd(0.1)).finished
+
+
+class Numbers:
+    """A stream, of `last` documents where that is given."""
+
+    def __init__(self, last: int = 10**9) -> None:
+        self.count, self.last = 0, last
+
+    def __next__(self) -> dict[str, str]:
+        if self.count == self.last:
+            raise StopIteration
+        self.count += 1
+        return {"text": f"{self.count} times {self.count % 7} is {self.count * (self.count % 7)}. " * 3}
+
+    def get_state(self) -> int:
+        return self.count
+
+    def set_state(self, state: int) -> None:
+        self.count = state
+
+
+def test_a_stream_resumes_where_it_was_and_may_not_end(shared: Path) -> None:
+    held_out = [{"text": "1 times 2 is 2."}] * 4
+    tokenizer = {"tokenizer": str(shared / "made" / "tokenizer.json")}
+    pretrain(config(shared / "made", shared / "corpus", training={"steps": 1}))
+    runs = [config(shared / name, shared / "corpus", data=tokenizer) for name in ("long", "short")]
+    pretrain(runs[0], source=Source("numbers", Numbers(), held_out))
+    pretrain(runs[1], source=Source("numbers", Numbers(), held_out), stop_at=3)
+    pretrain(runs[1], source=Source("numbers", Numbers(), held_out))
+    assert losses(runs[0]) == losses(runs[1]) and len(losses(runs[0])) == 8
+    ended = config(shared / "ended", shared / "corpus", data=tokenizer)
+    with pytest.raises(BatchError, match="source numbers has ended"):
+        pretrain(ended, source=Source("numbers", Numbers(last=10), held_out))
+    untold = config(shared / "untold", shared / "corpus")
+    with pytest.raises(ValueError, match=r"data\.tokenizer.*a stream without end"):
+        pretrain(untold, source=Source("numbers", Numbers(), held_out))
+
+
+def test_python_shows_the_log_where_nobody_listens(
+    shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(config(shared / "shown", shared / "corpus", training={"steps": 1}))
+    assert "step 1/1" not in capsys.readouterr().out  # pytest listens
+    monkeypatch.setattr(logging.root, "handlers", [])
+    pretrain(config(shared / "shown2", shared / "corpus", training={"steps": 1}))
+    assert "step 1/1" in capsys.readouterr().out
