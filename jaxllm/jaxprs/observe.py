@@ -30,25 +30,19 @@ class Reading(NamedTuple):
 class Observer:
     """Calls a function for the readings of its values of one dtype; compiled at the first call.
 
-    `spread` maps the function that computes them to one of the same arguments on several devices, and `fetch` copies
-    values to the host.
+    `spread` maps the function that computes them to one of the same arguments on several devices.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        dtype: Any,
-        spread: Callable[..., Any] = lambda function: function,
-        *,
-        fetch: Callable[[Any], Any] = jax.device_get,
+        self, function: Callable[..., Any], dtype: Any, spread: Callable[..., Any] = lambda function: function
     ) -> None:
-        self._function, self._dtype, self._fetch = function, jnp.dtype(dtype), fetch
+        self._function, self._dtype = function, jnp.dtype(dtype)
         self._values: list[_Value] = []
         self._largest = jax.jit(spread(self._trace))
 
     def __call__(self, *args: Any) -> list[Reading]:
         """Readings of function(*args), in the order of execution."""
-        largest = self._fetch(self._largest(*args))
+        largest = jax.device_get(self._largest(*args))
         readings = []
         for value, found in zip(self._values, largest, strict=True):
             readings.extend(value.reading(index, float(found[index])) for index in np.ndindex(found.shape))

@@ -26,9 +26,9 @@ def announce_fit(program: Program, device: Device, mesh: Mesh | None = None) -> 
     on_cpu = device.kind == "cpu"
     if device.memory is None and not on_cpu:
         return lambda needed: None
-    params = abstract_params(program.model)
+    params, shares = abstract_params(program.model), shares_of(mesh)
     moments = jax.eval_shape(program.optimizer.init, params)
-    state = Fit(device_bytes(params, shares_of(mesh)), device_bytes(moments, shares_of(mesh)), 0, 0, 0)
+    state = Fit(device_bytes(params, shares), device_bytes(moments, shares), 0, 0, 0)
     limit = device.memory or host_memory() // device.count
     check_fit(state, sum(state), limit=limit)
     if on_cpu and 100 * sum(state) < limit:

@@ -21,7 +21,7 @@ from jaxllm.run import processes
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import fetch, largest, map_rows, own_keys, place_rows, with_ends
+from jaxllm.training.sharding import largest, map_rows, own_keys, place_rows, with_ends
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
 _log = logging.getLogger(__name__)
@@ -51,9 +51,7 @@ class OverflowWatch:
             options: Any = {"factor": factor, "accumulation": self._accumulation, "own_keys": own}
             return accumulate_gradients(loss, params, batch, key, **options)
 
-        self._forward, self._gradients = (
-            Observer(each, program.dtype, spread, fetch=fetch) for each in (forward, gradients)
-        )
+        self._forward, self._gradients = (Observer(each, program.dtype, spread) for each in (forward, gradients))
 
     def check(self, step: int, values: StepMetrics, state: TrainState, batch: Batch) -> str | None:
         """Logs an overflow of step `step`; returns why the run must stop, if it must."""
