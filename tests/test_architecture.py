@@ -31,7 +31,7 @@ IMPORTED = {
     "generation": {"ops", "models", "jaxprs", "data"},
     "training": {"ops", "models", "data"},
     "run": {"ops", "models", "generation", "interop", "data", "training", "jaxprs"},
-    "study": {"ops", "models", "interop", "training", "jaxprs"},
+    "study": {"training", "jaxprs"},
 }
 
 

@@ -35,6 +35,7 @@ COUNTS = {
     "resumes": (1, 40),
     "metrics": (40, 300),
     "configs": (60, 400),
+    "documents": (8, 200),
     "directories": (16, 400),
 }
 _CHAINS = {"kills": chains.kills, "signals": chains.signals, "disks": chains.disks, "renames": chains.renames}
@@ -96,8 +97,8 @@ def _lanes(root: Path, steps: int) -> list[Lane]:
 
 
 def _campaign(name: str, lanes: list[Lane], root: Path, count: int, seed: int) -> Iterator[Tally]:
-    if name == "configs":
-        yield inputs.configs(root, count, seed)
+    if name in ("configs", "documents"):
+        yield {"configs": inputs.configs, "documents": inputs.documents}[name](root, count, seed)
         return
     # A start of the second, a T5, takes twice as long.
     first = round(count * (2 / 3 if name in _CHAINS or name == "resumes" else 1 / 2))

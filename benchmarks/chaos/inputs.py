@@ -1,14 +1,22 @@
-"""Damaged inputs: the YAML of a run, and Hugging Face directories. Each is refused in a sentence or read as it is."""
+"""Damaged inputs: the YAML of a run, files of documents, and Hugging Face directories.
+
+Each is refused in a sentence or read as it is.
+"""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
+import zstandard
 
 from benchmarks.chaos.damage import deleted, flipped, truncated, zeroed
 from benchmarks.chaos.lanes import ROOT, Lane, results_of
@@ -89,6 +97,55 @@ def _config_outcome(file: Path, overrides: list[str]) -> str:
     except Exception as error:
         return f"traceback: {error!r}"[:300]
     return "accepted, reads back equal" if again == config else "silent"
+
+
+def documents(root: Path, count: int, seed: int) -> Tally:
+    """Changes bytes of files of documents: DataError, or documents that can all be read.
+
+    Altered text is not counted as silent: plain text and some compressed files hold no checksum.
+    """
+    tally, place = Tally("file of documents", "all"), root / "documents"
+    texts = [f"document {i}: the cat sat on mat {i % 7} and saw {i * i} birds, äöü. " * 8 for i in range(60)]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    whole = {"a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "a.jsonl.zst": zstandard.compress(lines)}
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), parquet)
+    whole["a.parquet"] = parquet.getvalue()
+
+    def trial(number: int) -> dict[str, Any]:
+        rng = np.random.default_rng([seed, 10, number])
+        name = list(whole)[number % len(whole)]
+        file = place / f"{number}" / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(whole[name])
+        what = f"{number}: {name}, {(flipped, flipped, truncated, zeroed)[int(rng.integers(4))](file, rng)}"
+        outcome = _corpus_outcome(file, skips=bool(rng.integers(2)))
+        shutil.rmtree(file.parent)
+        return {"what": what, "outcome": outcome}
+
+    for result in results_of(place, count, trial):
+        tally.count(result["what"], result["outcome"])
+    return tally
+
+
+def _corpus_outcome(file: Path, *, skips: bool) -> str:
+    from jaxllm.config import DataConfig
+    from jaxllm.data import DataError
+    from jaxllm.data.records import texts
+    from jaxllm.data.sources import open_source
+
+    config = DataConfig(
+        source="files", path=str(file), validation_fraction=0.2, on_bad_text="skip" if skips else "stop"
+    )
+    try:
+        source = open_source(config, cache_dir=file.parent / "prepared")
+        total = [*texts(source.documents("this campaign"), "text"), *texts(source.validation, "text")]
+    except DataError:
+        return "refused in a sentence"
+    except Exception as error:
+        return f"traceback: {error!r}"[:300]
+    fewer = "fewer documents, as skip allows" if skips else "fewer documents"
+    return f"accepted, {'all documents' if len(total) == 60 else fewer}"
 
 
 def directories(lane: Lane, root: Path, count: int, seed: int) -> Tally:

@@ -291,11 +291,11 @@ def _check_same(path: Path, config: RunConfig) -> None:
     except ConfigError as error:
         raise RunFolderError(f"the config of the run there cannot be read: {error}") from None
     done = max(checkpoint_steps(path.parent / CHECKPOINTS), default=0)
-    same = same_rates(old, config, steps=done)
+    same = done > 0 and same_rates(old, config, steps=done)
     differing = config_differences(old, config, ignored=_keys(_MAY_CHANGE) + (_keys(_RATES) if same else []))
     if differing:
         listed = "\n  ".join(differing)
-        if not same:
+        if done and not same:
             listed += f"\n(the learning rates of the {done} steps that are done would differ)"
         raise RunFolderError(
             f"{path.parent} holds a run of another config; these keys differ (there -> here):\n  {listed}\n"

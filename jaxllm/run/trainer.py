@@ -79,7 +79,7 @@ class Parts(NamedTuple):
     overflow: OverflowWatch
     meter: Throughput
     on_step: Sequence[OnStep]
-    on_evaluate: OnEvaluate
+    on_evaluate: OnEvaluate | None
 
     @property
     def config(self) -> RunConfig:
@@ -183,11 +183,8 @@ def pretrain(
             # Loop.
             schedule = build_schedule(config.optimizer, steps=config.training.steps) if optimizer is None else None
             overflow = OverflowWatch(steps.program, progress.state.params, mesh=mesh)
-            callbacks += [] if on_step is None else [on_step]
-            evaluated = on_evaluate or (lambda step, metrics, params: None)
-            parts = Parts(
-                folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter, callbacks, evaluated
-            )
+            made = (folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter)
+            parts = Parts(*made, [*callbacks, *filter(None, [on_step])], on_evaluate)
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
             _finish(parts, progress, baselines)
@@ -321,7 +318,8 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
 def _evaluate(parts: Parts, progress: Progress) -> None:
     with parts.meter.paused():
         values = evaluate(parts.steps, progress.state.params, parts.pipeline)
-        values |= parts.on_evaluate(progress.step, values, progress.state.params) or {}
+        if parts.on_evaluate is not None:
+            values |= parts.on_evaluate(progress.step, values, progress.state.params) or {}
     progress.validation = {"step": progress.step, **values}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
     log_validation(progress.step, values)

@@ -51,7 +51,7 @@ class Faults:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.at: dict[str, int] = {}
         self.late = False  # after the rename, as a file system over a network may report it
-        whole = checkpoint._Durable.finalize
+        whole = checkpoint.Durable.finalize
 
         async def finalize(path: Any) -> None:
             code = self.at.get(Path(path.get_final()).name)
@@ -61,7 +61,7 @@ class Faults:
             if code is not None:
                 raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(checkpoint._Durable, "finalize", finalize)
+        monkeypatch.setattr(checkpoint.Durable, "finalize", finalize)
 
 
 @pytest.fixture

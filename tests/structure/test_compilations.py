@@ -32,7 +32,7 @@ class Compilations(logging.Handler):
         self.seen: list[tuple[str, int]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        step = re.match(r"step (\d+)/", record.getMessage())
+        step = re.match(r"step (\d+) loss", record.getMessage())
         self.step = int(step.group(1)) if step else self.step
         compiled = re.match(r"Finished XLA compilation of jit\((.*?)\) in", record.getMessage())
         if compiled:
