@@ -1,7 +1,5 @@
 """Pretrains the run of a config file: python scripts/pretrain.py configs/llama_tiny.yaml [section.key=value ...]."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 
@@ -10,11 +8,14 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
+from interrupts import interruptible
 from process import prepare_script
 
 from jaxllm.config.file import ConfigError, dump_config, key_table, load_config
+from jaxllm.run import processes
 
 
+@interruptible
 def main() -> int:
     """Parses the command line, loads the config, trains."""
     parser = argparse.ArgumentParser(
@@ -26,8 +27,6 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     arguments = parser.parse_intermixed_args()
-    from jaxllm.run import processes
-
     try:
         prepare_script()
         if not arguments.print_config:

@@ -75,6 +75,8 @@ class Pipeline:
         self._identity = {"source": source.name, "tokenizer": tokenizer.fingerprint}
         self._identity["shard"] = f"{process_index}/{process_count}"
         if is_stream(source.train):
+            if config.workers:
+                raise DataError(f"data.workers read documents by number, {source.name} is a stream; set data.workers=0")
             encoded, window = EncodedStream(source.train, self.recipe.encode), self._window()
         else:
             records = source.documents("a shuffle")

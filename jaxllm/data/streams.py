@@ -1,10 +1,12 @@
 """Documents from an iterator of the caller, with the position that a checkpoint needs."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol, TypeGuard
 
 import grain
 
+from jaxllm.data import DataError, first_line
 from jaxllm.data.packing import Batch
 
 
@@ -34,10 +36,15 @@ class _Iterator(grain.DatasetIterator[Batch]):
         self._stream, self._encode = stream, encode
 
     def __next__(self) -> Batch:
-        return self._encode(next(self._stream))
+        try:
+            return self._encode(next(self._stream))
+        except (StopIteration, DataError):
+            raise
+        except Exception as error:  # of the caller's code, such as a download
+            raise DataError(f"the stream of documents failed: {first_line(error)}") from error
 
     def get_state(self) -> dict[str, Any]:
-        return {"stream": self._stream.get_state()}
+        return {"stream": copy.deepcopy(self._stream.get_state())}  # the stream may change it as it reads on
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._stream.set_state(state["stream"])

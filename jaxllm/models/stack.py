@@ -24,8 +24,6 @@ from jaxllm.ops.matrices import Matrix, Rows, stored
 
 Hold = Callable[[Array, Array], kv.Stores]
 
-WHOLE = "whole parameter"  # `checkpoint_name` of a gathered parameter, which the backward pass gathers again
-
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["own"], meta_fields=["gather"])
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +112,8 @@ def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _is_not_whole(_: Any, *__: Any, **params: Any) -> bool:
-    """Everything but a gathered parameter; its function has a derivative rule, as others do, and a name inside."""
-    return all(each.params.get("name") != WHOLE for each in getattr(params.get("call_jaxpr"), "eqns", ()))
+    """Everything but a gathered parameter: its function has a derivative rule, as others do, with a gather inside."""
+    return all(each.primitive.name != "all_gather" for each in getattr(params.get("call_jaxpr"), "eqns", ()))
 
 
 def embed_and_head(params: Params, *, dtype: Any, int8: bool) -> tuple[Float[Array, "V D"], Matrix]:

@@ -194,6 +194,7 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             self._manager.reload()  # orbax has forgotten the checkpoints that this one would have replaced
         if step in self.steps():  # a rename can be reported as failed when it was done, as by NFS
+            self._failures = 0
             return
         self._failures += 1
         causes = (os.strerror(code) for code in errno.errorcode)  # the system's words, in the message of a library

@@ -54,8 +54,6 @@ def training_console(config: RunConfig) -> Iterator[OnStep]:
     logger = logging.getLogger("jaxllm")
     before, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO if first else logging.WARNING)
-    if not first:
-        handler.setFormatter(logging.Formatter(f"process {processes.index()}: %(message)s"))
     logger.propagate = False  # absl, which grain brings, would print every line again
     logger.addHandler(handler)
     try:

@@ -95,10 +95,11 @@ def _holds_begun_run(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_run_folder(config: RunConfig) -> Iterator[Path]:
+def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[Path]:
     """The folder for this process alone, made where it is new, once the run in it is known to be this one.
 
     A run that has made no step, such as one that was too large for its device, leaves its folder to the next config.
+    With `own_rates` the caller's optimizer, and not the config, has the learning rates.
 
     Raises:
         RunFolderError: when it cannot be written, another process trains in it, it is a Hugging Face directory, or it
@@ -121,7 +122,7 @@ def open_run_folder(config: RunConfig) -> Iterator[Path]:
                 stack.enter_context(_alone(folder))
             processes.check_same("config", dump_config(config))
             if _holds_begun_run(folder):
-                _check_same(folder / CONFIG, config)
+                _check_same(folder / CONFIG, config, own_rates)
         except OSError as error:
             dangling = folder.is_symlink() and not folder.exists()
             reason = "a link to a folder that does not exist" if dangling else error.strerror or error
@@ -285,18 +286,20 @@ def _keys(table: Mapping[str, str]) -> list[str]:
     return [f"{section}.{name}" for section, names in table.items() for name in names.split()]
 
 
-def _check_same(path: Path, config: RunConfig) -> None:
+def _check_same(path: Path, config: RunConfig, own_rates: bool) -> None:
     try:
         old = load_config(path)
     except ConfigError as error:
         raise RunFolderError(f"the config of the run there cannot be read: {error}") from None
     done = max(checkpoint_steps(path.parent / CHECKPOINTS), default=0)
-    same = done > 0 and same_rates(old, config, steps=done)
+    fits = 0 < done <= config.training.steps
+    same = fits and (own_rates or same_rates(old, config, steps=done))
     differing = config_differences(old, config, ignored=_keys(_MAY_CHANGE) + (_keys(_RATES) if same else []))
     if differing:
         listed = "\n  ".join(differing)
         if done and not same:
-            listed += f"\n(the learning rates of the {done} steps that are done would differ)"
+            reason = f"the learning rates of the {done} steps that are done would differ"
+            listed += f"\n({reason if fits else f'{done} steps are done'})"
         raise RunFolderError(
             f"{path.parent} holds a run of another config; these keys differ (there -> here):\n  {listed}\n"
             f"resume it with its own config, or choose another training.run_dir"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxllm.data.durable import write_whole
 from jaxllm.data.sources import Source
 from jaxllm.run import processes
 from jaxllm.run.folder import RunFolderError, has_begun
@@ -58,10 +59,13 @@ def check_parts(folder: Path, parts: Mapping[str, str], *, accept_other: bool) -
     Raises:
         RunFolderError: naming the parts that differ, unless `accept_other`.
     """
-    file = folder / _PARTS
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if accept_other or not has_begun(folder):
         return
+    file = folder / _PARTS
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (ValueError, TypeError):
+        raise RunFolderError(f"{file} is damaged; pass accept_other_parts=True, which writes it again") from None
     names = sorted(before.keys() | parts.keys())
     differing = [
         f"{name}: {before.get(name, 'of the config')} -> {parts.get(name, 'of the config')}"
@@ -82,7 +86,7 @@ def write_parts(folder: Path, parts: Mapping[str, str]) -> None:
     if processes.index() > 0:
         return
     if parts:
-        file.write_text(json.dumps(parts, indent=1), encoding="utf-8")
+        write_whole(file, json.dumps(parts, indent=1).encode())
     else:
         file.unlink(missing_ok=True)
 

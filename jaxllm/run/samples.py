@@ -40,7 +40,8 @@ def on_one_device(program: Program, mesh: Mesh | None, params: Any) -> Any:
         return jax.device_put(params, jax.devices()[0])
     device = jax.local_devices()[0]
     needed = sum(leaf.size for leaf in jax.tree.leaves(params)) * program.dtype.itemsize
-    if needed > ((device.memory_stats() or {}).get("bytes_limit") or math.inf) / 2:
+    large = needed > ((device.memory_stats() or {}).get("bytes_limit") or math.inf) / 2
+    if "large" in processes.gather("large" if large else ""):  # of any: all copy together, or none does
         _log.info("no sample: the parameters take %.1f GB, too much for one device next to the run", needed / 1e9)
         return None
 

@@ -135,7 +135,8 @@ def pretrain(
         on_step: called with each `StepReport`, one step late.
         on_evaluate: (step, metrics, parameters) -> more metrics for metrics.jsonl, or None.
         stop_at: save and return after this step, for sessions of limited length.
-        accept_other_parts: continue a run that was trained with another optimizer, loss, source or recipe.
+        accept_other_parts: continue a run that was trained with another loss, source or recipe, or with another
+            optimizer whose state has the same form.
 
     Raises:
         ValueError (ConfigError, DataError, FitError), CheckpointError, DeviceError: before training, naming the value
@@ -151,7 +152,7 @@ def pretrain(
         callbacks = [stack.enter_context(training_console(config))] if nobody_listens() else []
         # Open.
         stack.enter_context(compilation_cache(config.training.compilation_cache))
-        folder = stack.enter_context(open_run_folder(config))
+        folder = stack.enter_context(open_run_folder(config, own_rates=optimizer is not None))
         check_parts(folder, given, accept_other=accept_other_parts)
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
         # Build.
@@ -220,7 +221,8 @@ def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float])
     _log.info("%s, %.2fM parameters, %s in %s, tokenizer of %d", family, size, pipeline.source_name, compute, ids)
     _log.info("baselines: %s", _listed(baselines))
     rule, steps = program.config.optimizer, program.config.training.steps
-    if (shorter := phases(rule, steps=steps)) != (rule.warmup_steps, rule.decay_steps):
+    shorter = phases(rule, steps=steps)
+    if program.own.optimizer is None and shorter != (rule.warmup_steps, rule.decay_steps):
         _log.info("optimizer.warmup_steps and decay_steps are shortened to %d and %d of %d steps", *shorter, steps)
 
 
@@ -319,8 +321,9 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
     with parts.meter.paused():
         values = evaluate(parts.steps, progress.state.params, parts.pipeline)
         if parts.on_evaluate is not None:
-            values |= parts.on_evaluate(progress.step, values, progress.state.params) or {}
-    progress.validation = {"step": progress.step, **values}
+            own = parts.on_evaluate(progress.step, values, progress.state.params) or {}
+            values = {name: float(value) for name, value in own.items()} | values
+    progress.validation = {**values, "step": progress.step}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
     log_validation(progress.step, values)
 

@@ -16,7 +16,7 @@ import optax
 from jaxllm.config import OptimizerConfig, PrecisionConfig, RunConfig
 from jaxllm.training.fingerprint import path_name
 from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
-from jaxllm.training.names import is_stacked, role_of
+from jaxllm.training.names import MATRIX, is_stacked, role_of
 
 
 def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
@@ -139,17 +139,20 @@ def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
 
     def kinds(params: Any) -> Any:
         def kind(path: tuple[Any, ...], _: Any) -> str:
-            return "muon" if is_stacked(path) and path[-1].key == "kernel" else "adam"
+            return "muon" if is_stacked(path) and role_of(path) == MATRIX else "adam"
 
         return jax.tree_util.tree_map_with_path(kind, params)
 
-    momentum = optax.trace(config.momentum, nesterov=True, accumulator_dtype=config.moment_dtype)
-    matrices = optax.chain(momentum, optax.stateless(lambda updates, _: jax.tree.map(_orthogonal, updates)))
+    def by_layer(updates: Any, _: Any) -> Any:  # several devices gather one matrix at a time
+        return jax.tree.map(lambda stack: jax.lax.map(_orthogonal, stack), updates)
+
+    momentum = _stored_first_moment(optax.trace(config.momentum, nesterov=True), config.moment_dtype, name="trace")
+    matrices = optax.chain(momentum, optax.stateless(by_layer))
     return [optax.partition({"muon": matrices, "adam": _adamw(config)[0]}, kinds)]
 
 
 def _orthogonal(update: jax.Array) -> jax.Array:
-    """Each matrix with all singular values near 1, by five Newton-Schulz steps, then with the RMS of Adam's updates.
+    """A matrix with all singular values near 1, by five Newton-Schulz steps, then with the RMS of Adam's updates.
 
     optax.contrib.muon corrects the bias of its momentum, and so differs from torch's and the original in early steps.
     """
@@ -200,23 +203,25 @@ def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation
     return optax.GradientTransformation(init, update)
 
 
-def _stored_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Adam that keeps its first moment in `dtype` between steps and computes with it in float32.
+def _stored_first_moment(
+    rule: optax.GradientTransformation, dtype: str, *, name: str = "mu"
+) -> optax.GradientTransformation:
+    """A rule that keeps its first moment, `name` in its state, in `dtype` between steps and computes in float32.
 
-    optax's `mu_dtype` multiplies the stored moment by b1 in that dtype. In bfloat16 a b1 of 0.99 is 0.9883, and every
+    optax's own option multiplies the stored moment by b1 in that dtype. In bfloat16 a b1 of 0.99 is 0.9883, and every
     update is an eighth too small. A b1 of 0.999 is 1, and old gradients never decay.
     """
     if dtype == "float32":
-        return adam
+        return rule
 
     def kept(state: Any, kind: Any) -> Any:
-        return state._replace(mu=jax.tree.map(lambda x: x.astype(kind), state.mu))
+        return state._replace(**{name: jax.tree.map(lambda x: x.astype(kind), getattr(state, name))})
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = adam.update(updates, kept(state, jnp.float32), params)
+        updates, state = rule.update(updates, kept(state, jnp.float32), params)
         return updates, kept(state, dtype)
 
-    return optax.GradientTransformation(lambda params: kept(adam.init(params), dtype), update)
+    return optax.GradientTransformation(lambda params: kept(rule.init(params), dtype), update)
 
 
 def _clip_by_rms(largest: float) -> optax.GradientTransformation:

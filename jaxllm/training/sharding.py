@@ -32,11 +32,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxllm.models.stack import WHOLE, Share, is_share, whole
+from jaxllm.models.stack import Share, is_share, whole
 from jaxllm.training.names import is_stacked, role_of
 from jaxllm.training.precision import cast_floating
 from jaxllm.training.row_keys import row_keys
@@ -230,7 +229,7 @@ def _shares(params: Any, specs: Any, dtype: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(share: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    return checkpoint_name(jax.lax.all_gather(share.astype(dtype), "fsdp", axis=axis, tiled=True), WHOLE)
+    return jax.lax.all_gather(share.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def _scatter_sum(axis: int, dtype: Any, saved: None, grad: jax.Array) -> tuple[jax.Array]:

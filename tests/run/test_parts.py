@@ -14,6 +14,7 @@ import pytest
 
 from jaxllm.data import BatchError
 from jaxllm.data.sources import Source
+from jaxllm.data.streams import EncodedStream
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.folder import RunFolderError
 from jaxllm.run.parts import StepReport
@@ -83,22 +84,46 @@ def test_parts_are_inside_the_loss_scale_and_accepted_on_request(shared: Path) -
 
 
 class Numbers:
-    """A stream, of `last` documents where that is given."""
+    """A stream, of `last` documents where that is given; its state is an object that it changes."""
 
     def __init__(self, last: int = 10**9) -> None:
-        self.count, self.last = 0, last
+        self.state, self.last = {"count": 0}, last
 
     def __next__(self) -> dict[str, str]:
-        if self.count == self.last:
+        if self.state["count"] == self.last:
             raise StopIteration
-        self.count += 1
-        return {"text": f"{self.count} times {self.count % 7} is {self.count * (self.count % 7)}. " * 3}
+        self.state["count"] += 1
+        count = self.state["count"]
+        return {"text": f"{count} times {count % 7} is {count * (count % 7)}. " * 3}
 
-    def get_state(self) -> int:
-        return self.count
+    def get_state(self) -> dict[str, int]:
+        return self.state
 
-    def set_state(self, state: int) -> None:
-        self.count = state
+    def set_state(self, state: dict[str, int]) -> None:
+        self.state = dict(state)
+
+
+def test_a_position_is_a_copy_of_a_streams_state() -> None:
+    iterator = iter(EncodedStream(Numbers(), lambda record: {"size": np.array(len(record["text"]))}))
+    next(iterator)
+    position = iterator.get_state()
+    after = [next(iterator)["size"] for _ in range(3)]
+    iterator.set_state(position)
+    assert [next(iterator)["size"] for _ in range(3)] == after and position == {"stream": {"count": 1}}
+
+
+def test_damaged_records_of_parts_and_a_run_that_is_done_are_named(shared: Path) -> None:
+    run = config(shared / "done", shared / "corpus", training={"steps": 4}, optimizer={"schedule": "constant"})
+    wanted = {"seen": jax.numpy.float32(1.5), "loss": 0.0, "step": 9}
+    summary = pretrain(run, on_evaluate=lambda step, metrics, params: wanted)  # a number of jax; names that are taken
+    assert summary.validation["seen"] == 1.5 and summary.validation["loss"] > 0 and summary.validation["step"] == 4
+    shorter = config(shared / "done", shared / "corpus", training={"steps": 3}, optimizer={"schedule": "constant"})
+    with pytest.raises(RunFolderError, match=r"(?s)training.steps: 4 -> 3.*4 steps are done"):
+        pretrain(shorter)
+    (shared / "done" / "parts.json").write_text("")
+    with pytest.raises(RunFolderError, match=r"parts.json is damaged; pass accept_other_parts=True"):
+        pretrain(run)
+    assert pretrain(run, accept_other_parts=True).finished
 
 
 def test_a_stream_resumes_where_it_was_and_may_not_end(shared: Path) -> None:
