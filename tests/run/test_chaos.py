@@ -25,7 +25,7 @@ def test_a_few_faults_of_every_kind_are_survived(tmp_path: Path) -> None:
     found = json.loads(result.read_text())
     assert not found["failures"]
     campaigns = {row[0] for row in found["rows"]}
-    assert len(campaigns) == 12 and all(row[2] == row[3] > 0 for row in found["rows"])  # tried and survived
+    assert len(campaigns) == 13 and all(row[2] == row[3] > 0 for row in found["rows"])  # tried and survived
 
 
 def test_a_difference_in_what_a_run_ends_with_would_be_found(tmp_path: Path) -> None:
