@@ -1,4 +1,4 @@
-"""Looking into a model: values at hook points, edits of them, the dtypes of a step, and layers against transformers."""
+"""Looking into a model: values at hook points, edits of them, and the dtypes of a step."""
 
 from jaxllm.jaxprs.derivatives import forward_mode
 from jaxllm.jaxprs.hooks import Edit, capture, edit, sites
