@@ -259,11 +259,15 @@ def test_bytes_reach_the_disk_before_the_name_and_the_name_before_the_return(
 
 
 def test_a_file_system_that_syncs_no_folder_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(_: int) -> None:
+    refused: list[int] = []
+
+    def refuses(file: int) -> None:
+        refused.append(file)
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", refuses)
     durable.sync(tmp_path)
+    assert len(refused) == 1
 
 
 @needs_proc
