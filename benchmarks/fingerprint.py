@@ -29,7 +29,7 @@ from benchmarks.gpu import compiled
 from benchmarks.gpu.program import kernels
 from benchmarks.sides import processor
 from jaxllm.config.file import load_config
-from jaxllm.run.checkpoint import Checkpoints
+from jaxllm.storage.checkpoint import Checkpoints
 from jaxllm.training.fingerprint import fingerprints
 from jaxllm.training.fit import tree_bytes
 from jaxllm.training.program import program_of

@@ -40,7 +40,8 @@ _LAZY = {
     "load_tokenizer": "jaxllm.data.tokenizer",
     "pretrain": "jaxllm.run.trainer",
 }
-_ROOMS = ("config", "data", "generation", "interop", "jaxprs", "models", "ops", "run", "study", "training")
+_ROOMS = ("config", "data", "generation", "host", "interop", "jaxprs", "models", "ops")
+_ROOMS += ("run", "storage", "study", "training")
 
 __all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "T5Config", "load_config"]
 __all__ += ["DataConfig", "OptimizerConfig", "PrecisionConfig", "RunConfig", "ShardingConfig", "TrainingConfig"]

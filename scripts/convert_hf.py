@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxllm.interop.hf import save_hf
 from jaxllm.interop.meta import load_meta
 from jaxllm.run.convert import export_run, import_run
-from jaxllm.run.folder import Kind, check_target, kind_of
+from jaxllm.storage.folder import Kind, check_target, kind_of
 
 
 def main() -> int:

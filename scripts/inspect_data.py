@@ -31,7 +31,7 @@ def main() -> int:
     from jaxllm.data.inspect import audit, report, view
     from jaxllm.data.packing import unpack_pairs
     from jaxllm.run.feed import open_run_pipeline
-    from jaxllm.run.folder import check_in_place
+    from jaxllm.storage.folder import check_in_place
 
     console = Console()
     try:

@@ -12,7 +12,7 @@ from interrupts import interruptible
 from process import prepare_script
 
 from jaxllm.config.file import ConfigError, dump_config, key_table, load_config
-from jaxllm.run import processes
+from jaxllm.host import processes
 
 
 @interruptible
@@ -37,12 +37,12 @@ def main() -> int:
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
-    from jaxllm.run.checkpoint import CheckpointError
+    from jaxllm.host.device import prepare_process
     from jaxllm.run.compiled import DeviceError
     from jaxllm.run.console import training_console
-    from jaxllm.run.device import prepare_process
-    from jaxllm.run.folder import check_in_place
     from jaxllm.run.trainer import TrainingStopped, pretrain
+    from jaxllm.storage.checkpoint import CheckpointError
+    from jaxllm.storage.folder import check_in_place
 
     prepare_process()
     with training_console(config) as show_step:

@@ -11,7 +11,7 @@ from pathlib import Path
 import huge_pages
 import pytest
 
-from jaxllm.run.device import nvidia_devices
+from jaxllm.host.device import nvidia_devices
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 # Prints the process id, the arguments, the variable, and whether a large allocation requests huge pages.

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.run.device import TRAIN_FLAGS, nvidia_devices
+from jaxllm.host.device import TRAIN_FLAGS, nvidia_devices
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -31,7 +31,7 @@ class Islands(NamedTuple):
         relative_bias: T5's bias from its table on; float32 until it is laid out, then the compute dtype.
         mlp_output: output of T5's MLP; the compute dtype, but float32 under float16.
         residual: the residual stream; the compute dtype, but float32 in a float16 T5. A run on a GPU with bfloat16 sets
-            it to that (`jaxllm.run.folder.settle_residual`).
+            it to that (`jaxllm.storage.folder.settle_residual`).
         logits: of the training loss, as they are stored; float32. Their exponentials always are.
     """
 

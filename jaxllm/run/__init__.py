@@ -1,1 +1,1 @@
-"""The host side of a run: its folder, checkpoints and records, its devices, and the loop over compiled steps."""
+"""The trainer: the loop over compiled steps with its data, records, console and reports; loading a run."""

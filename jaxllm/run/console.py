@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxllm.config import RunConfig
-from jaxllm.run import processes
+from jaxllm.host import processes
 from jaxllm.run.parts import OnStep, StepReport
 
 

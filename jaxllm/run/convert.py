@@ -14,9 +14,9 @@ from jaxllm.config.file import dump_config
 from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
 from jaxllm.models import build
-from jaxllm.run.checkpoint import save_params
-from jaxllm.run.folder import CHECKPOINTS, CONFIG, check_target
 from jaxllm.run.start import read_run
+from jaxllm.storage.checkpoint import save_params
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, check_target
 
 
 def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:

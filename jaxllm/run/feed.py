@@ -16,8 +16,8 @@ from jaxllm.data import BatchError, DataError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source, open_source
-from jaxllm.run import processes
-from jaxllm.run.folder import DATA, check_apart, settle_tokenizer
+from jaxllm.host import processes
+from jaxllm.storage.folder import DATA, check_apart, settle_tokenizer
 from jaxllm.training.sharding import place_rows
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from jaxllm.host.device import Device, host_memory
 from jaxllm.models import abstract_params
-from jaxllm.run.device import Device, host_memory
 from jaxllm.training.fit import Fit, advice, check_fit, estimate_fit
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import device_bytes, shares_of

@@ -10,8 +10,8 @@ from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
 from jaxllm.generation.text import TextModel
 from jaxllm.interop.hf import load_hf, special_ids
 from jaxllm.models import Model, build
-from jaxllm.run.folder import TOKENIZER, Kind, kind_of
 from jaxllm.run.start import read_run
+from jaxllm.storage.folder import TOKENIZER, Kind, kind_of
 
 
 def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict[str, Any]]:

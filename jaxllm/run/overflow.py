@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxllm.host import processes
 from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
-from jaxllm.run import processes
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of

@@ -16,8 +16,8 @@ import numpy as np
 
 from jaxllm.data.durable import write_whole
 from jaxllm.data.sources import Source
-from jaxllm.run import processes
-from jaxllm.run.folder import RunFolderError, has_begun
+from jaxllm.host import processes
+from jaxllm.storage.folder import RunFolderError, has_begun
 from jaxllm.training.program import Own
 from jaxllm.training.train_step import StepMetrics, TrainState
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from jaxllm.config import RunConfig
 from jaxllm.data.durable import Appended, write_whole
+from jaxllm.host import processes
+from jaxllm.host.device import Device
 from jaxllm.models.family import train_flops
-from jaxllm.run import processes
-from jaxllm.run.device import Device
 from jaxllm.run.event_file import EventFile
-from jaxllm.run.folder import CURVE, METRICS, TENSORBOARD
+from jaxllm.storage.folder import CURVE, METRICS, TENSORBOARD
 from jaxllm.training.train_step import StepMetrics
 
 _log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from jaxllm.data.objectives import before_end
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.generation.text import TextModel, filled_in
+from jaxllm.host import processes
 from jaxllm.models import Model
 from jaxllm.ops.sampling import Sampling
-from jaxllm.run import processes
-from jaxllm.run.folder import SAMPLE
+from jaxllm.storage.folder import SAMPLE
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import fetch
 

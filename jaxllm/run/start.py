@@ -21,9 +21,9 @@ from jaxllm.data import DataError
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
-from jaxllm.run.checkpoint import Checkpoints, load_params
 from jaxllm.run.compiled import explained
-from jaxllm.run.folder import CHECKPOINTS, CONFIG, Kind, kind_of
+from jaxllm.storage.checkpoint import Checkpoints, load_params
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, kind_of
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import state_shardings, with_shardings
 from jaxllm.training.train_step import TrainState

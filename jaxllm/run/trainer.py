@@ -25,23 +25,23 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import encode_blanks
+from jaxllm.host import processes
+from jaxllm.host.device import compilation_cache, detect_device
+from jaxllm.host.signals import stop_signals
 from jaxllm.models import count_params
-from jaxllm.run import processes
-from jaxllm.run.checkpoint import Checkpoints
 from jaxllm.run.compiled import explained
 from jaxllm.run.console import nobody_listens, training_console
-from jaxllm.run.device import compilation_cache, detect_device
 from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
-from jaxllm.run.folder import CHECKPOINTS, METRICS, open_run_folder, settle_residual, write_config
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
 from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, read_metrics, step_row
 from jaxllm.run.samples import on_one_device, write_sample
-from jaxllm.run.signals import stop_signals
 from jaxllm.run.start import Start, find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
+from jaxllm.storage.checkpoint import Checkpoints
+from jaxllm.storage.folder import CHECKPOINTS, METRICS, open_run_folder, settle_residual, write_config
 from jaxllm.training.optimizer import build_schedule, phases
 from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh

@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxllm.config.file import load_config
-from jaxllm.run.checkpoint import CheckpointError, Damaged, attempt, is_described, verify_tree
-from jaxllm.run.folder import CHECKPOINTS, CONFIG, DATA, METRICS, checkpoint_steps
 from jaxllm.run.record import read_metrics
 from jaxllm.run.trainer import pretrain
+from jaxllm.storage.checkpoint import CheckpointError, Damaged, attempt, is_described, verify_tree
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, DATA, METRICS, checkpoint_steps
 from jaxllm.training.fingerprint import total
 from jaxllm.training.names import forward_rank
 from jaxllm.training.sharding import make_mesh, with_shardings

@@ -9,7 +9,7 @@ layer, and again in its backward pass (`jaxllm.models.stack.Share`); those outsi
 loss. A gradient is summed over the shares in float32 where its layer ends, and over the copies once per step. The
 collectives are written out, because XLA's partitioner would move activations in the scans over chunks of the loss and
 over microbatches. The loss scale gets the sums, so all devices skip the same steps. Devices may belong to
-several processes, which run the same program (`jaxllm.run.processes`). Out of scope: tensor and pipeline parallelism.
+several processes, which run the same program (`jaxllm.host.processes`). Out of scope: tensor and pipeline parallelism.
 
 The loop of `jaxllm.training.program`, on all devices:
 

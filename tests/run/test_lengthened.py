@@ -9,8 +9,8 @@ import pytest
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config, with_overrides
-from jaxllm.run.folder import RunFolderError
 from jaxllm.run.trainer import pretrain
+from jaxllm.storage.folder import RunFolderError
 from tests.conftest import write_corpus
 from tests.run.test_pretrain import config, final_params, losses
 

@@ -12,9 +12,10 @@ import jax
 import pytest
 
 from jaxllm.config import LlamaConfig, OptimizerConfig, RunConfig
-from jaxllm.run import device, fit
+from jaxllm.host import device
+from jaxllm.host.device import Device, host_memory
+from jaxllm.run import fit
 from jaxllm.run.compiled import DeviceError, explained
-from jaxllm.run.device import Device, host_memory
 from jaxllm.run.fit import announce_fit
 from jaxllm.training.fit import FitError
 from jaxllm.training.program import Program, program_of

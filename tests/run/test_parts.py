@@ -16,9 +16,9 @@ from jaxllm.data import BatchError
 from jaxllm.data.sources import Source
 from jaxllm.data.streams import EncodedStream
 from jaxllm.ops.losses import LossSums
-from jaxllm.run.folder import RunFolderError
 from jaxllm.run.parts import StepReport
 from jaxllm.run.trainer import pretrain
+from jaxllm.storage.folder import RunFolderError
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
 from tests.conftest import write_corpus

@@ -25,15 +25,15 @@ from jaxllm.config.file import dump_config, load_config, parse_config
 from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.host.device import Device
 from jaxllm.models import build, init_params
 from jaxllm.run import trainer
-from jaxllm.run.checkpoint import CheckpointError, Checkpoints
-from jaxllm.run.device import Device
-from jaxllm.run.folder import TOKENIZER, RunFolderError, check_in_place, open_run_folder
 from jaxllm.run.parts import StepReport
 from jaxllm.run.start import find_start
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import Summary, TrainingStopped, pretrain
+from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
+from jaxllm.storage.folder import TOKENIZER, RunFolderError, check_in_place, open_run_folder
 from jaxllm.training.fit import Fit, FitError, check_fit
 from jaxllm.training.program import program_of
 from tests.conftest import write_corpus

@@ -9,9 +9,9 @@ import pytest
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
-from jaxllm.run import folder as run_folder
-from jaxllm.run.folder import RunFolderError, settle_residual
 from jaxllm.run.trainer import pretrain
+from jaxllm.storage import folder as run_folder
+from jaxllm.storage.folder import RunFolderError, settle_residual
 from tests.run.test_pretrain import config
 
 FLOAT16 = {"compute": "float16", "loss_scale": "dynamic"}

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import pytest
 import verify_run
 
-from jaxllm.run.checkpoint import CheckpointError, save_params
 from jaxllm.run.trainer import pretrain
 from jaxllm.run.verify import compare_runs, verify_checkpoints, verify_resume
+from jaxllm.storage.checkpoint import CheckpointError, save_params
 from tests.conftest import write_corpus
 from tests.run.test_pretrain import config
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import parse_config
-from jaxllm.run.checkpoint import Checkpoints
 from jaxllm.run.overflow import OverflowWatch
+from jaxllm.storage.checkpoint import Checkpoints
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import make_mesh, place_rows, state_shardings, with_shardings
 from jaxllm.training.spans import make_predict_step

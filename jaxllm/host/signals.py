@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from jaxllm.run import processes
+from jaxllm.host import processes
 
 _log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 config.yaml              the resolved config, written when nothing can refuse the run any more
 tokenizer.json, .model   the run's tokenizer, and tokenizer_origin.json: what it was made from
 data/                    the prepared corpus, unless data.cache_dir is set
-checkpoints/STEP/        state, data position and validation loss (`jaxllm.run.checkpoint`)
+checkpoints/STEP/        state, data position and validation loss (`jaxllm.storage.checkpoint`)
 checkpoints.damaged/     checkpoints that could not be read
 metrics.jsonl            one row of numbers per line; tensorboard/ repeats them
 sample.txt, loss.png     written after the last step
@@ -27,9 +27,9 @@ from jaxllm.data.durable import sync, write_whole
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
+from jaxllm.host import processes
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.ops.backend import has_bfloat16
-from jaxllm.run import processes
 from jaxllm.training.optimizer import same_rates
 
 _log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 Until 2026-11-27 a loss scale counted recomputed batches in a leaf `retried`, which no later step reads. orbax restores
 only a tree with the leaves of the checkpoint, so the leaf is restored and dropped. Delete this module and its use in
-`jaxllm.run.checkpoint` when float16 runs of that time no longer have to resume (tests/golden/run_folders holds two).
+`storage.checkpoint` when float16 runs of that time no longer have to resume (tests/golden/run_folders holds two).
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.run.feed import build_pipeline
-from jaxllm.run.folder import Kind, kind_of
+from jaxllm.storage.folder import Kind, kind_of
 
 
 def test_a_folder_is_a_run_a_hugging_face_directory_or_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

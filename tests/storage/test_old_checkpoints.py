@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxllm.config.file import load_config
-from jaxllm.run import checkpoint
-from jaxllm.run.checkpoint import CheckpointError, Checkpoints
-from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
+from jaxllm.storage import checkpoint
+from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
+from jaxllm.storage.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import with_shardings
 from tests.golden.test_runs import FOLDERS, RESULTS
@@ -62,7 +62,7 @@ def test_a_state_of_today_is_left_alone() -> None:
 
 
 def test_without_it_the_checkpoint_would_count_as_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When this no longer fails, orbax takes the leaf itself and `jaxllm.run.old_checkpoints` can go."""
+    """When this no longer fails, orbax takes the leaf itself and `jaxllm.storage.old_checkpoints` can go."""
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile(FOLDERS / "llama_float16.zip") as archive:
         archive.extractall()

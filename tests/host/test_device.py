@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from jaxllm.host import device
+from jaxllm.host.device import datasheet_peaks, nvidia_devices, prepare_process
 from jaxllm.ops import backend
-from jaxllm.run import device
-from jaxllm.run.device import datasheet_peaks, nvidia_devices, prepare_process
 
 
 def test_any_gpu_counts_and_control_files_do_not(tmp_path: Path) -> None:

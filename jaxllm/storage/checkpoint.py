@@ -27,10 +27,10 @@ import orbax.checkpoint as ocp
 from jaxllm.data import first_line
 from jaxllm.data.durable import move
 from jaxllm.data.records import refused
-from jaxllm.run import processes
-from jaxllm.run.checkpoint_rules import Durable, NewestAndBest
-from jaxllm.run.folder import checkpoint_steps
-from jaxllm.run.old_checkpoints import with_dropped_leaf, without_dropped_leaf
+from jaxllm.host import processes
+from jaxllm.storage.checkpoint_rules import Durable, NewestAndBest
+from jaxllm.storage.folder import checkpoint_steps
+from jaxllm.storage.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.fingerprint import named_fingerprints, path_name, total
 
 _log = logging.getLogger(__name__)

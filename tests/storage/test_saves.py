@@ -20,9 +20,9 @@ import pytest
 from jaxllm.config import RunConfig
 from jaxllm.data import durable
 from jaxllm.data.durable import Appended, move, write_whole
-from jaxllm.run import checkpoint
-from jaxllm.run.checkpoint import CheckpointError, Checkpoints
 from jaxllm.run.trainer import pretrain
+from jaxllm.storage import checkpoint
+from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import write_corpus
 from tests.run.test_pretrain import config, final_params
 
@@ -303,7 +303,7 @@ import logging, resource
 from pathlib import Path
 import jax.numpy as jnp
 from process import hide_traces
-from jaxllm.run.checkpoint import Checkpoints
+from jaxllm.storage.checkpoint import Checkpoints
 hide_traces()
 logging.basicConfig(level=logging.WARNING)
 checkpoints = Checkpoints(Path({str(tmp_path)!r}) / "c", keep=1)

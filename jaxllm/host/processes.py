@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 from jax._src.distributed import global_state  # the service has no public name (jax 0.9 to 0.12)
 
-from jaxllm.run.device import nvidia_devices
+from jaxllm.host.device import nvidia_devices
 
 _log = logging.getLogger(__name__)
 
