@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import sys
+import threading
 from pathlib import Path
 
 # Bytes of address space that the smallest run adds to an interpreter with jax, on two cores; libraries have two pools
@@ -28,11 +30,9 @@ def check_addresses() -> None:
         ValueError: with the limit.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     needed = used + _RUN + 2 * _STACK * max((os.cpu_count() or 1) - _CORES, 0)
-    if limit < needed:
+    if limit != resource.RLIM_INFINITY and limit < needed:
         raise ValueError(
             f"the address space of this process is limited to {limit / 1e9:.1f} GB, and a run needs at least "
             f"{needed / 1e9:.1f} GB; raise the limit (ulimit -v unlimited)"
@@ -43,11 +43,15 @@ def hide_traces() -> None:
     """Hides the traces, 80 lines and more, that orbax 0.12.8 leaves of a failed save: the run's log has it in a line.
 
     orbax logs the error in each of its threads, asyncio the tasks that nobody awaits, tensorstore their closed loop.
+    A Ctrl-C that Python would report as a trace and ignore, since it came within a destructor, is raised again.
     """
     hook = sys.unraisablehook
 
     def others(unraisable: sys.UnraisableHookArgs) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if unraisable.exc_type is KeyboardInterrupt:
+            again = (threading.main_thread().ident, signal.SIGINT)
+            threading.Timer(0.05, signal.pthread_kill, again).start()  # in which time the destructor has been left
+        elif str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     sys.unraisablehook = others

@@ -311,15 +311,39 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 checkpoints.save(1, {{str(i): jnp.arange(4096.0) ** i for i in range(8)}}, {{}}, validation_loss=None)
 checkpoints.close()
 """
-    scripts = Path(__file__).parent.parent.parent / "scripts"
-    paths = os.pathsep.join([str(scripts), str(scripts.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = run_beside_scripts(program)
     assert done.returncode == 0 and "step 1 is not saved" in done.stderr
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+def test_ctrl_c_within_a_destructor_ends_a_script_as_elsewhere() -> None:
+    """Python reports what a destructor raises, and goes on: the interrupt would be a trace and then be lost."""
+    done = run_beside_scripts(
+        """
+import signal, time
+from interrupts import interruptible
+from process import hide_traces
+
+class Interrupted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+@interruptible
+def main():
+    hide_traces()
+    Interrupted()
+    time.sleep(100)
+    return 0
+
+raise SystemExit(main())
+"""
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def run_beside_scripts(program: str) -> subprocess.CompletedProcess[str]:
+    """A Python program with `scripts/` on its path."""
+    scripts = Path(__file__).parent.parent.parent / "scripts"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(scripts), str(scripts.parent)])}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
