@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    arguments = parser.parse_intermixed_args()
+    arguments, others = parser.parse_known_intermixed_args()
+    if others:
+        parser.error(f"unknown: {' '.join(others)}; write a setting without dashes, e.g. training.steps=100")
     try:
         prepare_script()
         if not arguments.print_config:

@@ -7,6 +7,7 @@ the values (`jaxllm.config.setting`).
 import contextlib
 import copy
 import dataclasses
+import difflib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -94,18 +95,22 @@ def config_differences(old: Any, new: Any, *, ignored: Collection[str] = (), pre
     ]
 
 
-def describe_keys() -> list[tuple[str, str, str, str]]:
-    """All settings as (key, type, default, meaning)."""
-    rows = [row for family, cls in MODEL_CONFIGS.items() for row in _describe(cls, f"model({family}).")]
+def describe_keys() -> dict[str, list[tuple[str, str, str, str]]]:
+    """All settings as (key, type, default, meaning), by what they are settings of: a family's model, or any run."""
+    rows = {f"model of family {family}": _describe(cls, "model.") for family, cls in MODEL_CONFIGS.items()}
+    rows["run"] = []
     for section, item in settings_of(RunConfig).items():
-        rows.extend(_describe(item.kind, f"{section}.") if section != "model" else [])
+        rows["run"].extend(_describe(item.kind, f"{section}.") if section != "model" else [])
     return rows
 
 
 def key_table() -> str:
     """All settings as text, for `--help`."""
-    rows = (f"  {key} ({kind}, {default})\n      {meaning}" for key, kind, default, meaning in describe_keys())
-    return "settings (type, default):\n" + "\n".join(rows)
+    lines: list[str] = []
+    for owner, rows in describe_keys().items():
+        lines.append(f"settings of a {owner} (type, default):")
+        lines.extend(f"  {key} ({kind}, {default})\n      {meaning}" for key, kind, default, meaning in rows)
+    return "\n".join(lines)
 
 
 def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
@@ -194,15 +199,34 @@ def _parse(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
 
 
 def _check_names(kind: type, raw: dict[str, Any], path: tuple[str, ...]) -> None:
-    section, *within = path
-    known = [row[0] for row in _describe(kind, "".join(f"{part}." for part in within))]
-    declared = settings_of(kind)
-    unknown = [".".join([*within, str(name)]) for name in raw if name not in declared]
+    prefix, declared = f"{'.'.join(path)}.", settings_of(kind)
     needed = [name for name, item in declared.items() if item.default is dataclasses.MISSING]
-    wrong = [f"unknown key {section}.{name}{nearest(name, known)}" for name in unknown]
-    wrong += [f"{'.'.join(path)}.{name} is required and missing" for name in needed if name not in raw]
+    wrong = [_unknown_key(f"{prefix}{name}", kind, prefix) for name in raw if name not in declared]
+    wrong += [f"{prefix}{name} is required and missing" for name in needed if name not in raw]
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _unknown_key(key: str, kind: type, prefix: str) -> str:
+    """The error about a key: the nearest one of its section, else of another section, else all of its section."""
+    own, name = [row[0] for row in _describe(kind, prefix)], key.removeprefix(prefix)
+    owners = {owner: [row[0] for row in rows] for owner, rows in describe_keys().items()}
+    other = next((owner for owner, keys in owners.items() if key in keys), None)
+    if other is not None:
+        return f"{key} is a setting of a {other}; remove it, or choose that family"
+    if close := difflib.get_close_matches(name, [each.removeprefix(prefix) for each in own], n=1, cutoff=0.5):
+        return f"unknown key {key}; did you mean {prefix + close[0]!r}?"
+    elsewhere = _elsewhere(name)
+    return f"unknown key {key}{elsewhere}" if elsewhere else f"unknown key {key}; known: {', '.join(own)}"
+
+
+def _elsewhere(name: str) -> str:
+    """The end of an error about a name: the keys of any section that are nearest to it, or nothing."""
+    by_name: dict[str, list[str]] = {}
+    for key in dict.fromkeys(row[0] for rows in describe_keys().values() for row in rows):
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
+    return f"; did you mean {' or '.join(map(repr, by_name[close[0]]))}?" if close else ""
 
 
 def _number(kind: Any, value: Any) -> Any:
@@ -218,7 +242,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. training.steps=100")
+        fix = _elsewhere(key.strip()) or ", e.g. training.steps=100"
+        raise ConfigError(f"override {override!r} is not of the form section.key=value{fix}")
     node = raw
     for part in parts[:-1]:
         if node.get(part) is None:

@@ -80,7 +80,9 @@ class DataConfig:
     target_key: Annotated[str | None, "field that holds the answer, for the objective seq2seq"] = None
     validation_fraction: Annotated[float, above(0), at_most(0.5), "documents held out by content hash"] = 0.05
     on_bad_text: Annotated[Literal["stop", "skip"], "stop or skip at a document that is not UTF-8"] = "stop"
-    tokenizer: Annotated[str, "train (byte-level BPE), a tokenizer.json or a SentencePiece .model"] = "train"
+    tokenizer: Annotated[
+        str, "train (byte-level BPE), a tokenizer.json, a SentencePiece .model, or a folder that has one"
+    ] = "train"
     sequence_length: Annotated[int, at_least(2), "tokens in a row (causal), or in an encoder row"] = 256
     target_length: Annotated[
         int | None, at_least(2), "tokens in a decoder row; null, for span corruption, fits sequence_length"
@@ -164,7 +166,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_model_fits()
         self._check_lengths()
-        message = "training.init_from needs its tokenizer; set data.tokenizer to the tokenizer.json in that folder"
+        message = f"training.init_from needs its tokenizer; set data.tokenizer={self.training.init_from}"
         require(self.training.init_from is None or self.data.tokenizer != "train", message)
         message = "schedule wsd needs optimizer.decay_steps, e.g. a tenth of training.steps"
         require(self.optimizer.schedule != "wsd" or self.optimizer.decay_steps > 0, message)

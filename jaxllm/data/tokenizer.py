@@ -236,14 +236,17 @@ def tokenizers_in(folder: Path) -> list[Path]:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer.json, or a SentencePiece .model.
+    """Reads a tokenizer.json, a SentencePiece .model, or the one that a run folder or Hugging Face directory has.
 
     Raises:
         DataError: when the file is missing, cannot be read or is neither.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        path = next(iter(tokenizers_in(path)), path)
     if not path.is_file():
-        raise DataError(f"no tokenizer file {path}; give a tokenizer.json or .model, or data.tokenizer=train")
+        fix = "give a tokenizer.json, a SentencePiece .model or a folder that has one (nothing is downloaded)"
+        raise DataError(f"no tokenizer in {path}; {fix}" if path.is_dir() else f"no tokenizer file {path}; {fix}")
     try:
         path.open("rb").close()
     except OSError as error:

@@ -6,12 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxllm.config.file import ConfigError
-from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
+from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.generation.text import TextModel
 from jaxllm.interop.hf import load_hf, special_ids
 from jaxllm.models import Model, build
 from jaxllm.run.start import read_run
-from jaxllm.storage.folder import TOKENIZER, Kind, kind_of
+from jaxllm.storage.folder import Kind, kind_of
 
 
 def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict[str, Any]]:
@@ -51,8 +51,7 @@ def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = Fa
         raise ConfigError(f"{folder} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")
     model, params = load_run(folder, dtype=dtype) if kind is Kind.RUN else load_hf(folder)
     model = build(model.config, dtype=jnp.dtype(dtype))
-    tokenizer = load_tokenizer(next(iter(tokenizers_in(folder)), folder / TOKENIZER))
-    text_model = TextModel.of(model, params, tokenizer, int8=int8)
+    text_model = TextModel.of(model, params, load_tokenizer(folder), int8=int8)
     if kind is Kind.RUN:
         return text_model
     ids = special_ids(folder)

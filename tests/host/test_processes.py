@@ -256,7 +256,7 @@ def test_sigterm_to_one_saves_the_same_step_and_sigkill_ends_the_other(folder: P
 
 # By a setting that only one process has, or none: its disk is full.
 FAULTS = {
-    "training.sed=1": "did you mean 'seed'",
+    "training.sed=1": "did you mean 'training.seed'",
     "training.seed=1": "have a different config",
     "": "cannot write a checkpoint: ",
 }
