@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxllm.interop import InteropError, check_readable
+from jaxllm.models.checks import listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -121,7 +122,7 @@ class TensorFiles:
                 )
             shards.setdefault(self.folder / file, []).append(name)
         if missing := [path.name for path in shards if not path.is_file()]:
-            raise InteropError(f"{self.folder} lacks {_listed(missing)}, which {INDEX} names; fetch it again")
+            raise InteropError(f"{self.folder} lacks {listed(missing)}, which {INDEX} names; fetch it again")
         return shards
 
 
@@ -257,13 +258,8 @@ def _check(files: TensorFiles, entries: Sequence[Entry], leaves: _Leaves, ignore
         elif found.dtype not in _DTYPES:
             wrong.append(f"{name} is {found.dtype}; only {', '.join(_DTYPES)} are read, no quantised files")
     groups = (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shape or dtype", wrong))
-    if problems := [f"{title}: {_listed(names)}" for title, names in groups if names]:
+    if problems := [f"{title}: {listed(names)}" for title, names in groups if names]:
         raise InteropError(f"{files.folder} does not fit its config.json: " + "; ".join(problems))
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _file_shape(entry: Entry, shape: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.models.functions import Attend, Pairs
 from jaxllm.ops import backend
@@ -121,14 +121,10 @@ def append(
 
 def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> Store:
     """Puts T new entries at slots slot..slot+T-1; the caller has checked that they fit (XLA would clamp)."""
+    heads_first = jnp.swapaxes(new, 1, 2).reshape(-1, new.shape[1], new.shape[3])  # [R, T, H]
+    entries = quantize(heads_first, axis=-1) if isinstance(store, Quantized) else heads_first.astype(store.dtype)
     put_one = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-    return jax.tree.map(put_one, store, _entries(store, new))
-
-
-def _entries(store: Store, new: Float[Array, "B T K H"]) -> Float[Array, "R T H"] | Quantized:
-    """[R, T, H], as the store holds them."""
-    heads_first = jnp.swapaxes(new, 1, 2).reshape(-1, new.shape[1], new.shape[3])
-    return quantize(heads_first, axis=-1) if isinstance(store, Quantized) else heads_first.astype(store.dtype)
+    return jax.tree.map(put_one, store, entries)
 
 
 def attend_one(
@@ -144,7 +140,11 @@ def attend_one(
     by_row = (batch, kv_heads, heads // kv_heads, -1)
     grouped = query.reshape(keys.shape[0], -1, width).astype(jnp.float32)  # [R, G, H]
     dots = backend.attends_by_matmul(keys.dtype, values.dtype)
-    scores = scale * (_scores_by_dot if dots else _scores_by_sum)(grouped, keys).reshape(by_row)
+    if dots:
+        scores = _scores_by_dot(grouped, keys)
+    else:
+        scores = jnp.sum(grouped[:, :, None] * keys[:, None].astype(jnp.float32), axis=-1)  # [R, G, A]
+    scores = scale * scores.reshape(by_row)
     if key_scale is not None:
         scores *= key_scale.reshape(batch, kv_heads, 1, -1)
     if pairs.bias is not None:
@@ -160,10 +160,6 @@ def attend_one(
     else:
         mixed = jnp.sum(weights[..., None] * values[:, None].astype(jnp.float32), axis=-2)  # [R, G, H]
     return mixed.astype(query.dtype).reshape(query.shape)
-
-
-def _scores_by_sum(query: Float[Array, "R G H"], keys: Num[Array, "R A H"]) -> Float[Array, "R G A"]:
-    return jnp.sum(query[:, :, None] * keys[:, None].astype(jnp.float32), axis=-1)
 
 
 def _scores_by_dot(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) -> Float[Array, "R G A"]:

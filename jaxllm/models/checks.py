@@ -1,5 +1,6 @@
 """Misuse that would silently compute something else: each is an error with its fix."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,12 @@ def check_tokens(tokens: Any, name: str) -> None:
     if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
         fix = f"; a single row is {name}[None]" if len(shape) == 1 else ""
         raise ValueError(f"{name} must be an integer array [B, T], got {dtype}{list(shape)}{fix}")
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def check_shape(value: Any, name: str, *shapes: tuple[int, ...]) -> None:

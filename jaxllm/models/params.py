@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
+from jaxllm.models.checks import listed
 
 # A family's module: attributes `config`, `dtype` and `islands`; called with tokens, or with encoder and decoder tokens,
 # for logits; methods `head` for the output matrix [V, D] and `logits` for hidden states.
@@ -65,11 +66,7 @@ def check_params(model: Model, params: Any) -> None:
         "unexpected: ": found.keys() - want.keys(),
         "": {f"{name} {list(found[name])}, not {list(want[name])}" for name in common if found[name] != want[name]},
     }
-    wrong = [
-        title + ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        for title, names in groups.items()
-        if names
-    ]
+    wrong = [title + listed(sorted(names)) for title, names in groups.items() if names]
     if wrong:
         fix = '; pass variables["params"]' if isinstance(params, Mapping) and set(params) == {"params"} else ""
         raise ValueError(f"the parameters are not those of the model: {'; '.join(wrong)}{fix}")

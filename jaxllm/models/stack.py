@@ -78,7 +78,7 @@ def apply_stack(
     """
     if any(map(is_share, jax.tree.leaves(params, is_leaf=is_share))):
         layer, remat = functools.partial(_gathering, layer), remat.replace("none", "all but whole")
-    body = _rematerialised(layer, remat)
+    body = layer if remat == "none" else jax.checkpoint(layer, policy=_POLICIES[remat])
     if mode == "scan":
         return jax.lax.scan(lambda h, part: (body(part[0], h, part[1]), None), x, (params, per_layer))[0]
     count = jax.tree.leaves(params)[0].shape[0]
@@ -93,19 +93,6 @@ def _gathering(layer: Callable[..., Array], params: Params, x: Array, extra: Any
     return layer(whole(params), x, extra)
 
 
-def _rematerialised(layer: Callable[..., Array], remat: str) -> Callable[..., Array]:
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return layer
-    if remat == "full":
-        return jax.checkpoint(layer, policy=policies.nothing_saveable)
-    if remat == "all but whole":
-        return jax.checkpoint(layer, policy=_is_not_whole)
-    kept = {"elementwise": policies.save_only_these_names(*KEPT), "dots": policies.dots_with_no_batch_dims_saveable}
-    policy = policies.save_from_both_policies(kept[remat], _is_fused_attention)
-    return jax.checkpoint(layer, policy=policy)
-
-
 def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
     """A fused kernel's output and softmax statistics: neither a dot nor named, and without them it would run twice."""
     return primitive.name.startswith("dot_product_attention_fwd")
@@ -114,6 +101,15 @@ def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 def _is_not_whole(_: Any, *__: Any, **params: Any) -> bool:
     """Everything but a gathered parameter: its function has a derivative rule, as others do, with a gather inside."""
     return all(each.primitive.name != "all_gather" for each in getattr(params.get("call_jaxpr"), "eqns", ()))
+
+
+_policies = jax.checkpoint_policies
+_POLICIES = {  # of `remat`, and of shares without it
+    "full": _policies.nothing_saveable,
+    "elementwise": _policies.save_from_both_policies(_policies.save_only_these_names(*KEPT), _is_fused_attention),
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_fused_attention),
+    "all but whole": _is_not_whole,
+}
 
 
 def embed_and_head(params: Params, *, dtype: Any, int8: bool) -> tuple[Float[Array, "V D"], Matrix]:

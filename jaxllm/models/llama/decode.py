@@ -1,4 +1,4 @@
-"""Llama's decoding half: prompts into a cache, then one or several tokens at a time.
+"""Llama's decoding half: prompts into a cache, then one token at a time.
 
 Pure functions on the decoding layout: one NamedTuple per layer instead of stacks, cast once, with q, k, v and gate, up
 as one matrix each. A step reads every weight once and in few kernels. Out of scope: training, choosing tokens.
@@ -150,16 +150,9 @@ def decode_step(
 
     It reads the first `attended` slots, or all; the others must be empty. `length` is as in `prefill`.
     """
-    window = model.config.sliding_window
-    turn = kv.append(cache, positions, model.attend, wraps=True, window=window, attended=attended)
-    logits, cache = _through_cache(model, params, cache, tokens[:, None], turn, length)
-    return logits[:, 0], cache
-
-
-def _through_cache(
-    model: Llama, params: LlamaParams, cache: KVCache, tokens: Int[Array, "B T"], turn: kv.Turn, length: int | None
-) -> tuple[Float[Array, "B T V"], KVCache]:
     c = model.config
+    turn = kv.append(cache, positions, model.attend, wraps=True, window=c.sliding_window, attended=attended)
+    tokens = tokens[:, None]
     rotate = rotation(c, model.rotate, turn.pairs.query_positions, length=length or cache.positions.shape[1])
 
     def layer(part: LayerParams, x: Array, hold: Hold) -> Array:
@@ -169,7 +162,7 @@ def _through_cache(
         return layer_body(_parts(c, part), x, attend, rotate)
 
     x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, turn.update, scope="layers")
-    return _logits(c, params, x), cache
+    return _logits(c, params, x)[:, 0], cache
 
 
 def _parts(c: LlamaConfig, layer: LayerParams) -> Parts:

@@ -159,10 +159,6 @@ class T5Attention(nn.Module):
         """Keys and values of the source."""
         return self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
 
-    def out(self, mixed: Float[Array, "B T I"]) -> Float[Array, "B T D"]:
-        """All heads into the residual stream's width."""
-        return self.o_proj(mixed)
-
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
 
@@ -217,7 +213,7 @@ class _Layer(nn.Module):
         return Parts(
             attn_norm=lambda x: self.attn_norm(x).astype(self.dtype),
             qkv=self.attention.qkv,
-            out=self.attention.out,
+            out=self.attention.o_proj,
             mlp_norm=lambda x: self.mlp_norm(x).astype(self.dtype),
             gate_up=self.mlp.gate_up,
             activation=ACTIVATIONS[self.config.activation],
@@ -268,7 +264,7 @@ class DecoderLayer(_Layer):
             norm=lambda x: self.cross_norm(x).astype(self.dtype),
             query=self.cross_attention.query,
             keys_values=self.cross_attention.keys_values,
-            out=self.cross_attention.out,
+            out=self.cross_attention.o_proj,
         )
         keys, values = source_keys_values(cross, encoded, rows=x.shape[0])
 

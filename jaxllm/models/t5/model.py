@@ -5,7 +5,7 @@ is `jaxllm.models.t5.decode`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,27 +34,27 @@ from jaxllm.ops.masks import Pattern
 from jaxllm.ops.relative_bias import relative_bias
 
 
-class _Stack(nn.Module):
-    """Stacked layers, one bias table for all of them, and a last norm; encoder and decoder differ in their layer."""
+class Stack(nn.Module):
+    """Stacked layers, one bias table for all of them, and a last norm."""
 
-    layer_class: ClassVar[type[nn.Module]]
-    bidirectional: ClassVar[bool]
     config: T5Config
     dtype: Any
-    islands: Islands = DEFAULT_ISLANDS
-    attend: Attend | None = None
-    position_bias: PositionBias | None = None
+    islands: Islands
+    attend: Attend | None
+    position_bias: PositionBias | None
+    is_decoder: bool  # whether the layers see the past and the encoder's output, or the whole source
 
-    def _create(self, num_layers: int, *cross: Any) -> None:
-        """Creates the layers, the shared bias table and the last norm; `cross` are a decoder layer's last inputs."""
+    def setup(self) -> None:
+        """Creates the layers, the bias table that they share and the last norm."""
         c, layer = self.config, self._layer()
 
         def init_layer(key: Array) -> Params:
             x = jnp.zeros((1, 1, c.d_model), self.dtype)
+            cross = (x, _first) if self.is_decoder else ()
             variables: Any = layer.init(key, x, _first, lambda _: None, None, *cross)
             return variables["params"]
 
-        create_stack(self, init_layer, num_layers)
+        create_stack(self, init_layer, c.num_decoder_layers if self.is_decoder else c.num_layers)
         if c.relative_per_layer:
             refuse(self, "relative_bias")
         self.relative_bias = None if c.relative_per_layer else create_table(self, c)
@@ -86,7 +86,8 @@ class _Stack(nn.Module):
         return dropout(self.final_norm(x).astype(self.dtype), last_key, rate=c.dropout_rate)
 
     def _layer(self) -> nn.Module:
-        return self.layer_class(self.config, self.dtype, self.islands, parent=None)
+        layer_class = DecoderLayer if self.is_decoder else EncoderLayer
+        return layer_class(self.config, self.dtype, self.islands, parent=None)
 
     def _attention(self, pattern: Pattern, queries: int, keys: int) -> Callable[..., Array]:
         options = {"queries": queries, "keys": keys, "softmax_dtype": self.islands.softmax}
@@ -95,32 +96,10 @@ class _Stack(nn.Module):
     def _bias_of(self, length: int) -> BiasOf:
         @jax.named_scope("relative_bias")  # the precision ledger reads it
         def build(table: Array) -> Array:
-            options = {"bidirectional": self.bidirectional, "dtype": self.islands.relative_bias}
+            options = {"bidirectional": not self.is_decoder, "dtype": self.islands.relative_bias}
             return whole_bias(self.config, self.position_bias, table, length, **options).astype(self.dtype)
 
         return own_or_shared(build, self.relative_bias)
-
-
-class Encoder(_Stack):
-    """Layers that see the whole source."""
-
-    layer_class = EncoderLayer
-    bidirectional = True
-
-    def setup(self) -> None:
-        """Creates the encoder's parameters."""
-        self._create(self.config.num_layers)
-
-
-class Decoder(_Stack):
-    """Layers that see the past, and the encoder's output."""
-
-    layer_class = DecoderLayer
-    bidirectional = False
-
-    def setup(self) -> None:
-        """Creates the decoder's parameters."""
-        self._create(self.config.num_decoder_layers, jnp.zeros((1, 1, self.config.d_model), self.dtype), _first)
 
 
 def whole_bias(
@@ -156,8 +135,8 @@ class T5(nn.Module):
         if self.has_rng("dropout") and not self.is_initializing():
             raise ValueError("dropout takes key=, not rngs: model.apply(..., key=jax.random.key(0))")
         self.embed = self.param("embed", nn.initializers.normal(c.init_factor), (c.vocab_size, c.d_model), MASTER)
-        self.encoder = Encoder(c, self.dtype, self.islands, self.attend, self.position_bias)
-        self.decoder = Decoder(c, self.dtype, self.islands, self.attend, self.position_bias)
+        self.encoder = Stack(c, self.dtype, self.islands, self.attend, self.position_bias, is_decoder=False)
+        self.decoder = Stack(c, self.dtype, self.islands, self.attend, self.position_bias, is_decoder=True)
         if c.tie_embeddings:
             refuse(self, "lm_head")
         else:
