@@ -146,7 +146,10 @@ class Pipeline:
         """Encoded documents in random order without end, and how many rows are shuffled together."""
         # Bytes of a sample of documents, each with its end.
         sizes = [len(text.encode()) + 1 for text in sample_texts(records, self._config.text_key)]
-        window = self._window(_rows_of_an_epoch(len(records), sizes, self.recipe.lengths[0]))
+        # The most rows that the documents fill once, since no token is shorter than a byte. A larger window would read
+        # three short documents again and again, for minutes.
+        epoch = math.ceil(len(records) * sum(sizes) / len(sizes) / self.recipe.lengths[0])
+        window = self._window(max(epoch, 1))
         order: Any = grain.MapDataset.source(range(len(records))).seed(seed).shuffle().repeat()
         if not self._config.workers:
             return self._encoded(order.map(records.__getitem__)), window
@@ -172,14 +175,6 @@ class Pipeline:
             cuts = experimental.ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
         rows = experimental.FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
         return experimental.WindowShuffleIterDataset(rows, window_size=window or self._window(), seed=seed)
-
-
-def _rows_of_an_epoch(documents: int, sizes: Sequence[int], length: int) -> int:
-    """The most rows that the documents fill once, since no token is shorter than a byte.
-
-    A larger window would read three short documents again and again, for minutes.
-    """
-    return max(math.ceil(documents * sum(sizes) / len(sizes) / length), 1)
 
 
 def _restore_tuples(state: Any) -> Any:

@@ -2,9 +2,8 @@
 
 Loss functions return sums, which are divided once by the weight of the whole batch, so that accumulating microbatches
 of different weight is exact. On one device parameters are cast to the compute dtype once per step, outside the
-accumulation scan; on several, where they are gathered. Gradients are accumulated in float32. The optimizer's loss scale
-skips a batch whose gradients overflow. The caller applies jit, donation and layout. `jaxllm.training.program` has an
-example.
+accumulation scan; on several, where they are gathered. The caller applies jit, donation and layout: see the example of
+`jaxllm.training.program`.
 """
 
 from collections.abc import Callable
