@@ -5,6 +5,7 @@ targets) out, both with the end-of-text token at the end. No token is stripped, 
 sentinels; other ids have no meaning here. Out of scope: where text comes from, and packing into rows.
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 
 Tokens = np.ndarray  # int32, [n] or [rows, n]
+_LONGEST = 2**40  # tokens, more than any example has
 
 
 class Denoiser(NamedTuple):
@@ -44,12 +46,6 @@ class Pairs(NamedTuple):
     input_lengths: np.ndarray
     targets: Tokens
     target_lengths: np.ndarray
-
-    def examples(self) -> list[tuple[Tokens, Tokens]]:
-        """Inputs and targets of one example after the other."""
-        inputs = np.split(self.inputs, np.cumsum(self.input_lengths)[:-1])
-        targets = np.split(self.targets, np.cumsum(self.target_lengths)[:-1])
-        return list(zip(inputs, targets, strict=True))[: len(self.input_lengths)]
 
 
 class Noise(NamedTuple):
@@ -104,15 +100,10 @@ def solve_lengths(denoiser: Denoiser, *, inputs: int, targets: int | None = None
     if not fits(2):
         room = f"{inputs} inputs" + ("" if targets is None else f" and {targets} targets")
         raise DataError(f"no example of {denoiser} fits into {room}; raise data.sequence_length or target_length")
-    low, high = 2, 4
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    found = lengths_of(low, denoiser)
-    if denoiser.density == 0.5 and found.targets > found.inputs and low > 2:
-        return lengths_of(low - 1, denoiser)._replace(targets=found.targets - 1)
+    longest = bisect.bisect_left(range(_LONGEST), True, lo=3, key=lambda raw: not fits(raw)) - 1
+    found = lengths_of(longest, denoiser)
+    if denoiser.density == 0.5 and found.targets > found.inputs and longest > 2:
+        return lengths_of(longest - 1, denoiser)._replace(targets=found.targets - 1)
     return found
 
 

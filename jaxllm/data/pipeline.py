@@ -56,33 +56,28 @@ class Pipeline:
         *,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
         decoder_start_id: int = 0,
         objective: Objective | None = None,
     ) -> None:
         """Opens the training iterator.
 
-        `batch_size` is the rows of a batch of this process, which reads every process_count-th document.
         `decoder_start_id` is the first decoder token of an example, for an encoder-decoder. `objective` replaces that
         of the config.
         """
-        shard = slice(process_index, None, process_count)
         self.tokenizer, self.source_name = tokenizer, source.name
         self._config, self._source, self._batch_size = config, source, batch_size
         objective = objective or RECIPES[config.objective]
         self.recipe = objective.recipe(config, tokenizer, decoder_start_id)
         self._identity = {"source": source.name, "tokenizer": tokenizer.fingerprint}
-        self._identity["shard"] = f"{process_index}/{process_count}"
         if is_stream(source.train):
             if config.workers:
                 raise DataError(f"data.workers read documents by number, {source.name} is a stream; set data.workers=0")
             encoded, window = EncodedStream(source.train, self.recipe.encode), self._window()
         else:
             records = source.documents("a shuffle")
-            encoded, window = self._shuffled(objective, records, shard, seed, decoder_start_id)
-        own = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
-        batches = self._rows(encoded, seed=own, window=window).batch(batch_size, drop_remainder=True)
+            encoded, window = self._shuffled(objective, records, seed, decoder_start_id)
+        of_rows = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])  # runs of the past used the 0 too
+        batches = self._rows(encoded, seed=of_rows, window=window).batch(batch_size, drop_remainder=True)
         self._iterator = iter(batches)
 
     def __iter__(self) -> "Pipeline":
@@ -146,14 +141,16 @@ class Pipeline:
         self._iterator.close()
 
     def _shuffled(
-        self, objective: Objective, records: Sequence[dict[str, Any]], shard: slice, seed: int, start_id: int
+        self, objective: Objective, records: Sequence[dict[str, Any]], seed: int, start_id: int
     ) -> tuple[Any, int]:
         """Encoded documents in random order without end, and how many rows are shuffled together."""
-        numbers = range(len(records))[shard]
         # Bytes of a sample of documents, each with its end.
         sizes = [len(text.encode()) + 1 for text in sample_texts(records, self._config.text_key)]
-        window = self._window(_rows_of_an_epoch(len(numbers), sizes, self.recipe.lengths[0]))
-        order: Any = grain.MapDataset.source(numbers).seed(seed).shuffle().repeat()
+        # The most rows that the documents fill once, since no token is shorter than a byte. A larger window would read
+        # three short documents again and again, for minutes.
+        epoch = math.ceil(len(records) * sum(sizes) / len(sizes) / self.recipe.lengths[0])
+        window = self._window(max(epoch, 1))
+        order: Any = grain.MapDataset.source(range(len(records))).seed(seed).shuffle().repeat()
         if not self._config.workers:
             return self._encoded(order.map(records.__getitem__)), window
         ahead = window * self.recipe.lengths[0] * _BYTES_PER_TOKEN
@@ -178,14 +175,6 @@ class Pipeline:
             cuts = experimental.ConcatThenSplitIterDataset(encoded, length_struct=self.recipe.cut)
         rows = experimental.FlatMapIterDataset(cuts.seed(seed).random_map(self.recipe.expand), _Rows())
         return experimental.WindowShuffleIterDataset(rows, window_size=window or self._window(), seed=seed)
-
-
-def _rows_of_an_epoch(documents: int, sizes: Sequence[int], length: int) -> int:
-    """The most rows that the documents fill once, since no token is shorter than a byte.
-
-    A larger window would read three short documents again and again, for minutes.
-    """
-    return max(math.ceil(documents * sum(sizes) / len(sizes) / length), 1)
 
 
 def _restore_tuples(state: Any) -> Any:

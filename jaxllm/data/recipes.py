@@ -3,6 +3,7 @@
 A decoder row is (tokens, positions, segment_ids, targets, weights); an encoder-decoder row is that of `pack_pairs`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -158,15 +159,12 @@ def prefix_lm_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) ->
     def expand(piece: Batch, rng: np.random.Generator) -> Batch:
         text = piece["tokens"][piece["tokens_segment_ids"] > 0]
         whole = len(text) // raw * raw
-        pairs = [objectives.prefix_lm(rng, text[:whole].reshape(-1, raw), eos_id=eos)]
-        if whole < len(text):
-            pairs.append(objectives.prefix_lm(rng, text[None, whole:], eos_id=eos))
+        pieces = [text[:whole].reshape(-1, raw), text[None, whole:]]
+        pairs = [objectives.prefix_lm(rng, piece, eos_id=eos) for piece in pieces if piece.size]
         joined = Pairs(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
         return pack_pairs(joined, inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
 
-    def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return objectives.join_prefix(inputs, targets, eos_id=eos)
-
+    restore = functools.partial(objectives.join_prefix, eos_id=eos)
     return Recipe(encode, {"tokens": _EXAMPLES_AT_ONCE * raw}, expand, restore, rows)
 
 
@@ -199,9 +197,7 @@ def seq2seq_recipe(config: DataConfig, tokenizer: Tokenizer, start_id: int) -> R
             sides.append(np.array([len(document[side]) for document in documents]))
         return pack_pairs(Pairs(*sides), inputs_length=rows[0], targets_length=rows[1], start_id=start_id)
 
-    def restore(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return objectives.join_prefix(inputs, targets, eos_id=tokenizer.eos_id)
-
+    restore = functools.partial(objectives.join_prefix, eos_id=tokenizer.eos_id)
     return Recipe(encode, None, expand, restore, rows)
 
 

@@ -17,7 +17,7 @@ from jaxllm.config.setting import at_least, require
 from jaxllm.config.setting import settings as declare
 from jaxllm.generation.fallback import fall_back
 from jaxllm.generation.loop import GenerateState, ban_end, ended, read_lengths, read_prompts
-from jaxllm.generation.requests import Request, Settings, make_request
+from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
 from jaxllm.models.decoder import Decoder
@@ -100,7 +100,14 @@ def beam_search(
     sampling = Sampling(repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
     options |= {"pad_id": pad_id, "cache_dtype": cache_dtype, "wraps": False}
-    return _best(make_request(model, params, prompts, **options), search)
+    request = make_request(model, params, prompts, **options)
+    decoder, *arguments = request._replace(settings=request.settings._replace(samples=search.beams))
+    out = fall_back(lambda decoder: _search(decoder, search, *arguments), decoder)
+    tokens, lengths, scores = (np.asarray(each)[:, : search.returned].tolist() for each in out)
+    return [
+        [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]
+        for row in zip(tokens, lengths, scores, strict=True)
+    ]
 
 
 def _check_search(search: BeamSettings, vocab_size: int, eos_ids: Sequence[int]) -> None:
@@ -109,16 +116,6 @@ def _check_search(search: BeamSettings, vocab_size: int, eos_ids: Sequence[int])
     candidates = max(2, 1 + len(eos_ids)) * search.beams
     if candidates > search.beams * vocab_size:
         raise ValueError(f"{candidates} candidates exceed {search.beams} beams of {vocab_size} tokens")
-
-
-def _best(request: Request, search: BeamSettings) -> list[list[Beam]]:
-    decoder, *arguments = request._replace(settings=request.settings._replace(samples=search.beams))
-    out = fall_back(lambda decoder: _search(decoder, search, *arguments), decoder)
-    tokens, lengths, scores = (np.asarray(each)[:, : search.returned].tolist() for each in out)
-    return [
-        [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]
-        for row in zip(tokens, lengths, scores, strict=True)
-    ]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

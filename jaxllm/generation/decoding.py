@@ -4,6 +4,7 @@ The host checks and pads the prompts, calls `jaxllm.generation.loop` and cuts ro
 strings need the host while tokens appear, so they run chunk by chunk; everything else is one call.
 """
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -147,13 +148,7 @@ def _stop_end(row: list[int], stop: Sequence[str], decode: Decode | None) -> int
         text = decode(row[:count])
         return any(part in text for part in stop)
 
-    if not holds(len(row)):
-        return None
-    low, high = 0, len(row)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+    return bisect.bisect_left(range(len(row)), True, key=holds) if holds(len(row)) else None
 
 
 def _cut(row: list[int], eos_ids: Sequence[int], stop: Sequence[str], decode: Decode | None) -> list[int]:

@@ -12,7 +12,9 @@ island (`allowed`). Nothing is compiled and no array is made. Out of scope: the 
 (['float32'], [])
 """
 
+import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -117,15 +119,9 @@ def _walk(jaxpr: Any, stacks: tuple[str, ...], times: int) -> Counter[Entry]:
         if eqn.primitive.name in ("scan", "while"):
             inside, repeats = (*here, LOOP), times * eqn.params.get("length", 1)
         bodies = [_walk(body, inside, repeats) for body in programs(eqn)]
-        total += _largest(bodies) if eqn.primitive.name == "cond" else sum(bodies, Counter())
+        together = operator.or_ if eqn.primitive.name == "cond" else operator.add  # the larger count, or the sum
+        total += functools.reduce(together, bodies, Counter())
     return total
-
-
-def _largest(branches: Sequence[Counter[Entry]]) -> Counter[Entry]:
-    result: Counter[Entry] = Counter()
-    for branch in branches:
-        result |= branch
-    return result
 
 
 def _entry(eqn: Any, stacks: Sequence[str]) -> Entry | None:

@@ -47,7 +47,7 @@ def total(named: dict[str, str]) -> str:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A leaf's path as text: keys, attributes and indices, separated by slashes."""
-    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _sums(leaf: Array) -> UInt32[Array, " 2"]:

@@ -1,10 +1,8 @@
 """Scales the loss; unscales gradients before `inner`; skips the update when any is non-finite.
 
-float16 loses digits below 2^-14 and has no numbers below 2^-24. Without a scale, 0.15% to 0.84% of the non-zero
-gradients of two small models became 0 (docs/mixed_precision.md). So the loss is multiplied by a scale, and gradients
-are divided by it in float32. A step whose gradients overflow is skipped and lowers the scale (arXiv 1710.03740). The
-scale moves exactly as that of torch.amp.GradScaler, and also has a floor, a ceiling and hysteresis. Skipping is a
-select that XLA fuses into the update, so the host does not wait. Out of scope: multiplying the loss (`train_step`).
+docs/mixed_precision.md shows why float16 needs it (arXiv 1710.03740). The scale moves exactly as that of
+torch.amp.GradScaler, and also has a floor, a ceiling and hysteresis. Skipping is a select that XLA fuses into the
+update, so the host does not wait. Out of scope: multiplying the loss (`train_step`).
 """
 
 from typing import Any, NamedTuple

@@ -1,11 +1,8 @@
 """Which dtype is used where: float32 master weights, one compute dtype, and float32 islands.
 
-`precision.compute` sets the compute dtype. Each island is float32 by default: the squares and root of a norm
-(`ops.norms`), scores after their matmul and the softmax (`ops.attention`), angles of RoPE (`ops.rope`), T5's relative
-bias until it is laid out (`ops.relative_bias`), T5's MLP output under float16 (`ops.linear.linear_float32`), logits and
-loss (`ops.losses`). `precision.islands` moves single islands, and the residual stream. RoPE's angles, all sums, moments
-and updates are always float32. `scripts/precision_ledger.py` lists the dtypes of a compiled train step. Out of scope:
-the loss scale (`jaxllm.training.loss_scale`).
+`precision.compute` sets the compute dtype, and `precision.islands` moves single islands: docs/mixed_precision.md has a
+table of them. RoPE's angles, all sums, moments and updates are always float32. `scripts/precision_ledger.py` lists the
+dtypes of a compiled train step. Out of scope: the loss scale (`jaxllm.training.loss_scale`).
 """
 
 from typing import Any

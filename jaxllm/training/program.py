@@ -46,14 +46,10 @@ LossBuilder = Callable[[Model, TrainingConfig], LossFunction]
 
 
 class Own(NamedTuple):
-    """Parts of a run that take the place of those in its config; None keeps that of the config."""
+    """Parts of a run that replace those of its config (docs/parts.md); None keeps that of the config."""
 
-    # called as `build_loss`, with the model in its dtypes; returns a pure function as that does. The evaluation uses it
-    # too, with key None
-    loss: LossBuilder | None = None
-    # replaces clipping, moments, weight decay and learning rate; it gets unscaled float32 gradients and the master
-    # weights, and is inside the loss scale
-    optimizer: optax.GradientTransformation | None = None
+    loss: LossBuilder | None = None  # called as `build_loss`, and returns a pure function as that does
+    optimizer: optax.GradientTransformation | None = None  # replaces all of `build_optimizer` but the loss scale
     recipe: Objective | None = None  # replaces the row of `RECIPES` that `data.objective` names
 
 

@@ -4,12 +4,10 @@ The mesh has the axes data, fsdp and tensor. The devices along `fsdp` share one 
 `data` hold copies; `tensor` is 1. The name of a leaf decides whether it is split (`jaxllm.training.names`), also in the
 optimizer's trees, whose paths end in the parameters' paths.
 
-Every device computes its rows as on a single device. A layer's parameters are gathered in the compute dtype inside the
-layer, and again in its backward pass (`jaxllm.models.stack.Share`); those outside the stacks are gathered before the
-loss. A gradient is summed over the shares in float32 where its layer ends, and over the copies once per step. The
-collectives are written out, because XLA's partitioner would move activations in the scans over chunks of the loss and
-over microbatches. The loss scale gets the sums, so all devices skip the same steps. Devices may belong to
-several processes, which run the same program (`jaxllm.host.processes`). Out of scope: tensor and pipeline parallelism.
+Every device computes its rows as on a single device; docs/design.md has the reasons. A layer's parameters are gathered
+inside the layer, and again in its backward pass (`jaxllm.models.stack.Share`); those outside the stacks are gathered
+before the loss. A gradient is summed over the shares where its layer ends, and over the copies once per step. The loss
+scale gets the sums, so all devices skip the same steps. Out of scope: tensor and pipeline parallelism.
 
 The loop of `jaxllm.training.program`, on all devices:
 

@@ -2,9 +2,8 @@
 
 Loss functions return sums, which are divided once by the weight of the whole batch, so that accumulating microbatches
 of different weight is exact. On one device parameters are cast to the compute dtype once per step, outside the
-accumulation scan; on several, where they are gathered. Gradients are accumulated in float32. The optimizer's loss scale
-skips a batch whose gradients overflow. The caller applies jit, donation and layout. `jaxllm.training.program` has an
-example.
+accumulation scan; on several, where they are gathered. The caller applies jit, donation and layout: see the example of
+`jaxllm.training.program`.
 """
 
 from collections.abc import Callable
@@ -24,44 +23,26 @@ from jaxllm.training.sharding import AnyMesh, map_rows, own_keys, sum_gradients,
 
 
 class TrainState(NamedTuple):
-    """The arrays that a step changes and a checkpoint holds.
+    """The arrays that a step changes and a checkpoint holds."""
 
-    Attributes:
-        step: optimizer steps done.
-        params: float32 master weights.
-        opt_state: of the optimizer, the loss scale included.
-        key: typed PRNG key of the run; steps fold their number into it and leave it unchanged.
-    """
-
-    step: Int[Array, ""]
-    params: Any
-    opt_state: Any
-    key: Array
+    step: Int[Array, ""]  # optimizer steps done
+    params: Any  # float32 master weights
+    opt_state: Any  # of the optimizer, the loss scale included
+    key: Array  # typed PRNG key of the run; steps fold their number into it and leave it unchanged
 
 
 class StepMetrics(NamedTuple):
-    """Float32 scalars of one step.
+    """Float32 scalars of one step."""
 
-    Attributes:
-        loss: the minimised sum per unit of weight.
-        nll: cross-entropy in nats per unit of weight.
-        accuracy: fraction of the weight whose target had the largest logit.
-        weight: sum of the weights.
-        grad_norm: global norm of the unscaled gradient, before clipping.
-        loss_scale: factor of this step's loss.
-        skipped: steps skipped since the start, this one included.
-        at_floor: overflows in a row with the scale at its floor.
-        culprit: index of the first non-finite group in `gradient_groups`, -1 when all were finite or without a scale.
-    """
-
-    loss: Float[Array, ""]
-    nll: Float[Array, ""]
-    accuracy: Float[Array, ""]
-    weight: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    loss_scale: Float[Array, ""]
-    skipped: Float[Array, ""]
-    at_floor: Float[Array, ""]
+    loss: Float[Array, ""]  # the minimised sum per unit of weight
+    nll: Float[Array, ""]  # cross-entropy in nats per unit of weight
+    accuracy: Float[Array, ""]  # fraction of the weight whose target had the largest logit
+    weight: Float[Array, ""]  # sum of the weights
+    grad_norm: Float[Array, ""]  # global norm of the unscaled gradient, before clipping
+    loss_scale: Float[Array, ""]  # factor of this step's loss
+    skipped: Float[Array, ""]  # steps skipped since the start, this one included
+    at_floor: Float[Array, ""]  # overflows in a row with the scale at its floor
+    # index of the first non-finite group in `gradient_groups`, -1 when all were finite or without a scale
     culprit: Float[Array, ""]
 
 

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import re
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -198,21 +198,6 @@ def test_split_is_by_content_and_complete(corpus: Path, tmp_path: Path) -> None:
     assert all(is_held_out(text, 0.3) for text in held_out)
 
 
-def test_two_processes_share_the_documents(corpus: Path, tmp_path: Path) -> None:
-    config = DataConfig(source="files", path=str(corpus), sequence_length=16, validation_fraction=0.2)
-    seen = []
-    for index in range(2):
-        run = tmp_path / "run"
-        run.mkdir(exist_ok=True)
-        pipeline = build_pipeline(
-            config, vocab_size=420, batch_size=2, seed=0, run_dir=run, process_index=index, process_count=2
-        )
-        batches = [next(pipeline) for _ in range(40)]
-        text = "".join(pipeline.tokenizer.decode(row) for batch in batches for row in batch["tokens"])
-        seen.append({word for word in text.replace("\n", " ").split(" ") if word.isdigit()})
-    assert seen[0] != seen[1]
-
-
 def test_every_format_is_read(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

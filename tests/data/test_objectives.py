@@ -44,6 +44,13 @@ TABLE = {
 }
 
 
+def examples(pairs: Pairs) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets of one example after the other."""
+    inputs = np.split(pairs.inputs, np.cumsum(pairs.input_lengths)[:-1])
+    targets = np.split(pairs.targets, np.cumsum(pairs.target_lengths)[:-1])
+    return list(zip(inputs, targets, strict=True))[: len(pairs.input_lengths)]
+
+
 @pytest.mark.parametrize("case", TABLE)
 def test_lengths_are_the_references(case: tuple[int, float, float]) -> None:
     assert solve_lengths(Denoiser(*case[1:]), inputs=case[0]) == TABLE[case]
@@ -194,7 +201,7 @@ def test_ul2_draws_all_denoisers_equally() -> None:
     pairs = denoise(np.random.default_rng(0), text, UL2, raw=[100] * 7, modes=modes, sentinels=SENTINELS, eos_id=EOS)
     first = pairs.inputs[np.cumsum(pairs.input_lengths) - pairs.input_lengths]
     assert chisquare(np.bincount(first - 500)).pvalue > 1e-4
-    sequential = [(i, t) for i, t in pairs.examples() if i[0] == 502]
+    sequential = [(i, t) for i, t in examples(pairs) if i[0] == 502]
     for inputs, targets in sequential:
         assert len(inputs) == 1 + 75 + 2 and inputs[-2] == 999 and len(targets) == 25 + 2
 
@@ -205,7 +212,7 @@ def test_prefix_lm_is_inverted_exactly(rows: int, length: int, seed: int) -> Non
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 900, (rows, length), dtype=np.int32)
     pairs = prefix_lm(rng, tokens, eos_id=EOS)
-    for row, (inputs, targets) in enumerate(pairs.examples()):
+    for row, (inputs, targets) in enumerate(examples(pairs)):
         assert inputs[-1] == targets[-1] == EOS
         np.testing.assert_array_equal(join_prefix(inputs, targets, eos_id=EOS), tokens[row])
         if length > 1:
@@ -240,7 +247,7 @@ def test_packing_keeps_every_example_whole(sizes: list[tuple[int, int]], seed: i
     sides = [rng.integers(0, 99, total).astype(np.int32) for total in lengths.sum(0)]
     pairs = Pairs(sides[0], lengths[:, 0], sides[1], lengths[:, 1])
     batch = pack_pairs(pairs, inputs_length=20, targets_length=12, start_id=55)
-    want = sorted((i.tolist(), t.tolist()) for i, t in pairs.examples())
+    want = sorted((i.tolist(), t.tolist()) for i, t in examples(pairs))
     assert sorted((i.tolist(), t.tolist()) for i, t in unpack_pairs(batch)) == want
     np.testing.assert_array_equal(batch["weights"], batch["decoder_segment_ids"] > 0)
     for row in range(len(batch["targets"])):
