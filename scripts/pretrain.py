@@ -26,14 +26,12 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    arguments, others = parser.parse_known_intermixed_args()
-    if others:
-        parser.error(f"unknown: {' '.join(others)}; write a setting without dashes, e.g. training.steps=100")
+    arguments, dashed = parser.parse_known_intermixed_args()
     try:
         prepare_script()
         if not arguments.print_config:
             processes.start()
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, [*arguments.overrides, *dashed])
     except ValueError as error:
         return processes.end_all(ConfigError(f"error: {error}"), status=2)
     if arguments.print_config:

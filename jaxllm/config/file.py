@@ -241,6 +241,8 @@ def _number(kind: Any, value: Any) -> Any:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
+    if override.startswith("-"):
+        raise ConfigError(f"unknown {override}; write a setting without dashes, e.g. training.steps=100")
     if not separator or len(parts) < 2 or not all(parts):
         fix = _elsewhere(key.strip()) or ", e.g. training.steps=100"
         raise ConfigError(f"override {override!r} is not of the form section.key=value{fix}")

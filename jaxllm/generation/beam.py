@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.config.setting import at_least, require
 from jaxllm.config.setting import settings as declare
 from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.loop import GenerateState, ban_end, ended, read_lengths, read_prompts
+from jaxllm.generation.history import History, append
+from jaxllm.generation.loop import GenerateState, ended, processed, read_lengths, read_prompts
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
 from jaxllm.models.decoder import Decoder
-from jaxllm.ops.sampling import Sampling, process
+from jaxllm.ops.sampling import Sampling
 
 # Added to a score to rule a beam out, as in transformers; finite, so that sums stay ordered.
 _RULED_OUT = -1e9
@@ -75,13 +76,14 @@ def beam_search(
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
     repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
     min_new_tokens: int = 0,
     cache_dtype: str | None = None,
 ) -> list[list[Beam]]:
     """The `search.returned` best beams of each prompt, best first.
 
-    A beam ends at an end token or at `max_new_tokens`. `repetition_penalty` and `min_new_tokens` are those of
-    `Sampling`; the other arguments are those of `generate`.
+    A beam ends at an end token or at `max_new_tokens`. `repetition_penalty`, `no_repeat_ngram_size` and
+    `min_new_tokens` are those of `Sampling`; the other arguments are those of `generate`.
 
     Raises:
         ValueError: as `generate`, or for fewer tokens in the vocabulary than candidates.
@@ -97,7 +99,11 @@ def beam_search(
         [[5, 5], [5, 5]]
     """
     _check_search(search, model.config.vocab_size, eos_ids)
-    sampling = Sampling(repetition_penalty=repetition_penalty, min_new_tokens=min_new_tokens)
+    sampling = Sampling(
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens,
+    )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "eos_ids": eos_ids}
     options |= {"pad_id": pad_id, "cache_dtype": cache_dtype, "wraps": False}
     request = make_request(model, params, prompts, **options)
@@ -173,8 +179,7 @@ def _select(
     """The state with the next running and the updated finished beams, and the token to feed to each beam."""
     d, (rows, beams) = state.decoding, state.scores.shape
     vocab = d.logits.shape[-1]
-    banned = ban_end(settings, d.count[None], vocab)
-    steps = process(jax.nn.log_softmax(d.logits), settings.sampling, seen=d.seen, banned=banned)
+    steps = processed(settings, d, jax.nn.log_softmax(d.logits))
     totals = (steps.reshape(rows, beams, vocab) + state.scores[..., None]).reshape(rows, beams * vocab)
     # Enough candidates that `beams` of them continue even if all end tokens are among them.
     totals, index = jax.lax.top_k(totals, max(2, 1 + len(settings.eos_ids)) * beams)  # [B, C]
@@ -187,10 +192,11 @@ def _select(
     done = _finish(state, search, tokens, totals, ends)
     rows_of = jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
     chosen = jnp.take_along_axis(chosen, best, axis=1).reshape(-1)
-    seen = None if d.seen is None else d.seen[rows_of.reshape(-1)].at[jnp.arange(chosen.shape[0]), chosen].set(True)
-    cache = reorder_rows(d.cache, rows_of.reshape(-1), start=settings.plan.start)
+    rows_of = rows_of.reshape(-1)
+    history = None if d.history is None else append(History(*(each[rows_of] for each in d.history)), chosen)
+    cache = reorder_rows(d.cache, rows_of, start=settings.plan.start)
     new = done._replace(
-        decoding=d._replace(cache=cache, count=d.count + 1, seen=seen),
+        decoding=d._replace(cache=cache, count=d.count + 1, history=history),
         tokens=jnp.take_along_axis(tokens, best[..., None], axis=1),
         scores=going,
         ending=jnp.all(ends),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.edits import run_model
+from jaxllm.generation.history import History, append, begin_history, repeats, seen
 from jaxllm.generation.requests import Settings
 from jaxllm.models.cache import KVCache, repeat_rows, repeat_tree
 from jaxllm.models.decoder import Decoder, Plan
@@ -32,7 +33,7 @@ class GenerateState(NamedTuple):
     finished: Bool[Array, " B"]  # rows that have emitted an end token; they emit padding
     count: Int[Array, ""]  # new tokens so far, the same for all rows
     keys: Array  # one PRNG key per row
-    seen: Bool[Array, "B V"] | None  # tokens that a repetition penalty counts; None without one
+    history: History | None  # None where no rule looks back
 
 
 class Reader(NamedTuple):
@@ -54,20 +55,13 @@ def read_prompts(
 ) -> tuple[Reader, GenerateState]:
     """The model and the state after the prompts; each prompt is read once for all of its samples."""
     context, logits, cache, positions = run_model(decoder.start, params, tokens, lengths, plan=settings.plan)
-    penalised = settings.sampling.repetition_penalty != 1
-    seen = mark_seen(*decoder.history(tokens, lengths), logits.shape[-1]) if penalised else None
+    history = begin_history(settings.sampling, *decoder.history(tokens, lengths), settings.plan.new)
     if settings.samples > 1:
         cache = repeat_rows(cache, settings.samples)
-        context, logits, positions, seen = repeat_tree((context, logits, positions, seen), settings.samples)
+        context, logits, positions, history = repeat_tree((context, logits, positions, history), settings.samples)
     finished = jnp.zeros(positions.shape, bool)
-    state = GenerateState(cache, logits, positions, finished, jnp.zeros((), jnp.int32), keys, seen)
+    state = GenerateState(cache, logits, positions, finished, jnp.zeros((), jnp.int32), keys, history)
     return Reader(decoder, settings, params, context), state
-
-
-def mark_seen(tokens: Int[Array, "B T"], real: Bool[Array, "B T"], vocab: int) -> Bool[Array, "B V"]:
-    """Which ids occur in the real tokens of each row."""
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(real)
 
 
 def ended(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B"]:
@@ -75,25 +69,31 @@ def ended(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B
     return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(tokens.shape, bool)
 
 
-def ban_end(settings: Settings, count: Int[Array, "..."], vocab: int) -> Bool[Array, "... V"] | None:
-    """End tokens while a row has fewer than min_new_tokens; None where no end token is ever banned."""
-    if not (settings.sampling.min_new_tokens and settings.eos_ids):
-        return None
-    ends = ended(jnp.arange(vocab), settings.eos_ids)
-    return ends & (count < settings.sampling.min_new_tokens)[..., None]
+def processed(settings: Settings, state: GenerateState, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Logits, or log-probabilities, of the next token after all rules of `Sampling`."""
+    sampling, vocab, history = settings.sampling, logits.shape[-1], state.history
+    banned = found = None
+    if sampling.min_new_tokens and settings.eos_ids:
+        ends = ended(jnp.arange(vocab), settings.eos_ids)
+        banned = ends & (state.count[None] < sampling.min_new_tokens)[..., None]
+    if history is not None and sampling.no_repeat_ngram_size:
+        completing = repeats(history, sampling.no_repeat_ngram_size, vocab)
+        banned = completing if banned is None else banned | completing
+    if history is not None and sampling.repetition_penalty != 1:
+        found = seen(history, vocab)
+    return process(logits, sampling, seen=found, banned=banned)
 
 
 def advance(reader: Reader, state: GenerateState, *, attended: int) -> tuple[GenerateState, Int[Array, " B"]]:
     """One step: chooses the next tokens and feeds them."""
     settings = reader.settings
-    banned = ban_end(settings, state.count[None], state.logits.shape[-1])
-    logits = process(state.logits, settings.sampling, seen=state.seen, banned=banned)
+    logits = processed(settings, state, state.logits)
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
     tokens = jnp.where(state.finished, settings.pad_id, choose(logits, keys, settings.sampling))
     finished = state.finished | ended(tokens, settings.eos_ids)
-    seen = None if state.seen is None else state.seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+    history = None if state.history is None else append(state.history, tokens)
     after, cache = reader.step(state, tokens, attended)
-    return GenerateState(cache, after, state.positions + 1, finished, state.count + 1, state.keys, seen), tokens
+    return GenerateState(cache, after, state.positions + 1, finished, state.count + 1, state.keys, history), tokens
 
 
 def decode_chunk(reader: Reader, state: GenerateState, *, attended: int) -> tuple[GenerateState, Int[Array, "T B"]]:

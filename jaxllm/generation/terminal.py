@@ -1,17 +1,39 @@
-"""Reads prompts; writes generated text to standard output, as it comes or as JSON lines, and the speed.
+"""Reads options and prompts; writes generated text to standard output, as it comes or as JSON lines, and the speed.
 
-Out of scope: arguments (`scripts/generate.py`), loading (`jaxllm.run.load`).
+Out of scope: other arguments (`scripts/generate.py`), loading (`jaxllm.run.load`).
 """
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from jaxllm.config.setting import settings_of
 from jaxllm.generation.requests import check_prompts
 from jaxllm.generation.text import TextModel
+from jaxllm.ops.sampling import Sampling
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of a generation, those of `Sampling` among them."""
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts of --batch at a time; changes no result")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens to add")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices")
+    parser.add_argument("--stop", action="append", default=[], help="text to end after; may be repeated")
+    for name, setting in settings_of(Sampling).items():
+        kind = int if int in (setting.kind, *get_args(setting.kind)) else float
+        default = 0.7 if name == "temperature" else setting.default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=setting.meaning)
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that `add_options` declares, for `write`; ValueError as `Sampling`."""
+    sampling = Sampling(**{name: getattr(arguments, name) for name in settings_of(Sampling)})
+    names = ("batch_size", "max_new_tokens", "seed", "stop")
+    return {"sampling": sampling} | {name: getattr(arguments, name) for name in names}
 
 
 def read_prompts(prompt: str | None, *, prompt_file: Path | None, batch: Path | None) -> list[str]:
@@ -71,6 +93,8 @@ def write_batches(text_model: TextModel, prompts: list[str], *, batch_size: int,
     The seed of each prompt is `seed` plus its number, so that `batch_size` changes no result. All prompts are checked
     before the first is answered.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     total, begun = 0, time.perf_counter()
     encoded = [text_model.encode(text) for text in prompts]
     check_prompts(text_model.model, encoded, new=options["max_new_tokens"], pad_id=text_model.pad_id)

@@ -44,6 +44,9 @@ class Sampling:
         at_most(_LARGEST),
         "divides positive logits of tokens already in the row, multiplies negative ones; 1 turns it off",
     ] = 1.0
+    no_repeat_ngram_size: Annotated[
+        int, at_least(0), "a row has no n-gram of so many tokens twice, its prompt included; 0 allows all"
+    ] = 0
     min_new_tokens: Annotated[int, at_least(0), "end tokens are impossible before so many new tokens"] = 0
 
     def __post_init__(self) -> None:
@@ -67,8 +70,8 @@ def process(
 ) -> Float[Array, "B V"]:
     """Float32 logits after all processors; a sample is drawn from their softmax.
 
-    `seen` are the tokens already in the row, for a repetition penalty. `banned` are tokens that must not come now, such
-    as the end tokens of a row that is too short.
+    `seen` are the tokens already in the row, for a repetition penalty. `banned` are tokens that must not come now: the
+    end tokens of a row that is too short, or those that would complete an n-gram of the row again.
     """
     logits = logits.astype(jnp.float32)
     if seen is not None:

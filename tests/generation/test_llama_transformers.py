@@ -22,6 +22,7 @@ NEW = 12
 # So many that rows end early and the rule that stops a search decides about its result.
 ENDS = tuple(range(3, 11))
 MORE = {"repetition_penalty": 1.4, "min_new_tokens": 3}
+NO_REPEATS = {"no_repeat_ngram_size": 2}
 
 
 def their_row(built: Any, prompt: list[int], **options: Any) -> Any:
@@ -30,7 +31,11 @@ def their_row(built: Any, prompt: list[int], **options: Any) -> Any:
     return built.generate(torch.tensor([prompt]), return_dict_in_generate=True, **options)
 
 
-@pytest.mark.parametrize("more", [{}, MORE], ids=["plain", "penalty and least length"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, MORE, NO_REPEATS, {**MORE, "no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 3}],
+    ids=["plain", "penalty and least length", "no pairs", "no token twice", "no triples"],
+)
 @pytest.mark.parametrize("name", ["mha", "mistral", "qwen3"])
 def test_greedy_is_that_of_transformers(case, name: str, more: dict[str, Any]) -> None:
     model, params, built = case(name)
@@ -49,6 +54,7 @@ def test_greedy_is_that_of_transformers(case, name: str, more: dict[str, Any]) -
         ("mistral", False, 0.0, MORE),  # beyond its window
         ("qwen3", True, 2.0, MORE),
         ("biases_yarn_mscale", False, 0.8, {}),
+        ("mha", False, 1.0, NO_REPEATS),
     ],
 )
 def test_beams_are_those_of_transformers(

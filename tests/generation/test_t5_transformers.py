@@ -22,6 +22,7 @@ NEW = 12
 # So many that beams end early and the rule that stops a search decides about its result.
 ENDS = tuple(range(3, 11))
 MORE = {"repetition_penalty": 1.4, "min_new_tokens": 3}
+NO_REPEATS = {"no_repeat_ngram_size": 2}
 
 
 def their_rows(built: Any, **options: Any) -> Any:
@@ -39,7 +40,8 @@ def check_row(ours: list[int], row: list[int], pad: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("v1_0_eps_start", {}), ("deep_decoder", {}), ("umt5", {}), ("v1_0_eps_start", MORE)]
+    ("name", "more"),
+    [("v1_0_eps_start", {}), ("deep_decoder", {}), ("umt5", {}), ("v1_0_eps_start", MORE), ("umt5", NO_REPEATS)],
 )
 def test_greedy_is_that_of_transformers(case, name: str, more: dict) -> None:
     model, params, built = case(name)
@@ -59,6 +61,7 @@ def test_greedy_is_that_of_transformers(case, name: str, more: dict) -> None:
         ("v1_1", "never", -1.0, {}),
         ("v1_0_eps_start", False, 0.0, MORE),
         ("deep_decoder", True, 2.0, MORE),
+        ("deep_decoder", False, 1.0, NO_REPEATS),
         ("umt5", False, 0.8, {}),
     ],
 )

@@ -104,8 +104,11 @@ def test_a_stream_never_shows_half_a_character(llama: Path) -> None:
 
 
 @pytest.fixture
-def speak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def speak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Runs the script; its exit status, standard output and standard error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     main = runpy.run_path(str(SCRIPT))["main"]
 
     def run(folder: Path, *options: str) -> tuple[int, str, str]:
@@ -129,6 +132,15 @@ def test_argument_file_standard_input_and_batch_say_the_same(
         said.append(out)
     assert len(said[0]) > 1
     assert said[0] == said[1] == said[2] == json.loads(said[3])["text"] + "\n"
+
+
+def test_compiled_programs_are_kept_for_the_next_call(llama: Path, tmp_path: Path, speak) -> None:
+    kept = []
+    for _ in range(2):
+        jax.clear_caches()
+        assert speak(llama, "the cat", "--max-new-tokens=4", "--temperature=0")[0] == 0
+        kept.append({path.name for path in (tmp_path / "cache" / "jaxllm").rglob("*-cache")})
+    assert any("jit_begin" in name for name in kept[0]) and kept[1] == kept[0]
 
 
 def test_a_long_text_comes_in_pieces_and_a_stop_string_ends_it(llama: Path, speak) -> None:
@@ -161,6 +173,7 @@ def test_batches_cut_at_line_breaks_only_and_their_size_changes_no_sample(llama:
         (["x", "--stop="], "non-empty strings"),
         (["--batch", "LONG", "--batch-size=1"], "prompt 1 of 6000 tokens"),
         (["--batch", "EMPTY"], "write one prompt per line"),
+        (["--batch", "LONG", "--batch-size=0"], "batch_size must be at least 1, got 0"),
         (["--prompt-file", "BINARY"], "BINARY is not UTF-8 text"),
         (["--prompt-file", "NOWHERE"], "No such file"),
         (["the \udcff cat"], "the prompt is not UTF-8 text (byte 0xff at character 4)"),
@@ -184,7 +197,7 @@ def test_more_tokens_than_anything_could_hold_are_refused_before_a_compile(t5: P
 
 
 def test_one_source_of_prompts_is_asked_for(llama: Path, speak) -> None:
-    for options in ([], ["x", "--batch", "y"], ["x", "--batch-size=0"]):
+    for options in ([], ["x", "--batch", "y"]):
         with pytest.raises(SystemExit):
             speak(llama, *options)
 

@@ -522,7 +522,7 @@ def test_script_names_the_problem_and_prints_configs(tmp_path: Path, corpus: Pat
     wrong = script(str(file), "training.step=3")
     assert wrong.returncode == 2 and "did you mean 'training.steps'" in wrong.stderr
     dashed = script(str(file), "--training.steps=3")
-    assert dashed.returncode == 2 and "--training.steps=3; write a setting without dashes" in dashed.stderr
+    assert dashed.returncode == 2 and "unknown --training.steps=3; write a setting without dashes" in dashed.stderr
     printed = script(str(file), "--print-config", "training.steps=3")
     assert printed.returncode == 0 and "steps: 3" in printed.stdout
     missing = script(str(file), f"data.path={tmp_path / 'nowhere'}")
