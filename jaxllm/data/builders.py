@@ -80,7 +80,11 @@ class LocalInfo(tfds.core.DatasetInfo):
 
 
 class _TextBuilder(tfds.core.GeneratorBasedBuilder):
-    """Documents split by a hash of their content, so that equal documents are in the same split."""
+    """Documents split by a hash of their content, so that equal documents are in the same split.
+
+    Of few documents the hash may leave a split empty: then the one of the smallest hash is held out, or the one of the
+    largest is for training. Of a single document, its end is held out.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -103,14 +107,32 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
+        limit = self._limit()
         splits = {"train": False, "validation": True}
-        return {name: self._generate_examples(held_out=held_out) for name, held_out in splits.items()}
+        return {name: self._generate_examples(limit, held_out=held_out) for name, held_out in splits.items()}
 
-    def _generate_examples(self, *, held_out: bool) -> Iterator[tuple[int, dict[str, str]]]:
+    def _limit(self) -> float | None:
+        """The hash below which a document is held out; None for a single document, whose end is held out."""
+        limit, lowest, highest = self._data.validation_fraction * 2**64, 2**64, -1
+        before = list(self._problems.skipped)
+        for _, fields in self._documents():
+            number = content_hash(*fields.values())
+            lowest, highest = min(lowest, number), max(highest, number)
+            if lowest < limit <= highest:
+                break
+        self._problems.skipped = before
+        if lowest == highest and len(self._keys) == 1:
+            return None
+        return min(max(limit, lowest + 1), highest)
+
+    def _generate_examples(self, limit: float | None, *, held_out: bool) -> Iterator[tuple[int, dict[str, str]]]:
         # This runs once for each split; only the first pass over the files keeps the problems.
         before = list(self._problems.skipped)
         for index, (name, fields) in enumerate(self._documents()):
-            if is_held_out("\0".join(fields.values()), self._data.validation_fraction) == held_out:
+            if limit is None:
+                ((key, text),) = fields.items()
+                yield index, {"name": name, key: cut_end(text, self._data.validation_fraction)[held_out]}
+            elif (content_hash(*fields.values()) < limit) == held_out:
                 yield index, {"name": name, **fields}
         if held_out:
             self._problems.skipped = before
@@ -279,10 +301,18 @@ def files_below(root: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: a pure function of its content."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+def content_hash(*fields: str) -> int:
+    """64 bits of a document, by its content alone."""
+    digest = hashlib.sha256("\0".join(fields).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def cut_end(text: str, fraction: float) -> tuple[str, str]:
+    """A text without its end, and its end of about a `fraction` of the characters; lines, or words, stay whole."""
+    at = min(round(len(text) * (1 - fraction)), len(text) - 1)
+    middle = len(text) // 4  # a break before it would leave too little
+    at = next((found + 1 for mark in "\n " if (found := text.rfind(mark, middle, at)) >= 0), at)
+    return text[:at], text[at:]
 
 
 def _open_lines(path: Path) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
-from jaxllm.data.builders import is_held_out
+from jaxllm.data.builders import content_hash
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.records import texts
 from jaxllm.data.sources import open_source
@@ -195,7 +195,35 @@ def test_split_is_by_content_and_complete(corpus: Path, tmp_path: Path) -> None:
     assert not train & held_out
     assert train | held_out == {path.read_text() for path in corpus.iterdir()}
     assert len(source.train) + len(source.validation) == 41
-    assert all(is_held_out(text, 0.3) for text in held_out)
+    assert all(content_hash(text) < 0.3 * 2**64 for text in held_out)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5])
+@pytest.mark.parametrize("count", range(1, 21))
+def test_few_documents_are_split_too(tmp_path: Path, count: int, fraction: float) -> None:
+    """The hash alone would leave a split of most of them empty."""
+    texts_of = [f"Document {i} tells\nof the number {i}.\nIt ends here." for i in range(count)]
+    for i, text in enumerate(texts_of):
+        write(tmp_path / "in" / f"{i}.txt", text.encode())
+    config = DataConfig(source="files", path=str(tmp_path / "in"), validation_fraction=fraction)
+    source = open_source(config, cache_dir=tmp_path / "cache")
+    train, held_out = list(texts(source.train, "text")), list(texts(source.validation, "text"))
+    assert train and held_out
+    if count == 1:
+        assert ["".join(train + held_out)] == texts_of and train[0].endswith(("\n", " "))
+        assert len(held_out[0]) <= max(fraction * len(texts_of[0]) + 20, 1)
+        return
+    assert sorted(train + held_out) == sorted(texts_of)
+    hashes = sorted(content_hash(text) for text in texts_of)
+    below = sum(number < fraction * 2**64 for number in hashes)
+    assert sorted(map(content_hash, held_out)) == hashes[: min(max(below, 1), count - 1)]
+
+
+def test_one_pair_cannot_be_split(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", b'{"text": "a question", "answer": "b"}')
+    config = DataConfig(source="files", path=str(tmp_path / "x.jsonl"), target_key="answer", objective="seq2seq")
+    with pytest.raises(DataError, match="split is empty; both are needed: add documents or raise"):
+        open_source(config, cache_dir=tmp_path / "cache")
 
 
 def test_every_format_is_read(tmp_path: Path) -> None:
@@ -236,7 +264,7 @@ BAD = {
     ),
     r"x.jsonl.gz cannot be unpacked \(.*\); repair it": lambda p: write(p / "x.jsonl.gz", b"not gzip"),
     r"x.jsonl.zst cannot be unpacked \(.*\); repair it": lambda p: write(p / "x.jsonl.zst", b"not zstandard"),
-    "split is empty; both are needed: add documents or raise": lambda p: write(p / "x.txt", b"only one"),
+    "split is empty; both are needed: add documents or raise": lambda p: write(p / "x.txt", b" \n"),
 }
 
 

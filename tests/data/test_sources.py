@@ -144,7 +144,7 @@ def test_a_damaged_page_of_parquet_is_found_where_it_has_a_checksum(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("place", "words"), [("_open_lines", "x.jsonl holds a document too large"), ("is_held_out", "")]
+    ("place", "words"), [("_open_lines", "x.jsonl holds a document too large"), ("content_hash", "")]
 )
 def test_memory_that_ends_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str
