@@ -226,7 +226,10 @@ def _open(path: Path) -> Any:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
+        path.touch()
+        mode = path.stat().st_mode
         save_file(arrays, str(path), metadata={"format": "pt"})
+        path.chmod(mode)  # as of any new file; safetensors 0.8.0 lets only its owner read it
     except SafetensorError as error:
         raise InteropError(f"cannot write {path} ({error}); choose a folder with free space") from None
 

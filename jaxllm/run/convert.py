@@ -4,6 +4,8 @@ A conversion that fails leaves nothing in its target.
 """
 
 import contextlib
+import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 
 from jaxllm.config import DataConfig, RunConfig, TrainingConfig
 from jaxllm.config.file import dump_config
-from jaxllm.data.tokenizer import load_tokenizer, tokenizers_in
+from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
 from jaxllm.models import build
 from jaxllm.run.start import read_run
 from jaxllm.storage.checkpoint import save_params
 from jaxllm.storage.folder import CHECKPOINTS, CONFIG, check_target
+
+_log = logging.getLogger(__name__)
 
 
 def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
@@ -37,9 +41,20 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
         save_hf(folder, build(config.model), params, dtype=dtype, special_ids=ids)
         for file in files:
             shutil.copy(file, folder)
+            if file.suffix == ".json":
+                (folder / "tokenizer_config.json").write_text(_tokenizer_config(config, tokenizer), encoding="utf-8")
             if config.model.encoder_decoder and file.suffix == ".model":
                 # transformers 4.x looks for T5's by this name alone, 5.x for UMT5's by the general one.
                 shutil.copy(file, folder / "spiece.model")
+
+
+def _tokenizer_config(config: RunConfig, tokenizer: Tokenizer) -> str:
+    """What transformers needs beside tokenizer.json: the special tokens, and the longest text."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    begins = {} if config.model.encoder_decoder else {"bos_token": tokenizer.decode([tokenizer.eos_id])}
+    special = {"eos_token": tokenizer.decode([tokenizer.eos_id]), "pad_token": tokenizer.decode([tokenizer.pad_id])}
+    longest = {} if config.model.context is None else {"model_max_length": config.model.context}
+    return json.dumps(settings | begins | special | longest, indent=2) + "\n"
 
 
 def import_run(source: str | Path, target: str | Path) -> None:
@@ -51,6 +66,8 @@ def import_run(source: str | Path, target: str | Path) -> None:
     check_target(folder)
     model, params = load_hf(source, dtype="float32")
     kept = {file.name.replace("spiece", "tokenizer"): file for file in tokenizers_in(source)}
+    if not kept:
+        _log.warning("%s has no tokenizer; put its tokenizer.json or .model into %s before its use", source, folder)
     longest, objective = min(256, model.config.context or 256), model.config.objectives[0]
     tokenizer = str(folder / next(iter(kept))) if kept else "train"
     data = DataConfig(tokenizer=tokenizer, objective=objective, sequence_length=longest)

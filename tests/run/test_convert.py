@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import jaxllm
 from jaxllm.config import LlamaConfig, RunConfig, T5Config
 from jaxllm.config.file import load_config
+from jaxllm.data import DataError
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.interop.hf import SpecialIds, special_ids
 from jaxllm.models import abstract_params, build, init_params
@@ -72,6 +74,37 @@ def test_transformers_computes_the_same_with_an_export(run: Path, exported: Path
     got = jax.jit(lambda p, t: model.apply({"params": p}, t))(params, jnp.asarray(tokens))
     assert np.abs(np.asarray(got) - want).max() <= 1e-5 * np.abs(want).max()
     assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (1, 1)
+
+
+def test_transformers_reads_the_tokenizer_of_an_export(run: Path, exported: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(exported), load_text_model(run).tokenizer
+    assert (theirs.eos_token, theirs.bos_token, theirs.pad_token) == ("</s>", "</s>", "<pad>")
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.eos_id, ours.pad_id)
+    assert theirs.model_max_length == read_run(run)[0].model.context
+    text = "def  read_(x):\n\treturn x"
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ids == ours.encode(text).tolist() and theirs.decode(ids) == text
+
+
+def test_an_export_is_as_readable_as_any_new_file(run: Path, tmp_path: Path) -> None:
+    previous = os.umask(0o022)
+    try:
+        export_run(run, tmp_path / "hf")
+    finally:
+        os.umask(previous)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {0o644}
+
+
+def test_a_directory_without_a_tokenizer_is_named_at_its_conversion(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(LlamaConfig(**SMALL))
+    jaxllm.save_hf(tmp_path / "hf", model, init_params(model, jax.random.key(0)))
+    import_run(tmp_path / "hf", tmp_path / "run")
+    assert f"{tmp_path / 'hf'} has no tokenizer; put its tokenizer.json" in caplog.text
+    with pytest.raises(DataError, match=r"no tokenizer in .*run; give a tokenizer.json"):
+        load_text_model(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
