@@ -35,7 +35,7 @@ _started = threading.Event()
 def start() -> None:
     """Connects the tasks of SLURM, Open MPI or a Kubernetes Job, or processes given by three variables, if several.
 
-    Call it before jax opens its devices.
+    JAXLLM_PROCESSES=1 alone makes each process a run of its own. Call it before jax opens its devices.
 
     Raises:
         ValueError: when some of the three variables are missing, or the processes do not find each other.
@@ -43,6 +43,8 @@ def start() -> None:
     address, count, number = (os.environ.get(name, "") for name in _BY_HAND)
     tasks = "SLURM_NTASKS" if "SLURM_STEP_NODELIST" in os.environ else "OMPI_COMM_WORLD_SIZE"
     try:
+        if count == "1" and not number:
+            return  # whatever the cluster says
         if count or number:
             if not (address and count and number):
                 raise ValueError(f"set all of {', '.join(_BY_HAND)}, or none")

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config.file import dump_config, load_config, parse_config
+from jaxllm.host import processes
 from jaxllm.interop.hf import save_hf
 from jaxllm.models import build
 from jaxllm.run.record import read_metrics
@@ -252,6 +253,23 @@ def test_sigterm_to_one_saves_the_same_step_and_sigkill_ends_the_other(folder: P
     ended = finish(processes)
     assert ended[0].status == 1 and time.monotonic() - killed < 60, ended
     assert "the same command resumes" in ended[0].stdout and "Traceback" not in ended[0].stdout
+
+
+@pytest.mark.parametrize("cluster", [{"JOB_COMPLETION_INDEX": "3"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2"}])
+def test_a_process_may_be_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch, cluster: dict[str, str]) -> None:
+    """Such as the pods of an Indexed Job that are a sweep."""
+
+    def connect(*args: object, **options: object) -> None:
+        raise ValueError("connected")
+
+    monkeypatch.setattr(jax.distributed, "initialize", connect)
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="connected"):
+        processes.start()
+    monkeypatch.setenv("JAXLLM_PROCESSES", "1")
+    processes.start()
+    assert not processes.several()
 
 
 # By a setting that only one process has, or none: its disk is full.
