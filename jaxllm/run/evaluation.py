@@ -19,11 +19,18 @@ def evaluate(steps: Steps, params: Any, pipeline: Pipeline) -> dict[str, float]:
 
     Returns:
         loss (per token), bits_per_byte (T5: bits_per_target_byte), accuracy, and spans_exact where there are spans.
+        With `data.validation` they are those of the first set, and NAME/loss and so on follow for each set.
     """
+    found = {name: _measure(steps, params, pipeline, name) for name in pipeline.sets or [None]}
+    named = {f"{name}/{key}": value for name, values in found.items() for key, value in values.items() if name}
+    return next(iter(found.values())) | named
+
+
+def _measure(steps: Steps, params: Any, pipeline: Pipeline, name: str | None) -> dict[str, float]:
     config, tokenizer = steps.program.config, pipeline.tokenizer
     sums = np.zeros(3)
     size = exact = spans = 0.0
-    for batch in pipeline.validation(config.training.eval_batches):
+    for batch in pipeline.validation(config.training.eval_batches, name):
         placed = place_rows(batch, steps.mesh)
         found = jax.device_get(steps.eval_step(params, placed))
         sums += (found.nll, found.weight, found.correct)

@@ -182,17 +182,30 @@ def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]
 
 
 def check_apart(config: DataConfig, run_dir: Path) -> None:
-    """Refuses a run folder among the user's documents: files that the run writes would be documents.
+    """Refuses a run folder among the user's documents, since its files would be documents, and sets in data.path.
 
     Raises:
         DataError: naming both folders.
     """
-    root = Path(config.path or "").expanduser()
-    if config.source == "files" and run_dir.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"the run's folder {run_dir} is in data.path {root}, so that {METRICS} and {SAMPLE} would be documents; "
-            f"choose a training.run_dir outside, or move the documents into a separate folder"
-        )
+    paths = {f"data.validation.{name}": Path(path).expanduser() for name, path in config.validation.items()}
+    if config.path is not None:
+        paths["data.path"] = Path(config.path).expanduser()
+    for key, root in paths.items():
+        if _within(run_dir, root):
+            raise DataError(
+                f"the run's folder {run_dir} is in {key} {root}, so that {METRICS} and {SAMPLE} would be documents; "
+                f"choose a training.run_dir outside, or move the documents into a separate folder"
+            )
+        trained = paths.get("data.path", root)
+        if trained is not root and (_within(root, trained) or _within(trained, root)):
+            raise DataError(
+                f"{key} {root} and data.path {trained} have documents in common, which would be trained on; move the "
+                f"set into a separate folder, or evaluate it by scripts/evaluate.py --data"
+            )
+
+
+def _within(path: Path, other: Path) -> bool:
+    return path.resolve().is_relative_to(other.resolve())
 
 
 def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, folder: Path) -> Tokenizer:
@@ -294,7 +307,11 @@ def _check_same(path: Path, config: RunConfig, own_rates: bool) -> None:
     done = max(checkpoint_steps(path.parent / CHECKPOINTS), default=0)
     fits = 0 < done <= config.training.steps
     same = fits and (own_rates or same_rates(old, config, steps=done))
-    differing = config_differences(old, config, ignored=_keys(_MAY_CHANGE) + (_keys(_RATES) if same else []))
+    ignored = [*_keys(_MAY_CHANGE), *(_keys(_RATES) if same else []), "data.validation"]
+    differing = config_differences(old, config, ignored=ignored)
+    first, now = (next(iter(each.data.validation.items()), "held-out documents") for each in (old, config))
+    if first != now:
+        differing.append(f"data.validation: {first} -> {now} (the first set must stay, others may change)")
     if differing:
         listed = "\n  ".join(differing)
         if done and not same:
