@@ -165,9 +165,7 @@ class FilesText(_TextBuilder):
     """
 
     @classmethod
-    def for_path(
-        cls, cache_dir: Path, config: DataConfig, problems: ProblemLog, *, key: str = "data.path"
-    ) -> "FilesText":
+    def for_path(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog, key: str = "data.path") -> "FilesText":
         """The builder of `config.path`, which is the setting `key`; its name holds a hash of names, sizes and times."""
         root = Path(config.path or "").expanduser()
         if not root.exists():

@@ -31,9 +31,7 @@ _log = logging.getLogger(__name__)
 # A full disk in the words of the system and of TFDS; array_record passes on only the text.
 _NO_SPACE = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "Not enough disk space")
 
-_TOO_FEW = (
-    "the training or the validation split is empty; both are needed: add documents or raise data.validation_fraction"
-)
+_TOO_FEW = "the training or validation split is empty; both are needed: add documents or raise data.validation_fraction"
 
 
 class Source(NamedTuple):
@@ -43,18 +41,13 @@ class Source(NamedTuple):
     # Random access to dicts of text or UTF-8 bytes; or a stream of them without end, which is read in its own order.
     train: Sequence[dict[str, Any]] | Stream
     validation: Sequence[dict[str, Any]]  # the held-out records, or those of the first of `sets`
-    # The sets of data.validation by name; all records of each are its `train`.
-    sets: Mapping[str, "Source"] = MappingProxyType({})
+    sets: Mapping[str, "Source"] = MappingProxyType({})  # of data.validation; all records of each are its `train`
 
     def documents(self, purpose: str) -> Sequence[dict[str, Any]]:
         """The training records by number; DataError for a stream, naming the purpose that needs them."""
         if is_stream(self.train):
             raise DataError(f"{purpose} needs documents by number, and the source {self.name} is a stream without end")
         return cast(Sequence[dict[str, Any]], self.train)
-
-    def with_sets(self, sets: Mapping[str, "Source"]) -> "Source":
-        """The source with validation sets, if there are any."""
-        return self._replace(validation=next(iter(sets.values())).documents("validation"), sets=sets) if sets else self
 
 
 def open_sets(config: DataConfig, *, cache_dir: Path) -> dict[str, Source]:
@@ -67,12 +60,10 @@ def open_sets(config: DataConfig, *, cache_dir: Path) -> dict[str, Source]:
 
 
 def open_source(config: DataConfig, *, cache_dir: Path, key: str = "data.path") -> Source:
-    """Prepares the corpus of a config if that has not been done, and opens it; `key` is the setting of the path.
-
-    With `data.validation` all documents are for training, and `validation` is empty: see `open_sets`.
+    """Opens the corpus of a config, prepared if need be; with `data.validation` nothing of it is held out.
 
     Raises:
-        DataError: when it is missing, empty or unreadable, or needs a network.
+        DataError: when it is missing, empty or unreadable, or needs a network; `key` names the setting of its path.
     """
     problems = ProblemLog(stop=config.on_bad_text == "stop")
     try:
@@ -81,7 +72,7 @@ def open_source(config: DataConfig, *, cache_dir: Path, key: str = "data.path") 
             if config.source == "stdlib":
                 builder = StdlibText.for_interpreter(cache_dir, config, problems)
             elif config.source == "files":
-                builder = FilesText.for_path(cache_dir, config, problems, key=key)
+                builder = FilesText.for_path(cache_dir, config, problems, key)
             else:
                 builder = _tfds_builder(config.source, cache_dir)
         lack = f"{key} {config.path} has no documents" if config.validation else _TOO_FEW

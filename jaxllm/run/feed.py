@@ -60,7 +60,9 @@ def build_pipeline(
     check_apart(config, folder)
     cache_dir = Path(config.cache_dir or folder / DATA).expanduser()
     sets = open_sets(config, cache_dir=cache_dir)
-    source = (source or open_source(config, cache_dir=cache_dir)).with_sets(sets)
+    source = source or open_source(config, cache_dir=cache_dir)
+    if sets:
+        source = source._replace(validation=next(iter(sets.values())).documents("validation"), sets=sets)
     tokenizer = settle_tokenizer(config, source, vocab_size=vocab_size, folder=folder)
     if (ids := tokenizer.vocab_size) > vocab_size:
         raise DataError(f"the tokenizer has {ids} ids, model.vocab_size is {vocab_size}; raise it to at least {ids}")

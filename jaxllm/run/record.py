@@ -113,10 +113,8 @@ def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
 
 def log_validation(step: int, values: dict[str, float], sets: Collection[str] = ()) -> None:
     """Shows an evaluation: a line for each set of data.validation, and one for values that belong to none."""
-    lines = {
-        f"{name}: ": {key.removeprefix(f"{name}/"): x for key, x in values.items() if key.startswith(f"{name}/")}
-        for name in sets
-    }
+    pairs = [(key.rpartition("/"), x) for key, x in values.items()]
+    lines = {f"{name}: ": {key[2]: x for key, x in pairs if key[0] == name} for name in sets}
     first = next(iter(lines.values()), {})
     lines[""] = {key: x for key, x in values.items() if key not in first and key.split("/")[0] not in sets}
     for name, line in lines.items():
@@ -174,9 +172,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_curve(
-    folder: Path, baselines: dict[str, float], name: str = "bits_per_byte", sets: Collection[str] = ()
-) -> Path:
+def plot_curve(folder: Path, baselines: dict[str, float], name: str = "bits_per_byte", sets: Any = ()) -> Path:
     """Draws the metric `name` of training and of the validation sets over steps from metrics.jsonl into loss.png.
 
     Raises:

@@ -79,6 +79,16 @@ def kind_of(path: str | Path) -> Kind | None:
     return Kind.HUGGING_FACE if (folder / _HUGGING_FACE_CONFIG).is_file() else None
 
 
+def find_model(path: str | Path) -> tuple[Path, Kind, int | None]:
+    """The folder of RUN, RUN@STEP or a Hugging Face directory, and the step; ConfigError where it is none of them."""
+    name, _, step = str(path).rpartition("@")
+    if (kind := kind_of(path)) is not None:
+        return Path(path).expanduser(), kind, None
+    if step.isdigit() and kind_of(name) is Kind.RUN:
+        return Path(name).expanduser(), Kind.RUN, int(step)
+    raise ConfigError(f"{path} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, whole or damaged, oldest first."""
     return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
@@ -188,24 +198,19 @@ def check_apart(config: DataConfig, run_dir: Path) -> None:
         DataError: naming both folders.
     """
     paths = {f"data.validation.{name}": Path(path).expanduser() for name, path in config.validation.items()}
-    if config.path is not None:
-        paths["data.path"] = Path(config.path).expanduser()
-    for key, root in paths.items():
-        if _within(run_dir, root):
+    trained = None if config.path is None else Path(config.path).expanduser().resolve()
+    for key, root in {**paths, **({"data.path": trained} if trained else {})}.items():
+        within = root.resolve()
+        if run_dir.resolve().is_relative_to(within):
             raise DataError(
                 f"the run's folder {run_dir} is in {key} {root}, so that {METRICS} and {SAMPLE} would be documents; "
                 f"choose a training.run_dir outside, or move the documents into a separate folder"
             )
-        trained = paths.get("data.path", root)
-        if trained is not root and (_within(root, trained) or _within(trained, root)):
+        if key in paths and trained and (within.is_relative_to(trained) or trained.is_relative_to(within)):
             raise DataError(
                 f"{key} {root} and data.path {trained} have documents in common, which would be trained on; move the "
                 f"set into a separate folder, or evaluate it by scripts/evaluate.py --data"
             )
-
-
-def _within(path: Path, other: Path) -> bool:
-    return path.resolve().is_relative_to(other.resolve())
 
 
 def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, folder: Path) -> Tokenizer:
