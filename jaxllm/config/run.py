@@ -4,6 +4,7 @@ One YAML file is one `RunConfig`; `jaxllm.config.file` reads and writes it. A de
 `__post_init__` checks several settings together, and that of `RunConfig` several sections, before anything is compiled.
 """
 
+import re
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -79,6 +80,10 @@ class DataConfig:
     text_key: Annotated[str, "field that holds the text in .jsonl, .parquet and TFDS records"] = "text"
     target_key: Annotated[str | None, "field that holds the answer, for the objective seq2seq"] = None
     validation_fraction: Annotated[float, above(0), at_most(0.5), "documents held out by content hash"] = 0.05
+    validation: Annotated[
+        dict[str, str],
+        "validation sets by name, e.g. {code: path}, as path; the first decides the best; nothing is held out then",
+    ] = field(default_factory=dict)
     on_bad_text: Annotated[Literal["stop", "skip"], "stop or skip at a document that is not UTF-8"] = "stop"
     tokenizer: Annotated[
         str, "train (byte-level BPE), a tokenizer.json, a SentencePiece .model, or a folder that has one"
@@ -110,6 +115,9 @@ class DataConfig:
         found = f"got source {self.source!r} and path {self.path!r}"
         message = f"source: files needs path, and no other source takes one; {found}"
         require((self.source == "files") == (self.path is not None), message)
+        wrong = [name for name, path in self.validation.items() if not (re.fullmatch(r"[\w-]+", name) and path)]
+        message = f"validation needs a path for each name, and names of letters, digits, _ and -; got {wrong}"
+        require(not wrong, message)
         message = f"document_mask: false needs objective causal, got {self.objective}: its examples must not mix"
         require(self.document_mask or self.objective == "causal", message)
         found = f"got objective {self.objective!r} and target_key {self.target_key!r}"
@@ -194,7 +202,7 @@ class RunConfig:
             f"objective {data.objective} on an encoder-decoder needs data.target_length, e.g. 114",
         )
         tokens = training.batch_size // training.accumulation * data.sequence_length
-        message = f"training.batch_size {training.batch_size} makes microbatches of {tokens} tokens"
+        message = f"training.batch_size in rows of data.sequence_length makes microbatches of {tokens} tokens"
         require(tokens < 2**31, f"{message}, over int32's range; lower it or raise training.accumulation")
         message = f"data.sequence_length {data.sequence_length} exceeds model.max_length {model.context}"
         fits = model.context is None or data.sequence_length <= model.context

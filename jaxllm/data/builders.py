@@ -95,7 +95,8 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
         self._keys = ["text"] if config.source == "stdlib" else [config.text_key]
         if config.target_key is not None:
             self._keys.append(config.target_key)
-        digest = hashlib.sha256(f"{content}/{config.validation_fraction}".encode()).hexdigest()
+        self._fraction = 0.0 if config.validation else config.validation_fraction
+        digest = hashlib.sha256(f"{content}/{self._fraction}".encode()).hexdigest()
         label = f"{prefix}-{digest[:10]}"
         builder_config = tfds.core.BuilderConfig(name=label, version="1.0.0")
         with undamaged(cache_dir / self.name / label):
@@ -107,13 +108,13 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
-        limit = self._limit()
-        splits = {"train": False, "validation": True}
+        limit = self._limit() if self._fraction else 0.0
+        splits = {"train": False, "validation": True} if self._fraction else {"train": False}
         return {name: self._generate_examples(limit, held_out=held_out) for name, held_out in splits.items()}
 
     def _limit(self) -> float | None:
         """The hash below which a document is held out; None for a single document, whose end is held out."""
-        limit, lowest, highest = self._data.validation_fraction * 2**64, 2**64, -1
+        limit, lowest, highest = self._fraction * 2**64, 2**64, -1
         before = list(self._problems.skipped)
         for _, fields in self._documents():
             number = content_hash(*fields.values())
@@ -131,7 +132,7 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
         for index, (name, fields) in enumerate(self._documents()):
             if limit is None:
                 ((key, text),) = fields.items()
-                yield index, {"name": name, key: cut_end(text, self._data.validation_fraction)[held_out]}
+                yield index, {"name": name, key: cut_end(text, self._fraction)[held_out]}
             elif (content_hash(*fields.values()) < limit) == held_out:
                 yield index, {"name": name, **fields}
         if held_out:
@@ -186,17 +187,17 @@ class FilesText(_TextBuilder):
     """
 
     @classmethod
-    def for_path(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog) -> "FilesText":
-        """The builder of `config.path`; its name holds a hash of names, sizes and times."""
+    def for_path(cls, cache_dir: Path, config: DataConfig, problems: ProblemLog, key: str = "data.path") -> "FilesText":
+        """The builder of `config.path`, which is the setting `key`; its name holds a hash of names, sizes and times."""
         root = Path(config.path or "").expanduser()
         if not root.exists():
-            raise DataError(f"data.path {root} does not exist")
+            raise DataError(f"{key} {root} does not exist")
         files = [path for path in files_below(root) if path.name.endswith(_SUFFIXES)]
         if not files:
-            raise DataError(f"data.path {root} holds no file ending in {', '.join(_SUFFIXES)}")
+            raise DataError(f"{key} {root} holds no file ending in {', '.join(_SUFFIXES)}")
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         if not any(size for _, size, _ in stats):
-            raise DataError(f"data.path {root}: all {len(files)} files are empty")
+            raise DataError(f"{key} {root}: all {len(files)} files are empty")
         keys = f"{config.text_key}/{config.target_key}/{config.on_bad_text}"
         return cls(cache_dir, config, problems, files=files, prefix="files", content=repr((stats, keys)))
 

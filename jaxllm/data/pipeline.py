@@ -69,6 +69,10 @@ class Pipeline:
         objective = objective or RECIPES[config.objective]
         self.recipe = objective.recipe(config, tokenizer, decoder_start_id)
         self._identity = {"source": source.name, "tokenizer": tokenizer.fingerprint}
+        # By name, the corpus of each validation set. The first decides which checkpoint is best, so it may not change.
+        self.sets = {name: each.name for name, each in source.sets.items()}
+        if self.sets:
+            self._identity["validation"] = next(iter(self.sets.values()))
         if is_stream(source.train):
             if config.workers:
                 raise DataError(f"data.workers read documents by number, {source.name} is a stream; set data.workers=0")
@@ -111,10 +115,14 @@ class Pipeline:
                 )
         self._iterator.set_state(_restore_tuples(state["iterator"]))
 
-    def validation(self, count: int) -> Iterator[Batch]:
-        """The first `count` validation batches, the same ones every time; the last one may hold padding rows."""
+    def validation(self, count: int, name: str | None = None) -> Iterator[Batch]:
+        """The first `count` validation batches, the same ones every time; the last one may hold padding rows.
+
+        They are those of the set `name`; without a name, of the first set or of the held-out documents.
+        """
+        records = self._source.validation if name is None else self._source.sets[name].documents("validation")
         # A fixed seed, so that the first batches already come from many documents.
-        documents = grain.MapDataset.source(self._source.validation).seed(0).shuffle()
+        documents = grain.MapDataset.source(records).seed(0).shuffle()
         batches = self._rows(self._encoded(documents), seed=0).batch(self._batch_size, drop_remainder=False)
         for _, batch in zip(range(count), batches, strict=False):
             yield {name: _pad_rows(value, self._batch_size) for name, value in batch.items()}

@@ -5,14 +5,16 @@ builders for the embedded corpus and for files are in `jaxllm.data.builders`.
 """
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import tensorflow_datasets as tfds
@@ -29,6 +31,8 @@ _log = logging.getLogger(__name__)
 # A full disk in the words of the system and of TFDS; array_record passes on only the text.
 _NO_SPACE = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "Not enough disk space")
 
+_TOO_FEW = "the training or validation split is empty; both are needed: add documents or raise data.validation_fraction"
+
 
 class Source(NamedTuple):
     """Documents of a corpus."""
@@ -36,7 +40,8 @@ class Source(NamedTuple):
     name: str  # corpus and version, for logs and checkpoints
     # Random access to dicts of text or UTF-8 bytes; or a stream of them without end, which is read in its own order.
     train: Sequence[dict[str, Any]] | Stream
-    validation: Sequence[dict[str, Any]]  # the held-out records
+    validation: Sequence[dict[str, Any]]  # the held-out records, or those of the first of `sets`
+    sets: Mapping[str, "Source"] = MappingProxyType({})  # of data.validation; all records of each are its `train`
 
     def documents(self, purpose: str) -> Sequence[dict[str, Any]]:
         """The training records by number; DataError for a stream, naming the purpose that needs them."""
@@ -45,11 +50,20 @@ class Source(NamedTuple):
         return cast(Sequence[dict[str, Any]], self.train)
 
 
-def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
-    """Prepares the corpus of a config if that has not been done, and opens it.
+def open_sets(config: DataConfig, *, cache_dir: Path) -> dict[str, Source]:
+    """The sets of `data.validation`, prepared as data.path is; DataError as `open_source`, naming the set."""
+    sets = {}
+    for name, path in config.validation.items():
+        described = dataclasses.replace(config, source="files", path=path)
+        sets[name] = open_source(described, cache_dir=cache_dir, key=f"data.validation.{name}")
+    return sets
+
+
+def open_source(config: DataConfig, *, cache_dir: Path, key: str = "data.path") -> Source:
+    """Opens the corpus of a config, prepared if need be; with `data.validation` nothing of it is held out.
 
     Raises:
-        DataError: when it is missing, empty or unreadable, or needs a network.
+        DataError: when it is missing, empty or unreadable, or needs a network; `key` names the setting of its path.
     """
     problems = ProblemLog(stop=config.on_bad_text == "stop")
     try:
@@ -58,10 +72,11 @@ def open_source(config: DataConfig, *, cache_dir: Path) -> Source:
             if config.source == "stdlib":
                 builder = StdlibText.for_interpreter(cache_dir, config, problems)
             elif config.source == "files":
-                builder = FilesText.for_path(cache_dir, config, problems)
+                builder = FilesText.for_path(cache_dir, config, problems, key)
             else:
                 builder = _tfds_builder(config.source, cache_dir)
-        _prepare(builder, problems)
+        lack = f"{key} {config.path} has no documents" if config.validation else _TOO_FEW
+        _prepare(builder, problems, lack)
     except OSError as error:
         raise DataError(
             f"cannot prepare {config.source} in {cache_dir}: {error.strerror or error}; set data.cache_dir to a "
@@ -88,7 +103,7 @@ def _tfds_builder(name: str, cache_dir: Path) -> Any:
         ) from error
 
 
-def _prepare(builder: Any, problems: ProblemLog) -> None:
+def _prepare(builder: Any, problems: ProblemLog, lack: str) -> None:
     prepared = builder.data_path.exists()
     if not prepared:
         _log.info("preparing %s in %s", builder.info.full_name, builder.data_path)
@@ -112,10 +127,7 @@ def _prepare(builder: Any, problems: ProblemLog) -> None:
         if no_space is not None:
             raise OSError(errno.ENOSPC, no_space) from error
         if "No examples were yielded" in str(error):
-            raise DataError(
-                f"{name}: the training or the validation split is empty; both are needed: add documents or raise "
-                f"data.validation_fraction"
-            ) from error
+            raise DataError(f"{name}: {lack}") from error
         raise DataError(
             f"{name} could not be prepared without TensorFlow ({first_line(error)}); it may need a network or Apache "
             f"Beam. Or prepare it elsewhere as array_record and put it into data.cache_dir"
@@ -138,24 +150,27 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _splits(builder: Any, config: DataConfig) -> tuple[Records, Records]:
-    known = builder.info.splits
-    if config.source in ("stdlib", "files") and set(known) != {"train", "validation"}:
-        raise ValueError(f"dataset_info.json has the splits {', '.join(known)}, not train and validation")
+def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[Any]]:
+    known, held_out = builder.info.splits, not config.validation
+    expected = ["train", "validation"] if held_out else ["train"]
+    if config.source in ("stdlib", "files") and sorted(known) != expected:
+        raise ValueError(f"dataset_info.json has the splits {', '.join(known)}, not {' and '.join(expected)}")
     percent = max(round(100 * config.validation_fraction), 1)
-    names = (f"train[{percent}%:]", f"train[:{percent}%]")
-    for held_out in ("test", "validation"):
-        if held_out in known:
-            names = ("train", held_out)
+    names = [f"train[{percent}%:]", f"train[:{percent}%]"]
+    for other in ("test", "validation"):
+        if other in known:
+            names = ["train", other]
+    names = names if held_out else ["train"]
     for name in {name.partition("[")[0] for name in names}:
         _check_lengths(known[name])
-    train, validation = (_records(builder, name) for name in names)
-    if not len(train) or not len(validation):
+    train, validation = [*(_records(builder, name) for name in names), ()][:2]
+    if not len(train) or (held_out and not len(validation)):
         raise DataError(
             f"{builder.info.full_name} has {len(train)} training and {len(validation)} validation documents; both "
             f"are needed: add documents or raise data.validation_fraction"
         )
-    _ = train[0], validation[0]  # raises now where records cannot be read
+    for records in (train, validation)[: len(names)]:
+        _ = records[0]  # raises now where records cannot be read
     return train, validation
 
 

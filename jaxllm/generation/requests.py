@@ -106,10 +106,10 @@ def check_outside(*values: Any) -> None:
         )
 
 
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int | Sequence[int], pad_id: int) -> None:
     """Raises a ValueError for a prompt that is empty, outside the vocabulary, or can't be continued by `new` tokens."""
     check_ids(model, prompts, name="prompt")
-    decoder_of(model).check(prompts, new=new, pad_id=pad_id)
+    decoder_of(model).check(prompts, new=new if isinstance(new, Sequence) else [new] * len(prompts), pad_id=pad_id)
 
 
 def check_ids(model: Model, rows: Sequence[Sequence[int]], *, name: str) -> None:

@@ -107,7 +107,7 @@ def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
 
 
 @contextlib.contextmanager
-def compilation_cache(path: str | None) -> Iterator[None]:
+def compilation_cache(path: str | Path | None) -> Iterator[None]:
     """The persistent cache of jax in a folder, for one run; afterwards jax has the settings that it had before."""
     if path is None:
         yield

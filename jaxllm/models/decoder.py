@@ -53,8 +53,8 @@ class Decoder(abc.ABC):
         check_params(self.model, params)
         return params
 
-    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
-        """Raises a ValueError when the prompts can't be continued by `new` tokens; here, never."""
+    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int], pad_id: int) -> None:
+        """Raises a ValueError when a prompt can't be continued by so many `new` tokens; here, never."""
         return
 
     def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:

@@ -15,7 +15,7 @@ from jaxllm.config import DataConfig, RunConfig
 from jaxllm.data import BatchError, DataError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
-from jaxllm.data.sources import Source, open_source
+from jaxllm.data.sources import Source, open_sets, open_source
 from jaxllm.host import processes
 from jaxllm.storage.folder import DATA, check_apart, settle_tokenizer
 from jaxllm.training.sharding import place_rows
@@ -37,7 +37,7 @@ def open_run_pipeline(
             source=source,
             objective=objective,
         )
-    processes.check_same("corpus or tokenizer", str(pipeline.get_state()))
+    processes.check_same("corpus or tokenizer", str((pipeline.get_state(), pipeline.sets)))
     return pipeline
 
 
@@ -50,7 +50,7 @@ def build_pipeline(
         config: source, tokenizer, objective and lengths.
         vocab_size: rows of the model's embedding.
         run_dir: keeps the tokenizer, and unless `cache_dir` is set the prepared data; made where it is new.
-        source: takes the place of data.source.
+        source: takes the place of data.source; sets of data.validation take that of its validation.
         options: of `Pipeline`, such as batch_size and seed.
 
     Raises:
@@ -58,7 +58,11 @@ def build_pipeline(
     """
     folder = Path(run_dir).expanduser()
     check_apart(config, folder)
-    source = source or open_source(config, cache_dir=Path(config.cache_dir or folder / DATA).expanduser())
+    cache_dir = Path(config.cache_dir or folder / DATA).expanduser()
+    sets = open_sets(config, cache_dir=cache_dir)
+    source = source or open_source(config, cache_dir=cache_dir)
+    if sets:
+        source = source._replace(validation=next(iter(sets.values())).documents("validation"), sets=sets)
     tokenizer = settle_tokenizer(config, source, vocab_size=vocab_size, folder=folder)
     if (ids := tokenizer.vocab_size) > vocab_size:
         raise DataError(f"the tokenizer has {ids} ids, model.vocab_size is {vocab_size}; raise it to at least {ids}")

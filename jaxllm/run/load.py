@@ -5,20 +5,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm.config.file import ConfigError
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.generation.text import TextModel
-from jaxllm.interop.hf import load_hf, special_ids
-from jaxllm.models import Model, build
+from jaxllm.interop.hf import SpecialIds, load_hf, special_ids
+from jaxllm.models import Model, build, decoder_of
 from jaxllm.run.start import read_run
-from jaxllm.storage.folder import Kind, kind_of
+from jaxllm.storage.folder import Kind, find_model
 
 
 def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict[str, Any]]:
     """Model and float32 parameters of a run's newest whole checkpoint, the counterpart of `load_hf` for a run folder.
 
     Args:
-        folder: `training.run_dir` of the run.
+        folder: `training.run_dir` of the run; RUN@STEP is the checkpoint of a step.
         dtype: of the computation.
 
     Raises:
@@ -34,7 +33,7 @@ def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict
 
 
 def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = False) -> TextModel:
-    """The model of a run folder (its newest checkpoint) or of a Hugging Face directory, with its tokenizer.
+    """The model of a run (RUN, its newest checkpoint, or RUN@STEP) or of a Hugging Face directory, with its tokenizer.
 
     Args:
         path: folder.
@@ -45,18 +44,24 @@ def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = Fa
         ConfigError: when the folder is neither a run folder nor a Hugging Face directory.
         CheckpointError, InteropError, DataError: when the files in it cannot be read.
     """
-    folder = Path(path).expanduser()
-    kind = kind_of(folder)
-    if kind is None:
-        raise ConfigError(f"{folder} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")
-    model, params = load_run(folder, dtype=dtype) if kind is Kind.RUN else load_hf(folder)
+    text_model = _load(path, dtype)
+    return text_model._replace(params=decoder_of(text_model.model).prepare(text_model.params, int8=int8))
+
+
+def load_lm(path: str | Path, *, dtype: str = "float32", **options: Any) -> Any:
+    """The same for lm-evaluation-harness: a `jaxllm.generation.lm_eval.JaxLM`, whose arguments are the options."""
+    from jaxllm.generation.lm_eval import JaxLM  # needs the extra `eval`
+
+    return JaxLM(_load(path, dtype), **options)
+
+
+def _load(path: str | Path, dtype: str) -> TextModel:
+    """A text model whose parameters are those of training."""
+    folder, kind, _ = find_model(path)
+    model, params = load_run(path, dtype=dtype) if kind is Kind.RUN else load_hf(folder)
     model = build(model.config, dtype=jnp.dtype(dtype))
-    text_model = TextModel.of(model, params, load_tokenizer(folder), int8=int8)
-    if kind is Kind.RUN:
-        return text_model
-    ids = special_ids(folder)
-    return text_model._replace(
-        begin=() if ids.bos is None else (ids.bos,),
-        eos_ids=ids.eos or text_model.eos_ids,
-        pad_id=text_model.pad_id if ids.pad is None else ids.pad,
-    )
+    tokenizer = load_tokenizer(folder)
+    ids = special_ids(folder) if kind is Kind.HUGGING_FACE else SpecialIds(tokenizer.eos_id)
+    begin = () if ids.bos is None else (ids.bos,)
+    pad_id = tokenizer.pad_id if ids.pad is None else ids.pad
+    return TextModel(model, params, tokenizer, begin, ids.eos or (tokenizer.eos_id,), pad_id)

@@ -23,7 +23,7 @@ from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
 
-_PARTS = "parts.json"
+PARTS = "parts.json"
 
 
 class StepReport(NamedTuple):
@@ -61,7 +61,7 @@ def check_parts(folder: Path, parts: Mapping[str, str], *, accept_other: bool) -
     """
     if accept_other or not has_begun(folder):
         return
-    file = folder / _PARTS
+    file = folder / PARTS
     try:
         before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
     except (ValueError, TypeError):
@@ -82,7 +82,7 @@ def check_parts(folder: Path, parts: Mapping[str, str], *, accept_other: bool) -
 
 def write_parts(folder: Path, parts: Mapping[str, str]) -> None:
     """Records the parts of a run, by the first process; removes the record of a run that has none any more."""
-    file = folder / _PARTS
+    file = folder / PARTS
     if processes.index() > 0:
         return
     if parts:

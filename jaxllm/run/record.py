@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,16 @@ def log_step(config: RunConfig, step: int, row: dict[str, Any]) -> None:
     _log.info(text, step, loss, unit, size, norm, rate, rounded)
 
 
-def log_validation(step: int, values: dict[str, float]) -> None:
-    """Shows an evaluation."""
-    listed = " ".join(f"{name.replace('bits_per_', 'bits/').replace('_', ' ')} {x:.4f}" for name, x in values.items())
-    _log.info("step %d validation %s", step, listed)
+def log_validation(step: int, values: dict[str, float], sets: Collection[str] = ()) -> None:
+    """Shows an evaluation: a line for each set of data.validation, and one for values that belong to none."""
+    pairs = [(key.rpartition("/"), x) for key, x in values.items()]
+    lines = {f"{name}: ": {key[2]: x for key, x in pairs if key[0] == name} for name in sets}
+    first = next(iter(lines.values()), {})
+    lines[""] = {key: x for key, x in values.items() if key not in first and key.split("/")[0] not in sets}
+    for name, line in lines.items():
+        listed = " ".join(f"{key.replace('bits_per_', 'bits/').replace('_', ' ')} {x:.4f}" for key, x in line.items())
+        if listed:
+            _log.info("step %d validation %s%s", step, name, listed)
 
 
 class MetricsWriter:
@@ -166,8 +172,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_curve(folder: Path, *, baselines: dict[str, float], name: str = "bits_per_byte") -> Path:
-    """Draws the metric `name` of training and validation over steps from metrics.jsonl into loss.png.
+def plot_curve(folder: Path, baselines: dict[str, float], name: str = "bits_per_byte", sets: Any = ()) -> Path:
+    """Draws the metric `name` of training and of the validation sets over steps from metrics.jsonl into loss.png.
 
     Raises:
         ValueError: when metrics.jsonl has no value of the metric.
@@ -179,7 +185,9 @@ def plot_curve(folder: Path, *, baselines: dict[str, float], name: str = "bits_p
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for key, label, marker in ((name, "training", None), (f"validation/{name}", "validation", "o")):
+    keys = {f"validation/{each}/{name}": f"validation {each}" for each in sets} or {f"validation/{name}": "validation"}
+    for key, label in {name: "training", **keys}.items():
+        marker = None if key == name else "o"
         points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)

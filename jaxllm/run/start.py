@@ -23,7 +23,7 @@ from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
 from jaxllm.run.compiled import explained
 from jaxllm.storage.checkpoint import Checkpoints, load_params
-from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, kind_of
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, find_model
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import state_shardings, with_shardings
 from jaxllm.training.train_step import TrainState
@@ -68,7 +68,7 @@ def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None,
 def load_initial_params(
     path: str | Path, model: Model, *, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """Float32 parameters for `model` from a run folder or a Hugging Face directory, each device reading its part.
+    """Float32 parameters for `model` from RUN, RUN@STEP or a Hugging Face directory, each device reading its part.
 
     A `tokenizer` that is none of those in the folder is a warning: it may be a repaired one.
 
@@ -76,21 +76,15 @@ def load_initial_params(
         ConfigError: when `path` is neither, or holds another model, naming the settings that differ.
         CheckpointError, InteropError: when its weights cannot be read.
     """
-    folder = Path(path).expanduser()
-    kind = kind_of(folder)
+    folder, kind, _ = find_model(path)
     if kind is Kind.RUN:
-        found, params = read_run(folder, mesh)
+        found, params = read_run(path, mesh)
         _check_same(folder, found.model, model.config)
-    elif kind is Kind.HUGGING_FACE:
+    else:
         source, params = load_hf(
             folder, dtype=jnp.float32, place=None if mesh is None else partial(with_shardings, mesh=mesh)
         )
         _check_same(folder, source.config, model.config)
-    else:
-        raise ConfigError(
-            f"training.init_from {folder} is neither a run folder (config.yaml) nor a Hugging Face directory "
-            f"(config.json)"
-        )
     _log.info("initial parameters from %s", folder)
     theirs = tokenizers_in(folder)
     if tokenizer is not None and theirs and not any(_is(tokenizer, file) for file in theirs):
@@ -111,7 +105,7 @@ def _is(tokenizer: Tokenizer, file: Path) -> bool:
 
 
 def read_run(folder: str | Path, mesh: Mesh | None = None) -> tuple[RunConfig, dict[str, Any]]:
-    """Config and float32 parameters of a run's newest whole checkpoint, on a mesh; the folder is left as it is.
+    """Config and float32 parameters of RUN's newest whole checkpoint, or of RUN@STEP, on a mesh; RUN is left as it is.
 
     The model's attention is `auto`: a kernel that training asked for by name may be another machine's.
 
@@ -119,11 +113,11 @@ def read_run(folder: str | Path, mesh: Mesh | None = None) -> tuple[RunConfig, d
         ConfigError: when there is no run.
         CheckpointError: when it has no readable checkpoint.
     """
-    folder = Path(folder).expanduser()
+    folder, _, step = find_model(folder)
     config = load_config(folder / CONFIG)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     shapes = abstract_params(build(config.model))
-    return config, load_params(folder / CHECKPOINTS, shapes if mesh is None else with_shardings(shapes, mesh))
+    return config, load_params(folder / CHECKPOINTS, shapes if mesh is None else with_shardings(shapes, mesh), step)
 
 
 def _check_same(folder: Path, there: ModelConfig, here: ModelConfig) -> None:

@@ -325,7 +325,7 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
             values = {name: float(value) for name, value in own.items()} | values
     progress.validation = {**values, "step": progress.step}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
-    log_validation(progress.step, values)
+    log_validation(progress.step, values, parts.config.data.validation)
 
 
 def _save(parts: Parts, progress: Progress) -> None:
@@ -378,7 +378,7 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
     if text:
         _log.info("sample:\n%s", text)
     try:
-        _log.info("curve in %s", plot_curve(parts.folder, baselines=baselines, name=metric))
+        _log.info("curve in %s", plot_curve(parts.folder, baselines, metric, config.data.validation))
     except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
         _log.warning("no curve is drawn: %s", error)
 

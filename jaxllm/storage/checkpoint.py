@@ -292,13 +292,15 @@ def save_params(folder: Path, params: Any) -> None:
         writer.save(step / _DATA, args=ocp.args.JsonSave(_record({}, {_PARAMS: params})))
 
 
-def load_params(folder: Path, abstract_params: Any) -> Any:
-    """Parameters of the newest whole checkpoint in a folder, which is left as it is.
+def load_params(folder: Path, abstract_params: Any, step: int | None = None) -> Any:
+    """Parameters of the newest whole checkpoint in a folder, or that of a step; the folder is left as it is.
 
     Raises:
         CheckpointError: when there is none.
     """
-    folder = folder.absolute()
+    folder, kept = folder.absolute(), checkpoint_steps(folder)
+    if step is not None and step not in kept:
+        raise CheckpointError(f"{folder} keeps no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
     wanted = {_PARAMS: abstract_params}
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
 
@@ -311,8 +313,9 @@ def load_params(folder: Path, abstract_params: Any) -> Any:
             return found, {}
         return found, _restored(ocp.JsonCheckpointHandler(), folder / str(step) / _DATA, ocp.args.JsonRestore())
 
-    found, damaged = _newest_whole(folder, checkpoint_steps(folder), read)
+    found, damaged = _newest_whole(folder, kept if step is None else [step], read)
     if found is not None:
+        _log.info("parameters of step %d in %s", found[0], folder.parent)
         return found[1][_PARAMS]
     if damaged:
         raise CheckpointError(f"no readable checkpoint in {folder} (tried steps {damaged})")

@@ -79,6 +79,16 @@ def kind_of(path: str | Path) -> Kind | None:
     return Kind.HUGGING_FACE if (folder / _HUGGING_FACE_CONFIG).is_file() else None
 
 
+def find_model(path: str | Path) -> tuple[Path, Kind, int | None]:
+    """The folder of RUN, RUN@STEP or a Hugging Face directory, and the step; ConfigError where it is none of them."""
+    name, _, step = str(path).rpartition("@")
+    if (kind := kind_of(path)) is not None:
+        return Path(path).expanduser(), kind, None
+    if step.isdigit() and kind_of(name) is Kind.RUN:
+        return Path(name).expanduser(), Kind.RUN, int(step)
+    raise ConfigError(f"{path} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, whole or damaged, oldest first."""
     return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
@@ -182,17 +192,25 @@ def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]
 
 
 def check_apart(config: DataConfig, run_dir: Path) -> None:
-    """Refuses a run folder among the user's documents: files that the run writes would be documents.
+    """Refuses a run folder among the user's documents, since its files would be documents, and sets in data.path.
 
     Raises:
         DataError: naming both folders.
     """
-    root = Path(config.path or "").expanduser()
-    if config.source == "files" and run_dir.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"the run's folder {run_dir} is in data.path {root}, so that {METRICS} and {SAMPLE} would be documents; "
-            f"choose a training.run_dir outside, or move the documents into a separate folder"
-        )
+    paths = {f"data.validation.{name}": Path(path).expanduser() for name, path in config.validation.items()}
+    trained = None if config.path is None else Path(config.path).expanduser().resolve()
+    for key, root in {**paths, **({"data.path": trained} if trained else {})}.items():
+        within = root.resolve()
+        if run_dir.resolve().is_relative_to(within):
+            raise DataError(
+                f"the run's folder {run_dir} is in {key} {root}, so that {METRICS} and {SAMPLE} would be documents; "
+                f"choose a training.run_dir outside, or move the documents into a separate folder"
+            )
+        if key in paths and trained and (within.is_relative_to(trained) or trained.is_relative_to(within)):
+            raise DataError(
+                f"{key} {root} and data.path {trained} have documents in common, which would be trained on; move the "
+                f"set into a separate folder, or evaluate it by scripts/evaluate.py --data"
+            )
 
 
 def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, folder: Path) -> Tokenizer:
@@ -294,7 +312,11 @@ def _check_same(path: Path, config: RunConfig, own_rates: bool) -> None:
     done = max(checkpoint_steps(path.parent / CHECKPOINTS), default=0)
     fits = 0 < done <= config.training.steps
     same = fits and (own_rates or same_rates(old, config, steps=done))
-    differing = config_differences(old, config, ignored=_keys(_MAY_CHANGE) + (_keys(_RATES) if same else []))
+    ignored = [*_keys(_MAY_CHANGE), *(_keys(_RATES) if same else []), "data.validation"]
+    differing = config_differences(old, config, ignored=ignored)
+    first, now = (next(iter(each.data.validation.items()), "held-out documents") for each in (old, config))
+    if first != now:
+        differing.append(f"data.validation: {first} -> {now} (the first set must stay, others may change)")
     if differing:
         listed = "\n  ".join(differing)
         if done and not same:

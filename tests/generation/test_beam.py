@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxllm.config import LlamaConfig
-from jaxllm.generation import BeamSettings, beam_search, score
+from jaxllm.generation import BeamSettings, beam_search, generate, score
+from jaxllm.generation.scoring import score_greedy
 from jaxllm.models import build, init_params
 
 CONFIG = LlamaConfig(vocab_size=23, d_model=16, d_ff=24, num_layers=2, num_heads=2, num_kv_heads=1, max_length=64)
@@ -59,3 +60,24 @@ def test_bad_continuations_are_refused(model_and_params) -> None:
         score(model, params, PROMPTS, [[1]])
     with pytest.raises(ValueError, match="continuation 0 needs"):
         score(model, params, [[1]], [[]])
+
+
+def test_a_greedy_continuation_is_told_apart(model_and_params) -> None:
+    model, params = model_and_params
+    greedy = generate(model, params, PROMPTS, max_new_tokens=4)
+    other = [[*row[:-1], (row[-1] + 1) % 23] for row in greedy]
+    for rows, wanted in ((greedy, True), (other, False)):
+        scored = score_greedy(model, params, PROMPTS, rows)
+        assert [flag for _, flag in scored] == [wanted] * 3
+        assert [values for values, _ in scored] == score(model, params, PROMPTS, rows)
+
+
+def test_each_pair_may_fill_the_context_alone(model_and_params) -> None:
+    """The last token of a continuation is predicted, not read."""
+    model, params = model_and_params
+    prompts, new = [[1] * 60, [2], [3] * 30], [[4] * 5, [5] * 64, [6]]
+    alone = [score(model, params, [prompt], [row])[0] for prompt, row in zip(prompts, new, strict=True)]
+    for values, want in zip(score(model, params, prompts, new), alone, strict=True):
+        np.testing.assert_allclose(values, want, atol=1e-5)
+    with pytest.raises(ValueError, match="prompt 1 of 2 tokens and 64 new ones need 65 positions"):
+        score(model, params, [[1] * 60, [2, 2], [3]], new)

@@ -206,15 +206,15 @@ class LlamaDecoder(Decoder):
         check_params(self.model, params)
         return prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
 
-    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int], pad_id: int) -> None:
         """See `Decoder`; only dynamic scaling extends the context."""
         c = self.model.config
-        worst = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-        longest = len(prompts[worst])
+        worst = max(range(len(prompts)), key=lambda i: len(prompts[i]) + new[i])
+        longest, more = len(prompts[worst]), new[worst]
         context = int(c.max_length * (c.rope.factor or 1)) if c.rope.type == "dynamic" else c.max_length
-        if longest + new - 1 > context:
+        if longest + more - 1 > context:
             raise ValueError(
-                f"prompt {worst} of {longest} tokens and {new} new ones need {longest + new - 1} positions, the "
+                f"prompt {worst} of {longest} tokens and {more} new ones need {longest + more - 1} positions, the "
                 f"model's context has {context} (model.max_length); shorten the prompt or max_new_tokens"
             )
 

@@ -284,7 +284,7 @@ class T5Decoder(Decoder):
         check_params(self.model, params)
         return prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
 
-    def check(self, prompts: Sequence[Sequence[int]], *, new: int, pad_id: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int], pad_id: int) -> None:
         """See `Decoder`; relative positions have no longest context, but padding alone is not an input."""
         for i, prompt in enumerate(prompts):
             if all(token == pad_id for token in prompt):
