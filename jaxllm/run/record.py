@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxllm.config import RunConfig
 from jaxllm.data.durable import Appended, write_whole
+from jaxllm.data.packing import segments_of
 from jaxllm.host import processes
 from jaxllm.host.device import Device
 from jaxllm.models.family import train_flops
@@ -40,9 +43,10 @@ class Throughput:
         self._tokens = self._waited = 0.0
         self._steps = 0
 
-    def add(self, tokens: float) -> None:
-        """Counts a step."""
-        self._tokens += tokens
+    def add(self, batch: dict[str, np.ndarray]) -> None:
+        """Counts a step: its tokens that are not padding, on both sides of an encoder-decoder."""
+        source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
+        self._tokens += float(np.count_nonzero(batch["weights"]) + source)
         self._steps += 1
 
     @contextlib.contextmanager

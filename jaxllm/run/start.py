@@ -23,7 +23,8 @@ from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
 from jaxllm.run.compiled import explained
 from jaxllm.storage.checkpoint import Checkpoints, load_params
-from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, kind_of
+from jaxllm.storage.checkpoint_reading import CheckpointError, restore_newest
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, branch_point, checkpoint_steps, kind_of
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import state_shardings, with_shardings
 from jaxllm.training.train_step import TrainState
@@ -42,10 +43,13 @@ class Start(NamedTuple):
     data: dict[str, Any] | None  # position in the data; None for a new run, which reads from the beginning
     skipped: int  # number of newer checkpoints that were damaged
     verified: bool = True  # False for a checkpoint that has no fingerprints
+    branched: bool = False  # whether it is a checkpoint of `training.branch_from`
 
 
 def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None, tokenizer: Tokenizer) -> Start:
-    """The newest checkpoint of the run; without one, step 0 with parameters of `training.init_from` or new ones.
+    """The newest checkpoint of the run; without one, that of `training.branch_from`, or step 0.
+
+    Step 0 has the parameters of `training.init_from`, or new ones.
 
     Raises:
         CheckpointError: as `Checkpoints.restore`.
@@ -59,10 +63,22 @@ def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None,
         restored = checkpoints.restore(with_shardings(abstract, mesh))
         if restored is not None:
             return Start(restored.step, restored.state, restored.data, len(restored.skipped), restored.verified)
+        if branch := branch_point(program.config):
+            return _branch(*branch, with_shardings(abstract, mesh))
         if not source:
             return Start(0, jax.jit(program.fresh_state, out_shardings=layout)(), None, 0)
         params = load_initial_params(source, program.model, tokenizer=tokenizer, mesh=mesh)
         return Start(0, jax.jit(program.state_of, out_shardings=layout)(params), None, 0)
+
+
+def _branch(run: Path, step: int, abstract: TrainState) -> Start:
+    """The state of another run, whose folder is only read."""
+    folder = run / CHECKPOINTS
+    steps = [kept for kept in checkpoint_steps(folder) if step in (0, kept)]
+    found, damaged = restore_newest(folder, steps, abstract)
+    if found is None:
+        raise CheckpointError(f"training.branch_from: no checkpoint in {folder} can be read (tried steps {damaged})")
+    return Start(found.step, found.state, found.data, len(damaged), found.verified, branched=True)
 
 
 def load_initial_params(

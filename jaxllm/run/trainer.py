@@ -8,6 +8,7 @@ with a checkpoint. A loss that is not finite, or a loss scale that can't shrink 
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -19,8 +20,8 @@ import numpy as np
 import optax
 
 from jaxllm.config import RunConfig
+from jaxllm.config.run import seconds_of
 from jaxllm.data import BatchError
-from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source
@@ -41,7 +42,7 @@ from jaxllm.run.samples import on_one_device, write_sample
 from jaxllm.run.start import Start, find_start
 from jaxllm.run.steps import Steps, compile_steps, make_steps
 from jaxllm.storage.checkpoint import Checkpoints
-from jaxllm.storage.folder import CHECKPOINTS, METRICS, open_run_folder, settle_residual, write_config
+from jaxllm.storage.folder import CHECKPOINTS, METRICS, continued, open_run_folder, settle_residual, write_config
 from jaxllm.training.optimizer import build_schedule, phases
 from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
@@ -73,7 +74,6 @@ class Parts(NamedTuple):
     pipeline: Pipeline
     feed: Prefetch
     steps: Steps
-    schedule: optax.Schedule | None  # None for an optimizer that the caller gave
     checkpoints: Checkpoints
     writer: MetricsWriter
     overflow: OverflowWatch
@@ -102,6 +102,7 @@ class Progress:
     state: TrainState  # train state on the devices; each step replaces it in place
     step: int  # optimizer steps dispatched
     position: dict[str, Any]  # position in the data after the batch of that step
+    branched: bool = False  # whether the run begins with the state of another, and has not saved it
     fingerprinted: int = -1  # newest step whose state has its fingerprint in the record, saved or not; -1 without one
     # step of the checkpoint that the run resumed from, if it could not be verified; otherwise None
     doubtful: int | None = None
@@ -144,16 +145,17 @@ def pretrain(
         BatchError: when a batch cannot be made; the step that was reached is saved.
         TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
+    deadline = time.monotonic() + seconds_of(config.training.stop_after)
     until = _last_step(config, stop_at)
     config = settle_residual(config)
-    own = Own(loss, optimizer, recipe)
+    own, origin = Own(loss, optimizer, recipe), continued(config)
     given = describe_parts(own, source)
     with explained("run"), ExitStack() as stack:
         callbacks = [stack.enter_context(training_console(config))] if nobody_listens() else []
         # Open.
         stack.enter_context(compilation_cache(config.training.compilation_cache))
         folder = stack.enter_context(open_run_folder(config, own_rates=optimizer is not None))
-        check_parts(folder, given, accept_other=accept_other_parts)
+        check_parts(origin[0] if origin else folder, given, accept_other=accept_other_parts)
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
         # Build.
         device = detect_device()
@@ -171,20 +173,19 @@ def pretrain(
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
         feed = Prefetch(pipeline, mesh)
-        with stop_signals() as stopped:
+        with stop_signals(deadline) as stopped:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)
                 check_memory(steps.train_step.needed)
                 processes.check_same("attention", steps.program.config.model.attention)  # after the slowest compiler
-            writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
+            writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step - progress.branched)))
             if progress.step < until:
                 write_config(steps.program.config, folder)
                 write_parts(folder, given)
             # Loop.
-            schedule = build_schedule(config.optimizer, steps=config.training.steps) if optimizer is None else None
             overflow = OverflowWatch(steps.program, progress.state.params, mesh=mesh)
-            made = (folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter)
+            made = (folder, pipeline, feed, steps, checkpoints, writer, overflow, meter)
             parts = Parts(*made, [*callbacks, *filter(None, [on_step])], on_evaluate)
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
@@ -210,9 +211,10 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
         return Progress(start.state, start.step, pipeline.get_state())
     pipeline.set_state(start.data)
     note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
-    _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
-    doubtful = None if start.verified else start.step
-    return Progress(start.state, start.step, pipeline.get_state(), fingerprinted=start.step, doubtful=doubtful)
+    begins = f"branching off {steps.program.config.training.branch_from} for" if start.branched else "resuming"
+    _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
+    known, doubtful = -1 if start.branched else start.step, None if start.verified else start.step
+    return Progress(start.state, start.step, pipeline.get_state(), start.branched, known, doubtful)
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
@@ -233,6 +235,8 @@ def _listed(values: dict[str, float]) -> str:
 def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[], bool]) -> None:
     """Steps up to `until`, to a stop signal, or to a batch that cannot be made; saves the step that was reached."""
     failure: BatchError | None = None
+    if progress.branched:  # from here on the other run may go
+        _save(parts, progress)
     try:
         while progress.step < until and not stopped():
             _step(parts, progress, until=until)
@@ -296,7 +300,7 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
         reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
     if reason is not None:
         _stop(parts, progress, _last_good(parts, progress), pending.step, reason)
-    parts.meter.add(_tokens(pending.batch))
+    parts.meter.add(pending.batch)
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
     report = StepReport(pending.step, values, pending.batch, lambda: jax.tree.map(jnp.copy, progress.state))
@@ -308,7 +312,9 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
 def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetrics) -> None:
     """Writes the row of a step."""
     config = parts.config
-    rate = parts.schedule and np.asarray(parts.schedule(pending.step - 1 - int(values.skipped))).item()
+    schedule = build_schedule(config.optimizer, steps=config.training.steps)
+    rate = np.asarray(schedule(pending.step - 1 - int(values.skipped))).item()
+    rate = rate if parts.steps.program.own.optimizer is None else None
     size = target_bytes(pending.batch, parts.pipeline.tokenizer)
     row = step_row(config, values, size=size, learning_rate=rate, speed=parts.meter.read())
     with parts.meter.paused():
@@ -381,9 +387,3 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
         _log.info("curve in %s", plot_curve(parts.folder, baselines=baselines, name=metric))
     except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
         _log.warning("no curve is drawn: %s", error)
-
-
-def _tokens(batch: dict[str, np.ndarray]) -> float:
-    """Tokens that are not padding, on both sides of an encoder-decoder."""
-    source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
-    return float(np.count_nonzero(batch["weights"]) + source)

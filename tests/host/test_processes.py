@@ -254,6 +254,23 @@ def test_sigterm_to_one_saves_the_same_step_and_sigkill_ends_the_other(folder: P
     assert "the same command resumes" in ended[0].stdout and "Traceback" not in ended[0].stdout
 
 
+def test_wall_time_and_sigusr1_stop_all_at_the_same_step(folder: Path) -> None:
+    target = folder / "timed"
+    overrides = (f"training.run_dir={target}", *ENDLESS)
+    ended = finish(launch(folder / "llama.yaml", *overrides, "training.stop_after=1s", count=2, devices=2))
+    assert [each.status for each in ended] == [75, 75], ended
+    (saved,) = (int(path.name) for path in (target / "checkpoints").iterdir())
+    assert saved == steps_of(target)[-1] and "training.stop_after has passed" in ended[0].stdout
+
+    processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
+    wait_for(lambda: steps_of(target)[-1] > saved + 2, processes)
+    for process in processes:  # as SLURM does
+        process.send_signal(signal.SIGUSR1)
+    ended = finish(processes)
+    assert [each.status for each in ended] == [75, 75], ended
+    assert max(int(path.name) for path in (target / "checkpoints").iterdir()) == steps_of(target)[-1]
+
+
 # By a setting that only one process has, or none: its disk is full.
 FAULTS = {
     "training.sed=1": "did you mean 'seed'",

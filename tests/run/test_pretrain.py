@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import RunConfig
-from jaxllm.config.file import dump_config, load_config, parse_config
+from jaxllm.config.file import ConfigError, dump_config, load_config, parse_config
 from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import load_tokenizer
@@ -134,7 +135,7 @@ def long(shared: Path) -> list[np.ndarray]:
     return final_params(run)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_a_killed_process_goes_on_where_it_was(
     tmp_path: Path, shared: Path, long: list[np.ndarray], kill: signal.Signals
 ) -> None:
@@ -175,6 +176,34 @@ def test_a_stop_while_compiling_keeps_the_beginning(
             summary = pretrain(run)
             assert (summary.step, summary.finished) == (0, False)
     assert pretrain(run).finished and losses(run) == losses(whole[0])
+
+
+def test_wall_time_stops_a_run_after_a_step(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start makes a step, also one that takes longer than that to begin."""
+    run = config(tmp_path / "run", shared / "corpus", training={"stop_after": "9h59m60s"})
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, run_dir=str(tmp_path / "run")))
+    later = [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later[0])
+
+    def on_step(report: StepReport) -> None:
+        later[0] = 36_000 if report.step >= 3 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxllm.host.signals.time", clock)
+        assert pretrain(run, on_step=on_step)[:3] == (4, 0, False)
+        assert pretrain(run)[:3] == (5, 4, False)
+    assert pretrain(run)[:3] == (8, 5, True)
+    for a, b in zip(final_params(run), final_params(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(run) == losses(whole[0])
+
+
+@pytest.mark.parametrize("wrong", ["soon", "", "0s", "1.5h", "30m1h"])
+def test_a_wall_time_is_a_duration(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"stop_after must be a duration such as 11h30m, 45m or 90s, got '{wrong}'"):
+        config(tmp_path / "run", tmp_path, training={"stop_after": wrong})
 
 
 @pytest.mark.parametrize("broken", [3, 4, 8])
