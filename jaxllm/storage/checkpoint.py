@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from jaxllm.training.fingerprint import total
 
 _log = logging.getLogger(__name__)
 
-# The key of the custom metadata that lets another process find the best checkpoint.
-_LOSS = "validation_loss"
+# Keys of the custom metadata that let another process find the best checkpoint: the losses by step, of those on disk
+# when it was saved. Earlier versions evaluated before they saved, and wrote the checkpoint's own loss.
+_LOSSES, _LOSS = "validation_losses", "validation_loss"
 _TRIES = 3  # saves in a row
 
 
@@ -57,8 +59,9 @@ class _SharedManager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoint folder of one run."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        """Opens or creates the folder and removes what an interrupted save left behind."""
+    def __init__(self, folder: Path, *, keep: int, minutes: float | None = None) -> None:
+        """Opens or creates the folder and removes what an interrupted save left behind; for `minutes` see `late`."""
+        self._minutes, self._saved = minutes, time.monotonic()
         self._losses: dict[int, float] = {}
         with processes.first_then_all():
             # orbax opens no folder in which a single checkpoint's description cannot be parsed.
@@ -85,22 +88,38 @@ class Checkpoints:
         self._tries = 1 if processes.several() else _TRIES  # another process may have written its part
         for step in self.steps():
             with contextlib.suppress(Exception):  # `restore` reports it, if it comes to this one
-                self._note_loss(step, (self._manager.metadata(step).custom_metadata or {}).get(_LOSS))
+                about = self._manager.metadata(step).custom_metadata or {}
+                for at, loss in about.get(_LOSSES, {step: about.get(_LOSS)}).items():
+                    self.evaluated(int(at), loss)
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint is on disk or being written, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, data: dict[str, Any], *, validation_loss: float | None) -> str:
+    def evaluated(self, step: int, loss: Any) -> None:
+        """Takes the validation loss of a step, by which the best checkpoint stays: a number, or None without one."""
+        self._losses.pop(step, None)
+        if isinstance(loss, float) and math.isfinite(loss):
+            self._losses[step] = loss
+
+    def late(self, step: int) -> bool:
+        """Whether `minutes` have passed since the last save; several processes go by the clock of the first."""
+        late = self._minutes is not None and time.monotonic() - self._saved >= 60 * self._minutes
+        if self._minutes is None or not processes.several():
+            return late
+        return step % processes.EVERY == 0 and processes.agreed(step, late)
+
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> str:
         """Starts writing a checkpoint; returns its fingerprint. A save that fails, then or later, is reported once."""
         self.wait()
+        self._saved = time.monotonic()
         if self._failures:
             self._remove_unfinished()
-        self._note_loss(step, validation_loss)
         record = reading.record_of(data, state)  # before the save, which may read buffers that change
         items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), DATA: ocp.args.JsonSave(record)})
         try:
-            self._manager.save(step, args=items, custom_metadata={_LOSS: validation_loss}, force=True)
+            losses = {str(at): self._losses[at] for at in (*self.steps(), step) if at in self._losses}
+            self._manager.save(step, args=items, custom_metadata={_LOSSES: losses}, force=True)
             self._writing = step
         except Exception as error:  # tensorstore's is a ValueError for a full disk
             self._failed(step, error)
@@ -132,15 +151,12 @@ class Checkpoints:
         found, damaged = reading.restore_newest(self.folder, self.steps(), abstract_state)
         if found is not None:
             self._set_aside(damaged)
+            for step in [step for step in self._losses if step > found.step]:  # evaluated again
+                del self._losses[step]
             return found
         if damaged or self._undescribed:
             raise _none_readable(self.folder, [*damaged, *self._undescribed])
         return None
-
-    def _note_loss(self, step: int, loss: Any) -> None:
-        self._losses.pop(step, None)
-        if isinstance(loss, float) and math.isfinite(loss):
-            self._losses[step] = loss
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:

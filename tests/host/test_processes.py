@@ -262,13 +262,14 @@ def test_wall_time_and_sigusr1_stop_all_at_the_same_step(folder: Path) -> None:
     (saved,) = (int(path.name) for path in (target / "checkpoints").iterdir())
     assert saved == steps_of(target)[-1] and "training.stop_after has passed" in ended[0].stdout
 
-    processes = launch(folder / "llama.yaml", *overrides, count=2, devices=2)
-    wait_for(lambda: steps_of(target)[-1] > saved + 2, processes)
+    processes = launch(folder / "llama.yaml", *overrides, "training.save_every_minutes=1e-4", count=2, devices=2)
+    wait_for(lambda: steps_of(target)[-1] > saved + 17, processes)
     for process in processes:  # as SLURM does
         process.send_signal(signal.SIGUSR1)
     ended = finish(processes)
     assert [each.status for each in ended] == [75, 75], ended
-    assert max(int(path.name) for path in (target / "checkpoints").iterdir()) == steps_of(target)[-1]
+    *by_time, last = sorted(int(path.name) for path in (target / "checkpoints").iterdir())
+    assert last == steps_of(target)[-1] and by_time and all(step % 8 == 0 for step in by_time)
 
 
 # By a setting that only one process has, or none: its disk is full.

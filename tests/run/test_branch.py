@@ -94,7 +94,7 @@ def test_a_branch_that_ends_before_its_first_save_begins_again(
             pretrain(run)
     assert pretrain(run).resumed_from == 4
     assert_same_end(run, parent[0], after=4)
-    assert [row["step"] for row in read_metrics(shared / "again" / "metrics.jsonl")].count(4) == 1
+    assert [row["step"] for row in read_metrics(shared / "again" / "metrics.jsonl")].count(4) == 2  # saved, evaluated
 
 
 def test_what_a_resume_would_refuse_is_refused_by_name(shared: Path, parent: tuple[RunConfig, Summary]) -> None:

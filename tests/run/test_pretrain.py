@@ -30,9 +30,10 @@ from jaxllm.host.device import Device
 from jaxllm.models import build, init_params
 from jaxllm.run import trainer
 from jaxllm.run.parts import StepReport
-from jaxllm.run.start import find_start
+from jaxllm.run.record import read_metrics
+from jaxllm.run.start import TrainingStopped, find_start
 from jaxllm.run.steps import Steps
-from jaxllm.run.trainer import Summary, TrainingStopped, pretrain
+from jaxllm.run.trainer import Summary, pretrain
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
 from jaxllm.storage.folder import TOKENIZER, RunFolderError, check_in_place, open_run_folder
 from jaxllm.training.fit import Fit, FitError, check_fit
@@ -266,19 +267,18 @@ def test_a_spoiled_step_is_not_saved_when_a_batch_cannot_be_made(
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_finished_run_needs_no_record_of_its_metrics(
-    tmp_path: Path, whole: tuple[RunConfig, Summary], caplog: pytest.LogCaptureFixture
-) -> None:
+EVALUATION = ["step", "validation/loss", "validation/bits_per_byte", "validation/accuracy"]
+
+
+def test_a_finished_run_needs_no_record_of_its_metrics(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
+    """It evaluates its last step again, of which no evaluation is recorded."""
     run = copy_of(whole[0], tmp_path / "run")
     record = tmp_path / "run" / "metrics.jsonl"
     for damage in (record.unlink, lambda: record.write_bytes(b"\xff\x00\n[]\n"), lambda: record.write_bytes(b"")):
         (tmp_path / "run" / "loss.png").unlink(missing_ok=True)
-        caplog.clear()
         damage()
-        with caplog.at_level("WARNING", logger="jaxllm"):
-            assert pretrain(run).finished
-        assert "no curve is drawn" in caplog.text and "has no value of bits_per_byte" in caplog.text
-        assert not (tmp_path / "run" / "loss.png").exists()
+        assert pretrain(run).finished
+        assert [list(row) for row in read_metrics(record)] == [EVALUATION] and (tmp_path / "run" / "loss.png").exists()
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
@@ -463,7 +463,7 @@ def test_values_that_go_bad_after_an_unverified_resume_are_not_blamed_on_the_lea
         damaged = jax.tree.map(lambda x: jnp.full_like(x, 1e38), start.state.params)
         shutil.rmtree(folder / "6")
         checkpoints._manager.reload()
-        checkpoints.save(6, start.state._replace(params=damaged), start.data, validation_loss=None)
+        checkpoints.save(6, start.state._replace(params=damaged), start.data)
         checkpoints.wait()
     without_fingerprints(folder / "6")
     if not older:
@@ -510,7 +510,7 @@ def test_unwritable_run_dir_is_named(tmp_path: Path, corpus: Path) -> None:
 
 def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    checkpoints.save(1, {"x": jnp.arange(4.0)}, {}, validation_loss=None)
+    checkpoints.save(1, {"x": jnp.arange(4.0)}, {})
     checkpoints.wait()
     with pytest.raises(CheckpointError, match=r"holds x as float32\[4\], this run needs bfloat16\[4\]"):
         checkpoints.restore({"x": jax.ShapeDtypeStruct((4,), jnp.bfloat16)})
@@ -521,11 +521,12 @@ def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:
 def test_newest_and_best_are_kept(tmp_path: Path, reopened: bool, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step, loss in enumerate([3.0, 1.0, math.nan, None, 2.5, 2.2, None], start=1):
-        checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=loss)
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
         checkpoints.wait()
         if reopened:  # another process has only what is written
             checkpoints.close()
             checkpoints = Checkpoints(tmp_path / "c", keep=2)
+        checkpoints.evaluated(step, loss)  # later than the save, and by a new process from its record
     assert checkpoints.steps() == [2, 6, 7]
     checkpoints.close()
     assert not caplog.records
@@ -534,7 +535,7 @@ def test_newest_and_best_are_kept(tmp_path: Path, reopened: bool, caplog: pytest
 def test_without_an_evaluation_the_newest_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step in range(1, 5):
-        checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=None)
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
         checkpoints.wait()
     assert checkpoints.steps() == [3, 4]
     checkpoints.close()

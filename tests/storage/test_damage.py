@@ -49,7 +49,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     states = [first, jax.tree.map(lambda x: x if x.dtype == first.key.dtype else x * 2 + 1, first)]
     checkpoints = Checkpoints(folder, keep=2)
     for step, state in enumerate(states, start=1):
-        checkpoints.save(step, state, {**POSITION, "step": step}, validation_loss=None)
+        checkpoints.save(step, state, {**POSITION, "step": step})
         checkpoints.wait()
     checkpoints.close()
     return folder, program, states

@@ -48,7 +48,7 @@ def test_a_golden_checkpoint_is_restored_to_the_bit(
     assert "has no fingerprint, so it cannot be verified" in caplog.text
     assert jax.tree.structure(restored.state) == jax.tree.structure(abstract)
     assert leaves(restored.state) == want
-    checkpoints.save(9, restored.state, restored.data, validation_loss=None)  # and from here on it is today's
+    checkpoints.save(9, restored.state, restored.data)  # and from here on it is today's
     checkpoints.wait()
     again = checkpoints.restore(with_shardings(abstract, None))
     assert again is not None and again.step == 9 and leaves(again.state) == want
