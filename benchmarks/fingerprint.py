@@ -75,7 +75,7 @@ def save_seconds(state: Any, turns: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Checkpoints(Path(folder), keep=1)) as checkpoints:
         for turn in range(turns):
             before = time.perf_counter()
-            checkpoints.save(turn, state, {}, validation_loss=None)
+            checkpoints.save(turn, state, {})
             checkpoints.wait()
             found.append(time.perf_counter() - before)
     return found

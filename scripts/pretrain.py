@@ -40,7 +40,8 @@ def main() -> int:
     from jaxllm.host.device import prepare_process
     from jaxllm.run.compiled import DeviceError
     from jaxllm.run.console import training_console
-    from jaxllm.run.trainer import TrainingStopped, pretrain
+    from jaxllm.run.start import TrainingStopped
+    from jaxllm.run.trainer import pretrain
     from jaxllm.storage.checkpoint import CheckpointError
     from jaxllm.storage.folder import check_in_place
 

@@ -135,10 +135,15 @@ class TrainingConfig:
     accumulation: Annotated[int, at_least(1), "microbatches per optimizer step; divides batch_size"] = 1
     seed: Annotated[int, at_least(0), "seed of parameters, dropout and data order"] = 0
     init_from: Annotated[str | None, "run folder or Hugging Face directory to take initial parameters from"] = None
-    log_every: Annotated[int, at_least(1), "steps between lines of metrics.jsonl"] = 10
+    branch_from: Annotated[
+        str | None, "run folder whose state this run begins with: RUN@STEP, or RUN for its newest checkpoint"
+    ] = None
+    stop_after: Annotated[str | None, "wall time of one start, e.g. 11h30m, after which it saves and leaves"] = None
+    log_every: Annotated[int, at_least(1), "steps between lines of metrics.jsonl, which are means over them"] = 10
     eval_every: Annotated[int, at_least(1), "steps between evaluations on the validation split"] = 100
     eval_batches: Annotated[int, at_least(1), "batches of one evaluation"] = 16
     save_every: Annotated[int, at_least(1), "steps between checkpoints"] = 100
+    save_every_minutes: Annotated[float | None, positive, "most minutes between checkpoints; null sets no limit"] = None
     keep: Annotated[int, at_least(1), "newest checkpoints kept, in addition to the best"] = 2
     z_loss: Annotated[float, at_least(0), "weight of logsumexp(logits) ** 2, against drift (arXiv 2204.02311)"] = 0.0
     loss_chunk: Annotated[int, at_least(1), "rows of logits that exist at once in the vocabulary loss"] = 1024
@@ -149,6 +154,24 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         message = f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
         require(self.batch_size % self.accumulation == 0, message)
+        message = "init_from and branch_from both name a beginning; keep one of them"
+        require(self.init_from is None or self.branch_from is None, message)
+        seconds_of(self.stop_after)
+
+
+def seconds_of(duration: str | None) -> float:
+    """Seconds of a duration such as 11h30m, 45m or 90s; infinity for None.
+
+    >>> seconds_of("11h30m"), seconds_of("90s")
+    (41400.0, 90.0)
+    """
+    if duration is None:
+        return float("inf")
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    total = float(hours * 3600 + minutes * 60 + seconds)
+    require(total > 0, f"stop_after must be a duration such as 11h30m, 45m or 90s, got {duration!r}")
+    return total
 
 
 @settings

@@ -154,7 +154,7 @@ class _Pool:
         context = multiprocessing.get_context("spawn")
         # Ctrl-C and SIGTERM reach workers too, but the main process needs them until its current step is complete.
         # A process inherits blocked signals, which covers its start as well.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         try:
             for _ in range(self._workers):
                 ours, theirs = context.Pipe()

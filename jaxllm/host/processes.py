@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 UNFINISHED = 75  # exit status of a run that was stopped before its last step, EX_TEMPFAIL: start it again
 
+EVERY = 8  # steps from a wish of the first process to its fulfilment by all, see `agreed`
+
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAXLLM_PROCESSES", "JAXLLM_PROCESS_ID")
 _LONGEST = 24 * 3600 * 1000  # milliseconds to wait for another process: the first may prepare data for hours
 _FAILED = "jaxllm/failed"  # key of the exit status of the process that failed first
@@ -114,6 +116,23 @@ def check_devices() -> None:
             f"{given}, Open MPI: --map-by ppr:{given}:node), or set CUDA_VISIBLE_DEVICES to those that the run may use"
         )
     _log.info("%d processes with %d devices", jax.process_count(), jax.device_count())
+
+
+def agreed(step: int, wanted: bool) -> bool:
+    """Whether the first process wanted something eight steps ago; the same on all, when called in every eighth step.
+
+    A process whose metrics are read one step late dispatches at most two steps more than the first one has, so that it
+    finds the wish at its step.
+    """
+    try:
+        _client().key_value_try_get(f"jaxllm/wanted{step}")
+        return True
+    except Exception as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+    if wanted and index() == 0:
+        _client().key_value_set(f"jaxllm/wanted{step + EVERY}", "")
+    return False
 
 
 @contextlib.contextmanager

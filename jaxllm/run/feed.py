@@ -17,7 +17,7 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source, open_sets, open_source
 from jaxllm.host import processes
-from jaxllm.storage.folder import DATA, check_apart, settle_tokenizer
+from jaxllm.storage.folder import DATA, check_apart, continued, settle_tokenizer
 from jaxllm.training.sharding import place_rows
 
 
@@ -25,7 +25,7 @@ def open_run_pipeline(
     config: RunConfig, run_dir: Path, *, source: Source | None = None, objective: Objective | None = None
 ) -> Pipeline:
     """The pipeline of a run, the same on every process, which keeps its rows (`place_rows`); as `build_pipeline`."""
-    training, model = config.training, config.model
+    training, model, origin = config.training, config.model, continued(config)
     with processes.first_then_all():
         pipeline = build_pipeline(
             config.data,
@@ -36,13 +36,20 @@ def open_run_pipeline(
             decoder_start_id=model.decoder_start_id if model.encoder_decoder else 0,
             source=source,
             objective=objective,
+            parent=origin[0] if origin else None,
         )
     processes.check_same("corpus or tokenizer", str((pipeline.get_state(), pipeline.sets)))
     return pipeline
 
 
 def build_pipeline(
-    config: DataConfig, *, vocab_size: int, run_dir: str | Path, source: Source | None = None, **options: Any
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    run_dir: str | Path,
+    source: Source | None = None,
+    parent: Path | None = None,
+    **options: Any,
 ) -> Pipeline:
     """Opens the corpus and the tokenizer of a run.
 
@@ -51,6 +58,7 @@ def build_pipeline(
         vocab_size: rows of the model's embedding.
         run_dir: keeps the tokenizer, and unless `cache_dir` is set the prepared data; made where it is new.
         source: takes the place of data.source; sets of data.validation take that of its validation.
+        parent: folder of the run that this one continues, its own or another, whose tokenizer it keeps.
         options: of `Pipeline`, such as batch_size and seed.
 
     Raises:
@@ -63,7 +71,7 @@ def build_pipeline(
     source = source or open_source(config, cache_dir=cache_dir)
     if sets:
         source = source._replace(validation=next(iter(sets.values())).documents("validation"), sets=sets)
-    tokenizer = settle_tokenizer(config, source, vocab_size=vocab_size, folder=folder)
+    tokenizer = settle_tokenizer(config, source, vocab_size=vocab_size, folder=folder, parent=parent)
     if (ids := tokenizer.vocab_size) > vocab_size:
         raise DataError(f"the tokenizer has {ids} ids, model.vocab_size is {vocab_size}; raise it to at least {ids}")
     return Pipeline(config, source, tokenizer, **options)

@@ -12,8 +12,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxllm.config import RunConfig
 from jaxllm.data.durable import Appended, write_whole
+from jaxllm.data.packing import segments_of
 from jaxllm.host import processes
 from jaxllm.host.device import Device
 from jaxllm.models.family import train_flops
@@ -22,6 +25,8 @@ from jaxllm.storage.folder import CURVE, METRICS, TENSORBOARD
 from jaxllm.training.train_step import StepMetrics
 
 _log = logging.getLogger(__name__)
+
+Sums = dict[str, tuple[float, float]]  # by column: the sum of values times weights, and of weights
 
 
 class Throughput:
@@ -33,16 +38,22 @@ class Throughput:
         batch = config.training.batch_size
         self._flops = train_flops(config.model, batch=batch, length=length, target_length=target_length)
         self._peak = None if device.flops is None else device.flops * device.count
-        self._reset()
+        self._newest, self._last = 0, dict[str, float]()
+        self.start()
 
-    def _reset(self) -> None:
+    def start(self) -> None:
+        """Begins to measure."""
         self._start = time.perf_counter()
         self._tokens = self._waited = 0.0
         self._steps = 0
 
-    def add(self, tokens: float) -> None:
-        """Counts a step."""
-        self._tokens += tokens
+    def add(self, step: int, batch: dict[str, np.ndarray]) -> None:
+        """Counts a step once it is done: its tokens that are not padding, on both sides of an encoder-decoder."""
+        if step <= self._newest:
+            return
+        self._newest = step
+        source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
+        self._tokens += float(np.count_nonzero(batch["weights"]) + source)
         self._steps += 1
 
     @contextlib.contextmanager
@@ -60,7 +71,12 @@ class Throughput:
         self._start += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """The figures since the last reading; model FLOP utilisation where the device's peak is known."""
+        """The figures since the last reading; model FLOP utilisation where the device's peak is known.
+
+        A step that was counted before its turn has those of the last reading.
+        """
+        if not self._steps:
+            return self._last
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rate, flops = self._steps / elapsed, self._flops
         values = {
@@ -71,30 +87,40 @@ class Throughput:
         if self._peak is not None:
             work = {"mfu": flops.causal, "mfu_palm": flops.full, "mfu_6n": flops.weights}
             values |= {name: rate * done / self._peak for name, done in work.items()}
-        self._reset()
+        self.start()
+        self._last = values
         return values
 
 
+def add_step(sums: Sums, config: RunConfig, values: StepMetrics, *, size: float) -> None:
+    """Adds a step to the sums of which a row has means, without what is not finite; `size` is its text in bytes."""
+    terms = {
+        "loss": (values.loss * values.weight, values.weight),
+        config.model.metric: (values.nll * values.weight / math.log(2), size),
+        "accuracy": (values.accuracy * values.weight, values.weight),
+        "grad_norm": (values.grad_norm, 1.0),
+    }
+    for name, (term, weight) in terms.items():
+        if math.isfinite(term):
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + term, before[1] + weight)
+
+
 def step_row(
-    config: RunConfig, values: StepMetrics, *, size: float, learning_rate: float | None, speed: dict[str, float]
+    config: RunConfig, values: StepMetrics, *, sums: Sums, learning_rate: float | None, speed: dict[str, float]
 ) -> dict[str, Any]:
-    """The row of a training step in metrics.jsonl, without headroom.
+    """The row of a training step in metrics.jsonl, without headroom: means since the last row, and the step's scales.
 
     Args:
         config: the run.
         values: metrics of the step, as numbers.
-        size: bytes of text that its batch predicts.
+        sums: of the steps since the last row, as `add_step` leaves them; a mean over none is NaN.
         learning_rate: of the step, None where it is not known.
         speed: what `Throughput.read` returned.
     """
-    row = {
-        "loss": values.loss,
-        config.model.metric: values.nll * values.weight / math.log(2) / max(size, 1.0),
-        "accuracy": values.accuracy,
-        "grad_norm": values.grad_norm,
-        "learning_rate": learning_rate,
-        **speed,
-    }
+    names = ("loss", config.model.metric, "accuracy", "grad_norm")
+    means = {name: total / (weight or 1.0) for name, (total, weight) in sums.items()}
+    row = {name: means.get(name, math.nan) for name in names} | {"learning_rate": learning_rate, **speed}
     if config.precision.loss_scale != "none":
         row |= {"loss_scale": values.loss_scale, "skipped": values.skipped}
     return row
@@ -170,6 +196,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if damaged:
         _log.warning("%s: %d damaged lines are left out: %s", path, len(damaged), ", ".join(map(str, damaged)))
     return rows
+
+
+def recorded_losses(folder: Path) -> dict[int, float | None]:
+    """Validation losses by step, as the first process reads them in metrics.jsonl."""
+    rows = read_metrics(folder / METRICS) if processes.index() == 0 else []
+    losses = [(row["step"], row["validation/loss"]) for row in rows if "validation/loss" in row]
+    return dict(json.loads(processes.gather(json.dumps(losses))[0]))
 
 
 def plot_curve(folder: Path, baselines: dict[str, float], name: str = "bits_per_byte", sets: Any = ()) -> Path:

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
 from jaxllm.run.compiled import explained
 from jaxllm.storage.checkpoint import Checkpoints, load_params
-from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, find_model
+from jaxllm.storage.checkpoint_reading import CheckpointError, restore_newest
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, branch_point, checkpoint_steps, find_model
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import state_shardings, with_shardings
 from jaxllm.training.train_step import TrainState
@@ -32,6 +33,11 @@ _log = logging.getLogger(__name__)
 
 # Settings that change no output for given parameters, or only what happens in training.
 _NO_OUTPUT = ("layers", "remat", "attention", "init_std", "init_factor", "dropout_rate")
+_SOON = 10  # steps after a resume, within which damage of its checkpoint shows
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot continue; the message names the step and the last good checkpoint."""
 
 
 class Start(NamedTuple):
@@ -42,10 +48,13 @@ class Start(NamedTuple):
     data: dict[str, Any] | None  # position in the data; None for a new run, which reads from the beginning
     skipped: int  # number of newer checkpoints that were damaged
     verified: bool = True  # False for a checkpoint that has no fingerprints
+    branched: bool = False  # whether it is a checkpoint of `training.branch_from`
 
 
 def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None, tokenizer: Tokenizer) -> Start:
-    """The newest checkpoint of the run; without one, step 0 with parameters of `training.init_from` or new ones.
+    """The newest checkpoint of the run; without one, that of `training.branch_from`, or step 0.
+
+    Step 0 has the parameters of `training.init_from`, or new ones.
 
     Raises:
         CheckpointError: as `Checkpoints.restore`.
@@ -59,10 +68,45 @@ def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None,
         restored = checkpoints.restore(with_shardings(abstract, mesh))
         if restored is not None:
             return Start(restored.step, restored.state, restored.data, len(restored.skipped), restored.verified)
+        if branch := branch_point(program.config):
+            return _branch(*branch, with_shardings(abstract, mesh))
         if not source:
             return Start(0, jax.jit(program.fresh_state, out_shardings=layout)(), None, 0)
         params = load_initial_params(source, program.model, tokenizer=tokenizer, mesh=mesh)
         return Start(0, jax.jit(program.state_of, out_shardings=layout)(params), None, 0)
+
+
+def _branch(run: Path, step: int, abstract: TrainState) -> Start:
+    """The state of another run, whose folder is only read."""
+    folder = run / CHECKPOINTS
+    steps = [kept for kept in checkpoint_steps(folder) if step in (0, kept)]
+    found, damaged = restore_newest(folder, steps, abstract)
+    if found is None:
+        raise CheckpointError(f"training.branch_from: no checkpoint in {folder} can be read (tried steps {damaged})")
+    return Start(found.step, found.state, found.data, len(damaged), found.verified, branched=True)
+
+
+def stop(checkpoints: Checkpoints, doubtful: int | None, start: Start, step: int, reason: str) -> NoReturn:
+    """Stops a run whose values are bad, with what to do about it.
+
+    `start` is what remains of it; `doubtful` is the step of the unverified checkpoint that it resumed from, if any.
+    """
+    folder = checkpoints.folder
+    if doubtful is not None and step - doubtful <= _SOON:
+        older = [saved for saved in checkpoints.steps() if saved < doubtful]
+        fix = f"run the same command, which resumes from step {older[-1]}" if older else "start again, as none is older"
+        raise TrainingStopped(
+            f"{reason} at step {step}, soon after the run resumed from step {doubtful}. That checkpoint has no "
+            f"fingerprint and may be damaged: move those from step {doubtful} on out of {folder} and {fix}"
+        )
+    where, again = f"step {start.step} in {folder}", f", from new parameters or with training.init_from={folder.parent}"
+    if start.data is None:
+        where, again = "none yet", ""
+    newest = "last good checkpoint" if start.verified else "newest checkpoint (it has no fingerprint to verify it by)"
+    raise TrainingStopped(
+        f"{reason} at step {step}; the {newest} is {where}. Lower optimizer.learning_rate, lengthen "
+        f"warmup_steps or tighten clip_norm, and start another training.run_dir{again}"
+    )
 
 
 def load_initial_params(

@@ -8,10 +8,11 @@ with a checkpoint. A loss that is not finite, or a loss scale that can't shrink 
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ import numpy as np
 import optax
 
 from jaxllm.config import RunConfig
+from jaxllm.config.run import seconds_of
 from jaxllm.data import BatchError
-from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source
@@ -29,6 +30,7 @@ from jaxllm.host import processes
 from jaxllm.host.device import compilation_cache, detect_device
 from jaxllm.host.signals import stop_signals
 from jaxllm.models import count_params
+from jaxllm.run import record
 from jaxllm.run.compiled import explained
 from jaxllm.run.console import nobody_listens, training_console
 from jaxllm.run.evaluation import evaluate, target_bytes
@@ -36,23 +38,19 @@ from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.fit import announce_fit
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
-from jaxllm.run.record import MetricsWriter, Throughput, log_step, log_validation, plot_curve, read_metrics, step_row
+from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
 from jaxllm.run.samples import on_one_device, write_sample
-from jaxllm.run.start import Start, find_start
+from jaxllm.run.start import Start, find_start, stop
 from jaxllm.run.steps import Steps, compile_steps, make_steps
 from jaxllm.storage.checkpoint import Checkpoints
-from jaxllm.storage.folder import CHECKPOINTS, METRICS, open_run_folder, settle_residual, write_config
+from jaxllm.storage.folder import CHECKPOINTS, METRICS, continued, open_run_folder, settle_residual, write_config
 from jaxllm.training.optimizer import build_schedule, phases
 from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
-_SOON = 10  # steps after a resume, within which damage of its checkpoint shows
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot continue; the message names the step and the last good checkpoint."""
+_SUMS = "row_sums"  # key of `Progress.sums` next to the position in a checkpoint, absent where there are none
 
 
 class Summary(NamedTuple):
@@ -73,7 +71,6 @@ class Parts(NamedTuple):
     pipeline: Pipeline
     feed: Prefetch
     steps: Steps
-    schedule: optax.Schedule | None  # None for an optimizer that the caller gave
     checkpoints: Checkpoints
     writer: MetricsWriter
     overflow: OverflowWatch
@@ -102,6 +99,8 @@ class Progress:
     state: TrainState  # train state on the devices; each step replaces it in place
     step: int  # optimizer steps dispatched
     position: dict[str, Any]  # position in the data after the batch of that step
+    sums: Sums = dataclasses.field(default_factory=dict)  # of the steps since the last row of metrics.jsonl
+    branched: bool = False  # whether the run begins with the state of another, and has not saved it
     fingerprinted: int = -1  # newest step whose state has its fingerprint in the record, saved or not; -1 without one
     # step of the checkpoint that the run resumed from, if it could not be verified; otherwise None
     doubtful: int | None = None
@@ -144,47 +143,47 @@ def pretrain(
         BatchError: when a batch cannot be made; the step that was reached is saved.
         TrainingStopped: when the loss is not finite, or gradients overflow whatever the loss scale.
     """
+    deadline = time.monotonic() + seconds_of(config.training.stop_after)
     until = _last_step(config, stop_at)
     config = settle_residual(config)
-    own = Own(loss, optimizer, recipe)
+    own, origin = Own(loss, optimizer, recipe), continued(config)
     given = describe_parts(own, source)
     with explained("run"), ExitStack() as stack:
         callbacks = [stack.enter_context(training_console(config))] if nobody_listens() else []
         # Open.
         stack.enter_context(compilation_cache(config.training.compilation_cache))
         folder = stack.enter_context(open_run_folder(config, own_rates=optimizer is not None))
-        check_parts(folder, given, accept_other=accept_other_parts)
+        check_parts(origin[0] if origin else folder, given, accept_other=accept_other_parts)
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
         # Build.
-        device = detect_device()
         mesh = make_mesh(fsdp=config.sharding.fsdp)
         steps = make_steps(program_of(config, mesh, own), mesh)
         if config.model.encoder_decoder and config.training.sample_tokens:
             encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
-        check_memory = announce_fit(steps.program, device, mesh)
-        meter = Throughput(config, pipeline.recipe.lengths, device)
+        check_memory = announce_fit(steps.program, detect_device(), mesh)
+        meter = Throughput(config, pipeline.recipe.lengths, detect_device())
         # Restore.
-        checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=config.training.keep)))
+        keep, minutes = config.training.keep, config.training.save_every_minutes
+        checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, keep=keep, minutes=minutes)))
         stack.enter_context(processes.together())
         progress = _restore(steps, checkpoints, pipeline)
         resumed_from = progress.step
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
         feed = Prefetch(pipeline, mesh)
-        with stop_signals() as stopped:
+        with stop_signals(deadline) as stopped:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)
                 check_memory(steps.train_step.needed)
                 processes.check_same("attention", steps.program.config.model.attention)  # after the slowest compiler
-            writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step)))
+            writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step - progress.branched)))
             if progress.step < until:
                 write_config(steps.program.config, folder)
                 write_parts(folder, given)
             # Loop.
-            schedule = build_schedule(config.optimizer, steps=config.training.steps) if optimizer is None else None
             overflow = OverflowWatch(steps.program, progress.state.params, mesh=mesh)
-            made = (folder, pipeline, feed, steps, schedule, checkpoints, writer, overflow, meter)
+            made = (folder, pipeline, feed, steps, checkpoints, writer, overflow, meter)
             parts = Parts(*made, [*callbacks, *filter(None, [on_step])], on_evaluate)
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
@@ -208,11 +207,13 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     start = find_start(steps.program, checkpoints, mesh=steps.mesh, tokenizer=pipeline.tokenizer)
     if start.data is None:
         return Progress(start.state, start.step, pipeline.get_state())
+    sums = {name: (total, weight) for name, (total, weight) in start.data.pop(_SUMS, {}).items()}
     pipeline.set_state(start.data)
     note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
-    _log.info("resuming %s from step %d%s", checkpoints.folder.parent, start.step, note)
-    doubtful = None if start.verified else start.step
-    return Progress(start.state, start.step, pipeline.get_state(), fingerprinted=start.step, doubtful=doubtful)
+    begins = f"branching off {steps.program.config.training.branch_from} for" if start.branched else "resuming"
+    _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
+    known, doubtful = -1 if start.branched else start.step, None if start.verified else start.step
+    return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched, known, doubtful)
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
@@ -233,7 +234,15 @@ def _listed(values: dict[str, float]) -> str:
 def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[], bool]) -> None:
     """Steps up to `until`, to a stop signal, or to a batch that cannot be made; saves the step that was reached."""
     failure: BatchError | None = None
+    if progress.branched:  # from here on the other run may go
+        _save(parts, progress)
+    evaluated = record.recorded_losses(parts.folder)
+    for step, loss in evaluated.items():
+        parts.checkpoints.evaluated(step, loss)
     try:
+        if _evaluates(parts, progress) and progress.step not in evaluated:  # the run ended after the save
+            _evaluate(parts, progress)
+        parts.meter.start()
         while progress.step < until and not stopped():
             _step(parts, progress, until=until)
     except BatchError as error:
@@ -252,20 +261,26 @@ def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[],
 
 
 def _step(parts: Parts, progress: Progress, *, until: int) -> None:
-    """One step, the metrics of the step before it, and the evaluation and the checkpoint that are due."""
-    training = parts.config.training
+    """One step, the metrics of the step before it, and then the checkpoint and the evaluation that are due."""
     previous, progress.unread = progress.unread, _dispatch(parts, progress, until=until)
     _read(parts, progress, previous)
-    evaluates = progress.step % training.eval_every == 0 or progress.step == training.steps
-    saves = progress.step % training.save_every == 0
-    if evaluates or saves or progress.step == until:
+    on_time = progress.step % parts.config.training.save_every == 0 or progress.step == until
+    saves = on_time or parts.checkpoints.late(progress.step)
+    evaluates = _evaluates(parts, progress)
+    if evaluates or saves:
         _read(parts, progress, progress.unread)
         progress.unread = None
     parts.checkpoints.poll()
+    if saves:  # first: an evaluation that fails costs no step
+        _save(parts, progress)
     if evaluates:
         _evaluate(parts, progress)
-    if saves:
-        _save(parts, progress)
+
+
+def _evaluates(parts: Parts, progress: Progress) -> bool:
+    """Whether the evaluation of the newest step is due."""
+    training = parts.config.training
+    return progress.step > 0 and (progress.step % training.eval_every == 0 or progress.step == training.steps)
 
 
 def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
@@ -291,12 +306,19 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
         start = _last_good(parts, progress)
         value = parts.overflow.first_value(pending.step, start.state, pending.batch)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
-        _stop(parts, progress, start, pending.step, f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}")
+        stop(
+            parts.checkpoints,
+            progress.doubtful,
+            start,
+            pending.step,
+            f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}",
+        )
     with parts.meter.paused():
         reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
     if reason is not None:
-        _stop(parts, progress, _last_good(parts, progress), pending.step, reason)
-    parts.meter.add(_tokens(pending.batch))
+        stop(parts.checkpoints, progress.doubtful, _last_good(parts, progress), pending.step, reason)
+    parts.meter.add(pending.step, pending.batch)
+    record.add_step(progress.sums, config, values, size=target_bytes(pending.batch, parts.pipeline.tokenizer))
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
     report = StepReport(pending.step, values, pending.batch, lambda: jax.tree.map(jnp.copy, progress.state))
@@ -308,9 +330,13 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
 def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetrics) -> None:
     """Writes the row of a step."""
     config = parts.config
-    rate = parts.schedule and np.asarray(parts.schedule(pending.step - 1 - int(values.skipped))).item()
-    size = target_bytes(pending.batch, parts.pipeline.tokenizer)
-    row = step_row(config, values, size=size, learning_rate=rate, speed=parts.meter.read())
+    schedule = build_schedule(config.optimizer, steps=config.training.steps)
+    rate = np.asarray(schedule(pending.step - 1 - int(values.skipped))).item()
+    rate = rate if parts.steps.program.own.optimizer is None else None
+    if progress.unread and cast(Any, progress.unread.metrics.loss).is_ready():  # done, too, where the host computes
+        parts.meter.add(progress.unread.step, progress.unread.batch)
+    row = record.step_row(config, values, sums=progress.sums, learning_rate=rate, speed=parts.meter.read())
+    progress.sums = {}
     with parts.meter.paused():
         row |= parts.overflow.headroom(pending.step, progress.state, pending.batch)
     parts.writer.write(pending.step, row)
@@ -326,11 +352,13 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
     progress.validation = {**values, "step": progress.step}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
     log_validation(progress.step, values, parts.config.data.validation)
+    parts.checkpoints.evaluated(progress.step, values.get("loss"))
 
 
 def _save(parts: Parts, progress: Progress) -> None:
-    loss = progress.validation.get("loss") if progress.validation.get("step") == progress.step else None
-    saved = parts.checkpoints.save(progress.step, progress.state, progress.position, validation_loss=loss)
+    data = {**progress.position, _SUMS: dict(progress.sums)} if progress.sums else progress.position
+    with parts.meter.paused():
+        saved = parts.checkpoints.save(progress.step, progress.state, data)
     if progress.fingerprinted < progress.step:
         parts.writer.write(progress.step, {"fingerprint": saved})
         progress.fingerprinted = progress.step
@@ -343,26 +371,6 @@ def _last_good(parts: Parts, progress: Progress) -> Start:
     parts.checkpoints.wait()
     steps, tokenizer = parts.steps, parts.pipeline.tokenizer
     return find_start(steps.program, parts.checkpoints, mesh=steps.mesh, tokenizer=tokenizer)
-
-
-def _stop(parts: Parts, progress: Progress, start: Start, step: int, reason: str) -> NoReturn:
-    """Stops a run whose values are bad, with what to do about it."""
-    folder, doubtful = parts.checkpoints.folder, progress.doubtful
-    if doubtful is not None and step - doubtful <= _SOON:
-        older = [saved for saved in parts.checkpoints.steps() if saved < doubtful]
-        fix = f"run the same command, which resumes from step {older[-1]}" if older else "start again, as none is older"
-        raise TrainingStopped(
-            f"{reason} at step {step}, soon after the run resumed from step {doubtful}. That checkpoint has no "
-            f"fingerprint and may be damaged: move those from step {doubtful} on out of {folder} and {fix}"
-        )
-    where, again = f"step {start.step} in {folder}", f", from new parameters or with training.init_from={parts.folder}"
-    if start.data is None:
-        where, again = "none yet", ""
-    newest = "last good checkpoint" if start.verified else "newest checkpoint (it has no fingerprint to verify it by)"
-    raise TrainingStopped(
-        f"{reason} at step {step}; the {newest} is {where}. Lower optimizer.learning_rate, lengthen "
-        f"warmup_steps or tighten clip_norm, and start another training.run_dir{again}"
-    )
 
 
 def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> None:
@@ -381,9 +389,3 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
         _log.info("curve in %s", plot_curve(parts.folder, baselines, metric, config.data.validation))
     except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
         _log.warning("no curve is drawn: %s", error)
-
-
-def _tokens(batch: dict[str, np.ndarray]) -> float:
-    """Tokens that are not padding, on both sides of an encoder-decoder."""
-    source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
-    return float(np.count_nonzero(batch["weights"]) + source)

@@ -18,7 +18,8 @@ from etils import epath
 from jaxllm.config.file import load_config
 from jaxllm.run.record import read_metrics
 from jaxllm.run.trainer import pretrain
-from jaxllm.storage.checkpoint import CheckpointError, Damaged, attempt, is_described, verify_tree
+from jaxllm.storage.checkpoint import is_described
+from jaxllm.storage.checkpoint_reading import CheckpointError, Damaged, attempt, verify_tree
 from jaxllm.storage.folder import CHECKPOINTS, CONFIG, DATA, METRICS, checkpoint_steps
 from jaxllm.training.fingerprint import total
 from jaxllm.training.names import forward_rank

@@ -48,13 +48,14 @@ _HUGGING_FACE_CONFIG = "config.json"
 
 # What may change between two starts of one run, because it moves no number of the training, by section of the config.
 _MAY_CHANGE = {
-    "training": "run_dir log_every eval_every eval_batches save_every keep sample_prompt sample_tokens "
-    "compilation_cache",
+    "training": "run_dir log_every eval_every eval_batches save_every save_every_minutes stop_after keep "
+    "sample_prompt sample_tokens compilation_cache",
     "data": "cache_dir workers tokenizer",  # the folder keeps its own tokenizer, and takes no other
     "model": "layers remat attention",
     "sharding": "fsdp",
 }
-
+# Where a run came from, which may also differ between a run and its branch.
+_BEGINNING = {"training": "init_from branch_from"}
 
 # Settings of the learning rate, which may change as long as the rates of the steps that are done stay the same.
 _RATES = {"training": "steps", "optimizer": "learning_rate schedule warmup_steps decay_steps min_lr_ratio"}
@@ -104,12 +105,39 @@ def _holds_begun_run(folder: Path) -> bool:
     return (folder / CONFIG).exists() and has_begun(folder)
 
 
+def continued(config: RunConfig) -> tuple[Path, int] | None:
+    """Folder and step of the run that this one continues: its own, or that of `branch_point`; None for a new run."""
+    folder = Path(config.training.run_dir).expanduser()
+    return (folder, 0) if _holds_begun_run(folder) else branch_point(config)
+
+
+def branch_point(config: RunConfig) -> tuple[Path, int] | None:
+    """Folder and step of `training.branch_from`; step 0 is for the newest checkpoint there."""
+    branch = config.training.branch_from or ""
+    parent, _, step = branch.rpartition("@")
+    if parent and step.isdecimal():
+        return Path(parent).expanduser(), int(step)
+    return (Path(branch).expanduser(), 0) if branch else None
+
+
+def _check_branch(parent: Path, step: int, config: RunConfig, own_rates: bool) -> None:
+    """Refuses to branch from a run that `config` could not resume at that step."""
+    kept = checkpoint_steps(parent / CHECKPOINTS)
+    if not (parent / CONFIG).is_file() or not kept:
+        raise RunFolderError(f"training.branch_from {parent} is not a run folder with checkpoints")
+    if step and step not in kept:
+        listed = ", ".join(map(str, kept))
+        raise RunFolderError(f"training.branch_from: {parent} keeps no checkpoint of step {step}; it keeps {listed}")
+    _check_same(parent / CONFIG, config, own_rates, done=step or kept[-1], ignored=_keys(_BEGINNING))
+
+
 @contextlib.contextmanager
 def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[Path]:
     """The folder for this process alone, made where it is new, once the run in it is known to be this one.
 
     A run that has made no step, such as one that was too large for its device, leaves its folder to the next config.
-    With `own_rates` the caller's optimizer, and not the config, has the learning rates.
+    With `own_rates` the caller's optimizer, and not the config, has the learning rates. A branch must fit the run that
+    it grows from as a resume does.
 
     Raises:
         RunFolderError: when it cannot be written, another process trains in it, it is a Hugging Face directory, or it
@@ -132,7 +160,10 @@ def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[P
                 stack.enter_context(_alone(folder))
             processes.check_same("config", dump_config(config))
             if _holds_begun_run(folder):
-                _check_same(folder / CONFIG, config, own_rates)
+                done = max(checkpoint_steps(folder / CHECKPOINTS), default=0)
+                _check_same(folder / CONFIG, config, own_rates, done=done)
+            elif found := continued(config):
+                _check_branch(*found, config, own_rates)
         except OSError as error:
             dangling = folder.is_symlink() and not folder.exists()
             reason = "a link to a folder that does not exist" if dangling else error.strerror or error
@@ -152,10 +183,9 @@ def settle_residual(config: RunConfig) -> RunConfig:
     islands = config.precision.islands
     if not config.model.outgrows_float16 or config.precision.compute != "float16" or "residual" in islands:
         return config
-    folder = Path(config.training.run_dir).expanduser()
-    if _holds_begun_run(folder):
+    if found := continued(config):
         with contextlib.suppress(ConfigError):  # `open_run_folder` reports it
-            theirs = load_config(folder / CONFIG).precision.islands
+            theirs = load_config(found[0] / CONFIG).precision.islands
             islands = {**islands, **{key: dtype for key, dtype in theirs.items() if key == "residual"}}
     elif has_bfloat16():
         islands = {**islands, "residual": "bfloat16"}
@@ -213,24 +243,29 @@ def check_apart(config: DataConfig, run_dir: Path) -> None:
             )
 
 
-def settle_tokenizer(config: DataConfig, source: Source, *, vocab_size: int, folder: Path) -> Tokenizer:
-    """The tokenizer of the run in `folder`, which keeps it from now on.
+def settle_tokenizer(
+    config: DataConfig, source: Source, *, vocab_size: int, folder: Path, parent: Path | None = None
+) -> Tokenizer:
+    """The tokenizer of the run in `folder`, which keeps it from now on; a branch takes that of its parent's folder.
 
     Raises:
         DataError: when the config describes a tokenizer that the folder cannot take or that cannot be made.
     """
-    file = next(iter(tokenizers_in(folder)), None)
+    file = next(iter(tokenizers_in(folder) + (tokenizers_in(parent) if parent else [])), None)
     given = tokenizer_choice.given_tokenizer(config)
     wanted = tokenizer_choice.origin_of(given, config, source, vocab_size=vocab_size)
     kept = None if file is None else _kept(file, wanted)
-    decision = tokenizer_choice.decide(kept, wanted, begun=has_begun(folder))
+    decision = tokenizer_choice.decide(kept, wanted, begun=parent is not None or has_begun(folder))
     if isinstance(decision, Refuse):
         raise DataError(f"{file or folder} {decision.reason}; choose another training.run_dir")
     if file is not None and decision is Choice.KEEP:
+        for kept in (file.with_name(TOKENIZER_ORIGIN), file):
+            if kept.parent != folder and kept.exists():
+                write_whole(folder / kept.name, kept.read_bytes())
         return given or load_tokenizer(file)
     made = given or tokenizer_choice.make_tokenizer(config, source, vocab_size=vocab_size)
     if decision is Choice.MAKE_AGAIN:
-        _check_made_again(made, folder)
+        _check_made_again(made, parent or folder)
     if file is not None:
         file.unlink()
     write_whole(folder / TOKENIZER_ORIGIN, json.dumps(wanted).encode())  # first: alone it means nothing
@@ -304,16 +339,15 @@ def _keys(table: Mapping[str, str]) -> list[str]:
     return [f"{section}.{name}" for section, names in table.items() for name in names.split()]
 
 
-def _check_same(path: Path, config: RunConfig, own_rates: bool) -> None:
+def _check_same(path: Path, config: RunConfig, own_rates: bool, *, done: int, ignored: Sequence[str] = ()) -> None:
     try:
         old = load_config(path)
     except ConfigError as error:
         raise RunFolderError(f"the config of the run there cannot be read: {error}") from None
-    done = max(checkpoint_steps(path.parent / CHECKPOINTS), default=0)
     fits = 0 < done <= config.training.steps
     same = fits and (own_rates or same_rates(old, config, steps=done))
-    ignored = [*_keys(_MAY_CHANGE), *(_keys(_RATES) if same else []), "data.validation"]
-    differing = config_differences(old, config, ignored=ignored)
+    free = [*_keys(_MAY_CHANGE), *ignored, *(_keys(_RATES) if same else []), "data.validation"]
+    differing = config_differences(old, config, ignored=free)
     first, now = (next(iter(each.data.validation.items()), "held-out documents") for each in (old, config))
     if first != now:
         differing.append(f"data.validation: {first} -> {now} (the first set must stay, others may change)")
@@ -322,7 +356,8 @@ def _check_same(path: Path, config: RunConfig, own_rates: bool) -> None:
         if done and not same:
             reason = f"the learning rates of the {done} steps that are done would differ"
             listed += f"\n({reason if fits else f'{done} steps are done'})"
+        resume = "resume it with its own config, or choose another training.run_dir"
+        fix = "set them as they are there" if ignored else resume
         raise RunFolderError(
-            f"{path.parent} holds a run of another config; these keys differ (there -> here):\n  {listed}\n"
-            f"resume it with its own config, or choose another training.run_dir"
+            f"{path.parent} holds a run of another config; these keys differ (there -> here):\n  {listed}\n{fix}"
         )

@@ -286,6 +286,38 @@ def test_a_process_may_be_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch, clus
     assert not processes.several()
 
 
+def test_wall_time_and_sigusr1_stop_all_at_the_same_step(folder: Path) -> None:
+    target = folder / "timed"
+    overrides = (f"training.run_dir={target}", *ENDLESS)
+    ended = finish(launch(folder / "llama.yaml", *overrides, "training.stop_after=1s", count=2, devices=2))
+    assert [each.status for each in ended] == [75, 75], ended
+    (saved,) = (int(path.name) for path in (target / "checkpoints").iterdir())
+    assert saved == steps_of(target)[-1] and "training.stop_after has passed" in ended[0].stdout
+
+    processes = launch(folder / "llama.yaml", *overrides, "training.save_every_minutes=1e-4", count=2, devices=2)
+    wait_for(lambda: steps_of(target)[-1] > saved + 17, processes)
+    for process in processes:  # as SLURM does
+        process.send_signal(signal.SIGUSR1)
+    ended = finish(processes)
+    assert [each.status for each in ended] == [75, 75], ended
+    *by_time, last = sorted(int(path.name) for path in (target / "checkpoints").iterdir())
+    assert last == steps_of(target)[-1] and any(step % 8 == 0 for step in by_time)
+    assert all(step % 8 == 0 for step in by_time if step != saved)
+
+
+def test_a_branch_is_bitwise_on_the_same_layout(folder: Path) -> None:
+    target, parent = folder / "branch", folder / "llama"
+    overrides = (f"training.run_dir={target}", f"training.branch_from={parent}@3")
+    ended = finish(launch(folder / "llama.yaml", *overrides, count=2, devices=2))
+    assert [each.status for each in ended] == [0, 0], ended
+    rows, others = (
+        [row for row in read_metrics(each / "metrics.jsonl") if row["step"] > 3] for each in (target, parent)
+    )
+    assert [row.keys() for row in rows] == [row.keys() for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert all(row[name] == other[name] for name in row.keys() - SPEED)
+
+
 # By a setting that only one process has, or none: its disk is full.
 FAULTS = {
     "training.sed=1": "did you mean 'training.seed'",

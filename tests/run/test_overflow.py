@@ -15,7 +15,8 @@ from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.models import build, init_params
 from jaxllm.models.layers import Islands
 from jaxllm.ops.activations import ACTIVATIONS
-from jaxllm.run.trainer import TrainingStopped, pretrain
+from jaxllm.run.start import TrainingStopped
+from jaxllm.run.trainer import pretrain
 from jaxllm.training.attribution import first_nonfinite as first_group
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import build_loss

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import RunConfig
-from jaxllm.config.file import dump_config, load_config, parse_config
+from jaxllm.config.file import ConfigError, dump_config, load_config, parse_config
 from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import load_tokenizer
@@ -29,9 +30,10 @@ from jaxllm.host.device import Device
 from jaxllm.models import build, init_params
 from jaxllm.run import trainer
 from jaxllm.run.parts import StepReport
-from jaxllm.run.start import find_start
+from jaxllm.run.record import read_metrics
+from jaxllm.run.start import TrainingStopped, find_start
 from jaxllm.run.steps import Steps
-from jaxllm.run.trainer import Summary, TrainingStopped, pretrain
+from jaxllm.run.trainer import Summary, pretrain
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
 from jaxllm.storage.folder import TOKENIZER, RunFolderError, check_in_place, open_run_folder
 from jaxllm.training.fit import Fit, FitError, check_fit
@@ -134,7 +136,7 @@ def long(shared: Path) -> list[np.ndarray]:
     return final_params(run)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_a_killed_process_goes_on_where_it_was(
     tmp_path: Path, shared: Path, long: list[np.ndarray], kill: signal.Signals
 ) -> None:
@@ -175,6 +177,34 @@ def test_a_stop_while_compiling_keeps_the_beginning(
             summary = pretrain(run)
             assert (summary.step, summary.finished) == (0, False)
     assert pretrain(run).finished and losses(run) == losses(whole[0])
+
+
+def test_wall_time_stops_a_run_after_a_step(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start makes a step, also one that takes longer than that to begin."""
+    run = config(tmp_path / "run", shared / "corpus", training={"stop_after": "9h59m60s"})
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, run_dir=str(tmp_path / "run")))
+    later = [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later[0])
+
+    def on_step(report: StepReport) -> None:
+        later[0] = 36_000 if report.step >= 3 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxllm.host.signals.time", clock)
+        assert pretrain(run, on_step=on_step)[:3] == (4, 0, False)
+        assert pretrain(run)[:3] == (5, 4, False)
+    assert pretrain(run)[:3] == (8, 5, True)
+    for a, b in zip(final_params(run), final_params(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(run) == losses(whole[0])
+
+
+@pytest.mark.parametrize("wrong", ["soon", "", "0s", "1.5h", "30m1h"])
+def test_a_wall_time_is_a_duration(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"stop_after must be a duration such as 11h30m, 45m or 90s, got '{wrong}'"):
+        config(tmp_path / "run", tmp_path, training={"stop_after": wrong})
 
 
 @pytest.mark.parametrize("broken", [3, 4, 8])
@@ -237,19 +267,18 @@ def test_a_spoiled_step_is_not_saved_when_a_batch_cannot_be_made(
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_finished_run_needs_no_record_of_its_metrics(
-    tmp_path: Path, whole: tuple[RunConfig, Summary], caplog: pytest.LogCaptureFixture
-) -> None:
+EVALUATION = ["step", "validation/loss", "validation/bits_per_byte", "validation/accuracy"]
+
+
+def test_a_finished_run_needs_no_record_of_its_metrics(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
+    """It evaluates its last step again, of which no evaluation is recorded."""
     run = copy_of(whole[0], tmp_path / "run")
     record = tmp_path / "run" / "metrics.jsonl"
     for damage in (record.unlink, lambda: record.write_bytes(b"\xff\x00\n[]\n"), lambda: record.write_bytes(b"")):
         (tmp_path / "run" / "loss.png").unlink(missing_ok=True)
-        caplog.clear()
         damage()
-        with caplog.at_level("WARNING", logger="jaxllm"):
-            assert pretrain(run).finished
-        assert "no curve is drawn" in caplog.text and "has no value of bits_per_byte" in caplog.text
-        assert not (tmp_path / "run" / "loss.png").exists()
+        assert pretrain(run).finished
+        assert [list(row) for row in read_metrics(record)] == [EVALUATION] and (tmp_path / "run" / "loss.png").exists()
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(
@@ -434,7 +463,7 @@ def test_values_that_go_bad_after_an_unverified_resume_are_not_blamed_on_the_lea
         damaged = jax.tree.map(lambda x: jnp.full_like(x, 1e38), start.state.params)
         shutil.rmtree(folder / "6")
         checkpoints._manager.reload()
-        checkpoints.save(6, start.state._replace(params=damaged), start.data, validation_loss=None)
+        checkpoints.save(6, start.state._replace(params=damaged), start.data)
         checkpoints.wait()
     without_fingerprints(folder / "6")
     if not older:
@@ -481,7 +510,7 @@ def test_unwritable_run_dir_is_named(tmp_path: Path, corpus: Path) -> None:
 
 def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    checkpoints.save(1, {"x": jnp.arange(4.0)}, {}, validation_loss=None)
+    checkpoints.save(1, {"x": jnp.arange(4.0)}, {})
     checkpoints.wait()
     with pytest.raises(CheckpointError, match=r"holds x as float32\[4\], this run needs bfloat16\[4\]"):
         checkpoints.restore({"x": jax.ShapeDtypeStruct((4,), jnp.bfloat16)})
@@ -492,11 +521,12 @@ def test_wrong_dtype_is_refused_not_cast(tmp_path: Path) -> None:
 def test_newest_and_best_are_kept(tmp_path: Path, reopened: bool, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step, loss in enumerate([3.0, 1.0, math.nan, None, 2.5, 2.2, None], start=1):
-        checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=loss)
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
         checkpoints.wait()
         if reopened:  # another process has only what is written
             checkpoints.close()
             checkpoints = Checkpoints(tmp_path / "c", keep=2)
+        checkpoints.evaluated(step, loss)  # later than the save, and by a new process from its record
     assert checkpoints.steps() == [2, 6, 7]
     checkpoints.close()
     assert not caplog.records
@@ -505,7 +535,7 @@ def test_newest_and_best_are_kept(tmp_path: Path, reopened: bool, caplog: pytest
 def test_without_an_evaluation_the_newest_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step in range(1, 5):
-        checkpoints.save(step, {"x": jnp.full(3, step)}, {}, validation_loss=None)
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
         checkpoints.wait()
     assert checkpoints.steps() == [3, 4]
     checkpoints.close()

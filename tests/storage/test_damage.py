@@ -49,7 +49,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     states = [first, jax.tree.map(lambda x: x if x.dtype == first.key.dtype else x * 2 + 1, first)]
     checkpoints = Checkpoints(folder, keep=2)
     for step, state in enumerate(states, start=1):
-        checkpoints.save(step, state, {**POSITION, "step": step}, validation_loss=None)
+        checkpoints.save(step, state, {**POSITION, "step": step})
         checkpoints.wait()
     checkpoints.close()
     return folder, program, states
@@ -150,7 +150,7 @@ def test_an_error_that_begins_with_an_empty_line_is_damage(
 
     copy = tmp_path / "checkpoints"
     shutil.copytree(folder, copy)
-    monkeypatch.setattr("jaxllm.storage.checkpoint.verify_tree", fails)
+    monkeypatch.setattr("jaxllm.storage.checkpoint_reading.verify_tree", fails)
     assert restored(copy, program)[0] == 1
 
 
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
 ) -> None:
     folder, program, _ = saved
     refusal = PermissionError(13, "Permission denied", str(folder / "2" / "state" / "_METADATA"))
-    monkeypatch.setattr("jaxllm.storage.checkpoint.refused", lambda folder: refusal)  # root may read everything
+    monkeypatch.setattr("jaxllm.storage.checkpoint_reading.refused", lambda folder: refusal)  # root may read everything
     copy = tmp_path / "checkpoints"
     shutil.copytree(folder, copy)
     (copy / "2" / "state" / "manifest.ocdbt").unlink()

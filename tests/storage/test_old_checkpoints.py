@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxllm.config.file import load_config
-from jaxllm.storage import checkpoint
+from jaxllm.storage import checkpoint_reading
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
 from jaxllm.storage.old_checkpoints import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.program import program_of
@@ -48,7 +48,7 @@ def test_a_golden_checkpoint_is_restored_to_the_bit(
     assert "has no fingerprint, so it cannot be verified" in caplog.text
     assert jax.tree.structure(restored.state) == jax.tree.structure(abstract)
     assert leaves(restored.state) == want
-    checkpoints.save(9, restored.state, restored.data, validation_loss=None)  # and from here on it is today's
+    checkpoints.save(9, restored.state, restored.data)  # and from here on it is today's
     checkpoints.wait()
     again = checkpoints.restore(with_shardings(abstract, None))
     assert again is not None and again.step == 9 and leaves(again.state) == want
@@ -66,7 +66,7 @@ def test_without_it_the_checkpoint_would_count_as_damaged(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile(FOLDERS / "llama_float16.zip") as archive:
         archive.extractall()
-    monkeypatch.setattr(checkpoint, "with_dropped_leaf", lambda state, found: state)
+    monkeypatch.setattr(checkpoint_reading, "with_dropped_leaf", lambda state, found: state)
     checkpoints = Checkpoints(Path("run/checkpoints"), keep=1)
     with pytest.raises(CheckpointError, match="can be read"):
         checkpoints.restore(with_shardings(program_of(load_config("run/config.yaml")).abstract_state(), None))

@@ -41,7 +41,7 @@ def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
 
 
 def save(checkpoints: Checkpoints, step: int) -> None:
-    checkpoints.save(step, state(step), {"at": step}, validation_loss=None)
+    checkpoints.save(step, state(step), {"at": step})
     checkpoints.wait()
 
 
@@ -125,7 +125,7 @@ def test_a_failure_in_the_background_is_reported_between_steps(
 ) -> None:
     faults.at = {"1": errno.EIO}
     with caplog.at_level("WARNING", logger="jaxllm"):
-        checkpoints.save(1, state(1), {}, validation_loss=None)
+        checkpoints.save(1, state(1), {})
         while not caplog.records or "step 1 is not saved" not in caplog.text:
             checkpoints.poll()
     assert checkpoints.steps() == []
@@ -308,7 +308,7 @@ hide_traces()
 logging.basicConfig(level=logging.WARNING)
 checkpoints = Checkpoints(Path({str(tmp_path)!r}) / "c", keep=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-checkpoints.save(1, {{str(i): jnp.arange(4096.0) ** i for i in range(8)}}, {{}}, validation_loss=None)
+checkpoints.save(1, {{str(i): jnp.arange(4096.0) ** i for i in range(8)}}, {{}})
 checkpoints.close()
 """
     done = run_beside_scripts(program)

@@ -115,7 +115,7 @@ def apart(left: Any, right: Any) -> float:
 def moved(result: Result, single: RunConfig, folder: Path) -> bool:
     """Whether a checkpoint holds the same bits on other meshes and on one device."""
     checkpoints = Checkpoints(folder, keep=1)
-    checkpoints.save(STEPS, result.state, {}, validation_loss=None)
+    checkpoints.save(STEPS, result.state, {})
     checkpoints.wait()
     same = []
     for mesh in (make_mesh(fsdp=8), make_mesh(fsdp=2), None):

@@ -1,0 +1,173 @@
+"""Reading a checkpoint: what is in it, whether it is what was saved, and which one of a folder is whole.
+
+Nothing here writes, so that a folder of another run is left as it is.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxllm.data import first_line
+from jaxllm.data.records import refused
+from jaxllm.host import processes
+from jaxllm.storage.old_checkpoints import with_dropped_leaf, without_dropped_leaf
+from jaxllm.training.fingerprint import named_fingerprints, path_name
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Items of a checkpoint, each a folder in it, and the key of the parameters in the first.
+STATE, DATA, PARAMS = "state", "data", "params"
+# Keys of the second item: position, fingerprints of the state by leaf, and checksum of the position.
+_POSITION, LEAVES, _CHECKSUM = "position", "fingerprints", "checksum"
+_RECORD = {_POSITION, LEAVES, _CHECKSUM}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which and why."""
+
+
+class Damaged(Exception):
+    """What a checkpoint holds is not what was saved."""
+
+
+class Restored(NamedTuple):
+    """Contents of a checkpoint."""
+
+    step: int  # optimizer steps done
+    state: Any  # train state, placed as the abstract state asked
+    data: dict[str, Any]  # state of the data iterator
+    skipped: tuple[int, ...]  # steps of newer checkpoints that were damaged
+    verified: bool  # whether it has fingerprints, and they agree
+
+
+def restore_newest(folder: Path, steps: Sequence[int], abstract_state: Any) -> tuple[Restored | None, list[int]]:
+    """The newest of `steps` (oldest first) that is whole, and the newer ones that are not.
+
+    Raises:
+        CheckpointError: when one does not fit `abstract_state`, or may not be read.
+    """
+    found, damaged = newest_whole(folder, steps, lambda step: _read(folder, step, abstract_state))
+    if found is None:
+        return None, damaged
+    step, state, record = found
+    if _RECORD & record.keys():
+        return Restored(step, state, record[_POSITION], tuple(damaged), verified=True), damaged
+    _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, folder)
+    return Restored(step, state, record, tuple(damaged), verified=False), damaged  # the record is the position alone
+
+
+def _read(folder: Path, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    """State and record of a checkpoint, not verified; the record of an earlier version is the position alone."""
+    place = folder.absolute() / str(step)
+    found = ocp.StandardCheckpointHandler().metadata(epath.Path(place / STATE)).tree
+    _check_dtypes(folder, step, found, abstract_state)
+    state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
+    return without_dropped_leaf(restored(ocp.StandardCheckpointHandler(), place / STATE, state)), restored(
+        ocp.JsonCheckpointHandler(), place / DATA, ocp.args.JsonRestore()
+    )
+
+
+def _check_dtypes(folder: Path, step: int, found: Any, abstract_state: Any) -> None:
+    """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
+    if set(found) == {PARAMS}:  # of `save_params`
+        raise CheckpointError(
+            f"checkpoint {step} in {folder} holds parameters alone; choose another training.run_dir, with "
+            f"training.init_from={folder.parent}"
+        )
+    have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    for path, want in jax.tree_util.tree_leaves_with_path(abstract_state):
+        leaf = have.get(path_name(path))
+        if leaf is None or not hasattr(leaf, "dtype") or jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
+            continue
+        if leaf.dtype != want.dtype or tuple(leaf.shape) != tuple(want.shape):
+            raise CheckpointError(
+                f"checkpoint {step} in {folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
+                f"this run needs {want.dtype}{list(want.shape)}"
+            )
+
+
+def restored(handler: Any, path: Path, arguments: Any) -> Any:
+    """An item of a checkpoint, read without waiting for other processes, one of which may fail."""
+    alone = ocp.options.MultiprocessingOptions(processes.index(), {processes.index()})
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(path.absolute(), args=arguments)
+
+
+def record_of(position: Mapping[str, Any], tree: Any) -> dict[str, Any]:
+    """The second item of a checkpoint."""
+    return {_POSITION: position, LEAVES: named_fingerprints(tree), _CHECKSUM: _checksum(position)}
+
+
+def verify_tree(restored: Any, record: Mapping[str, Any]) -> bool:
+    """Compares a restored tree, which may be a part of what was saved, with the second item of its checkpoint.
+
+    Returns False for a checkpoint of an earlier version, which has nothing to compare with.
+
+    Raises:
+        Damaged: naming the first leaf that differs.
+    """
+    if not _RECORD & record.keys():
+        return False
+    if record.keys() != _RECORD or record[_CHECKSUM] != _checksum(record[_POSITION]):
+        raise Damaged("the position in the data is not the one that was saved")
+    for path, digits in named_fingerprints(restored).items():
+        if record[LEAVES].get(path) != digits:
+            raise Damaged(f"{path} has fingerprint {digits}, {record[LEAVES].get(path)} was saved")
+    return True
+
+
+def _checksum(position: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def newest_whole(
+    folder: Path, steps: Sequence[int], read: Callable[[int], tuple[Any, dict[str, Any]]]
+) -> tuple[tuple[int, Any, dict[str, Any]] | None, list[int]]:
+    """The newest of `steps` (oldest first) that is whole, with its tree and record, and the newer ones that are not.
+
+    `read` does not wait for other processes. What one of them cannot read is damaged for all; what all have read is
+    verified together.
+    """
+    processes.check_same("list of checkpoints", str(list(steps)))
+    damaged: list[int] = []
+    for step in reversed(steps):
+        found, problem = attempt(folder / str(step), read, step)
+        problem = next(filter(None, processes.gather(problem)), "")
+        if found and not problem:
+            _, problem = attempt(folder / str(step), verify_tree, *found)
+        if found and not problem:
+            return (step, *found), damaged
+        del found  # before the next is read
+        if processes.index() == 0:
+            _log.warning("checkpoint %d in %s is damaged (%s)", step, folder, problem)
+        damaged.append(step)
+    return None, damaged
+
+
+def attempt(folder: Path, function: Callable[..., T], *args: Any) -> tuple[T | None, str]:
+    """The result of a function that reads a checkpoint, or why it is damaged.
+
+    orbax and tensorstore raise errors of many kinds for damaged files, so that all count as damage, but for those
+    that another checkpoint would meet too: memory, permissions, and shapes that do not fit.
+    """
+    try:
+        return function(*args), ""
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        refusal = refused(folder)
+        if refusal is not None:
+            raise CheckpointError(f"cannot read {refusal.filename}: {refusal.strerror}; make it readable") from error
+        return None, first_line(error) or type(error).__name__  # some begin with an empty line
