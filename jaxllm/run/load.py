@@ -44,19 +44,12 @@ def load_text_model(path: str | Path, *, dtype: str = "float32", int8: bool = Fa
         ConfigError: when the folder is neither a run folder nor a Hugging Face directory.
         CheckpointError, InteropError, DataError: when the files in it cannot be read.
     """
-    text_model = _load(path, dtype)
+    text_model = read_text_model(path, dtype)
     return text_model._replace(params=decoder_of(text_model.model).prepare(text_model.params, int8=int8))
 
 
-def load_lm(path: str | Path, *, dtype: str = "float32", **options: Any) -> Any:
-    """The same for lm-evaluation-harness: a `jaxllm.generation.lm_eval.JaxLM`, whose arguments are the options."""
-    from jaxllm.generation.lm_eval import JaxLM  # needs the extra `eval`
-
-    return JaxLM(_load(path, dtype), **options)
-
-
-def _load(path: str | Path, dtype: str) -> TextModel:
-    """A text model whose parameters are those of training."""
+def read_text_model(path: str | Path, dtype: str = "float32") -> TextModel:
+    """As `load_text_model`, with the parameters in the layout of training, as `jaxllm.score` needs them."""
     folder, kind, _ = find_model(path)
     model, params = load_run(path, dtype=dtype) if kind is Kind.RUN else load_hf(folder)
     model = build(model.config, dtype=jnp.dtype(dtype))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -168,6 +167,3 @@ def test_the_script_prints_json_and_names_errors(named: RunConfig, folder: Path)
     assert ended.returncode == 2 and "different names" in ended.stderr
     ended = script(run, "--data", "nowhere")
     assert ended.returncode == 2 and "error: data.validation.nowhere nowhere does not exist" in ended.stderr
-    if importlib.util.find_spec("lm_eval") is None:
-        ended = script(run, "--tasks", "piqa")
-        assert ended.returncode == 2 and "--tasks needs: pip install 'jaxllm[eval]'" in ended.stderr

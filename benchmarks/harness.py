@@ -1,23 +1,28 @@
-"""A model for lm-evaluation-harness: `lm_eval.simple_evaluate(model=jaxllm.run.load.load_lm(PATH), tasks=[...])`.
+"""Tasks of lm-evaluation-harness: python -m benchmarks.harness RUN|RUN@STEP|HF_DIRECTORY --tasks piqa,lambada_openai.
 
-Needs the extra `eval`. Contexts are encoded and cut as in the harness' class for Hugging Face models, `HFLM`.
+Needs the extra `eval`. In Python, `lm_eval.simple_evaluate(load_lm(PATH), tasks=[...])` has every option. Contexts are encoded and cut as in the harness' class for Hugging Face models, `HFLM`.
 """
 
+import argparse
 import functools
 import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import lm_eval
+import lm_eval.tasks
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from jaxllm.generation.scoring import score_greedy
 from jaxllm.generation.text import TextModel
+from jaxllm.host.device import prepare_process
 from jaxllm.models import decoder_of
 from jaxllm.ops.sampling import Sampling
+from jaxllm.run.load import read_text_model
 
 _log = logging.getLogger(__name__)
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # all but the first need a temperature
@@ -28,7 +33,7 @@ class JaxLM(TemplateLM):
     """A text model for the harness; its log-likelihoods are those of `jaxllm.score`, its text that of `generate`."""
 
     def __init__(self, text: TextModel, *, batch_size: int = 8, add_bos_token: bool = True) -> None:
-        """`text` has parameters as in training, see `jaxllm.run.load.load_lm`.
+        """`text` has parameters as in training, see `load_lm`.
 
         `add_bos_token` puts `text.begin` before each context, as training does; `HFLM` does what its tokenizer does.
         """
@@ -98,3 +103,26 @@ class JaxLM(TemplateLM):
         if len(context) > room:
             _log.warning("a context of %d tokens is cut to its last %d", len(context), room)
         return (context or [self.prefix])[-room:] if room else []
+
+
+def load_lm(path: str, *, dtype: str = "float32", **options: Any) -> JaxLM:
+    """The model of a run, a step of it or a Hugging Face directory; options are those of `JaxLM`."""
+    return JaxLM(read_text_model(path, dtype), **options)
+
+
+def main() -> None:
+    """Prints the harness' table of tasks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="RUN (its newest checkpoint), RUN@STEP, or a Hugging Face directory")
+    parser.add_argument("--tasks", required=True, help="names, separated by commas")
+    parser.add_argument("--task-path", help="folder with YAML files of further tasks")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time")
+    arguments = parser.parse_args()
+    prepare_process()
+    model = load_lm(arguments.path, batch_size=arguments.batch_size)
+    manager = lm_eval.tasks.TaskManager(include_path=arguments.task_path)
+    print(make_table(lm_eval.simple_evaluate(model, tasks=arguments.tasks.split(","), task_manager=manager)))
+
+
+if __name__ == "__main__":
+    main()

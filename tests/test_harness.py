@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxllm.run.convert import export_run
-from jaxllm.run.load import load_lm, load_text_model
+from jaxllm.run.load import load_text_model
 from jaxllm.run.trainer import pretrain
 from tests.conftest import write_corpus
 from tests.run import test_pretrain, test_pretrain_t5
@@ -25,9 +25,10 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip i
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="accelerate, which lm_eval's class for Hugging Face needs, is not installed")
+load_lm = pytest.importorskip("benchmarks.harness").load_lm
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # of the harness and its libraries
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "label"}
 TASKS: dict[str, dict[str, Any]] = {
     "local_choice": {**CHOICES, "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
@@ -189,10 +190,10 @@ def test_samples_settings_and_empty_contexts(llama: tuple[Path, Path]) -> None:
     assert type(model).__name__ == "JaxLM" and type(model) is registry.get_model("jaxllm")
 
 
-def test_the_script_prints_a_table(llama: tuple[Path, Path], folder: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(llama[0])]
+def test_the_module_prints_a_table(llama: tuple[Path, Path], folder: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.harness", str(llama[0])]
     command += ["--tasks", "local_choice,local_text", "--task-path", str(folder / "tasks")]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     expected = results(load_lm(llama[0]), folder, ["local_choice"])[0]["acc,none"]
     assert "|local_choice|" in ended.stdout and f"{expected:.4f}" in ended.stdout and "exact_match" in ended.stdout
