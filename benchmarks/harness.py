@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness: python -m benchmarks.harness RUN|RUN@STEP|HF_DIRECTORY --tasks piqa,lambada_openai.
 
-Needs the extra `eval`. In Python, `lm_eval.simple_evaluate(load_lm(PATH), tasks=[...])` has every option. Contexts are encoded and cut as in the harness' class for Hugging Face models, `HFLM`.
+Needs the extra `eval`. In Python, `lm_eval.simple_evaluate(load_lm(PATH), tasks=[...])` has every option. Contexts are
+encoded and cut as in the harness' class for Hugging Face models, `HFLM`.
 """
 
 import argparse

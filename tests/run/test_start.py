@@ -73,7 +73,7 @@ def test_places_without_parameters_are_named(short_run: RunConfig, tmp_path: Pat
     shutil.copy(Path(short_run.training.run_dir) / "config.yaml", tmp_path)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* yet"):
         load_initial_params(tmp_path, build(short_run.model))
-    with pytest.raises(ConfigError, match=r"set data.tokenizer to the tokenizer.json in that folder"):
+    with pytest.raises(ConfigError, match=r"needs its tokenizer; set data.tokenizer="):
         parse_config({"model": {"family": "llama", "vocab_size": 9, "d_model": 8, "d_ff": 8, "num_layers": 1,
                                 "num_heads": 2}, "training": {"init_from": "x"}})  # fmt: skip
 
