@@ -27,7 +27,6 @@ SUSPECTS = (
         lambda call: call.bias and call.lengths,
         reason="cuDNN's frontend allows a bias gradient with a padding mask from 9.5 on; Transformer Engine refuses it",
         evidence="sources of both; no report of a wrong answer",
-        instead="codes",
     ),
     CallClass(
         "window and bias",
@@ -317,7 +316,7 @@ def change(case: Attention, result: str, row: CallClass) -> str:
         return f"compare with {case.compare or 'model.attention=chunked'}; {where} if that is faster"
     if row in AVOIDED:
         return f"{where}: not for this cuDNN" if result == "right" else "none: the row is avoided"
-    return "none" if result == "right" else f"{where}, so that it takes {row.instead}"
+    return "none" if result == "right" else f"{where}, so that it takes blocks"
 
 
 def timed(program: Callable[..., Any], *args: Any) -> float:

@@ -7,7 +7,7 @@ of both, by the error of the lowering or compilation.
 
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -32,14 +32,12 @@ class Call(NamedTuple):
 
 
 class CallClass(NamedTuple):
-    """Calls that do not go to cuDNN, or that may have to be kept from it."""
+    """Calls that do not go to cuDNN but to blocks in plain JAX, or that may have to."""
 
     name: str  # what the calls have in common
     holds: Callable[[Call], bool]  # whether a call is one of them
     reason: str = "none"  # what is wrong, or what may be
     evidence: str = "none"  # who has seen it, and where
-    # what a call becomes instead: blocks in plain JAX, or the same kernel with lengths as document codes
-    instead: Literal["chunked", "codes"] = "chunked"
 
 
 # Classes that may have to join these are `SUSPECTS` of `benchmarks.gpu.attention_calls`.

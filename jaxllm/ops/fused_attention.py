@@ -60,24 +60,19 @@ def call_of(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -
     """The call of cuDNN as the table of `jaxllm.ops.cudnn_calls` describes it."""
     (_, length, _, width), keys = query.shape, key.shape[1]
     packed = pattern.query_segments is not None
-    coded = width + code_width(max(length, keys))
     generation = backend.gpu_generation()
-    call = Call(
+    return Call(
         generation=9 if generation is None else generation,  # a machine without a GPU lowers for Hopper
         dtype=str(query.dtype),
         queries=length,
         keys=keys,
-        width=coded if packed else width,
+        width=width + code_width(max(length, keys)) if packed else width,
         causal=pattern.causal,
         window=pattern.window is not None,
         bias=bias is not None,
         lengths=_lengths_for_cudnn(pattern) is not None,
         packed=packed,
     )
-    row = avoided(call)
-    if row is None or row.instead != "codes":
-        return call
-    return call._replace(lengths=False, packed=True, width=coded)
 
 
 def _lengths_for_cudnn(pattern: Pattern) -> Array | None:
@@ -110,17 +105,9 @@ def fused_attention(
     `implementation` xla gives the same operands to jax's own definition, which tests the codes without a GPU.
     """
     width, length = query.shape[-1], query.shape[1]
-    call = call_of(query, key, pattern=pattern, bias=bias)
     query_segments, key_segments = pattern.query_segments, pattern.key_segments
     real = _real_queries(length, query_segments, pattern.query_lengths)
     lengths = _lengths_for_cudnn(pattern)
-    if lengths is not None and not call.lengths:
-        inside = jnp.arange(key.shape[1]) < lengths[:, None]
-        if query_segments is None or key_segments is None:
-            query_segments, key_segments = jnp.ones(query.shape[:2], jnp.int32), inside.astype(jnp.int32)
-        else:
-            key_segments = jnp.where(inside, key_segments, 0)
-        lengths = None
     if query_segments is not None and key_segments is not None:
         query, key, value = append_codes(query, key, value, query_segments, key_segments, scale=scale)
     mixed = jax.nn.dot_product_attention(

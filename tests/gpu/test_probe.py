@@ -112,7 +112,7 @@ def test_wrong_values_refusals_and_slow_calls_name_the_row_they_change() -> None
         bad = attend(toy, given(want, [*ours[:4], fault(ours[4])]), row)
         assert bad["verdict"] == "wrong"
         assert (
-            bad["change"].endswith("into AVOIDED of jaxllm/ops/cudnn_calls.py, so that it takes codes")
+            bad["change"].endswith("into AVOIDED of jaxllm/ops/cudnn_calls.py, so that it takes blocks")
             and "'bias and lengths'" in bad["change"]
         )
     refused: Future[Prepared] = Future()
