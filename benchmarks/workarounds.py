@@ -24,7 +24,7 @@ from benchmarks.report import spread
 from benchmarks.sides import processor
 from jaxllm.ops import backend, losses, relative_bias
 from jaxllm.ops.linear import linear, sum_of_outer
-from jaxllm.ops.matrices import Rows, project
+from jaxllm.ops.stored import Rows, project
 
 _SECONDS = 0.04  # of one timing, at least
 

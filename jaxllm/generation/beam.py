@@ -15,9 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.config.setting import at_least, require
 from jaxllm.config.setting import settings as declare
-from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.history import History, append
-from jaxllm.generation.loop import GenerateState, ended, processed, read_lengths, read_prompts
+from jaxllm.generation.loop import (
+    GenerateState,
+    History,
+    append,
+    ended,
+    fall_back,
+    processed,
+    read_lengths,
+    read_prompts,
+)
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows

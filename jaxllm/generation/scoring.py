@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.generation.edits import run_model, without_edits
-from jaxllm.generation.fallback import fall_back
+from jaxllm.generation.loop import fall_back
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
 from jaxllm.models import Model, check_params, decoder_of
 from jaxllm.models.decoder import Decoder

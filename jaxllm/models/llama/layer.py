@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
 from jaxllm.models.functions import Attend, Pairs, Rotate, dense_mask
-from jaxllm.models.hook_points import add, mark
-from jaxllm.models.layers import Map, Parts
+from jaxllm.models.layers import Map, Parts, add, mark
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies

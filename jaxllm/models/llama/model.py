@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
-from jaxllm.models.checks import check_shape, check_tokens, refuse
-from jaxllm.models.flops import Flops
 from jaxllm.models.functions import Attend, Rotate
 from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Map, Params, Parts, RMSNorm, apply, embed
 from jaxllm.models.llama.layer import layer_body, rotation, whole_attention
+from jaxllm.models.model import Flops, check_shape, check_tokens, refuse
 from jaxllm.models.stack import apply_stack, create_stack
-from jaxllm.ops.activations import ACTIVATIONS
+from jaxllm.ops.pointwise import ACTIVATIONS
 
 
 class LlamaLayer(nn.Module):

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.attention_calls import SUSPECTS, narrowest
-from jaxllm.ops import cudnn_calls
+from jaxllm.ops import cudnn
 from jaxllm.ops.attention import attention, choose
-from jaxllm.ops.cudnn_calls import AVOIDED, Call, avoided
-from jaxllm.ops.fused_attention import call_of, fused_attention
+from jaxllm.ops.cudnn import AVOIDED, Call, avoided, call_of, fused_attention
 from jaxllm.ops.masks import Pattern
 from tests.conftest import TOLERANCE
 from tests.ops.test_attention import operands
@@ -26,7 +25,7 @@ PATTERN = Pattern(query_lengths=LENGTHS, key_lengths=LENGTHS)
 
 def set_avoided(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (row,) = (row for row in SUSPECTS if row.name == name)
-    monkeypatch.setattr(cudnn_calls, "AVOIDED", (*AVOIDED, row))
+    monkeypatch.setattr(cudnn, "AVOIDED", (*AVOIDED, row))
 
 
 def biased(length: int = 128) -> tuple[list[jax.Array], jax.Array]:
