@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.report import spread
 from benchmarks.sides import processor
-from jaxllm.ops import backend, losses, relative_bias
+from jaxllm.ops import backend, losses, positions
 from jaxllm.ops.linear import linear, sum_of_outer
 from jaxllm.ops.stored import Rows, project
 
@@ -124,7 +124,7 @@ def softmaxes() -> dict[str, Row]:
         "maxima": Row((scores,), weights, selected),
         "slices of a bias": Row(
             (scores, numbers),
-            lambda scores, numbers: two_layers(scores, relative_bias._lay_out(numbers, length, keys)),
+            lambda scores, numbers: two_layers(scores, positions._lay_out(numbers, length, keys)),
             lambda scores, numbers: two_layers(scores, gathered(numbers)),
         ),
     }

@@ -1,23 +1,25 @@
-"""Several processes that train one run: how they start, wait for each other, compare what they have, and end.
+"""The processes that train a run: how several start, wait for each other, compare and end, and what stops one.
 
 jax.distributed connects them; all run the same program, and the first alone writes files. They talk through jax's
 coordination service and not through devices, whose collectives give up on a process that prepares data for minutes.
-In one process every function returns at once.
+In one process every function but `stop_signals` returns at once.
 """
 
 import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
 from jax._src.distributed import global_state  # the service has no public name (jax 0.9 to 0.12)
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from jaxllm.host.device import nvidia_devices
 
@@ -190,3 +192,34 @@ def _end_with_others() -> None:
                 continue
             return  # the service has ended, and with it this process
         _end(int(status))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGTERM or Ctrl-C into a flag; a second one acts as usual.
+
+    With several processes, SIGTERM to any of them is noticed by jax, which a handler here would prevent. The flag then
+    becomes true in the same call on all of them. Calls are counted from this start: jax compares numbers for equality,
+    so that a signal before the first call would be lost if that had the number of a later step.
+    """
+    if several():
+        calls = itertools.count()
+        yield lambda: reached_preemption_sync_point(next(calls))
+        return
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere the caller owns the signals
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+        _log.info("%s: after this step, evaluation or compilation the run is saved", signal.Signals(number).name)
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -27,7 +27,7 @@ from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.host import processes
 from jaxllm.host.device import compilation_cache, detect_device
-from jaxllm.host.signals import stop_signals
+from jaxllm.host.processes import stop_signals
 from jaxllm.models import count_params
 from jaxllm.run.compiled import explained
 from jaxllm.run.console import nobody_listens, training_console

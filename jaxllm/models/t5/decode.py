@@ -32,7 +32,7 @@ from jaxllm.models.t5.layer import (
 from jaxllm.models.t5.model import T5, whole_bias
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.pointwise import ACTIVATIONS, rms_norm
-from jaxllm.ops.relative_bias import relative_bias_at
+from jaxllm.ops.positions import relative_bias_at
 from jaxllm.ops.stored import Matrix, project, stored
 
 Table = Float[Array, "R N"]

@@ -29,7 +29,7 @@ from jaxllm.models.t5.layer import (
 )
 from jaxllm.ops.masks import Pattern
 from jaxllm.ops.pointwise import dropout, split_keys
-from jaxllm.ops.relative_bias import relative_bias
+from jaxllm.ops.positions import relative_bias
 
 
 class Documents(NamedTuple):
