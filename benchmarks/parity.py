@@ -20,10 +20,9 @@ from jaxllm.config import LlamaConfig
 from jaxllm.interop import InteropError
 from jaxllm.interop.hf import load_hf, load_hf_config
 from jaxllm.models import Model
-from jaxllm.models.llama.layer import whole_attention
-from jaxllm.models.llama.model import LlamaLayer
-from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
+from jaxllm.models.llama.model import LlamaLayer, whole_attention
+from jaxllm.ops.pointwise import rms_norm
+from jaxllm.ops.positions import apply_rope, rope_cos_sin, rope_frequencies
 
 # Sublayers in order of execution: our name, transformers' module in a layer, and whether to compare its input.
 _SUBLAYERS = (

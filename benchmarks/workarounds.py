@@ -22,10 +22,9 @@ import numpy as np
 
 from benchmarks.report import spread
 from benchmarks.sides import processor
-from jaxllm.ops import backend, losses, relative_bias
+from jaxllm.ops import backend, losses, positions
 from jaxllm.ops.linear import linear, sum_of_outer
-from jaxllm.ops.matrices import Rows, project
-from jaxllm.ops.sampling import most_probable
+from jaxllm.ops.stored import Rows, project
 
 _SECONDS = 0.04  # of one timing, at least
 
@@ -82,7 +81,7 @@ def reductions() -> dict[str, Row]:
     """Forms of a reduction."""
     scores = normal(8, 8, 128, 512)
     return {
-        "argmax by blocks": Row((normal(8, 32_000),), most_probable, functools.partial(jnp.argmax, axis=-1)),
+        "argmax by blocks": Row((normal(8, 32_000),), backend.fast_argmax, functools.partial(jnp.argmax, axis=-1)),
         "sum as a matmul": Row(
             (scores,), functools.partial(backend.sum_by_matmul, axis=0), functools.partial(jnp.sum, axis=0)
         ),
@@ -125,7 +124,7 @@ def softmaxes() -> dict[str, Row]:
         "maxima": Row((scores,), weights, selected),
         "slices of a bias": Row(
             (scores, numbers),
-            lambda scores, numbers: two_layers(scores, relative_bias._lay_out(numbers, length, keys)),
+            lambda scores, numbers: two_layers(scores, positions._lay_out(numbers, length, keys)),
             lambda scores, numbers: two_layers(scores, gathered(numbers)),
         ),
     }

@@ -21,7 +21,7 @@ from jaxllm.generation.scoring import score
 from jaxllm.interop.hf import load_hf, save_hf
 from jaxllm.models import T5, Llama, build, count_params, init_params
 from jaxllm.ops.sampling import Sampling
-from jaxllm.training.loss_scale import dynamic_loss_scale
+from jaxllm.training.precision import dynamic_loss_scale
 from jaxllm.training.program import program_of
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Converts weights: python scripts/convert_hf.py SOURCE TARGET [--dtype bfloat16].
 
-A run folder or Meta's original layout becomes a Hugging Face directory (with the run's tokenizer); a Hugging Face
-directory becomes a run folder that holds parameters only, for training.init_from and scripts/generate.py.
+A run folder becomes a Hugging Face directory (with the run's tokenizer); a Hugging Face directory becomes a run folder
+that holds parameters only, for training.init_from and scripts/generate.py.
 """
 
 from __future__ import annotations
@@ -11,24 +11,21 @@ import logging
 import sys
 from pathlib import Path
 
-from jaxllm.interop.hf import save_hf
-from jaxllm.interop.meta import load_meta
 from jaxllm.run.convert import export_run, import_run
-from jaxllm.storage.folder import Kind, check_target, kind_of
+from jaxllm.storage.folder import Kind, kind_of
 
 
 def main() -> int:
     """Parses the command line and converts by what the source is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="run folder, Hugging Face directory, or folder with params.json")
+    parser.add_argument("source", type=Path, help="run folder or Hugging Face directory")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--dtype", help="of a directory's tensors: float32, bfloat16 or float16; default: the source's")
-    parser.add_argument("--max-length", type=int, help="context length, which Meta's params.json lacks")
     arguments = parser.parse_args()
     source, target = arguments.source, arguments.target
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # the error names a failed write; orbax's traces repeat it
     try:
-        _convert(source, target, dtype=arguments.dtype, max_length=arguments.max_length)
+        _convert(source, target, dtype=arguments.dtype)
     except KeyboardInterrupt:
         return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
@@ -38,13 +35,12 @@ def main() -> int:
     return 0
 
 
-def _convert(source: Path, target: Path, *, dtype: str | None, max_length: int | None) -> None:
-    if (source / "params.json").is_file():
-        check_target(target)
-        save_hf(target, *load_meta(source, max_length=max_length, dtype=dtype))
-        return
-    if max_length is not None:
-        raise ValueError(f"--max-length is for Meta's layout (params.json), which {source} is not")
+def _convert(source: Path, target: Path, *, dtype: str | None) -> None:
+    if (source / "params.json").is_file() and not (source / "config.json").is_file():
+        raise ValueError(
+            f"{source} holds params.json, which is Meta's original layout; transformers converts it to a Hugging Face "
+            "directory with convert_llama_weights_to_hf.py, and every Llama can be downloaded as one"
+        )
     if kind_of(source) is Kind.RUN:
         export_run(source, target, dtype=dtype)
         return

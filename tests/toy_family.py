@@ -14,8 +14,8 @@ from jaxllm.config.setting import at_least, settings
 from jaxllm.models.cache import KVCache, init_cache, write
 from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.models.family import Family
-from jaxllm.models.flops import Flops
 from jaxllm.models.layers import DEFAULT_ISLANDS, Islands, apply
+from jaxllm.models.model import Flops
 
 
 @settings

@@ -1,7 +1,7 @@
 """Calls of cuDNN's attention as jaxllm makes them: each compared with float32, timed, and judged.
 
 `benchmarks.gpu.probe` prints what comes of it. A verdict is right, wrong, refused, slow or failed, and `change` names
-the row that a bad one moves from `SUSPECTS` into `jaxllm.ops.cudnn_calls.AVOIDED`.
+the row that a bad one moves from `SUSPECTS` into `jaxllm.ops.cudnn.AVOIDED`.
 """
 
 import functools
@@ -16,8 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.ops.attention import masked_attention
-from jaxllm.ops.cudnn_calls import AVOIDED, Call, CallClass, refused
-from jaxllm.ops.fused_attention import call_of, fused_attention
+from jaxllm.ops.cudnn import AVOIDED, Call, CallClass, call_of, fused_attention, refused
 from jaxllm.ops.masks import Pattern
 
 # Classes that cuDNN may get wrong, from the narrowest to all calls; none of them has run on a card yet.
@@ -27,7 +26,6 @@ SUSPECTS = (
         lambda call: call.bias and call.lengths,
         reason="cuDNN's frontend allows a bias gradient with a padding mask from 9.5 on; Transformer Engine refuses it",
         evidence="sources of both; no report of a wrong answer",
-        instead="codes",
     ),
     CallClass(
         "window and bias",
@@ -312,12 +310,12 @@ def change(case: Attention, result: str, row: CallClass) -> str:
     """What a verdict changes in the code."""
     if result == "failed":
         return "not known: read the error"
-    where = f"row {row.name!r}, {'in' if row in AVOIDED else 'into'} AVOIDED of jaxllm/ops/cudnn_calls.py"
+    where = f"row {row.name!r}, {'in' if row in AVOIDED else 'into'} AVOIDED of jaxllm/ops/cudnn.py"
     if result == "slow":
         return f"compare with {case.compare or 'model.attention=chunked'}; {where} if that is faster"
     if row in AVOIDED:
         return f"{where}: not for this cuDNN" if result == "right" else "none: the row is avoided"
-    return "none" if result == "right" else f"{where}, so that it takes {row.instead}"
+    return "none" if result == "right" else f"{where}, so that it takes blocks"
 
 
 def timed(program: Callable[..., Any], *args: Any) -> float:

@@ -14,7 +14,7 @@ from benchmarks.gpu.variants import split
 from benchmarks.report import report, spread
 from benchmarks.shapes import shape
 from jaxllm.generation import loop
-from jaxllm.generation.fallback import fall_back
+from jaxllm.generation.loop import fall_back
 from jaxllm.generation.requests import Request, make_request
 from jaxllm.models import abstract_params, build, decoder_of
 from jaxllm.models.decoder import Decoder

@@ -17,7 +17,7 @@ from jaxllm.config import DataConfig, OptimizerConfig, PrecisionConfig, RunConfi
 from jaxllm.config.file import with_overrides
 from jaxllm.host.device import detect_device
 from jaxllm.models.family import train_flops
-from jaxllm.ops.cudnn_calls import refused
+from jaxllm.ops.cudnn import refused
 from jaxllm.run.compiled import by_blocks
 from jaxllm.training.fit import estimate_fit
 from jaxllm.training.program import Program, program_of

@@ -4,9 +4,8 @@ import lzma
 
 import numpy as np
 
-from jaxllm.data.records import sample_texts
+from jaxllm.data.records import is_stream, sample_texts
 from jaxllm.data.sources import Source
-from jaxllm.data.streams import is_stream
 from jaxllm.data.tokenizer import Tokenizer
 
 

@@ -21,11 +21,10 @@ from jaxllm.data import BatchError, DataError
 from jaxllm.data.baselines import simple_baselines
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import RECIPES, Objective
-from jaxllm.data.records import field, sample_texts
+from jaxllm.data.records import field, is_stream, sample_texts
 from jaxllm.data.sources import Source
-from jaxllm.data.streams import EncodedStream, is_stream
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.data.workers import EncodedDocuments, Task
+from jaxllm.data.workers import EncodedDocuments, EncodedStream, Task
 
 # Rows and tokens that are shuffled together, so that a batch mixes documents. They are all read before the first batch,
 # and again on resume.

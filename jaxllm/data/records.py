@@ -1,11 +1,11 @@
-"""Records of a source and their texts; imports no data library."""
+"""Records of a source, by number or as a stream, and their texts; imports no data library."""
 
 import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -35,6 +35,26 @@ class Records(Sequence[Any]):
     def file_of(self, index: int) -> str:
         """The file that holds a record."""
         return self._files[bisect.bisect_right(self._ends, index % len(self))]
+
+
+class Stream(Protocol):
+    """Records without end, such as a download, a mixture or a generator of synthetic text.
+
+    A position is a JSON-able value. A stream that ends, by StopIteration, ends the run with an error.
+    """
+
+    def __next__(self) -> dict[str, Any]: ...
+
+    def get_state(self) -> Any:
+        """The position after the last record."""
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a position of `get_state`."""
+
+
+def is_stream(records: Any) -> TypeGuard[Stream]:
+    """Whether records have a position instead of numbers."""
+    return hasattr(records, "get_state")
 
 
 def file_of(records: Sequence[Any], number: int) -> str:

@@ -23,8 +23,7 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.builders import SKIPPED, FilesText, ProblemLog, StdlibText, undamaged
 from jaxllm.data.durable import sync_tree
-from jaxllm.data.records import Records
-from jaxllm.data.streams import Stream, is_stream
+from jaxllm.data.records import Records, Stream, is_stream
 
 _log = logging.getLogger(__name__)
 

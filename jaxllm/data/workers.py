@@ -1,4 +1,4 @@
-"""Documents encoded by worker processes and taken in the order of their numbers, so that workers change no batch.
+"""Encoded documents: by worker processes in the order of their numbers, which change no batch, or from a stream.
 
 A worker encodes single documents; joining, cutting and shuffling stay in the main process. The position is the number
 of the next document, with any number of workers or none.
@@ -6,6 +6,7 @@ of the next document, with any number of workers or none.
 
 import atexit
 import collections
+import copy
 import multiprocessing
 import os
 import queue
@@ -23,7 +24,7 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError, first_line
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import Objective
-from jaxllm.data.records import file_of
+from jaxllm.data.records import Stream, file_of
 from jaxllm.data.tokenizer import Tokenizer
 
 TIME_LIMIT = 300.0  # seconds to wait for a worker, which may need a minute to start on a busy machine
@@ -229,3 +230,34 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+class _StreamIterator(grain.DatasetIterator[Batch]):
+    def __init__(self, stream: Stream, encode: Callable[[dict[str, Any]], Batch]) -> None:
+        super().__init__()
+        self._stream, self._encode = stream, encode
+
+    def __next__(self) -> Batch:
+        try:
+            return self._encode(next(self._stream))
+        except (StopIteration, DataError):
+            raise
+        except Exception as error:  # of the caller's code, such as a download
+            raise DataError(f"the stream of documents failed: {first_line(error)}") from error
+
+    def get_state(self) -> dict[str, Any]:
+        return {"stream": copy.deepcopy(self._stream.get_state())}  # the stream may change it as it reads on
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stream.set_state(state["stream"])
+
+
+class EncodedStream(grain.IterDataset[Batch]):
+    """The records of a stream, encoded in their order."""
+
+    def __init__(self, stream: Stream, encode: Callable[[dict[str, Any]], Batch]) -> None:
+        super().__init__()
+        self._stream, self._encode = stream, encode
+
+    def __iter__(self) -> _StreamIterator:
+        return _StreamIterator(self._stream, self._encode)

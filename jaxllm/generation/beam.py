@@ -15,9 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.config.setting import at_least, require
 from jaxllm.config.setting import settings as declare
-from jaxllm.generation.fallback import fall_back
-from jaxllm.generation.history import History, append
-from jaxllm.generation.loop import GenerateState, ended, processed, read_lengths, read_prompts
+from jaxllm.generation.loop import GenerateState, append, ended, fall_back, processed, read_lengths, read_prompts
 from jaxllm.generation.requests import Settings, make_request
 from jaxllm.models import Model
 from jaxllm.models.cache import reorder_rows
@@ -193,7 +191,7 @@ def _select(
     rows_of = jnp.arange(rows)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
     chosen = jnp.take_along_axis(chosen, best, axis=1).reshape(-1)
     rows_of = rows_of.reshape(-1)
-    history = None if d.history is None else append(History(*(each[rows_of] for each in d.history)), chosen)
+    history = None if d.history is None else append(jax.tree.map(lambda each: each[rows_of], d.history), chosen)
     cache = reorder_rows(d.cache, rows_of, start=settings.plan.start)
     new = done._replace(
         decoding=d._replace(cache=cache, count=d.count + 1, history=history),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.generation import loop
-from jaxllm.generation.fallback import fall_back
+from jaxllm.generation.loop import fall_back
 from jaxllm.generation.requests import Request, make_request
 from jaxllm.models import Model
 from jaxllm.ops.sampling import GREEDY, Sampling

@@ -3,22 +3,92 @@
 Each step chooses a token from the logits of the step before, then feeds it. `run` is a whole generation in one compiled
 program, with its cache updated in place. `begin` and `next_chunk` are the same in pieces for streaming, with the state
 donated. Attention reads only the first slots of the cache. Their number doubles as the text grows, and `run` has one
-loop for each number.
+loop for each number. `fall_back` calls them where cuDNN may refuse the attention of a prompt.
 """
 
 import functools
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.edits import run_model
-from jaxllm.generation.history import History, append, begin_history, repeats, seen
 from jaxllm.generation.requests import Settings
 from jaxllm.models.cache import KVCache, repeat_rows, repeat_tree
 from jaxllm.models.decoder import Decoder, Plan
-from jaxllm.ops.sampling import choose, process
+from jaxllm.ops.cudnn import refused
+from jaxllm.ops.sampling import Sampling, choose, process
+
+_log = logging.getLogger(__name__)
+# Decoders with a refused program, so that it is not compiled again for the next prompt.
+_refused: set[Decoder] = set()
+
+R = TypeVar("R")
+
+
+def fall_back(function: Callable[[Decoder], R], decoder: Decoder) -> R:
+    """`function(decoder)`; if cuDNN refuses the attention of a prompt, once more with blocks in plain JAX.
+
+    jax lowers and compiles when a function is first called, so that call raises the refusal; nothing is donated there.
+    Steps after the prompt attend to a cache and never use cuDNN. A refusal of `attention: cudnn`, and any other error,
+    is raised as it is.
+    """
+    if decoder not in _refused:
+        try:
+            return function(decoder)
+        except Exception as error:
+            if decoder.model.config.attention != "auto" or not refused(error):
+                raise
+            cause = str(error).splitlines()[0]
+            _log.warning("attention: chunked instead of auto for prompts, because cuDNN refused one: %s", cause)
+            _refused.add(decoder)
+    return function(decoder.without_cudnn())
+
+
+class History(NamedTuple):
+    """The prompt and the new tokens of each row, for the rules of `Sampling` that look back."""
+
+    tokens: Int[Array, "B S"]  # from the left; undefined from `lengths` on
+    lengths: Int[Array, " B"]
+
+
+def begin_history(sampling: Sampling, tokens: Int[Array, "B T"], real: Bool[Array, "B T"], new: int) -> History | None:
+    """The history of prompts padded on the right, with room for so many new tokens; None if no rule looks back."""
+    if sampling.repetition_penalty == 1 and not sampling.no_repeat_ngram_size:
+        return None
+    return History(jnp.pad(tokens, ((0, 0), (0, new))), jnp.sum(real, axis=1, dtype=jnp.int32))
+
+
+def append(history: History, tokens: Int[Array, " B"]) -> History:
+    """The history after one more token in each row."""
+    rows = jnp.arange(tokens.shape[0])
+    return History(history.tokens.at[rows, history.lengths].set(tokens), history.lengths + 1)
+
+
+def seen(history: History, vocab: int) -> Bool[Array, "B V"]:
+    """Which ids occur in each row."""
+    real = jnp.arange(history.tokens.shape[1]) < history.lengths[:, None]
+    return _marked(history.tokens, real, vocab)
+
+
+def repeats(history: History, size: int, vocab: int) -> Bool[Array, "B V"]:
+    """Which ids would complete an n-gram of `size` tokens that the row already has."""
+    tokens, lengths = history.tokens, history.lengths[:, None]
+    first = jnp.arange(tokens.shape[1])  # the token with which an n-gram begins
+    match = first + size <= lengths
+    for i in range(size - 1):
+        newest = jnp.take_along_axis(tokens, jnp.maximum(lengths - size + 1 + i, 0), axis=1)
+        match &= jnp.roll(tokens, -i, axis=1) == newest
+    return _marked(jnp.roll(tokens, 1 - size, axis=1), match, vocab)
+
+
+def _marked(tokens: Int[Array, "B S"], where: Bool[Array, "B S"], vocab: int) -> Bool[Array, "B V"]:
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(where)
+
 
 # A cache of fewer slots is always read whole: a smaller program is worth more than shorter reads.
 _LEAST_ATTENDED = 256

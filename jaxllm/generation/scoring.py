@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.generation.edits import run_model, without_edits
-from jaxllm.generation.fallback import fall_back
+from jaxllm.generation.loop import fall_back
 from jaxllm.generation.requests import bucket, check_ids, check_outside, check_prompts, pad
 from jaxllm.models import Model, check_params, decoder_of
 from jaxllm.models.decoder import Decoder
-from jaxllm.ops.sampling import most_probable
+from jaxllm.ops.backend import fast_argmax
 
 Ids = Sequence[Sequence[int]]  # rows of token ids
 
@@ -71,6 +71,4 @@ def _log_probabilities(
     new: Int[Array, "B N"],
 ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
     logits = run_model(decoder.full_logits, params, tokens, lengths, new, length=length)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), new[..., None], axis=-1)[..., 0], most_probable(
-        logits
-    ) == new
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), new[..., None], axis=-1)[..., 0], fast_argmax(logits) == new

@@ -1,4 +1,4 @@
-"""Weights of other libraries: Hugging Face directories and Meta's checkpoints to ours, and back."""
+"""Weights of other libraries: Hugging Face directories to ours, and back."""
 
 from pathlib import Path
 from typing import Any

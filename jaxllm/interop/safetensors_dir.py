@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxllm.interop import InteropError, check_readable
-from jaxllm.models.checks import listed
+from jaxllm.models.model import listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxllm.jaxprs.interpret import Place, Record, Visitor, bind, run
-from jaxllm.jaxprs.programs import LOOP, label, numbers, programs
+from jaxllm.jaxprs.interpret import LOOP, Place, Record, Visitor, bind, label, numbers, programs, run
 
 Edit = Callable[[Array, Any], Any]
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.jaxprs.interpret import FORWARD, REVERSED, Place, Record, Visitor, bind, run
-from jaxllm.jaxprs.programs import is_backward, label
+from jaxllm.jaxprs.interpret import FORWARD, REVERSED, Place, Record, Visitor, bind, is_backward, label, run
 
 
 class Reading(NamedTuple):

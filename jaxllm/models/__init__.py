@@ -2,7 +2,7 @@
 
 from jaxllm.models.family import FAMILIES, Family, build, decoder_of, family_of
 from jaxllm.models.llama import Llama
-from jaxllm.models.params import Model, abstract_params, check_model, check_params, count_params, init_params
+from jaxllm.models.model import Model, abstract_params, check_model, check_params, count_params, init_params
 from jaxllm.models.t5 import T5
 
 __all__ = ["FAMILIES", "T5", "Family", "Llama", "Model", "build", "decoder_of", "family_of"]

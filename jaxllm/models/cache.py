@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.models.functions import Attend, Pairs
 from jaxllm.ops import backend
-from jaxllm.ops.quantize import Quantized, quantize
+from jaxllm.ops.stored import Quantized, quantize
 
 # Keys or values of one layer, quantised over H; [B, N, S, H] in a cross cache, which is only read.
 Store = Float[Array, "R S H"] | Float[Array, "B N S H"] | Quantized
@@ -165,7 +165,7 @@ def attend_one(
 def _scores_by_dot(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) -> Float[Array, "R G A"]:
     if backend.attends_one_head_at_a_time(query.shape[1]):
         return jnp.stack([jnp.einsum("rsh,rh->rs", keys, one) for one in jnp.unstack(query, axis=1)], axis=1)
-    # The keys first, as in `ops.matrices`.
+    # The keys first, as in `ops.stored`.
     return jax.lax.optimization_barrier(jnp.einsum("rsh,rgh->rsg", keys, query)).swapaxes(1, 2)
 
 

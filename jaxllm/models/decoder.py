@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import apply
-from jaxllm.models.params import Model, check_params
+from jaxllm.models.model import Model, check_params
 
 
 class Plan(NamedTuple):

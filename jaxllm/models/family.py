@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
-from jaxllm.models.flops import Flops
 from jaxllm.models.layers import DEFAULT_ISLANDS, Islands
 from jaxllm.models.llama import model as llama
 from jaxllm.models.llama.decode import LlamaDecoder
-from jaxllm.models.params import Model, check_model
+from jaxllm.models.model import Flops, Model, check_model
 from jaxllm.models.t5 import model as t5
 from jaxllm.models.t5.decode import T5Decoder
 

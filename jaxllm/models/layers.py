@@ -1,6 +1,7 @@
-"""What the families are built from: modules that hold parameters, and the dtypes that do not follow the model's.
+"""What the families are built from: hook points, modules that hold parameters, and dtypes apart from the model's.
 
-Out of scope: mathematics (`jaxllm.ops`), loops over layers (`jaxllm.models.stack`), families, caches.
+A hook point is a value that a layer names, for `jaxllm.study` to find and for `remat: elementwise` to keep. Out of
+scope: mathematics (`jaxllm.ops`), loops over layers (`jaxllm.models.stack`), families, caches.
 """
 
 from collections.abc import Callable
@@ -9,11 +10,50 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxllm.models.checks import refuse
-from jaxllm.ops import norms
+from jaxllm.models.model import refuse
+from jaxllm.ops import pointwise
 from jaxllm.ops.linear import biased_linear, linear
+
+Drop = Callable[[Array, str], Array]  # a value, and the name of its place, whose key it uses
+
+# Each name, and whether `remat: elementwise` keeps the value: no matmul then runs twice, cheap operations do.
+# `jaxllm.ops.attention` names one more, `attention_weights`, on the path that builds them.
+HOOK_POINTS = {
+    "input": False,
+    "query": True,
+    "key": True,
+    "value": True,
+    "heads": True,
+    "attention_output": False,
+    "after_attention": True,
+    "cross_attention_output": False,
+    "after_cross_attention": True,
+    "gate": True,
+    "up": True,
+    "neurons": False,
+    "mlp_output": False,
+    "after_mlp": False,
+}
+KEPT = tuple(name for name, kept in HOOK_POINTS.items() if kept)
+
+
+def mark(x: Array, name: str) -> Array:
+    """The value itself, under a name of `HOOK_POINTS`; adds no operation to the program."""
+    if name not in HOOK_POINTS:
+        raise ValueError(f"{name!r} is not a hook point; known: {', '.join(HOOK_POINTS)}")
+    return checkpoint_name(x, name)
+
+
+def add(x: Float[Array, "B T D"], update: Float[Array, "B T D"], sublayer: str, drop: Drop | None = None) -> Array:
+    """The residual stream after a sublayer, in its own dtype."""
+    update = mark(update, f"{sublayer}_output")
+    if drop is not None:
+        update = drop(update, sublayer)
+    return mark(x + update.astype(x.dtype), f"after_{sublayer}")
+
 
 Params = dict[str, Any]
 Map = Callable[[Array], Array]
@@ -89,7 +129,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of `ops.norms.rms_norm`."""
+    """Holds the weight of `ops.pointwise.rms_norm`."""
 
     features: int
     eps: float
@@ -101,7 +141,7 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
-        return norms.rms_norm(x, self.weight.astype(x.dtype), eps=self.eps, inside=self.inside)
+        return pointwise.rms_norm(x, self.weight.astype(x.dtype), eps=self.eps, inside=self.inside)
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:

@@ -18,9 +18,8 @@ from jaxtyping import Array, Float
 
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
-from jaxllm.models.hook_points import KEPT
-from jaxllm.models.layers import Params
-from jaxllm.ops.matrices import Matrix, Rows, stored
+from jaxllm.models.layers import KEPT, Params
+from jaxllm.ops.stored import Matrix, Rows, stored
 
 Hold = Callable[[Array, Array], kv.Stores]
 

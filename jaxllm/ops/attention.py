@@ -2,7 +2,7 @@
 
 `reference` builds all scores and is the definition. `chunked` works by blocks of queries and leaves out the keys that a
 causal block can't see (`jaxllm.ops.chunked_attention`). `cudnn` is the fused kernel of NVIDIA GPUs
-(`jaxllm.ops.fused_attention`). `auto` takes `chunked` where jax refuses cuDNN while it traces. Grouped heads are never
+(`jaxllm.ops.cudnn`). `auto` takes `chunked` where jax refuses cuDNN while it traces. Grouped heads are never
 repeated: query heads are folded as [K, G]. Out of scope: projections, RoPE, caches.
 """
 
@@ -16,10 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxllm.ops import backend
-from jaxllm.ops import fused_attention as fused
+from jaxllm.ops import backend, cudnn
 from jaxllm.ops.chunked_attention import QUERY_BLOCK, chunked_attention
-from jaxllm.ops.cudnn_calls import refused
 from jaxllm.ops.linear import einsum
 from jaxllm.ops.masks import Pattern
 
@@ -59,9 +57,9 @@ def attention(
     chosen = choose(implementation, query, key, pattern=pattern, bias=bias)
     if chosen == "cudnn":
         try:
-            return fused.fused_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
+            return cudnn.fused_attention(query, key, value, pattern=pattern, scale=scale, bias=bias)
         except Exception as error:
-            if implementation != "auto" or not refused(error):
+            if implementation != "auto" or not cudnn.refused(error):
                 raise
             _announce(f"attention: chunked ({str(error).splitlines()[0]})")
             chosen = "chunked"
@@ -77,7 +75,7 @@ def choose(implementation: str, query: Array, key: Array, *, pattern: Pattern, b
     """The path that `attention` takes, logged once by name; one query per row needs no kernel."""
     if query.shape[1] == 1:
         return "reference"
-    obstacle = fused.obstacle(query, key, pattern=pattern, bias=bias)
+    obstacle = cudnn.obstacle(query, key, pattern=pattern, bias=bias)
     if implementation == "cudnn" and obstacle:
         raise ValueError(f"attention: cudnn cannot run this: {obstacle}; use attention: auto or chunked")
     if implementation != "auto":

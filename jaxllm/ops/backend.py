@@ -3,8 +3,7 @@
 A choice is made while a program is traced, for the default backend of the process. A function for one compiler states
 what it does and why; `Figure`, a measurement; `Seen`, its jaxlib; and `Shown by`, a row of `benchmarks/workarounds.py`
 or a test. A form without a choice has the same words in a comment at its place. Where a newer jaxlib shows no gain, the
-function and the branches of its callers can go. The limits of cuDNN are in `jaxllm.ops.cudnn_calls` and
-`jaxllm.ops.fused_attention`.
+function and the branches of its callers can go. The limits of cuDNN are in `jaxllm.ops.cudnn`.
 """
 
 from typing import Any

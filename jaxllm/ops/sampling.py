@@ -92,13 +92,13 @@ def process(
 
 def choose(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
     """One token per row from processed logits; row i draws with keys[i]."""
-    return most_probable(logits) if sampling.temperature == 0 else draw(logits, keys)
+    return backend.fast_argmax(logits) if sampling.temperature == 0 else draw(logits, keys)
 
 
 def draw(logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
     """One id per row with the probabilities softmax(logits): the largest of logits + Gumbel noise."""
     noise = jax.vmap(lambda key: _gumbel(jax.random.bits(key, logits.shape[-1:], jnp.uint32)))(keys)
-    return most_probable(logits + noise)
+    return backend.fast_argmax(logits + noise)
 
 
 def _gumbel(bits: UInt[Array, "*B"]) -> Float[Array, "*B"]:
@@ -110,11 +110,6 @@ def _gumbel(bits: UInt[Array, "*B"]) -> Float[Array, "*B"]:
     """
     v = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
     return -jnp.log(-jnp.log1p(-jnp.minimum(v, 1 - 2.0**-24)))
-
-
-def most_probable(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The id of the largest logit, the first of equal ones; any id of the vocabulary where logits are NaN."""
-    return backend.fast_argmax(logits)
 
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:

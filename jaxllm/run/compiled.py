@@ -13,7 +13,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import jax
 
 from jaxllm.config import RunConfig
-from jaxllm.ops.cudnn_calls import calls_in, refused
+from jaxllm.ops.cudnn import calls_in, refused
 
 _log = logging.getLogger(__name__)
 

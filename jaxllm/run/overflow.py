@@ -3,7 +3,7 @@
 A step returns which gradient overflowed; the first bad value is found by computing the same batch again and observing
 it (`jaxllm.jaxprs.observe`). The host reads a step while the next one runs, so the parameters are at most one step
 later, and the same when that step was skipped. Without a loss scale no step is skipped and the parameters are spoiled,
-so the trainer passes those of its last checkpoint. Skipping is in `jaxllm.training.loss_scale`.
+so the trainer passes those of its last checkpoint. Skipping is in `jaxllm.training.precision`.
 """
 
 import dataclasses

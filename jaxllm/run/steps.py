@@ -2,7 +2,7 @@
 
 Where `model.attention: auto` may choose cuDNN, all are compiled before the first step, so that a plan that cuDNN
 refuses changes the path of the whole run. Elsewhere evaluations are compiled when they are first used. Samples, which
-decode, have `jaxllm.generation.fallback`.
+decode, have `jaxllm.generation.loop`.
 """
 
 import logging

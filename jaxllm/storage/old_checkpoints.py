@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.training.loss_scale import LossScaleState
+from jaxllm.training.precision import LossScaleState
 
 _DROPPED = "retried"
 

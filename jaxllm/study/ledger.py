@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import PrecisionConfig, RunConfig
-from jaxllm.jaxprs.programs import LOOP, is_backward, label, programs
+from jaxllm.jaxprs.interpret import LOOP, is_backward, label, programs
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import AnyMesh
 

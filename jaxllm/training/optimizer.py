@@ -15,8 +15,8 @@ import optax
 
 from jaxllm.config import OptimizerConfig, PrecisionConfig, RunConfig
 from jaxllm.training.fingerprint import path_name
-from jaxllm.training.loss_scale import dynamic_loss_scale, static_loss_scale
 from jaxllm.training.names import MATRIX, is_stacked, role_of
+from jaxllm.training.precision import dynamic_loss_scale, static_loss_scale
 
 
 def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:

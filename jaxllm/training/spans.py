@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from jaxllm.models import family_of
 from jaxllm.models.layers import apply
-from jaxllm.ops.sampling import most_probable
+from jaxllm.ops import backend
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import map_rows, with_ends
@@ -28,7 +28,7 @@ def make_predict_step(program: Program, mesh: Mesh | None) -> Callable[[Any, Bat
     def predict(cast: Any, batch: Batch) -> Int[Array, "B T"]:
         head = apply(model, cast, method="head")
         hidden = family_of(model).hidden(model, cast, batch)
-        return jax.lax.map(lambda row: most_probable(jnp.einsum("td,vd->tv", row, head)), hidden)
+        return jax.lax.map(lambda row: backend.fast_argmax(jnp.einsum("td,vd->tv", row, head)), hidden)
 
     return map_rows(with_ends(predict), mesh, dtype=program.dtype, combine=None)
 

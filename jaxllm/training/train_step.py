@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.attribution import first_nonfinite
 from jaxllm.training.loss import Batch, LossFunction
-from jaxllm.training.loss_scale import loss_scale_of, loss_scale_state, unscale
-from jaxllm.training.precision import cast_floating
+from jaxllm.training.precision import cast_floating, loss_scale_of, loss_scale_state, unscale
 from jaxllm.training.sharding import AnyMesh, map_rows, own_keys, sum_gradients, total, with_ends
 
 

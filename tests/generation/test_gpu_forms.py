@@ -14,7 +14,7 @@ from jaxllm.generation import BeamSettings, beam_search, generate
 from jaxllm.models import build, init_params
 from jaxllm.models import cache as kv
 from jaxllm.ops import backend
-from jaxllm.ops.norms import rms_norm
+from jaxllm.ops.pointwise import rms_norm
 from jaxllm.ops.sampling import Sampling
 from tests.generation.uncached import generate_checked
 

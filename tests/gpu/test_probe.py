@@ -27,7 +27,7 @@ from benchmarks.gpu.attention_calls import (
     small,
     verdict,
 )
-from jaxllm.ops.cudnn_calls import AVOIDED
+from jaxllm.ops.cudnn import AVOIDED
 from tests.structure.programs import pretend_gpu
 
 REFUSED = "INTERNAL: No valid engine configs for Matmul_MUL_Matmul_ in cuda_dnn.cc: 'graph_.create_execution_plans'"
@@ -112,7 +112,7 @@ def test_wrong_values_refusals_and_slow_calls_name_the_row_they_change() -> None
         bad = attend(toy, given(want, [*ours[:4], fault(ours[4])]), row)
         assert bad["verdict"] == "wrong"
         assert (
-            bad["change"].endswith("into AVOIDED of jaxllm/ops/cudnn_calls.py, so that it takes codes")
+            bad["change"].endswith("into AVOIDED of jaxllm/ops/cudnn.py, so that it takes blocks")
             and "'bias and lengths'" in bad["change"]
         )
     refused: Future[Prepared] = Future()

@@ -20,8 +20,8 @@ from jaxllm.config import T5Config, TrainingConfig
 from jaxllm.models import T5, abstract_params, build, init_params
 from jaxllm.models.layers import apply
 from jaxllm.models.t5 import decode as t5_decode
-from jaxllm.models.t5.documents import Documents
 from jaxllm.models.t5.layer import scale_output
+from jaxllm.models.t5.model import Documents
 from jaxllm.training.loss import build_loss
 from tests.conftest import TOLERANCE
 

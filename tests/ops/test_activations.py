@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.activations import ACTIVATIONS
+from jaxllm.ops.pointwise import ACTIVATIONS
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm.ops.attention import attention, masked_attention
-from jaxllm.ops.fused_attention import append_codes, fused_attention, obstacle
+from jaxllm.ops.cudnn import append_codes, fused_attention, obstacle
 from jaxllm.ops.linear import einsum, linear
 from jaxllm.ops.masks import Pattern
 from tests.conftest import TOLERANCE

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.norms import rms_norm, rows_of
+from jaxllm.ops.pointwise import rms_norm, rows_of
 
 ROWS = 5000
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.dropout import dropout
+from jaxllm.ops.pointwise import dropout
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.jaxprs.derivatives import forward_mode
+from jaxllm.jaxprs.interpret import forward_mode
 from jaxllm.ops import losses
 from jaxllm.ops.losses import chunked_cross_entropy
 from tests.conftest import TOLERANCE

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.quantize import quantize
+from jaxllm.ops.stored import quantize
 
 
 def restored(x: jax.Array, axis: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.ops.dropout import dropout, split_keys
-from jaxllm.ops.relative_bias import relative_bias, relative_bias_at, relative_bucket
+from jaxllm.ops.pointwise import dropout, split_keys
+from jaxllm.ops.positions import relative_bias, relative_bias_at, relative_bucket
 
 
 def by_definition(distance: int, *, buckets: int, max_distance: int, bidirectional: bool) -> int:

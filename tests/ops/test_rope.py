@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import RopeConfig
-from jaxllm.ops.rope import apply_rope, rope_cos_sin, rope_frequencies
+from jaxllm.ops.positions import apply_rope, rope_cos_sin, rope_frequencies
 
 DIM, LONGEST, TRAINED = 64, 131072, 8192
 FACTORS = tuple(1 + 0.1 * i for i in range(DIM // 2))

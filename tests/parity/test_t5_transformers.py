@@ -14,8 +14,8 @@ import jaxllm
 from jaxllm.interop.hf import SpecialIds, load_hf_config
 from jaxllm.models.t5 import layer as t5_layers
 from jaxllm.models.t5 import model as t5
-from jaxllm.models.t5.documents import Documents
-from jaxllm.ops.relative_bias import relative_bucket
+from jaxllm.models.t5.model import Documents
+from jaxllm.ops.positions import relative_bucket
 from jaxllm.study import capture
 from tests.parity import t5_cases as cases
 

@@ -218,13 +218,12 @@ def test_script_converts_a_run_and_names_what_it_cannot_do(
 
     assert "a run holds float32" in refused(tmp_path / "hf", tmp_path / "back", "--dtype", "bfloat16")
     assert not (tmp_path / "back").exists()
-    assert "--max-length is for Meta's layout" in refused(run, tmp_path / "back", "--max-length", 8)
     assert "no config.json" in refused(tmp_path, tmp_path / "back")
     before = {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert "is a Hugging Face directory; choose another folder" in refused(run, tmp_path / "hf")
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "params.json").write_text("{}")
-    assert "is a Hugging Face directory; choose another folder" in refused(tmp_path / "meta", tmp_path / "hf")
+    assert "with convert_llama_weights_to_hf.py" in refused(tmp_path / "meta", tmp_path / "back")
     assert before == {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "tokenizer.json").write_text("mine")

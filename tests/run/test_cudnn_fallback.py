@@ -20,14 +20,14 @@ from jaxllm.config.file import load_config
 from jaxllm.generation import (
     BeamSettings,
     beam_search,
-    fallback,
     generate,
     generate_stream,
+    loop,
     score,
 )
 from jaxllm.models import build, init_params
-from jaxllm.ops import attention, cudnn_calls
-from jaxllm.ops.cudnn_calls import calls_in, refused
+from jaxllm.ops import attention, cudnn
+from jaxllm.ops.cudnn import calls_in, refused
 from jaxllm.ops.masks import Pattern
 from jaxllm.run.compiled import DeviceError
 from jaxllm.run.trainer import pretrain
@@ -150,11 +150,11 @@ def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     ask = jax.custom_vjp(lowered_by_jax.bind if message == BY_JAX else ask_the_compiler)
     ask.defvjp(lambda query: (ask(query), None), lambda _, grad: (grad,))
     monkeypatch.setattr(attention, "choose", choose)
-    monkeypatch.setattr(attention.fused, "fused_attention", lambda query, key, value, **_: ask(query))
+    monkeypatch.setattr(attention.cudnn, "fused_attention", lambda query, key, value, **_: ask(query))
     monkeypatch.setattr("jaxllm.run.steps._may_be_refused", lambda config: True)
     yield message
     jax.clear_caches()  # what was traced with these functions must not be found by other tests
-    fallback._refused.clear()
+    loop._refused.clear()
 
 
 def run_of(tmp_path: Path, corpus: Path, **changes: Any) -> RunConfig:
@@ -207,8 +207,8 @@ EITHER = pytest.mark.parametrize("refusing", [BY_THE_COMPILER, BY_JAX], ids=["co
 def test_another_error_stops_a_run(
     refusing: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cudnn_calls, "_REFUSED", ("something else",))
-    monkeypatch.setattr(cudnn_calls, "_REFUSED_BEFORE", {})
+    monkeypatch.setattr(cudnn, "_REFUSED", ("something else",))
+    monkeypatch.setattr(cudnn, "_REFUSED_BEFORE", {})
     with pytest.raises((RuntimeError, ValueError), match=refusing):
         pretrain(run_of(tmp_path, corpus))
 

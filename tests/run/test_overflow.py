@@ -14,15 +14,14 @@ from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, T5Confi
 from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.models import build, init_params
 from jaxllm.models.layers import Islands
-from jaxllm.ops.activations import ACTIVATIONS
+from jaxllm.ops.pointwise import ACTIVATIONS
 from jaxllm.run.start import TrainingStopped
 from jaxllm.run.trainer import pretrain
 from jaxllm.training.attribution import first_nonfinite as first_group
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import build_loss
-from jaxllm.training.loss_scale import loss_scale_state
 from jaxllm.training.optimizer import build_optimizer
-from jaxllm.training.precision import cast_floating
+from jaxllm.training.precision import cast_floating, loss_scale_state
 from jaxllm.training.train_step import init_train_state, make_train_step
 from tests.run.test_pretrain import config as run_config
 from tests.run.test_pretrain import losses

@@ -14,7 +14,7 @@ import pytest
 
 from jaxllm.data import BatchError
 from jaxllm.data.sources import Source
-from jaxllm.data.streams import EncodedStream
+from jaxllm.data.workers import EncodedStream
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.parts import StepReport
 from jaxllm.run.trainer import pretrain

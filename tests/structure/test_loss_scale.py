@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxllm.training.loss_scale import dynamic_loss_scale
+from jaxllm.training.precision import dynamic_loss_scale
 
 SHAPES = [(64, 96), (80, 48)]
 PARAMS = {f"w{i}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(SHAPES)}

@@ -15,7 +15,7 @@ import pytest
 from jaxllm.config import PrecisionConfig, RunConfig
 from jaxllm.config.file import parse_config
 from jaxllm.models import abstract_params
-from jaxllm.ops import norms
+from jaxllm.ops import pointwise
 from jaxllm.study.ledger import Entry, allowed, ledger, train_step_ledger, violations
 from jaxllm.training.loss import build_loss
 from jaxllm.training.precision import build_model
@@ -69,7 +69,7 @@ def test_a_counted_operation_is_counted_over_layers_and_microbatches() -> None:
 
 
 def test_a_planted_low_sum_is_found_and_may_be_excused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "rows_of", lambda vector, like: vector)  # what autodiff alone would do
+    monkeypatch.setattr(pointwise, "rows_of", lambda vector, like: vector)  # what autodiff alone would do
     bad = violations(train_step_ledger(run("llama", "bfloat16")))
     assert bad and all("norm" in entry.where and entry.operation == "reduce_sum" for entry in bad)
     assert not violations(train_step_ledger(run("llama", "bfloat16")), [("norms", "reduce_sum")])
@@ -77,7 +77,7 @@ def test_a_planted_low_sum_is_found_and_may_be_excused(monkeypatch: pytest.Monke
 
 def test_a_moved_bias_excuses_no_sum_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run("t5", "bfloat16", islands={"relative_bias": "bfloat16"})
-    monkeypatch.setattr(norms, "rows_of", lambda vector, like: vector)
+    monkeypatch.setattr(pointwise, "rows_of", lambda vector, like: vector)
     bad = violations(train_step_ledger(config), allowed(config.precision))
     assert {entry.where.split("/")[0] for entry in bad} == {"encoder", "decoder"}
     assert all(entry.where.endswith("_norm/norms (backward)") for entry in bad)

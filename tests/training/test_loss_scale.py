@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.training.attribution import all_finite, finite_rows
-from jaxllm.training.loss_scale import (
+from jaxllm.training.precision import (
     dynamic_loss_scale,
     loss_scale_of,
     loss_scale_state,
@@ -215,7 +215,7 @@ def test_a_known_answer_is_taken() -> None:
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxllm.training.loss_scale import dynamic_loss_scale
+from jaxllm.training.precision import dynamic_loss_scale
 mesh = Mesh(np.array(jax.devices()), ("data",))
 place = NamedSharding(mesh, P("data"))
 params = jax.device_put({"w": np.ones((4, 2), np.float32)}, place)

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.training.row_keys import row_keys
-from jaxllm.training.sharding import make_mesh
+from jaxllm.training.sharding import make_mesh, row_keys
 
 RUNS = {
     "llama scan none": [1, 8, 1],

@@ -34,7 +34,7 @@ from jaxllm.config.file import load_config
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.sharding import make_mesh, place_rows, state_shardings
 from jaxllm.run.compiled import CompiledOnce
-from jaxllm.training.loss_scale import dynamic_loss_scale
+from jaxllm.training.precision import dynamic_loss_scale
 from jaxllm.training.train_step import init_train_state, make_train_step
 from jaxllm.run.trainer import pretrain
 

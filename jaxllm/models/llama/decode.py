@@ -16,13 +16,11 @@ from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
 from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
 from jaxllm.models.layers import Parts
-from jaxllm.models.llama.layer import layer_body, rotation, whole_attention
-from jaxllm.models.llama.model import Llama
-from jaxllm.models.params import check_params
+from jaxllm.models.llama.model import Llama, layer_body, rotation, whole_attention
+from jaxllm.models.model import check_params
 from jaxllm.models.stack import Hold, decode_stack, embed_and_head, unstack
-from jaxllm.ops.activations import ACTIVATIONS
-from jaxllm.ops.matrices import Matrix, project, stored
-from jaxllm.ops.norms import rms_norm
+from jaxllm.ops.pointwise import ACTIVATIONS, rms_norm
+from jaxllm.ops.stored import Matrix, project, stored
 
 
 class Projection(NamedTuple):

@@ -18,7 +18,7 @@ from jaxllm.models.cache import CrossCache, KVCache
 from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
 from jaxllm.models.functions import Pairs
 from jaxllm.models.layers import Parts, apply
-from jaxllm.models.params import check_params
+from jaxllm.models.model import check_params
 from jaxllm.models.stack import Hold, decode_stack, embed_and_head, unstack
 from jaxllm.models.t5.layer import (
     CrossParts,
@@ -30,11 +30,10 @@ from jaxllm.models.t5.layer import (
     whole_attention,
 )
 from jaxllm.models.t5.model import T5, whole_bias
-from jaxllm.ops.activations import ACTIVATIONS
 from jaxllm.ops.masks import Pattern
-from jaxllm.ops.matrices import Matrix, project, stored
-from jaxllm.ops.norms import rms_norm
-from jaxllm.ops.relative_bias import relative_bias_at
+from jaxllm.ops.pointwise import ACTIVATIONS, rms_norm
+from jaxllm.ops.positions import relative_bias_at
+from jaxllm.ops.stored import Matrix, project, stored
 
 Table = Float[Array, "R N"]
 

@@ -16,15 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
-from jaxllm.models.checks import refuse
 from jaxllm.models.functions import Attend, Pairs, dense_mask
-from jaxllm.models.hook_points import Drop, add, mark
-from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Map, Parts, RMSNorm
-from jaxllm.ops.activations import ACTIVATIONS
+from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Drop, Islands, Linear, Map, Parts, RMSNorm, add, mark
+from jaxllm.models.model import refuse
 from jaxllm.ops.attention import attention
-from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.linear import linear_float32
 from jaxllm.ops.masks import Pattern
+from jaxllm.ops.pointwise import ACTIVATIONS, dropout, split_keys
 
 # A layer's bias, given its own table (UMT5) or None: then its stack's bias.
 BiasOf = Callable[[Array | None], Array | None]

@@ -1,11 +1,11 @@
 """T5 (arXiv 1910.10683) and its relatives v1.1, Flan, mT5, UMT5, ByT5, UL2: an encoder-decoder with relative positions.
 
-`__call__` and `hidden` are for training and scoring, `encode` and `decode` for the halves. None takes a cache; decoding
-is `jaxllm.models.t5.decode`.
+`__call__` and `hidden` are for training and scoring, `encode` and `decode` for the halves; `Documents` are what they
+take about the rows of a batch. None takes a cache; decoding is `jaxllm.models.t5.decode`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,12 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import T5Config
-from jaxllm.models.checks import check_shape, check_tokens, refuse
-from jaxllm.models.flops import Flops
 from jaxllm.models.functions import Attend, PositionBias
 from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Params, RMSNorm, apply, embed
+from jaxllm.models.model import Flops, check_shape, check_tokens, refuse
 from jaxllm.models.stack import apply_stack, create_stack
-from jaxllm.models.t5.documents import ONE_A_ROW, Documents
 from jaxllm.models.t5.layer import (
     BiasOf,
     DecoderLayer,
@@ -29,9 +27,67 @@ from jaxllm.models.t5.layer import (
     stream_dtype,
     whole_attention,
 )
-from jaxllm.ops.dropout import dropout, split_keys
 from jaxllm.ops.masks import Pattern
-from jaxllm.ops.relative_bias import relative_bias
+from jaxllm.ops.pointwise import dropout, split_keys
+from jaxllm.ops.positions import relative_bias
+
+
+class Documents(NamedTuple):
+    """The documents in the rows of a batch; with no field set, a row is one document without padding."""
+
+    # document of each source token, 0 = padding; None is one document, number 1
+    encoder_segment_ids: Int[Array, "#B S"] | None = None
+    # document of each decoder token, which sees the source of the same number
+    decoder_segment_ids: Int[Array, "B T"] | None = None
+    # real source tokens of each row, where a row is one document and padding ends it. They replace segment ids and are
+    # faster on a GPU, whose fused attention supports lengths but not documents
+    encoder_lengths: Int[Array, "#B"] | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "Documents":
+        """Those of a training batch, from the fields that it has."""
+        return cls(**{name: batch[name] for name in cls._fields if name in batch})
+
+    def encoder(self, rows: int, length: int) -> Pattern:
+        """The encoder's attention over itself."""
+        check_shape(self.encoder_segment_ids, "encoder_segment_ids", (rows, length))
+        segments = self.encoder_segment_ids
+        return Pattern(query_segments=segments, key_segments=segments, **self._lengths(rows, rows))
+
+    def decoder(self, rows: int, length: int) -> Pattern:
+        """The decoder's attention over itself."""
+        check_shape(self.decoder_segment_ids, "decoder_segment_ids", (rows, length))
+        return Pattern(causal=True, query_segments=self.decoder_segment_ids, key_segments=self.decoder_segment_ids)
+
+    def cross(self, targets: tuple[int, ...], sources: tuple[int, ...]) -> Pattern:
+        """The decoder's attention over the encoder's output: one source for all rows, or one for each."""
+        check_shape(self.encoder_segment_ids, "encoder_segment_ids", sources)
+        lengths = self._lengths(sources[0], targets[0])
+        if self.encoder_segment_ids is None and self.decoder_segment_ids is None:
+            return Pattern(**lengths)
+        return Pattern(
+            query_segments=_or_ones(self.decoder_segment_ids, targets),
+            key_segments=_or_ones(self.encoder_segment_ids, sources),
+        )
+
+    def _lengths(self, sources: int, rows: int) -> dict[str, Any]:
+        """Real keys of each row, at least one: the output of an empty row has no meaning."""
+        lengths = self.encoder_lengths
+        if lengths is None:
+            return {}
+        if self.encoder_segment_ids is not None or self.decoder_segment_ids is not None:
+            raise ValueError("encoder_lengths make each row one document: give them or segment ids, not both")
+        check_shape(lengths, "encoder_lengths", (sources,))
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise ValueError(f"encoder_lengths must be integers, got {lengths.dtype}")
+        return {"key_lengths": jnp.broadcast_to(jnp.maximum(lengths, 1).astype(jnp.int32), (rows,)), "some_keys": True}
+
+
+ONE_A_ROW = Documents()
+
+
+def _or_ones(segments: Array | None, shape: tuple[int, ...]) -> Array:
+    return jnp.ones(shape, jnp.int32) if segments is None else segments
 
 
 class Stack(nn.Module):

@@ -1,15 +1,17 @@
-"""Parameters of a model of any family: random, as shapes, counted, compared."""
+"""A model of any family as its callers see it: its parameters, checks of what a call is given, the work of a step.
+
+Misuse that would silently compute something else is an error with its fix.
+"""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.checks import listed
 
 # A family's module: attributes `config`, `dtype` and `islands`; called with tokens, or with encoder and decoder tokens,
 # for logits; methods `head` for the output matrix [V, D] and `logits` for hidden states.
@@ -75,3 +77,44 @@ def check_params(model: Model, params: Any) -> None:
 def count_params(model: Model) -> int:
     """Number of parameters, from shapes alone."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
+
+
+def refuse(module: nn.Module, *names: str) -> None:
+    """Raises ValueError for parameters that the module would leave unread: they are another model's."""
+    found = [name for name in names if module.has_variable("params", name)]
+    if found:
+        raise ValueError(
+            f"the parameters hold {', '.join(found)} in {type(module).__name__}, but the model's config does not have "
+            "it: use the parameters of the same model"
+        )
+
+
+def check_tokens(tokens: Any, name: str) -> None:
+    """Raises ValueError unless tokens are an integer array [B, T], not empty."""
+    shape, dtype = getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
+    if shape is None or dtype is None:
+        raise ValueError(f"{name} must be an integer array [B, T], got {type(tokens).__name__}; use jnp.asarray")
+    if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
+        fix = f"; a single row is {name}[None]" if len(shape) == 1 else ""
+        raise ValueError(f"{name} must be an integer array [B, T], got {dtype}{list(shape)}{fix}")
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_shape(value: Any, name: str, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError unless the value is None or has one of the shapes."""
+    if value is not None and value.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name} must be of shape {wanted}, got {list(value.shape)}")
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one training step: the algorithm's work, without recomputation and embedding."""
+
+    causal: float  # attention counts only visible pairs; publish this one
+    full: float  # attention counts all pairs, as in PaLM and most tables
+    weights: float  # without attention, 6 N per token

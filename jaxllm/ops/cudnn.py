@@ -1,7 +1,12 @@
-"""jax's cuDNN attention, and documents packed into one row for a kernel that has causality and lengths but no mask.
+"""cuDNN's attention through jax: which calls it gets, how documents are packed for it, and what it refuses.
 
-A mask would become a [B, N, T, S] bias, read in both passes and differentiated. Instead, `document_codes` gives each
-document d a vector of signs c(d), which is appended, times a size a, to the heads of its queries and keys:
+`obstacle` has its limits; `AVOIDED` is one table of the classes of calls that are not trusted to it, so that a finding
+is one row. `benchmarks/gpu/probe.py` compares a call of every class with float32 on a GPU and names the row that a bad
+answer changes. `refused` recognises what it refuses in spite of both, by the error of the lowering or compilation.
+
+The kernel has causality and lengths but no mask, which would become a [B, N, T, S] bias, read in both passes and
+differentiated. For documents packed into one row, `document_codes` gives each document d a vector of signs c(d), which
+is appended, times a size a, to the heads of its queries and keys:
 
     c(d) in {-1, 1}^W
     <c(d), c(e)> = W - 2 * (number of signs that differ)
@@ -14,15 +19,102 @@ keys by the number of query heads and bounds the documents of a row, so it is no
 """
 
 import math
-from typing import Literal
+import re
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops import backend
-from jaxllm.ops.cudnn_calls import Call, avoided
 from jaxllm.ops.masks import Pattern
+
+
+class Call(NamedTuple):
+    """What a class may depend on; a bias counts as one with a gradient.
+
+    `generation` is the major compute capability of the GPU, 9 for Hopper. `width` is that of a head, which ends with
+    document codes where it is `packed`. `lengths` is cuDNN's padding mask: the number of real keys of each row.
+    """
+
+    generation: int
+    dtype: str
+    queries: int
+    keys: int
+    width: int
+    causal: bool = False
+    window: bool = False
+    bias: bool = False
+    lengths: bool = False
+    packed: bool = False
+
+
+class CallClass(NamedTuple):
+    """Calls that do not go to cuDNN but to blocks in plain JAX, or that may have to."""
+
+    name: str  # what the calls have in common
+    holds: Callable[[Call], bool]  # whether a call is one of them
+    reason: str = "none"  # what is wrong, or what may be
+    evidence: str = "none"  # who has seen it, and where
+
+
+# Classes that may have to join these are `SUSPECTS` of `benchmarks.gpu.attention_calls`.
+AVOIDED = (
+    CallClass(
+        "bias, 64 keys beyond a multiple of 128",
+        lambda call: call.generation == 9 and call.bias and call.keys % 128 == 64,
+        reason="the gradient of a query is NaN on Hopper where all of its scores are below about -89",
+        evidence="pytorch#196678 and cudnn-frontend#628: cuDNN 9.20 to 9.30 on H100 and H200",
+    ),
+)
+
+
+def avoided(call: Call) -> CallClass | None:
+    """The first row that keeps a call from cuDNN."""
+    return next((row for row in AVOIDED if row.holds(call)), None)
+
+
+# Compiler errors: by cuDNN's frontend and XLA's callers of it, and by a machine that is at fault instead of the call.
+_REFUSED = ("cudnn", "fmha", "no valid engine", "execution plan")
+_OTHERS = re.compile(
+    "resource_exhausted|out of memory|alloc_failed|not_initialized|initialization failed|execution_failed"
+    "|internal_error|deadline_exceeded"
+)
+_HEAD = 600  # characters of a message that state its cause; programs and tables of buffers follow
+
+# What jax's checks of a cuDNN attention raise before there is a program to compile, in
+# jax/_src/cudnn/fused_attention_stablehlo.py of jax 0.10.2 and 0.11.2.
+_REFUSED_BEFORE: dict[type[BaseException], re.Pattern[str]] = {
+    RuntimeError: re.compile("cudnn"),  # "cuDNN is not detected."
+    NotImplementedError: re.compile(
+        "cudnn version|q must be fp16/bf16|the head dim must be <=|unsupported sequence length q"
+        "|packed layout requires a gpu|currently only support batch_dim"
+    ),
+    ValueError: re.compile(
+        "qkv rank must be same|qkv dtype must be same|q must have a rank of 4|qk must have same head dim"
+        "|kv must have same|bias must have same seq length|q_seqlen must have|kv_seqlen must have"
+        "|query, key and value should have same sharding|query and bias should have same sharding"
+        "|sharding on (bias )?sequence dim|sharding on head dim"
+    ),
+}
+
+
+def refused(error: BaseException) -> bool:
+    """Whether cuDNN cannot run an attention, by an error of the compiler or of jax's checks."""
+    text = str(error).lower()
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return any(sign in text[:_HEAD] for sign in _REFUSED) and not _OTHERS.search(text)
+    # The exact class: errors of this package are subclasses.
+    before = _REFUSED_BEFORE.get(type(error))
+    return before is not None and bool(before.search(text))
+
+
+def calls_in(program: str) -> list[str]:
+    """The distinct cuDNN attentions of a lowered program (StableHLO), each with the shapes of query and key."""
+    found = re.findall(r"@__cudnn\$(fmha\w+)\(.*: \(tensor<(\w+)>, tensor<(\w+)>", program)
+    return [f"{name} [{query}] [{key}]" for name, query, key in dict.fromkeys(found)]
+
 
 # Penalty of a scaled score for each sign that differs. At 104 exp underflows in float32; the rest is headroom for
 # scores of other documents, which reach hundreds. More would cost digits: every equal sign adds half a margin.
@@ -57,27 +149,22 @@ def obstacle(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) 
 
 
 def call_of(query: Array, key: Array, *, pattern: Pattern, bias: Array | None) -> Call:
-    """The call of cuDNN as the table of `jaxllm.ops.cudnn_calls` describes it."""
+    """The call of cuDNN as `AVOIDED` describes it."""
     (_, length, _, width), keys = query.shape, key.shape[1]
     packed = pattern.query_segments is not None
-    coded = width + code_width(max(length, keys))
     generation = backend.gpu_generation()
-    call = Call(
+    return Call(
         generation=9 if generation is None else generation,  # a machine without a GPU lowers for Hopper
         dtype=str(query.dtype),
         queries=length,
         keys=keys,
-        width=coded if packed else width,
+        width=width + code_width(max(length, keys)) if packed else width,
         causal=pattern.causal,
         window=pattern.window is not None,
         bias=bias is not None,
         lengths=_lengths_for_cudnn(pattern) is not None,
         packed=packed,
     )
-    row = avoided(call)
-    if row is None or row.instead != "codes":
-        return call
-    return call._replace(lengths=False, packed=True, width=coded)
 
 
 def _lengths_for_cudnn(pattern: Pattern) -> Array | None:
@@ -110,17 +197,9 @@ def fused_attention(
     `implementation` xla gives the same operands to jax's own definition, which tests the codes without a GPU.
     """
     width, length = query.shape[-1], query.shape[1]
-    call = call_of(query, key, pattern=pattern, bias=bias)
     query_segments, key_segments = pattern.query_segments, pattern.key_segments
     real = _real_queries(length, query_segments, pattern.query_lengths)
     lengths = _lengths_for_cudnn(pattern)
-    if lengths is not None and not call.lengths:
-        inside = jnp.arange(key.shape[1]) < lengths[:, None]
-        if query_segments is None or key_segments is None:
-            query_segments, key_segments = jnp.ones(query.shape[:2], jnp.int32), inside.astype(jnp.int32)
-        else:
-            key_segments = jnp.where(inside, key_segments, 0)
-        lengths = None
     if query_segments is not None and key_segments is not None:
         query, key, value = append_codes(query, key, value, query_segments, key_segments, scale=scale)
     mixed = jax.nn.dot_product_attention(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.matrices import Rows, project, stored
+from jaxllm.ops.stored import Rows, project, stored
 
 
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (2, 3)])

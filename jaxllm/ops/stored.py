@@ -1,17 +1,33 @@
-"""Weight matrices as decoding stores and multiplies them: plain or in int8, in the layout that is read fastest.
+"""Arrays as decoding stores and reads them: weight matrices in the layout that is read fastest, and int8 for both.
 
-A step of decoding is bound by reading every weight once for a few rows of activations. Out of scope: training
-(`jaxllm.ops.linear`).
+A step of decoding is bound by reading every weight, and all cached keys and values, once for a few rows of activations.
+Int8 saves memory and the time to read it; matmuls convert back to the compute dtype. Weights have a float32 scale per
+output channel, cached keys and values one per token and head. Values are symmetric, without zero points. A channel of
+zeros has scale 0, one with a NaN has scale NaN. Out of scope: training (`jaxllm.ops.linear`), activations in int8.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from jaxllm.ops import backend
-from jaxllm.ops.quantize import Quantized, quantize
+
+
+class Quantized(NamedTuple):
+    """An array as values * scale, the scale broadcast over the axis that `quantize` reduced."""
+
+    values: Int8[Array, "..."]  # rounded to -127..127
+    scale: Float[Array, "..."]  # largest magnitude / 127, without the reduced axis
+
+
+def quantize(x: Float[Array, "..."], *, axis: int) -> Quantized:
+    """Rounds to int8 with one scale for each slice along `axis`; the error is at most half a scale."""
+    wide = x.astype(jnp.float32)
+    scale = backend.largest_magnitude(wide, axis=axis) / 127
+    safe = jnp.expand_dims(jnp.where(scale > 0, scale, 1), axis)
+    return Quantized(jnp.round(wide / safe).astype(jnp.int8), scale)
 
 
 class Rows(NamedTuple):
