@@ -20,10 +20,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 
 from jaxllm.generation.scoring import score_greedy
 from jaxllm.generation.text import TextModel
-from jaxllm.host.device import prepare_process
 from jaxllm.models import decoder_of
 from jaxllm.ops.sampling import Sampling
 from jaxllm.run.load import read_text_model
+from scripts.gpu_settings import prepare_process
 
 _log = logging.getLogger(__name__)
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # all but the first need a temperature

@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
+from gpu_settings import prepare_process
 from interrupts import interruptible
 from process import prepare_script
 
@@ -37,7 +38,6 @@ def main() -> int:
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
-    from jaxllm.host.device import prepare_process
     from jaxllm.run.compiled import DeviceError
     from jaxllm.run.console import training_console
     from jaxllm.run.start import TrainingStopped

@@ -24,7 +24,7 @@ else:
         # LLVM's effort and the newer of XLA's two ways to emit a fusion (XLA's passes all run): compiling is most of
         # the suite's time, and this leaves a quarter of it. Set the variable to 0 for machine code as users have it.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        from jaxllm.host.device import accepted_flags
+        from scripts.gpu_settings import accepted_flags
 
         cheap = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
         os.environ["XLA_FLAGS"] = " ".join([*accepted_flags(cheap), os.environ.get("XLA_FLAGS", "")]).strip()

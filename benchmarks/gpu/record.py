@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.host.device import TRAIN_FLAGS, nvidia_devices
+from jaxllm.host.device import nvidia_devices
+from scripts.gpu_settings import TRAIN_FLAGS
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,15 +1,9 @@
-"""The accelerator of a run: its datasheet figures, and the settings that must be made before jax opens it.
-
-An XLA flag that a release lacks aborts the process, so flags are tried in another process first. Only scripts call
-`prepare_process`; importing jaxllm changes nothing.
-"""
+"""The accelerator of a run: its datasheet figures, its memory, and jax's cache of compiled programs."""
 
 import contextlib
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +33,6 @@ _PEAKS = {
     "V100S": (130e12, 1.134e12),
     "T4": (65e12, 0.32e12),
 }
-
-# What JAX's guide to GPU performance recommends for one device; benchmarks/gpu/variants.py has others to compare with.
-TRAIN_FLAGS = ("--xla_gpu_triton_gemm_any=true",)
 
 _GROUPS = Path("/sys/fs/cgroup")
 _CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -94,18 +85,6 @@ def nvidia_devices(folder: Path = Path("/dev")) -> list[Path]:
     return sorted(folder.glob("nvidia[0-9]*"))
 
 
-def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
-    """Lets jax take most of a GPU's memory and sets the flags that its XLA accepts; a no-op without an NVIDIA GPU.
-
-    Settings that are already in the environment stay. Call it before jax opens its devices.
-    """
-    if not nvidia_devices():
-        return
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    accepted = accepted_flags(flags)
-    os.environ["XLA_FLAGS"] = " ".join([*accepted, os.environ.get("XLA_FLAGS", "")]).strip()
-
-
 @contextlib.contextmanager
 def compilation_cache(path: str | Path | None) -> Iterator[None]:
     """The persistent cache of jax in a folder, for one run; afterwards jax has the settings that it had before."""
@@ -124,16 +103,3 @@ def _set_cache(folder: str | None, seconds: float) -> None:
     for name, value in zip(_CACHE_SETTINGS, (folder, seconds), strict=True):
         jax.config.update(name, value)
     reset_cache()  # jax keeps to the first folder that it has opened
-
-
-def accepted_flags(flags: Sequence[str]) -> tuple[str, ...]:
-    """Those of `flags` with which a process survives a compilation."""
-    if not flags or _survives(flags):
-        return tuple(flags)
-    return tuple(flag for flag in flags if _survives([flag]))
-
-
-def _survives(flags: Sequence[str]) -> bool:
-    environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-c", "import jax; jax.jit(lambda x: x + 1)(1.0)"]
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0

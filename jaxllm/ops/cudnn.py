@@ -4,18 +4,7 @@
 is one row. `benchmarks/gpu/probe.py` compares a call of every class with float32 on a GPU and names the row that a bad
 answer changes. `refused` recognises what it refuses in spite of both, by the error of the lowering or compilation.
 
-The kernel has causality and lengths but no mask, which would become a [B, N, T, S] bias, read in both passes and
-differentiated. For documents packed into one row, `document_codes` gives each document d a vector of signs c(d), which
-is appended, times a size a, to the heads of its queries and keys:
-
-    c(d) in {-1, 1}^W
-    <c(d), c(e)> = W - 2 * (number of signs that differ)
-    scale * (<q, k> + a^2 <c(d), c(e)>) = scale * <q, k> + constant - margin * (number of signs that differ)
-
-with margin = 2 * scale * a^2. The softmax cancels the constant. Codes of two documents differ in at least one sign,
-mostly in two, and one margin is enough for the softmax to round those weights to zero. The kernel stays fused, grouped
-heads and bias included, and a head is wider by 8 or 16. jax also has a packed layout for cuDNN. It is private, strides
-keys by the number of query heads and bounds the documents of a row, so it is not used.
+The kernel has no mask: `document_codes` keeps the documents of a row apart (docs/gpu.md, Documents in one row).
 """
 
 import math

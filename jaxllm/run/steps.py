@@ -1,23 +1,29 @@
-"""The compiled steps of a run: train step, evaluation step and span evaluation, all with one path of attention.
+"""The compiled steps of a run, all with one path of attention, and whether they fit into its devices.
 
 Where `model.attention: auto` may choose cuDNN, all are compiled before the first step, so that a plan that cuDNN
 refuses changes the path of the whole run. Elsewhere evaluations are compiled when they are first used. Samples, which
 decode, have `jaxllm.generation.loop`.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxllm.config import RunConfig
+from jaxllm.host.device import Device, host_memory
+from jaxllm.models import abstract_params
 from jaxllm.ops import backend
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
+from jaxllm.training.fit import Fit, advice, check_fit, estimate_fit
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import state_shardings
+from jaxllm.training.sharding import device_bytes, shares_of, state_shardings
 from jaxllm.training.spans import make_predict_step
 from jaxllm.training.train_step import StepMetrics, TrainState
 
@@ -81,3 +87,27 @@ def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
 
 def _may_be_refused(config: RunConfig) -> bool:
     return backend.on_gpu() and config.model.attention in ("auto", "cudnn")
+
+
+def announce_fit(program: Program, device: Device, mesh: Mesh | None = None) -> Callable[[int], None]:
+    """Logs the estimate, and returns what checks the compiler's figure.
+
+    Parameters and moments that alone exceed the device's memory are a FitError. A larger estimate is a warning: it errs
+    on the safe side, but XLA:CPU needs up to three times as much. A small run, which compiles in seconds on a CPU, has
+    none there.
+    """
+    on_cpu = device.kind == "cpu"
+    if device.memory is None and not on_cpu:
+        return lambda needed: None
+    params, shares = abstract_params(program.model), shares_of(mesh)
+    moments = jax.eval_shape(program.optimizer.init, params)
+    state = Fit(device_bytes(params, shares), device_bytes(moments, shares), 0, 0, 0)
+    limit = device.memory or host_memory() // device.count
+    check_fit(state, sum(state), limit=limit)
+    if on_cpu and 100 * sum(state) < limit:
+        return lambda needed: check_fit(state._replace(activations=max(needed - sum(state), 0)), needed, limit=limit)
+    fit = estimate_fit(program, mesh)
+    _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, limit / 1e9, fit.table())
+    if sum(fit) * (3 if on_cpu else 1) > limit:
+        _log.warning("that may be too large, so the compiler's own figure will decide; %s", advice(fit))
+    return functools.partial(check_fit, fit, limit=limit)

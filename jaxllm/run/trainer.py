@@ -35,13 +35,12 @@ from jaxllm.run.compiled import explained
 from jaxllm.run.console import nobody_listens, training_console
 from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
-from jaxllm.run.fit import announce_fit
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
 from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
 from jaxllm.run.samples import on_one_device, write_sample
 from jaxllm.run.start import Start, find_start, stop
-from jaxllm.run.steps import Steps, compile_steps, make_steps
+from jaxllm.run.steps import Steps, announce_fit, compile_steps, make_steps
 from jaxllm.storage.checkpoint import Checkpoints
 from jaxllm.storage.folder import CHECKPOINTS, METRICS, continued, open_run_folder, settle_residual, write_config
 from jaxllm.training.optimizer import build_schedule, phases

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxllm.host import device
-from jaxllm.host.device import datasheet_peaks, nvidia_devices, prepare_process
+from jaxllm.host.device import datasheet_peaks, nvidia_devices
 from jaxllm.ops import backend
+from scripts import gpu_settings
+from scripts.gpu_settings import prepare_process
 
 
 def test_any_gpu_counts_and_control_files_do_not(tmp_path: Path) -> None:
@@ -25,11 +26,11 @@ def test_a_process_is_prepared_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
     for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(device, "accepted_flags", lambda flags: flags)
-    monkeypatch.setattr(device, "nvidia_devices", list)
+    monkeypatch.setattr(gpu_settings, "accepted_flags", lambda flags: flags)
+    monkeypatch.setattr(gpu_settings, "nvidia_devices", list)
     prepare_process()
     assert "XLA_FLAGS" not in os.environ
-    monkeypatch.setattr(device, "nvidia_devices", lambda: [Path("/dev/nvidia3")])
+    monkeypatch.setattr(gpu_settings, "nvidia_devices", lambda: [Path("/dev/nvidia3")])
     monkeypatch.setenv("XLA_FLAGS", "--mine=1")
     prepare_process(["--theirs=2"])
     assert os.environ["XLA_FLAGS"] == "--theirs=2 --mine=1" and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"

@@ -14,9 +14,9 @@ import pytest
 from jaxllm.config import LlamaConfig, OptimizerConfig, RunConfig
 from jaxllm.host import device
 from jaxllm.host.device import Device, host_memory
-from jaxllm.run import fit
+from jaxllm.run import steps
 from jaxllm.run.compiled import DeviceError, explained
-from jaxllm.run.fit import announce_fit
+from jaxllm.run.steps import announce_fit
 from jaxllm.training.fit import FitError
 from jaxllm.training.program import Program, program_of
 
@@ -65,14 +65,14 @@ def test_a_cpu_is_asked_for_no_more_than_its_machine_has(
     program: Program, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.abstract_state().params)) * 3
-    monkeypatch.setattr(fit, "host_memory", lambda: state - 4)
+    monkeypatch.setattr(steps, "host_memory", lambda: state - 4)
     with pytest.raises(FitError, match=r"needs at least .*; moments: set|moments: set .*; parameters: choose"):
         announce_fit(program, CPU)  # nothing is compiled
-    monkeypatch.setattr(fit, "host_memory", lambda: 2 * state)
+    monkeypatch.setattr(steps, "host_memory", lambda: 2 * state)
     with caplog.at_level("WARNING", logger="jaxllm"):
         announce_fit(program, CPU)
     assert "may be too large, so the compiler's own figure will decide; activations: raise training." in caplog.text
-    monkeypatch.setattr(fit, "host_memory", lambda: 1 << 35)
+    monkeypatch.setattr(steps, "host_memory", lambda: 1 << 35)
     caplog.clear()
     check = announce_fit(program, CPU)
     check(1 << 35)

@@ -345,7 +345,7 @@ def test_a_run_that_is_too_large_stops_before_it_runs_and_leaves_its_folder(
         run = config(tmp_path / folder, corpus, training={"batch_size": rows, "steps": 2, **changes})
         return pretrain(run, stop_at=stop_at)
 
-    monkeypatch.setattr("jaxllm.run.fit.check_fit", check)
+    monkeypatch.setattr("jaxllm.run.steps.check_fit", check)
     with pytest.raises(FitError, match=r"activations 0\.0, .*moments: set optimizer.moment_dtype=bfloat16"):
         start(1e5, rows=64)
     assert len(needed) == 1 and not (tmp_path / "run" / "checkpoints").exists()  # not even the state has room

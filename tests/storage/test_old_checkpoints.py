@@ -14,7 +14,7 @@ import pytest
 from jaxllm.config.file import load_config
 from jaxllm.storage import checkpoint_reading
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
-from jaxllm.storage.old_checkpoints import with_dropped_leaf, without_dropped_leaf
+from jaxllm.storage.checkpoint_reading import with_dropped_leaf, without_dropped_leaf
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import with_shardings
 from tests.golden.test_runs import FOLDERS, RESULTS
@@ -62,7 +62,7 @@ def test_a_state_of_today_is_left_alone() -> None:
 
 
 def test_without_it_the_checkpoint_would_count_as_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When this no longer fails, orbax takes the leaf itself and `jaxllm.storage.old_checkpoints` can go."""
+    """When this no longer fails, orbax takes the leaf itself and `with_dropped_leaf` can go."""
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile(FOLDERS / "llama_float16.zip") as archive:
         archive.extractall()
