@@ -22,6 +22,8 @@ from jaxllm.config.setting import SettingError, nearest, settings_of, type_name
 # Settings that no longer exist, as section.key, with their old defaults. The config.yaml of an older run holds all
 # settings of its time: a retired one is dropped at its default, another value is an error.
 RETIRED: dict[str, Any] = {"precision.retries": 0}
+# The configs that come with jaxllm by name: a clone has them next to this package, a wheel puts them inside.
+_SHIPPED = {file.stem: file for up in (2, 1) for file in sorted(Path(__file__).parents[up].glob("configs/*.yaml"))}
 
 
 class ConfigError(ValueError):
@@ -29,14 +31,14 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run from YAML and applies overrides such as `training.steps=100`.
+    """Reads a run from YAML, or a config of jaxllm by its name, and applies overrides such as `training.steps=100`.
 
     Raises:
         ConfigError: naming the key, what was found, and what to write instead.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).is_file() else _SHIPPED.get(str(path), Path(path))
     if not path.is_file():
-        raise ConfigError(f"no config file {path}; the ones that come with jaxllm are in configs/")
+        raise ConfigError(f"no config file {path}, nor a config of jaxllm by that name{nearest(path.stem, _SHIPPED)}")
     try:
         text = path.read_text(encoding="utf-8")
         _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
