@@ -29,6 +29,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "pretrain": Command("pretrain", "train the run of a config, or continue it", computes=True),
     "generate": Command("generate", "continue a prompt, or fill the blanks of a T5's", computes=True),
+    "evaluate": Command("evaluate", "evaluate a run, a step of it, or a Hugging Face directory", computes=True),
     "convert": Command("convert_hf", "a run folder to a Hugging Face directory, and back"),
     "inspect": Command("inspect_data", "show what the model of a config reads"),
     "ledger": Command("precision_ledger", "list the dtypes of a train step"),

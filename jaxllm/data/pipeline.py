@@ -6,6 +6,7 @@ uninterrupted one: random keys come from the seed and the number of the cut, whi
 tokenise and change no batch, see `jaxllm.data.workers`.
 """
 
+import lzma
 import math
 import os
 import sys
@@ -18,7 +19,6 @@ from grain import experimental
 
 from jaxllm.config import DataConfig
 from jaxllm.data import BatchError, DataError
-from jaxllm.data.baselines import simple_baselines
 from jaxllm.data.packing import Batch
 from jaxllm.data.recipes import RECIPES, Objective
 from jaxllm.data.records import field, is_stream, sample_texts
@@ -139,7 +139,7 @@ class Pipeline:
             yield from (self.tokenizer.encode(field(records[i], key)) for key in keys)
 
     def baselines(self) -> dict[str, float]:
-        """See `jaxllm.data.baselines.simple_baselines`; for pairs, of the answers."""
+        """See `simple_baselines`; for pairs, of the answers."""
         key = self._config.target_key or self._config.text_key
         return simple_baselines(self._source, self.tokenizer, key)
 
@@ -198,3 +198,31 @@ def _restore_tuples(state: Any) -> Any:
 
 def _pad_rows(value: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(value, [(0, rows - len(value)), *[(0, 0)] * (value.ndim - 1)])
+
+
+def simple_baselines(source: Source, tokenizer: Tokenizer, key: str) -> dict[str, float]:
+    """Bits per byte of the field `key` of the validation records under two models that need no training.
+
+    They are estimated from samples of the corpus. The unigram counts of a stream are those of the validation records.
+
+    unigram: each token at its add-one frequency in the training text. lzma: each document compressed alone by xz at its
+    strongest preset.
+    """
+    counts = np.ones(tokenizer.vocab_size)
+    counted = source.validation if is_stream(source.train) else source.documents("the unigram")
+    for text in sample_texts(counted, key):
+        counts += np.bincount(tokenizer.encode(text), minlength=len(counts))
+    surprise = -np.log2(counts / counts.sum())
+    bits = size = packed = 0.0
+    for text in sample_texts(source.validation, key):
+        data = text.encode()
+        bits += float(surprise[tokenizer.encode(text)].sum())
+        packed += 8 * _xz_bytes(data)
+        size += len(data)
+    return {"unigram": bits / max(size, 1), "lzma": packed / max(size, 1)}
+
+
+def _xz_bytes(data: bytes) -> int:
+    # A dictionary longer than the document would only cost memory.
+    preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(len(data), 4096)}
+    return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[preset]))
