@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="settings in place of the run's, e.g. training.eval_batches=100")
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="a set; may be repeated")
     arguments = parser.parse_intermixed_args()
-    pairs = [(each.rpartition("=")[0] or Path(each).stem, each.rpartition("=")[2]) for each in arguments.data]
+    pairs = [
+        (each.rpartition("=")[0] or re.sub(r"\W+", "_", Path(each).name.split(".")[0]), each.rpartition("=")[2])
+        for each in arguments.data
+    ]
     if len(dict(pairs)) < len(pairs):
         parser.error("sets of --data need different names (NAME=PATH)")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

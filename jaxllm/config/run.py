@@ -82,7 +82,7 @@ class DataConfig:
     validation_fraction: Annotated[float, above(0), at_most(0.5), "documents held out by content hash"] = 0.05
     validation: Annotated[
         dict[str, str],
-        "validation sets by name, e.g. {code: path}, as path; the first decides the best; nothing is held out then",
+        "files or folders by name, evaluated instead of held-out documents; the first decides the best checkpoint",
     ] = field(default_factory=dict)
     on_bad_text: Annotated[Literal["stop", "skip"], "stop or skip at a document that is not UTF-8"] = "stop"
     tokenizer: Annotated[
@@ -139,11 +139,13 @@ class TrainingConfig:
         str | None, "run folder whose state this run begins with: RUN@STEP, or RUN for its newest checkpoint"
     ] = None
     stop_after: Annotated[str | None, "wall time of one start, e.g. 11h30m, after which it saves and leaves"] = None
-    log_every: Annotated[int, at_least(1), "steps between lines of metrics.jsonl, which are means over them"] = 10
+    log_every: Annotated[int, at_least(1), "steps between rows of metrics.jsonl; a row is the mean over them"] = 10
     eval_every: Annotated[int, at_least(1), "steps between evaluations on the validation split"] = 100
     eval_batches: Annotated[int, at_least(1), "batches of one evaluation"] = 16
     save_every: Annotated[int, at_least(1), "steps between checkpoints"] = 100
-    save_every_minutes: Annotated[float | None, positive, "most minutes between checkpoints; null sets no limit"] = None
+    save_every_minutes: Annotated[float | None, positive, "minutes after which a step is saved; null sets no limit"] = (
+        None
+    )
     keep: Annotated[int, at_least(1), "newest checkpoints kept, in addition to the best"] = 2
     z_loss: Annotated[float, at_least(0), "weight of logsumexp(logits) ** 2, against drift (arXiv 2204.02311)"] = 0.0
     loss_chunk: Annotated[int, at_least(1), "rows of logits that exist at once in the vocabulary loss"] = 1024

@@ -82,8 +82,7 @@ class LocalInfo(tfds.core.DatasetInfo):
 class _TextBuilder(tfds.core.GeneratorBasedBuilder):
     """Documents split by a hash of their content, so that equal documents are in the same split.
 
-    Of few documents the hash may leave a split empty: then the one of the smallest hash is held out, or the one of the
-    largest is for training. Of a single document, its end is held out.
+    Where a split would be empty, it gets the document of the smallest or largest hash, or the end of the only one.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -309,10 +308,10 @@ def content_hash(*fields: str) -> int:
 
 
 def cut_end(text: str, fraction: float) -> tuple[str, str]:
-    """A text without its end, and its end of about a `fraction` of the characters; lines, or words, stay whole."""
+    """A text without its end, and its end of about a `fraction` of the characters; a line, or a word, stays whole."""
     at = min(round(len(text) * (1 - fraction)), len(text) - 1)
-    middle = len(text) // 4  # a break before it would leave too little
-    at = next((found + 1 for mark in "\n " if (found := text.rfind(mark, middle, at)) >= 0), at)
+    near = at - max(at // 10, min(at // 2, 100))
+    at = next((found + 1 for mark in "\n " if (found := text.rfind(mark, near, at)) >= 0), at)
     return text[:at], text[at:]
 
 

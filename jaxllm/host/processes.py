@@ -131,7 +131,7 @@ def agreed(step: int, wanted: bool) -> bool:
         if "NOT_FOUND" not in str(error):
             raise
     if wanted and index() == 0:
-        _client().key_value_set(f"jaxllm/wanted{step + EVERY}", "")
+        _client().key_value_set(f"jaxllm/wanted{step + EVERY}", "", allow_overwrite=True)
     return False
 
 

@@ -84,7 +84,7 @@ def evaluate_path(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         config = RunConfig(model=model, data=data)
     if (folder / PARTS).is_file():
         _log.warning("%s has parts of its own (%s), which an evaluation from outside does not use", folder, PARTS)
-    config = with_overrides(config, overrides)
+    config = with_overrides(config, ["training.branch_from=null", *overrides])
     tokenizer = str(next(iter(tokenizers_in(folder)), folder / TOKENIZER))
     data, source = dataclasses.replace(config.data, workers=0, tokenizer=tokenizer), None
     if data.validation:  # what the run is trained on is not read

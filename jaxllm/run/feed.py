@@ -25,7 +25,7 @@ def open_run_pipeline(
     config: RunConfig, run_dir: Path, *, source: Source | None = None, objective: Objective | None = None
 ) -> Pipeline:
     """The pipeline of a run, the same on every process, which keeps its rows (`place_rows`); as `build_pipeline`."""
-    training, model, origin = config.training, config.model, continued(config)
+    training, model, origin = config.training, config.model, continued(config, run_dir)
     with processes.first_then_all():
         pipeline = build_pipeline(
             config.data,

@@ -76,10 +76,10 @@ def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None,
         return Start(0, jax.jit(program.state_of, out_shardings=layout)(params), None, 0)
 
 
-def _branch(run: Path, step: int, abstract: TrainState) -> Start:
+def _branch(run: Path, step: int | None, abstract: TrainState) -> Start:
     """The state of another run, whose folder is only read."""
     folder = run / CHECKPOINTS
-    steps = [kept for kept in checkpoint_steps(folder) if step in (0, kept)]
+    steps = [kept for kept in checkpoint_steps(folder) if step in (None, kept)]
     found, damaged = restore_newest(folder, steps, abstract)
     if found is None:
         raise CheckpointError(f"training.branch_from: no checkpoint in {folder} can be read (tried steps {damaged})")

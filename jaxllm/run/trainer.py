@@ -177,7 +177,7 @@ def pretrain(
                 check_memory(steps.train_step.needed)
                 processes.check_same("attention", steps.program.config.model.attention)  # after the slowest compiler
             writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step - progress.branched)))
-            if progress.step < until:
+            if progress.step < until or progress.branched:
                 write_config(steps.program.config, folder)
                 write_parts(folder, given)
             # Loop.
@@ -233,7 +233,7 @@ def _listed(values: dict[str, float]) -> str:
 def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[], bool]) -> None:
     """Steps up to `until`, to a stop signal, or to a batch that cannot be made; saves the step that was reached."""
     failure: BatchError | None = None
-    if progress.branched:  # from here on the other run may go
+    if progress.branched:  # once it is on disk the other run may go
         _save(parts, progress)
     evaluated = record.recorded_losses(parts.folder)
     for step, loss in evaluated.items():

@@ -3,7 +3,7 @@
 config.yaml              the resolved config, written when nothing can refuse the run any more
 tokenizer.json, .model   the run's tokenizer, and tokenizer_origin.json: what it was made from
 data/                    the prepared corpus, unless data.cache_dir is set
-checkpoints/STEP/        state, data position and validation loss (`jaxllm.storage.checkpoint`)
+checkpoints/STEP/        state, data position, and validation losses before it (`jaxllm.storage.checkpoint`)
 checkpoints.damaged/     checkpoints that could not be read
 metrics.jsonl            one row of numbers per line; tensorboard/ repeats them
 sample.txt, loss.png     written after the last step
@@ -105,27 +105,27 @@ def _holds_begun_run(folder: Path) -> bool:
     return (folder / CONFIG).exists() and has_begun(folder)
 
 
-def continued(config: RunConfig) -> tuple[Path, int] | None:
-    """Folder and step of the run that this one continues: its own, or that of `branch_point`; None for a new run."""
-    folder = Path(config.training.run_dir).expanduser()
-    return (folder, 0) if _holds_begun_run(folder) else branch_point(config)
+def continued(config: RunConfig, folder: Path | None = None) -> tuple[Path, int | None] | None:
+    """Folder and step of the run that one in `folder` continues: itself, or `branch_point`; None for a new run."""
+    folder = folder or Path(config.training.run_dir).expanduser()
+    return (folder, None) if _holds_begun_run(folder) else branch_point(config)
 
 
-def branch_point(config: RunConfig) -> tuple[Path, int] | None:
-    """Folder and step of `training.branch_from`; step 0 is for the newest checkpoint there."""
+def branch_point(config: RunConfig) -> tuple[Path, int | None] | None:
+    """Folder and step of `training.branch_from`; None is for the newest checkpoint there."""
     branch = config.training.branch_from or ""
     parent, _, step = branch.rpartition("@")
     if parent and step.isdecimal():
         return Path(parent).expanduser(), int(step)
-    return (Path(branch).expanduser(), 0) if branch else None
+    return (Path(branch).expanduser(), None) if branch else None
 
 
-def _check_branch(parent: Path, step: int, config: RunConfig, own_rates: bool) -> None:
+def _check_branch(parent: Path, step: int | None, config: RunConfig, own_rates: bool) -> None:
     """Refuses to branch from a run that `config` could not resume at that step."""
     kept = checkpoint_steps(parent / CHECKPOINTS)
     if not (parent / CONFIG).is_file() or not kept:
         raise RunFolderError(f"training.branch_from {parent} is not a run folder with checkpoints")
-    if step and step not in kept:
+    if step is not None and step not in kept:
         listed = ", ".join(map(str, kept))
         raise RunFolderError(f"training.branch_from: {parent} keeps no checkpoint of step {step}; it keeps {listed}")
     _check_same(parent / CONFIG, config, own_rates, done=step or kept[-1], ignored=_keys(_BEGINNING))

@@ -74,6 +74,15 @@ def test_a_branch_equals_the_continuation_of_its_parent(shared: Path, parent: tu
     assert (shared / "same" / "tokenizer.json").read_bytes() == (shared / "parent" / "tokenizer.json").read_bytes()
 
 
+def test_a_branch_without_a_step_to_do_is_a_run_too(shared: Path, parent: tuple[RunConfig, Summary]) -> None:
+    run = stable(shared / "ended", branch_from=str(shared / "parent"))
+    assert pretrain(run).finished and pretrain(run).finished
+    for a, b in zip(final_params(run), final_params(parent[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(RunFolderError, match="keeps no checkpoint of step 0; it keeps 2, 4, 6, 8"):
+        pretrain(stable(shared / "zero", branch_from=f"{shared / 'parent'}@0"))
+
+
 def test_decays_grow_from_one_stable_run_as_if_each_had_been_made_alone(shared: Path) -> None:
     pretrain(stable(shared / "trunk"), stop_at=4)
     for steps, decay in ((6, 2), (7, 3)):

@@ -86,6 +86,24 @@ def test_without_its_prepared_data_the_folder_stays_as_it_is(held_out: RunConfig
     assert snapshot(copy) == before and not (copy / "data").exists()
 
 
+def test_another_run_at_the_old_place_does_not_matter(
+    held_out: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy is evaluated where its config.yaml names the folder of a run with another tokenizer and a lost parent."""
+    copy = tmp_path / "copy"
+    shutil.copytree(held_out.training.run_dir, copy)
+    text = (copy / "config.yaml").read_text().replace("branch_from: null", "branch_from: nowhere@3")
+    (copy / "config.yaml").write_text(text.replace(f"run_dir: {held_out.training.run_dir}", "run_dir: other"))
+    assert "branch_from: nowhere@3" in (copy / "config.yaml").read_text()
+    assert "run_dir: other\n" in (copy / "config.yaml").read_text()
+    shutil.copytree(copy, tmp_path / "other")
+    kept = json.loads((copy / "tokenizer.json").read_text())
+    kept["model"]["merges"].pop()
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(kept))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_path(copy) == logged(held_out, 8)
+
+
 def test_other_sets_and_settings(held_out: RunConfig, named: RunConfig, folder: Path) -> None:
     cats = sets_of(folder)["cats"]
     found = evaluate_path(named.training.run_dir, [f"data.validation={{mine: {cats}}}"])
@@ -165,5 +183,5 @@ def test_the_script_prints_json_and_names_errors(named: RunConfig, folder: Path)
     assert "parameters of step 4" in ended.stderr
     ended = script(run, "--data", cats, "--data", cats)
     assert ended.returncode == 2 and "different names" in ended.stderr
-    ended = script(run, "--data", "nowhere")
-    assert ended.returncode == 2 and "error: data.validation.nowhere nowhere does not exist" in ended.stderr
+    ended = script(run, "--data", "no where.jsonl.gz")
+    assert ended.returncode == 2 and "error: data.validation.no_where no where.jsonl.gz does not" in ended.stderr
