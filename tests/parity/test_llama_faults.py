@@ -17,7 +17,7 @@ import pytest
 import jaxllm
 from jaxllm.config import LlamaConfig, RopeConfig
 from jaxllm.models import build
-from jaxllm.models.llama import layer as llama
+from jaxllm.models.llama import model as llama
 from jaxllm.ops.attention import attention
 from tests.parity import llama_cases as cases
 

@@ -324,6 +324,8 @@ import signal, time
 from interrupts import interruptible
 from process import hide_traces
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+
 class Interrupted:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
