@@ -21,7 +21,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def main() -> int:
     """Reads one prompt, or a file of them, and writes the generated text."""
-    from jaxllm.generation.terminal import add_options
+    from display.text import add_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("folder", help="run folder (config.yaml) or Hugging Face directory (config.json)")
@@ -44,15 +44,16 @@ def main() -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from jaxllm.generation import terminal
+    from display import text
+
     from jaxllm.host.device import compilation_cache
     from jaxllm.run.load import load_text_model
 
-    options = terminal.options_of(arguments)
-    prompts = terminal.read_prompts(arguments.prompt, prompt_file=arguments.prompt_file, batch=arguments.batch)
+    options = text.options_of(arguments)
+    prompts = text.read_prompts(arguments.prompt, prompt_file=arguments.prompt_file, batch=arguments.batch)
     with compilation_cache(arguments.cache):
         text_model = load_text_model(arguments.folder, dtype=arguments.dtype, int8=arguments.int8)
-        terminal.write(text_model, prompts, stream=not arguments.batch, **options)
+        text.write(text_model, prompts, stream=not arguments.batch, **options)
 
 
 if __name__ == "__main__":

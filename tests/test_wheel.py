@@ -74,7 +74,8 @@ def loads_jax(program: Path, argument: str, folder: Path) -> bool:
 
 def test_the_wheel_has_every_module_script_and_config(wheel: Path) -> None:
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxllm").rglob("*.py")} | {"jaxllm/py.typed"}
-    wanted |= {f"jaxllm_scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
+    scripts = ROOT / "scripts"
+    wanted |= {f"jaxllm_scripts/{path.relative_to(scripts).as_posix()}" for path in scripts.rglob("*.py")}
     wanted |= {f"jaxllm/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     files = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in files if ".dist-info/" not in name} == wanted

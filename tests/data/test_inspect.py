@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from display.corpus import audit, report, total_variation, view
 
 from jaxllm.config import DataConfig
-from jaxllm.data.inspect import audit, report, total_variation, view
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.run.feed import build_pipeline

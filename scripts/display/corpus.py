@@ -123,7 +123,7 @@ def total_variation(found: Audit) -> float:
 
 def report(found: Audit, *, longest: int = 12) -> Table:
     """The audit as a table; span lengths beyond `longest` in one line."""
-    table = Table("", "found", "exact law")
+    table = Table("", "found", "exact distribution")
     table.add_row("documents, tokens", f"{found.documents}, {found.tokens}")
     table.add_row("examples, rows", f"{found.examples}, {found.rows}")
     table.add_row("tokens dropped, added", f"{found.dropped}, {found.added}", "0, 0")
