@@ -36,7 +36,6 @@ def main() -> int:
         parser.error("sets of --data need different names (NAME=PATH)")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from gpu_settings import prepare_process
-
     from jaxllm.run.evaluation import evaluate_path
 
     prepare_process()

@@ -45,7 +45,6 @@ def main() -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from display import text
-
     from jaxllm.host.device import compilation_cache
     from jaxllm.run.load import load_text_model
 

@@ -10,10 +10,9 @@ if __name__ == "__main__":
 
 from gpu_settings import prepare_process
 from interrupts import interruptible
-from process import prepare_script
-
 from jaxllm.config.file import ConfigError, dump_config, key_table, load_config
 from jaxllm.host import processes
+from process import prepare_script
 
 
 @interruptible

@@ -30,7 +30,6 @@ def main() -> int:
     other.add_argument("--against", metavar="RUN2", help="name the first step and leaf at which two runs differ")
     arguments = parser.parse_args()
     from gpu_settings import prepare_process
-
     from jaxllm.run.verify import compare_runs, verify_checkpoints, verify_resume
 
     prepare_process()

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huge_pages
 import pytest
 
+import huge_pages
 from jaxllm.host.device import nvidia_devices
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

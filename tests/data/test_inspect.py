@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from display.corpus import audit, report, total_variation, view
 
+from display.corpus import audit, report, total_variation, view
 from jaxllm.config import DataConfig
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-import verify_run
 
+import verify_run
 from jaxllm.run.trainer import pretrain
 from jaxllm.run.verify import compare_runs, verify_checkpoints, verify_resume
 from jaxllm.storage.checkpoint import CheckpointError, save_params
