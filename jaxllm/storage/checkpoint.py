@@ -84,6 +84,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, minutes: float | None = None) -> None:
         """Opens or creates the folder and removes what an interrupted save left behind; for `minutes` see `late`."""
+        reading.hide_unfinished_reads()
         self._minutes, self._saved = minutes, time.monotonic()
         self._losses: dict[int, float] = {}
         with processes.first_then_all():

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from jaxllm.training.fingerprint import named_fingerprints
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import make_mesh, with_shardings
 
+ROOT = Path(__file__).parent.parent.parent
 FLIPS = int(os.environ.get("JAXLLM_FLIPS", "24"))
 SIZES = {"vocab_size": 64, "d_model": 8, "d_ff": 8, "num_heads": 2, "head_dim": 4}
 POSITION = {"iterator": {"next_index": 3}, "tokenizer": "abc"}
@@ -74,6 +77,33 @@ def assert_noticed(copy: Path, program: Program, states: list[Any]) -> int:
     assert named_fingerprints(state) == named_fingerprints(states[step - 1])
     assert position == {**POSITION, "step": step}
     return step
+
+
+RESTORE = """
+import gc, sys
+from pathlib import Path
+from tests.storage.test_damage import llama, restored
+from jaxllm.training.program import program_of
+
+print("restored", restored(Path(sys.argv[1]), program_of(llama()))[0])
+gc.collect()
+"""
+
+
+def test_damage_of_all_leaves_prints_no_traceback(tmp_path: Path) -> None:
+    """orbax raises at the first leaf, while tensorstore still reads the others."""
+    program, folder = program_of(llama()), tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, jax.jit(program.fresh_state)(), POSITION)
+        checkpoints.wait()
+    checkpoints.close()
+    for file in (folder / "2").rglob("d/*"):
+        truncated(file)
+    command = [sys.executable, "-c", RESTORE, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "restored 1\n" and "checkpoint 2" in done.stderr
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
 
 
 def truncated(file: Path) -> None:
