@@ -25,7 +25,6 @@ from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source
-from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.host import processes
 from jaxllm.host.device import compilation_cache, detect_device
 from jaxllm.host.signals import stop_signals
@@ -39,7 +38,7 @@ from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
 from jaxllm.run.profile import Window
 from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
-from jaxllm.run.samples import on_one_device, write_sample
+from jaxllm.run.samples import check_prompt, on_one_device, write_sample
 from jaxllm.run.start import Start, find_start, stop
 from jaxllm.run.steps import Steps, announce_fit, compile_steps, make_steps
 from jaxllm.run.trackers import Tracker, check_trackers
@@ -164,8 +163,7 @@ def pretrain(
         # Build.
         mesh = make_mesh(fsdp=config.sharding.fsdp)
         steps = make_steps(program_of(config, mesh, own), mesh)
-        if config.model.encoder_decoder and config.training.sample_tokens:
-            encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
+        check_prompt(config, pipeline.tokenizer)  # refuses a blank now, not after the run
         check_memory = announce_fit(steps.program, detect_device(), mesh)
         meter = Throughput(config, pipeline.recipe.lengths, detect_device())
         # Restore.
@@ -177,8 +175,7 @@ def pretrain(
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
         feed = Prefetch(pipeline, mesh)
-        window = Window(config.training.profile, folder / PROFILE)
-        with stop_signals(deadline) as stopped, closing(window):
+        with stop_signals(deadline) as stopped, closing(Window(config.training.profile, folder / PROFILE)) as window:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)

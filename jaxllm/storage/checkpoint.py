@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxllm.data import first_line
 from jaxllm.data.durable import move, sync_tree
@@ -31,6 +32,7 @@ from jaxllm.storage import checkpoint_reading as reading
 from jaxllm.storage.checkpoint_reading import AVERAGE, DATA, LEAVES, PARAMS, STATE, CheckpointError, Restored
 from jaxllm.storage.folder import checkpoint_steps
 from jaxllm.training.fingerprint import total
+from jaxllm.training.sharding import make_mesh, with_shardings
 
 _log = logging.getLogger(__name__)
 
@@ -254,6 +256,33 @@ def _move_aside(folder: Path, steps: Sequence[int]) -> None:
         except OSError as error:
             raise CheckpointError(f"cannot move damaged checkpoint {step} to {target}: {error}") from error
         _log.warning("checkpoint %d is now %s", step, target)
+
+
+def read_leaves(folder: Path, step: int, *, arrays: bool) -> tuple[dict[str, str], str]:
+    """Fingerprints in a checkpoint by leaf, none in one of an earlier version, and its damage, empty without one.
+
+    With `arrays` the state is read, and compared with them.
+    """
+    here = epath.Path(folder.absolute()) / str(step)
+    leaves: dict[str, str] = {}
+
+    def read() -> None:
+        if not is_described(folder, step):
+            raise reading.Damaged("its description cannot be parsed")
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            record = reader.restore(here / DATA)
+        leaves.update(record.get(LEAVES, {}))
+        if not arrays:
+            return
+        handler = ocp.StandardCheckpointHandler()
+        saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), handler.metadata(here / STATE).tree)
+        abstract = with_shardings(saved, make_mesh())
+        with ocp.Checkpointer(handler) as reader:
+            state = reader.restore(here / STATE, args=ocp.args.StandardRestore(abstract))
+        if reading.verify_tree(state, record) and len(jax.tree.leaves(state)) < len(leaves):
+            raise reading.Damaged("leaves are missing")
+
+    return leaves, reading.attempt(folder / str(step), read)[1]
 
 
 def save_params(folder: Path, params: Any) -> None:
