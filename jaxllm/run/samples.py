@@ -31,7 +31,7 @@ _HELD_OUT = 2
 
 
 def check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raises DataError for a blank in the prompt of an encoder-decoder's sample that the tokenizer cannot encode."""
+    """Raises ValueError for a blank in the prompt of an encoder-decoder's sample that the tokenizer cannot encode."""
     if config.model.encoder_decoder and config.training.sample_tokens:
         encode_blanks(config.training.sample_prompt, tokenizer)
 

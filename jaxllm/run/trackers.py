@@ -128,4 +128,6 @@ class Trackers:
             yield
         except Exception as error:  # of any library or of the caller
             _log.warning("the tracker %s is dropped, and the run continues without it: %s", name, first_line(error))
-            self._open.pop(name, None)
+            if opened := self._open.pop(name, None):
+                with contextlib.suppress(Exception):  # it may hold a file whose disk is full
+                    opened[1]()

@@ -163,7 +163,7 @@ def with_average(inner: optax.GradientTransformation, decay: float) -> optax.Gra
         copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         return AverageState(jnp.zeros((), jnp.int32), copied, rule.init(params))
 
-    def update(updates: Any, state: AverageState, params: Any = None, **extra: Any) -> tuple[Any, AverageState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AverageState]:
         updates, inside = rule.update(updates, state.inner, params, **extra)
         count = state.count + 1
         rate = (1 - decay) / -jnp.expm1(count * math.log(decay))

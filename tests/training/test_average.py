@@ -151,3 +151,11 @@ def test_a_run_evaluates_samples_and_loads_the_average_and_resumes_with_it(
     pretrain(again, on_evaluate=lambda step, metrics, params: started.append(jax.device_get(params)))
     for x, y in zip(jax.tree.leaves(started[0]), jax.tree.leaves(average), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_an_average_in_an_optimizer_of_ones_own_is_not_taken_for_it(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    run = config(tmp_path / "run", tmp_path / "corpus", training={"steps": 2, "sample_tokens": 0})
+    pretrain(run, optimizer=optax.chain(optax.ema(0.9), optax.sgd(0.1)))
+    average, raw = (jaxllm.load_run(tmp_path / "run", average=chosen)[1] for chosen in (True, False))
+    assert_equal(average, raw)
