@@ -44,7 +44,7 @@ class Profile(NamedTuple):
         """The largest kernels as text."""
         lines = [f"{self.step_milliseconds:.3f} ms a step, {self.busy:.1%} of it in kernels; {len(self.kernels)} kinds"]
         for name, where, time, calls, fraction in self.kernels[:most]:
-            lines.append(f"{time:9.3f} ms {calls:7.1f}x {fraction:6.1%}  {name[:60]:60} {where[-90:]}")
+            lines.append(f"{time:9.3f} ms {calls:7.1f}x {fraction:6.1%}  {name[:60]:24} {where[-90:]}")
         return "\n".join(lines)
 
 

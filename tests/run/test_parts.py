@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,5 +169,21 @@ def test_python_shows_the_log_where_nobody_listens(
     pretrain(config(shared / "shown", shared / "corpus", training={"steps": 1}))
     assert "step 1 " not in capsys.readouterr().out  # pytest listens
     monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
     pretrain(config(shared / "shown2", shared / "corpus", training={"steps": 1}))
     assert "step 1 " in capsys.readouterr().out
+
+
+def test_what_libraries_add_to_the_log_at_their_import_does_not_count() -> None:
+    """In a new interpreter, where the trainer's imports find no handler."""
+    code = """if True:
+        import logging, jaxllm, jaxllm.run.trainer
+        from jaxllm.run.console import nobody_listens
+        assert nobody_listens(), logging.root.handlers
+        logging.basicConfig(level=logging.ERROR, force=True)
+        assert not nobody_listens()
+        logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+        assert not nobody_listens()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
