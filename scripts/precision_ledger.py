@@ -19,7 +19,8 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        from jaxllm.study.ledger import allowed, format_ledger, train_step_ledger, violations
+        from display.ledger import table
+        from jaxllm.study.ledger import allowed, train_step_ledger, violations
 
         entries, excused = train_step_ledger(config), allowed(config.precision)
     except KeyboardInterrupt:
@@ -27,7 +28,7 @@ def main() -> int:
     except ValueError as error:  # of the config, or of what cannot run here
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(format_ledger(entries, excused))
+    print(table(entries, excused))
     bad = violations(entries, excused)
     print(f"{len(entries)} kinds of operations, {len(bad)} below float32 that should not be (marked LOW)")
     return 1 if bad else 0

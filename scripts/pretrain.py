@@ -8,9 +8,10 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
+from display.settings import key_table
 from gpu_settings import prepare_process
 from interrupts import interruptible
-from jaxllm.config.file import ConfigError, dump_config, key_table, load_config
+from jaxllm.config.file import ConfigError, dump_config, load_config
 from jaxllm.host import processes
 from process import prepare_script
 

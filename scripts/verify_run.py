@@ -29,11 +29,11 @@ def main() -> int:
     )
     other.add_argument("--against", metavar="RUN2", help="name the first step and leaf at which two runs differ")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)  # before libraries add a handler of their own at their import
+    from display.verify import compare_runs, verify_checkpoints, verify_resume
     from gpu_settings import prepare_process
-    from jaxllm.run.verify import compare_runs, verify_checkpoints, verify_resume
 
     prepare_process()
-    logging.basicConfig(level=logging.ERROR)
     try:
         if arguments.resume:
             report = verify_resume(arguments.run, *arguments.resume)

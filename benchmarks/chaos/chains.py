@@ -151,7 +151,7 @@ class _Chains:
         folders = [copy if copy.exists() else each for each, copy in zip(self._folders, kept, strict=True)]
 
         def trial(number: int) -> dict[str, Any]:
-            from jaxllm.run.verify import read_leaves
+            from jaxllm.storage.checkpoint import read_leaves
 
             damage = read_leaves(folders[number] / "checkpoints", committed(folders[number]), arrays=True)[1]
             return {"what": folders[number].name, "outcome": f"failed: {damage}" if damage else ""}

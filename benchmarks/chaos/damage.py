@@ -82,8 +82,7 @@ def checkpoints(lane: Lane, root: Path, count: int, seed: int, *, how: Callable[
 def _restored(lane: Lane, folder: Path, saved: dict[str, Any], newest: int) -> str:
     """What comes of reading a damaged folder in all ways."""
     from jaxllm.models import abstract_params
-    from jaxllm.run.verify import read_leaves
-    from jaxllm.storage.checkpoint import Checkpoints, load_params
+    from jaxllm.storage.checkpoint import Checkpoints, load_params, read_leaves
     from jaxllm.training.fingerprint import named_fingerprints
     from jaxllm.training.program import program_of
     from jaxllm.training.sharding import make_mesh, with_shardings

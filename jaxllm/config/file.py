@@ -106,15 +106,6 @@ def describe_keys() -> dict[str, list[tuple[str, str, str, str]]]:
     return rows
 
 
-def key_table() -> str:
-    """All settings as text, for `--help`."""
-    lines: list[str] = []
-    for owner, rows in describe_keys().items():
-        lines.append(f"settings of a {owner} (type, default):")
-        lines.extend(f"  {key} ({kind}, {default})\n      {meaning}" for key, kind, default, meaning in rows)
-    return "\n".join(lines)
-
-
 def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
     """The settings without those in `RETIRED`; raises ConfigError for one that is not at its old default."""
     kept = copy.deepcopy(raw)

@@ -15,6 +15,7 @@ Float = Literal["float32", "bfloat16", "float16"]
 # Computations with a dtype that may differ from `precision.compute`, see `jaxllm.models.layers.Islands`.
 Island = Literal["norms", "softmax", "rope", "relative_bias", "mlp_output", "residual", "logits"]
 UpdateRule = Literal["adamw", "adamw_rms", "adafactor", "muon"]
+Tracker = Literal["tensorboard", "wandb"]
 Schedule = Literal["cosine", "wsd", "inverse_sqrt", "constant"]
 
 
@@ -68,6 +69,9 @@ class OptimizerConfig:
     eps: Annotated[float, positive, "added to the root of the second moment"] = 1e-8
     weight_decay: Annotated[float, at_least(0), "decoupled, on matrices only (no norm, bias or relative bias)"] = 0.1
     clip_norm: Annotated[float | None, positive, "largest global norm of the gradient; null never clips"] = 1.0
+    ema: Annotated[
+        float | None, at_least(0), below(1), "decay of an average of the parameters, which is evaluated; null has none"
+    ] = None
     moment_dtype: Annotated[Literal["float32", "bfloat16"], "dtype of the first moment"] = "float32"
 
 
@@ -147,6 +151,13 @@ class TrainingConfig:
         None
     )
     keep: Annotated[int, at_least(1), "newest checkpoints kept, in addition to the best"] = 2
+    trackers: Annotated[
+        tuple[Tracker, ...], "programs that also get the rows of metrics.jsonl, such as [tensorboard, wandb]"
+    ] = ()
+    norms_every: Annotated[int, at_least(0), "steps between norms by parameter group, see docs/metrics.md; 0 never"] = 0
+    profile: Annotated[
+        tuple[int, ...] | None, "first and last step of a jax.profiler trace, such as [20, 25]; null makes none"
+    ] = None
     z_loss: Annotated[float, at_least(0), "weight of logsumexp(logits) ** 2, against drift (arXiv 2204.02311)"] = 0.0
     loss_chunk: Annotated[int, at_least(1), "rows of logits that exist at once in the vocabulary loss"] = 1024
     sample_prompt: Annotated[str, "prompt of the text sample written at the end"] = ""
@@ -159,6 +170,10 @@ class TrainingConfig:
         message = "init_from and branch_from both name a beginning; keep one of them"
         require(self.init_from is None or self.branch_from is None, message)
         seconds_of(self.stop_after)
+        window = [1, *(self.profile or (1, 1)), self.steps]
+        message = f"profile must be null or [first, last] with 1 <= first <= last <= steps {self.steps}"
+        require(len(window) == 4 and window == sorted(window), f"{message}, got {window[1:-1]}")
+        require(len(set(self.trackers)) == len(self.trackers), f"trackers has a name twice: {', '.join(self.trackers)}")
 
 
 def seconds_of(duration: str | None) -> float:

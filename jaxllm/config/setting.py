@@ -151,23 +151,26 @@ def _check_bounds(item: Setting, value: Any) -> None:
     require(holds, f"must be {words}{' or null' if NoneType in get_args(item.kind) else ''}, got {value!r}")
 
 
-def _convert(kind: Any, value: Any) -> Any:
-    """The value in its declared type: an int or a number of NumPy or jax as float, a list as tuple, a path as str."""
+def _convert(kind: Any, value: Any, of: str = "") -> Any:
+    """The value in its declared type: an int or a number of NumPy or jax as float, a list as tuple, a path as str.
+
+    Errors begin with `of`, which names the value's key in a mapping.
+    """
     origin, options = get_origin(kind), get_args(kind)
     if origin in (typing.Union, UnionType):
         return _convert_to_any(kind, value)
     if origin is typing.Literal:
-        require(isinstance(value, str) and value in options, f"must be one of {', '.join(options)}, got {value!r}")
+        require(isinstance(value, str) and value in options, f"{of}must be one of {', '.join(options)}, got {value!r}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(options[0], item) for item in value)
     if origin is dict and isinstance(value, dict):
-        return {_convert(options[0], key): _convert(options[1], item) for key, item in value.items()}
+        return {_convert(options[0], key): _convert(options[1], item, f"of {key!r} ") for key, item in value.items()}
     if getattr(value, "shape", None) == () and getattr(value.dtype, "kind", "") in tuple("biuf"):
         value = value.item()  # a number of NumPy or jax
     accepted, converted = _PLAIN.get(kind, (origin or kind, lambda same: same))
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))  # to Python a bool is an int
-    require(fits, f"must be of type {type_name(kind)}, got {value!r}")
+    require(fits, f"{of}must be of type {type_name(kind)}, got {value!r}")
     return converted(value)
 
 

@@ -71,11 +71,16 @@ def index() -> int:
     return global_state.process_id
 
 
+def own_prefix() -> str:
+    """A prefix of keys of the coordination service that no other call returns, the same on all processes."""
+    return f"jaxllm/call{next(_calls)}/"
+
+
 def gather(text: str) -> list[str]:
     """The texts of all processes, in their order, once all have made this call; all must make the same calls."""
     if not several():
         return [text]
-    call = f"jaxllm/call{next(_calls)}/"
+    call = own_prefix()
     _client().key_value_set(f"{call}{index():09d}", text)
     _client().wait_at_barrier(call, _LONGEST)
     return [value for _, value in sorted(_client().key_value_dir_get(call))]
@@ -118,20 +123,20 @@ def check_devices() -> None:
     _log.info("%d processes with %d devices", jax.process_count(), jax.device_count())
 
 
-def agreed(step: int, wanted: bool) -> bool:
+def agreed(keys: str, step: int, wanted: bool) -> bool:
     """Whether the first process wanted something eight steps ago; the same on all, when called in every eighth step.
 
     A process whose metrics are read one step late dispatches at most two steps more than the first one has, so that it
-    finds the wish at its step.
+    finds the wish at its step. `keys` are the caller's, of `own_prefix`.
     """
     try:
-        _client().key_value_try_get(f"jaxllm/wanted{step}")
+        _client().key_value_try_get(f"{keys}{step}")
         return True
     except Exception as error:
         if "NOT_FOUND" not in str(error):
             raise
     if wanted and index() == 0:
-        _client().key_value_set(f"jaxllm/wanted{step + EVERY}", "", allow_overwrite=True)
+        _client().key_value_set(f"{keys}{step + EVERY}", "", allow_overwrite=True)
     return False
 
 

@@ -96,6 +96,10 @@ class CompiledOnce(Generic[P, R]):
                 f"the {self._name} was compiled for other arguments; batches must keep their shapes and dtypes. {error}"
             ) from error
 
+    def text(self) -> str:
+        """The compiled program; empty before it is compiled."""
+        return "" if self._executable is None else self._executable.as_text() or ""
+
     def prepare(self, *args: Any, **kwargs: Any) -> Callable[..., R]:
         """The executable, compiled for these arguments (or arguments like them) if it is not compiled.
 

@@ -13,9 +13,17 @@ from jaxllm.run.parts import OnStep, StepReport
 
 
 def nobody_listens() -> bool:
-    """Whether no handler would show the log: absl, which grain brings, has one that shows warnings alone."""
-    handlers = [*logging.getLogger("jaxllm").handlers, *logging.root.handlers]
-    return all(type(each).__module__.startswith("absl") for each in handlers)
+    """Whether no handler would show the log, but for one that libraries add at their import.
+
+    That shows warnings alone: absl, by which grain and orbax log, has its own, or calls `logging.basicConfig()`.
+    """
+
+    def of_library(handler: logging.Handler) -> bool:
+        plain = type(handler) is logging.StreamHandler and logging.root.level == logging.WARNING
+        default = plain and getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT
+        return default or type(handler).__module__.startswith("absl")
+
+    return all(map(of_library, [*logging.getLogger("jaxllm").handlers, *logging.root.handlers]))
 
 
 class _Lines(logging.Handler):

@@ -24,7 +24,7 @@ from jaxllm.interop.hf import load_hf_config
 from jaxllm.run.feed import open_run_pipeline
 from jaxllm.run.parts import PARTS
 from jaxllm.run.start import load_initial_params
-from jaxllm.run.steps import Steps, make_steps
+from jaxllm.run.steps import Steps, make_steps, or_by_blocks
 from jaxllm.storage.folder import CONFIG, DATA, TOKENIZER, Kind, find_model
 from jaxllm.training.program import program_of
 from jaxllm.training.sharding import check_rows, fetch, make_mesh, place_rows
@@ -40,7 +40,11 @@ def evaluate(steps: Steps, params: Any, pipeline: Pipeline) -> dict[str, float]:
         loss (per token), bits_per_byte (T5: bits_per_target_byte), accuracy, and spans_exact where there are spans.
         With `data.validation` they are those of the first set, and NAME/loss and so on follow for each set.
     """
-    found = {name: _measure(steps, params, pipeline, name) for name in pipeline.sets or [None]}
+
+    def measure(steps: Steps) -> dict[str | None, dict[str, float]]:
+        return {name: _measure(steps, params, pipeline, name) for name in pipeline.sets or [None]}
+
+    _, found = or_by_blocks(steps, measure)
     named = {f"{name}/{key}": value for name, values in found.items() for key, value in values.items() if name}
     return next(iter(found.values())) | named
 

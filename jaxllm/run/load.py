@@ -13,12 +13,13 @@ from jaxllm.run.start import read_run
 from jaxllm.storage.folder import Kind, find_model
 
 
-def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict[str, Any]]:
+def load_run(folder: str | Path, *, dtype: str = "float32", average: bool = True) -> tuple[Model, dict[str, Any]]:
     """Model and float32 parameters of a run's newest whole checkpoint, the counterpart of `load_hf` for a run folder.
 
     Args:
         folder: `training.run_dir` of the run; RUN@STEP is the checkpoint of a step.
         dtype: of the computation.
+        average: take the average of the parameters, if the run has one (`optimizer.ema`), as all that loads a run.
 
     Raises:
         ConfigError: when the folder is not a run folder.
@@ -28,7 +29,7 @@ def load_run(folder: str | Path, *, dtype: str = "float32") -> tuple[Model, dict
         model, params = jaxllm.load_run("runs/llama_tiny")
         logits = model.apply({"params": params}, tokens)
     """
-    config, params = read_run(folder)
+    config, params = read_run(folder, average=average)
     return build(config.model, dtype=jnp.dtype(dtype)), params
 
 

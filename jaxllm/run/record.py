@@ -1,6 +1,6 @@
-"""The record of a run: its speed, rows of metrics (JSONL, TensorBoard), lines of the log, a curve.
+"""The record of a run: its speed, rows of metrics, lines of the log, a curve.
 
-metrics.jsonl is the record; TensorBoard's files and the curve repeat it.
+metrics.jsonl is the record; trackers (`jaxllm.run.trackers`) and the curve repeat it.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from jaxllm.data.packing import segments_of
 from jaxllm.host import processes
 from jaxllm.host.device import Device
 from jaxllm.models.family import train_flops
-from jaxllm.run.event_file import EventFile
-from jaxllm.storage.folder import CURVE, METRICS, TENSORBOARD
+from jaxllm.run.trackers import Tracker, Trackers
+from jaxllm.storage.folder import CURVE, METRICS
 from jaxllm.training.train_step import StepMetrics
 
 _log = logging.getLogger(__name__)
@@ -150,20 +150,23 @@ def log_validation(step: int, values: dict[str, float], sets: Collection[str] = 
 
 
 class MetricsWriter:
-    """Appends dictionaries of scalars to metrics.jsonl and to TensorBoard, of the first process, line by line."""
+    """Appends dictionaries of scalars to metrics.jsonl, and gives them to the trackers; the first process does."""
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig | None = None, tracker: Tracker | None = None, *, resume_step: int
+    ) -> None:
         """Drops lines after `resume_step`: those steps are about to be done again."""
         self.path, self._writes = folder / METRICS, processes.index() == 0
         if not self._writes:
             return
+        kept = []
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if text.encode() != self.path.read_bytes():
                 write_whole(self.path, text.encode())  # a full disk or a kill costs no row of a step that stays done
         self._file = Appended(self.path)
-        self._board = EventFile(folder / TENSORBOARD, resume_step=resume_step)
+        self._trackers = Trackers(folder, config, kept, tracker)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records values at a step; numbers that are not finite become null in JSON."""
@@ -171,14 +174,13 @@ class MetricsWriter:
             return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(f"{json.dumps({'step': step, **finite})}\n".encode())
-        self._board.write(step, {name: value for name, value in finite.items() if isinstance(value, int | float)})
+        self._trackers.write(step, finite)
 
     def close(self) -> None:
-        """Closes both records."""
-        if not self._writes:
-            return
-        self._file.close()
-        self._board.close()
+        """Closes the record and the trackers."""
+        if self._writes:
+            self._file.close()
+            self._trackers.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

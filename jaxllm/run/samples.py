@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllm.config import TrainingConfig
+from jaxllm.config import RunConfig, TrainingConfig
 from jaxllm.data.objectives import before_end
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.tokenizer import Tokenizer, encode_blanks
 from jaxllm.generation.text import TextModel, filled_in
 from jaxllm.host import processes
 from jaxllm.models import Model
@@ -27,6 +28,12 @@ _log = logging.getLogger(__name__)
 # Greedy text of a small model repeats itself; this is mild enough to show what it learned.
 SAMPLING = Sampling(temperature=0.7, top_k=50)
 _HELD_OUT = 2
+
+
+def check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for a blank in the prompt of an encoder-decoder's sample that the tokenizer cannot encode."""
+    if config.model.encoder_decoder and config.training.sample_tokens:
+        encode_blanks(config.training.sample_prompt, tokenizer)
 
 
 def on_one_device(program: Program, mesh: Mesh | None, params: Any) -> Any:

@@ -148,10 +148,11 @@ def _is(tokenizer: Tokenizer, file: Path) -> bool:
         return False
 
 
-def read_run(folder: str | Path, mesh: Mesh | None = None) -> tuple[RunConfig, dict[str, Any]]:
+def read_run(folder: str | Path, mesh: Mesh | None = None, *, average: bool = True) -> tuple[RunConfig, dict[str, Any]]:
     """Config and float32 parameters of RUN's newest whole checkpoint, or of RUN@STEP, on a mesh; RUN is left as it is.
 
-    The model's attention is `auto`: a kernel that training asked for by name may be another machine's.
+    A run with `optimizer.ema` gives the average of its parameters, unless `average` is False. The model's attention is
+    `auto`: a kernel that training asked for by name may be another machine's.
 
     Raises:
         ConfigError: when there is no run.
@@ -161,7 +162,8 @@ def read_run(folder: str | Path, mesh: Mesh | None = None) -> tuple[RunConfig, d
     config = load_config(folder / CONFIG)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     shapes = abstract_params(build(config.model))
-    return config, load_params(folder / CHECKPOINTS, shapes if mesh is None else with_shardings(shapes, mesh), step)
+    shapes = shapes if mesh is None else with_shardings(shapes, mesh)
+    return config, load_params(folder / CHECKPOINTS, shapes, step, average=average)
 
 
 def _check_same(folder: Path, there: ModelConfig, here: ModelConfig) -> None:

@@ -8,11 +8,11 @@ decode, have `jaxllm.generation.loop`.
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from jaxllm.config import RunConfig
 from jaxllm.host.device import Device, host_memory
@@ -29,6 +29,8 @@ from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class Steps(NamedTuple):
     """What a run compiles."""
@@ -40,6 +42,7 @@ class Steps(NamedTuple):
     eval_step: CompiledOnce[[Any, Batch], LossSums]  # (params, batch) -> sums
     # (params, batch) -> the most likely targets, of an encoder-decoder
     predict: CompiledOnce[[Any, Batch], Int[Array, "B T"]] | None
+    norms: CompiledOnce[[TrainState, Batch], Float[Array, "3 G"]]  # (state, batch) -> norms of the step
 
 
 def make_steps(program: Program, mesh: Mesh | None) -> Steps:
@@ -52,29 +55,34 @@ def make_steps(program: Program, mesh: Mesh | None) -> Steps:
     predict = None
     if program.config.model.encoder_decoder:
         predict = CompiledOnce(make_predict_step(program, mesh), name="span evaluation")
-    return Steps(program, mesh, train_step, eval_step, predict)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    norms = CompiledOnce(program.norms, name="step that computes norms", out_shardings=whole)
+    return Steps(program, mesh, train_step, eval_step, predict, norms)
 
 
 def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
     """Compiles the train step, and all steps where cuDNN might refuse an attention; `state` and `batch` are only read.
 
-    Returns:
-        The same steps, or others with attention by blocks in plain JAX where cuDNN refused one of `attention: auto`.
-
-    Raises:
-        AttentionRefused: when `model.attention: cudnn` is refused.
-        DeviceError: when the device cannot run a step.
+    Returns and raises as `or_by_blocks`; DeviceError when the device cannot run a step.
     """
-    config = steps.program.config
+    return or_by_blocks(steps, lambda each: _compile(each, state, batch))[0]
+
+
+def or_by_blocks(steps: Steps, use: Callable[[Steps], T]) -> tuple[Steps, T]:
+    """The steps, and the result of `use(steps)`, which compiles some of them.
+
+    Where cuDNN refuses one of `attention: auto`, they are other steps, with attention by blocks in plain JAX. A refusal
+    of `attention: cudnn` is an AttentionRefused.
+    """
     try:
-        _compile(steps, state, batch)
+        return steps, use(steps)
     except AttentionRefused as error:
+        config = steps.program.config
         if config.model.attention != "auto":
             raise
         _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
         steps = make_steps(program_of(by_blocks(config), steps.mesh, steps.program.own), steps.mesh)
-        _compile(steps, state, batch)
-    return steps
+        return steps, use(steps)
 
 
 def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
@@ -83,6 +91,8 @@ def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
         if steps.predict is not None:
             steps.predict.prepare(state.params, batch)
     steps.train_step.prepare(state, batch)
+    if steps.program.config.training.norms_every:
+        steps.norms.prepare(state, batch)
 
 
 def _may_be_refused(config: RunConfig) -> bool:

@@ -25,7 +25,6 @@ from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source
-from jaxllm.data.tokenizer import encode_blanks
 from jaxllm.host import processes
 from jaxllm.host.device import compilation_cache, detect_device
 from jaxllm.host.signals import stop_signals
@@ -37,12 +36,15 @@ from jaxllm.run.evaluation import evaluate, target_bytes
 from jaxllm.run.feed import Prefetch, open_run_pipeline
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
+from jaxllm.run.profile import Window
 from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
-from jaxllm.run.samples import on_one_device, write_sample
+from jaxllm.run.samples import check_prompt, on_one_device, write_sample
 from jaxllm.run.start import Start, find_start, stop
 from jaxllm.run.steps import Steps, announce_fit, compile_steps, make_steps
+from jaxllm.run.trackers import Tracker, check_trackers
 from jaxllm.storage.checkpoint import Checkpoints
-from jaxllm.storage.folder import CHECKPOINTS, METRICS, continued, open_run_folder, settle_residual, write_config
+from jaxllm.storage.folder import CHECKPOINTS, PROFILE, continued, open_run_folder, settle_residual, write_config
+from jaxllm.training.attribution import norms_row
 from jaxllm.training.optimizer import build_schedule, phases
 from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
@@ -74,6 +76,7 @@ class Parts(NamedTuple):
     writer: MetricsWriter
     overflow: OverflowWatch
     meter: Throughput
+    window: Window
     on_step: Sequence[OnStep]
     on_evaluate: OnEvaluate | None
 
@@ -89,6 +92,7 @@ class Pending(NamedTuple):
     step: int
     metrics: StepMetrics
     batch: dict[str, np.ndarray]
+    norms: jax.Array | None  # of `Steps.norms`, where they are due
 
 
 @dataclasses.dataclass
@@ -116,6 +120,7 @@ def pretrain(
     recipe: Objective | None = None,
     on_step: OnStep | None = None,
     on_evaluate: OnEvaluate | None = None,
+    tracker: Tracker | None = None,
     stop_at: int | None = None,
     accept_other_parts: bool = False,
 ) -> Summary:
@@ -132,6 +137,7 @@ def pretrain(
         source: in place of `data.source`: documents by number, or a stream with a position.
         on_step: called with each `StepReport`, one step late.
         on_evaluate: (step, metrics, parameters) -> more metrics for metrics.jsonl, or None.
+        tracker: called with the step and the rest of each new row of metrics.jsonl, in addition to `training.trackers`.
         stop_at: save and return after this step, for sessions of limited length.
         accept_other_parts: continue a run that was trained with another loss, source or recipe, or with another
             optimizer whose state has the same form.
@@ -157,8 +163,7 @@ def pretrain(
         # Build.
         mesh = make_mesh(fsdp=config.sharding.fsdp)
         steps = make_steps(program_of(config, mesh, own), mesh)
-        if config.model.encoder_decoder and config.training.sample_tokens:
-            encode_blanks(config.training.sample_prompt, pipeline.tokenizer)  # refuses a blank now, not after the run
+        check_prompt(config, pipeline.tokenizer)  # refuses a blank now, not after the run
         check_memory = announce_fit(steps.program, detect_device(), mesh)
         meter = Throughput(config, pipeline.recipe.lengths, detect_device())
         # Restore.
@@ -170,31 +175,32 @@ def pretrain(
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
         feed = Prefetch(pipeline, mesh)
-        with stop_signals(deadline) as stopped:
+        with stop_signals(deadline) as stopped, closing(Window(config.training.profile, folder / PROFILE)) as window:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)
-                check_memory(steps.train_step.needed)
+                check_memory(max(steps.train_step.needed, steps.norms.needed))
                 processes.check_same("attention", steps.program.config.model.attention)  # after the slowest compiler
-            writer = stack.enter_context(closing(MetricsWriter(folder, resume_step=progress.step - progress.branched)))
+            kept = progress.step - progress.branched
+            writer = stack.enter_context(closing(MetricsWriter(folder, config, tracker, resume_step=kept)))
             if progress.step < until or progress.branched:
                 write_config(steps.program.config, folder)
                 write_parts(folder, given)
             # Loop.
             overflow = OverflowWatch(steps.program, progress.state.params, mesh=mesh)
-            made = (folder, pipeline, feed, steps, checkpoints, writer, overflow, meter)
+            made = (folder, pipeline, feed, steps, checkpoints, writer, overflow, meter, window)
             parts = Parts(*made, [*callbacks, *filter(None, [on_step])], on_evaluate)
             _loop(parts, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
             _finish(parts, progress, baselines)
         processes.gather("finished")  # the others wait for the sample
-        rows = read_metrics(folder / METRICS)
-        return Summary(progress.step, resumed_from, finished, progress.validation, folder, rows)
+        return Summary(progress.step, resumed_from, finished, progress.validation, folder, read_metrics(writer.path))
 
 
 def _last_step(config: RunConfig, stop_at: int | None) -> int:
     """The step to stop after; raises ValueError for what no run can do here."""
     training = config.training
+    check_trackers(training.trackers)
     if stop_at is not None and stop_at < 1:
         raise ValueError(f"stop_at must be at least 1, got {stop_at}")
     check_rows(batch_size=training.batch_size, accumulation=training.accumulation, devices=jax.device_count())
@@ -286,12 +292,14 @@ def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
     """Starts the next step, and the copy of the batch after it."""
     with parts.meter.waiting():
         batch, placed, progress.position = parts.feed.take()
-    progress.state, metrics = parts.steps.train_step(progress.state, placed)
     progress.step += 1
+    every = parts.config.training.norms_every
+    norms = parts.steps.norms(progress.state, placed) if every and progress.step % every == 0 else None
+    progress.state, metrics = parts.window.run(progress.step, parts.steps.train_step, progress.state, placed)
     if progress.step < until:
         with parts.meter.waiting():
             parts.feed.read_ahead()
-    return Pending(progress.step, metrics, batch)
+    return Pending(progress.step, metrics, batch, norms)
 
 
 def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
@@ -305,13 +313,8 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
         start = _last_good(parts, progress)
         value = parts.overflow.first_value(pending.step, start.state, pending.batch)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
-        stop(
-            parts.checkpoints,
-            progress.doubtful,
-            start,
-            pending.step,
-            f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}",
-        )
+        reason = f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}"
+        stop(parts.checkpoints, progress.doubtful, start, pending.step, reason)
     with parts.meter.paused():
         reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
     if reason is not None:
@@ -320,6 +323,8 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
     record.add_step(progress.sums, config, values, size=target_bytes(pending.batch, parts.pipeline.tokenizer))
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
+    if pending.norms is not None:
+        parts.writer.write(pending.step, norms_row(progress.state.params, pending.norms))
     report = StepReport(pending.step, values, pending.batch, lambda: jax.tree.map(jnp.copy, progress.state))
     with parts.meter.paused():
         for callback in parts.on_step:
@@ -344,9 +349,9 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
 
 def _evaluate(parts: Parts, progress: Progress) -> None:
     with parts.meter.paused():
-        values = evaluate(parts.steps, progress.state.params, parts.pipeline)
+        values = evaluate(parts.steps, progress.state.evaluated, parts.pipeline)
         if parts.on_evaluate is not None:
-            own = parts.on_evaluate(progress.step, values, progress.state.params) or {}
+            own = parts.on_evaluate(progress.step, values, progress.state.evaluated) or {}
             values = {name: float(value) for name, value in own.items()} | values
     progress.validation = {**values, "step": progress.step}
     parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
@@ -378,7 +383,7 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
     if metric in progress.validation:
         value = progress.validation[metric]
         _log.info("validation %s %.3f (%s)", metric.replace("_", " "), value, _listed(baselines))
-    params = on_one_device(parts.steps.program, parts.steps.mesh, progress.state.params)
+    params = on_one_device(parts.steps.program, parts.steps.mesh, progress.state.evaluated)
     if processes.index() > 0:
         return
     text = params and write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)

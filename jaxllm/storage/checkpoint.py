@@ -9,9 +9,11 @@ newer, damaged ones aside: a disk that fails for a moment must cost no checkpoin
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import math
+import operator
 import os
 import shutil
 import time
@@ -21,14 +23,16 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxllm.data import first_line
 from jaxllm.data.durable import move, sync_tree
 from jaxllm.host import processes
 from jaxllm.storage import checkpoint_reading as reading
-from jaxllm.storage.checkpoint_reading import DATA, LEAVES, PARAMS, STATE, CheckpointError, Restored
+from jaxllm.storage.checkpoint_reading import AVERAGE, DATA, LEAVES, PARAMS, STATE, CheckpointError, Restored
 from jaxllm.storage.folder import checkpoint_steps
 from jaxllm.training.fingerprint import total
+from jaxllm.training.sharding import make_mesh, with_shardings
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +90,7 @@ class Checkpoints:
         """Opens or creates the folder and removes what an interrupted save left behind; for `minutes` see `late`."""
         reading.hide_unfinished_reads()
         self._minutes, self._saved = minutes, time.monotonic()
+        self._wishes = processes.own_prefix()
         self._losses: dict[int, float] = {}
         with processes.first_then_all():
             # orbax opens no folder in which a single checkpoint's description cannot be parsed.
@@ -131,7 +136,7 @@ class Checkpoints:
         late = self._minutes is not None and time.monotonic() - self._saved >= 60 * self._minutes
         if self._minutes is None or not processes.several():
             return late
-        return step % processes.EVERY == 0 and processes.agreed(step, late)
+        return step % processes.EVERY == 0 and processes.agreed(self._wishes, step, late)
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> str:
         """Starts writing a checkpoint; returns its fingerprint. A save that fails, then or later, is reported once."""
@@ -254,6 +259,33 @@ def _move_aside(folder: Path, steps: Sequence[int]) -> None:
         _log.warning("checkpoint %d is now %s", step, target)
 
 
+def read_leaves(folder: Path, step: int, *, arrays: bool) -> tuple[dict[str, str], str]:
+    """Fingerprints in a checkpoint by leaf, none in one of an earlier version, and its damage, empty without one.
+
+    With `arrays` the state is read, and compared with them.
+    """
+    here = epath.Path(folder.absolute()) / str(step)
+    leaves: dict[str, str] = {}
+
+    def read() -> None:
+        if not is_described(folder, step):
+            raise reading.Damaged("its description cannot be parsed")
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            record = reader.restore(here / DATA)
+        leaves.update(record.get(LEAVES, {}))
+        if not arrays:
+            return
+        handler = ocp.StandardCheckpointHandler()
+        saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), handler.metadata(here / STATE).tree)
+        abstract = with_shardings(saved, make_mesh())
+        with ocp.Checkpointer(handler) as reader:
+            state = reader.restore(here / STATE, args=ocp.args.StandardRestore(abstract))
+        if reading.verify_tree(state, record) and len(jax.tree.leaves(state)) < len(leaves):
+            raise reading.Damaged("leaves are missing")
+
+    return leaves, reading.attempt(folder / str(step), read)[1]
+
+
 def save_params(folder: Path, params: Any) -> None:
     """Writes parameters alone as the checkpoint of step 0: a start for other runs, which no run resumes."""
     step = folder.absolute() / "0"
@@ -263,8 +295,10 @@ def save_params(folder: Path, params: Any) -> None:
         writer.save(step / DATA, args=ocp.args.JsonSave(reading.record_of({}, {PARAMS: params})))
 
 
-def load_params(folder: Path, abstract_params: Any, step: int | None = None) -> Any:
+def load_params(folder: Path, abstract_params: Any, step: int | None = None, *, average: bool = True) -> Any:
     """Parameters of the newest whole checkpoint in a folder, or that of a step; the folder is left as it is.
+
+    With `average` they are the average of the parameters, where the state has one.
 
     Raises:
         CheckpointError: when there is none.
@@ -272,22 +306,25 @@ def load_params(folder: Path, abstract_params: Any, step: int | None = None) -> 
     folder, kept = folder.absolute(), checkpoint_steps(folder)
     if step is not None and step not in kept:
         raise CheckpointError(f"{folder} keeps no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
-    wanted = {PARAMS: abstract_params}
-    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+
+    def keys(record: dict[str, Any]) -> list[str]:  # of what is loaded, in the state
+        names = (name.partition(f"/{AVERAGE}/") for name in record.get(LEAVES, ()) if average)
+        return next(([*before.split("/"), AVERAGE] for before, found, _ in names if found), [PARAMS])
 
     def read(step: int) -> tuple[Any, dict[str, Any]]:
+        record, place = {}, folder / str(step)
+        if (place / DATA).exists():  # earlier versions wrote none for parameters alone
+            record = reading.restored(ocp.JsonCheckpointHandler(), place / DATA, ocp.args.JsonRestore())
+        wanted = functools.reduce(lambda tree, key: {key: tree}, reversed(keys(record)), abstract_params)
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
         options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
-        found = reading.restored(ocp.PyTreeCheckpointHandler(), folder / str(step) / STATE, options)
-        if jax.tree.leaves(abstract_params)[0].sharding is None:
-            found = jax.device_put(found)
-        if not (folder / str(step) / DATA).exists():  # earlier versions wrote none for parameters alone
-            return found, {}
-        return found, reading.restored(ocp.JsonCheckpointHandler(), folder / str(step) / DATA, ocp.args.JsonRestore())
+        found = reading.restored(ocp.PyTreeCheckpointHandler(), place / STATE, options)
+        return jax.device_put(found) if jax.tree.leaves(abstract_params)[0].sharding is None else found, record
 
     found, damaged = reading.newest_whole(folder, kept if step is None else [step], read)
     if found is not None:
         _log.info("parameters of step %d in %s", found[0], folder.parent)
-        return found[1][PARAMS]
+        return functools.reduce(operator.getitem, keys(found[2]), found[1])
     if damaged:
         raise CheckpointError(f"no readable checkpoint in {folder} (tried steps {damaged})")
     raise CheckpointError(f"no checkpoint in {folder} yet; train the run until its first (training.save_every)")

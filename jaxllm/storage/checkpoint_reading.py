@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Items of a checkpoint, each a folder in it, and the key of the parameters in the first.
-STATE, DATA, PARAMS = "state", "data", "params"
+# Items of a checkpoint, each a folder in it; in the first, keys of the parameters and of their average (EMA).
+STATE, DATA, PARAMS, AVERAGE = "state", "data", "params", "average_of_params"
 # Keys of the second item: position, fingerprints of the state by leaf, and checksum of the position.
 _POSITION, LEAVES, _CHECKSUM = "position", "fingerprints", "checksum"
 _RECORD = {_POSITION, LEAVES, _CHECKSUM}
@@ -73,28 +73,36 @@ def _read(folder: Path, step: int, abstract_state: Any) -> tuple[Any, dict[str, 
     """State and record of a checkpoint, not verified; the record of an earlier version is the position alone."""
     place = folder.absolute() / str(step)
     found = ocp.StandardCheckpointHandler().metadata(epath.Path(place / STATE)).tree
-    _check_dtypes(folder, step, found, abstract_state)
+    record = restored(ocp.JsonCheckpointHandler(), place / DATA, ocp.args.JsonRestore())
+    _check_form(folder, step, found, abstract_state, saved=record.get(LEAVES, ()))
     state = ocp.args.StandardRestore(with_dropped_leaf(abstract_state, found))
-    return without_dropped_leaf(restored(ocp.StandardCheckpointHandler(), place / STATE, state)), restored(
-        ocp.JsonCheckpointHandler(), place / DATA, ocp.args.JsonRestore()
-    )
+    return without_dropped_leaf(restored(ocp.StandardCheckpointHandler(), place / STATE, state)), record
 
 
-def _check_dtypes(folder: Path, step: int, found: Any, abstract_state: Any) -> None:
-    """Refuses a checkpoint of other shapes or dtypes, which orbax would silently cast."""
+def _check_form(folder: Path, step: int, found: Any, abstract_state: Any, *, saved: Iterable[str]) -> None:
+    """Refuses a checkpoint of another optimizer, or of other shapes or dtypes, which orbax would silently cast."""
     if set(found) == {PARAMS}:  # of `save_params`
         raise CheckpointError(
             f"checkpoint {step} in {folder} holds parameters alone; choose another training.run_dir, with "
             f"training.init_from={folder.parent}"
         )
     have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-    for path, want in jax.tree_util.tree_leaves_with_path(abstract_state):
-        leaf = have.get(path_name(path))
+    wanted = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+    rules = [{name for name in names if name.startswith("opt_state/")} for names in (have, saved, wanted)]
+    of_rule = {name for name in rules[0] ^ rules[2] if not name.endswith(f"/{_DROPPED}")}
+    if of_rule and rules[0] == rules[1]:  # else it is damage
+        raise CheckpointError(
+            f"checkpoint {step} in {folder} holds the state of another optimizer ({min(of_rule)} is in one alone); "
+            f"continue with that one, or choose another training.run_dir with training.init_from={folder.parent}, "
+            "which takes the parameters alone"
+        )
+    for name, want in wanted.items():
+        leaf = have.get(name)
         if leaf is None or not hasattr(leaf, "dtype") or jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
             continue
         if leaf.dtype != want.dtype or tuple(leaf.shape) != tuple(want.shape):
             raise CheckpointError(
-                f"checkpoint {step} in {folder} holds {path_name(path)} as {leaf.dtype}{list(leaf.shape)}, "
+                f"checkpoint {step} in {folder} holds {name} as {leaf.dtype}{list(leaf.shape)}, "
                 f"this run needs {want.dtype}{list(want.shape)}"
             )
 

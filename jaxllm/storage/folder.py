@@ -5,7 +5,9 @@ tokenizer.json, .model   the run's tokenizer, and tokenizer_origin.json: what it
 data/                    the prepared corpus, unless data.cache_dir is set
 checkpoints/STEP/        state, data position, and validation losses before it (`jaxllm.storage.checkpoint`)
 checkpoints.damaged/     checkpoints that could not be read
-metrics.jsonl            one row of numbers per line; tensorboard/ repeats them
+metrics.jsonl            one row of numbers per line
+tensorboard/, wandb/     what those trackers write, with wandb_id: the W&B run that a resume continues
+profile/                 the trace of the steps of training.profile
 sample.txt, loss.png     written after the last step
 .lock                    locked by the process that trains
 """
@@ -41,6 +43,8 @@ DATA = "data"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+PROFILE = "profile"
+WANDB_ID = "wandb_id"
 SAMPLE = "sample.txt"
 CURVE = "loss.png"
 _LOCK = ".lock"
@@ -49,7 +53,7 @@ _HUGGING_FACE_CONFIG = "config.json"
 # What may change between two starts of one run, because it moves no number of the training, by section of the config.
 _MAY_CHANGE = {
     "training": "run_dir log_every eval_every eval_batches save_every save_every_minutes stop_after keep "
-    "sample_prompt sample_tokens compilation_cache",
+    "sample_prompt sample_tokens compilation_cache trackers norms_every profile",
     "data": "cache_dir workers tokenizer",  # the folder keeps its own tokenizer, and takes no other
     "model": "layers remat attention",
     "sharding": "fsdp",

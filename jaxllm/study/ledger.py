@@ -96,16 +96,6 @@ def violations(entries: Counter[Entry], excused: Collection[tuple[str, str]] = (
     return [entry for entry in entries if entry.low and not ok(entry)]
 
 
-def format_ledger(entries: Counter[Entry], excused: Collection[tuple[str, str]] = ()) -> str:
-    """A table with one line per entry; those below float32 are marked LOW, or moved if `excused`."""
-    rows = [("", "count", *Entry._fields)]
-    bad = set(violations(entries, excused))
-    marks = {entry: "LOW" if entry in bad else "moved" if entry.low else "" for entry in entries}
-    rows += [(marks[entry], str(entries[entry]), *entry) for entry in sorted(entries)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
 def _walk(jaxpr: Any, stacks: tuple[str, ...], times: int) -> Counter[Entry]:
     total: Counter[Entry] = Counter()
     for eqn in jaxpr.eqns:

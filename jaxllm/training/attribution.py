@@ -4,6 +4,7 @@ An infinity that arises in layer k spoils the gradients of every layer below. So
 order names the origin. Each layer of a stack is a group. Out of scope: activations (`jaxllm.jaxprs.observe`).
 """
 
+import math
 from typing import Any
 
 import jax
@@ -28,10 +29,36 @@ def first_nonfinite(grads: Any) -> Int[Array, ""]:
     """Index into `gradient_groups` of the first group that holds an infinity or NaN, -1 when all are finite."""
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     flags = [finite_rows(leaf) if is_stacked(path) else all_finite(leaf)[None] for path, leaf in leaves]
-    starts = np.concatenate([[0], np.cumsum([flag.size for flag in flags])])
-    index = [starts[leaf] + (row or 0) for _, leaf, row in _groups(grads)]
-    bad = ~jnp.concatenate(flags)[np.array(index)]
+    bad = ~_in_order(flags, grads)
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def group_norms(tree: Any) -> Float[Array, " G"]:
+    """Root of the sum of squares of each of the G groups of `gradient_groups`, in float32.
+
+    >>> group_norms({"embed": jnp.full(4, 2.0), "layers": {"q_norm": {"weight": jnp.array([[3.0, 4.0], [0.0, 1.0]])}}})
+    Array([1., 5., 4.], dtype=float32)
+    """
+
+    def squares(path: Any, leaf: Array) -> Array:
+        return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(is_stacked(path), leaf.ndim))).reshape(-1)
+
+    return jnp.sqrt(_in_order([squares(*each) for each in jax.tree_util.tree_leaves_with_path(tree)], tree))
+
+
+def norms_row(params: Any, norms: Any) -> dict[str, float]:
+    """Columns of metrics.jsonl for what `Program.norms` computes of these parameters."""
+    row = {}
+    for name, (grad, weight, update) in zip(gradient_groups(params), np.asarray(norms).T.tolist(), strict=True):
+        ratio = update / weight if weight else math.nan
+        row |= {f"norms/{name}/grad": grad, f"norms/{name}/weight": weight, f"norms/{name}/update_ratio": ratio}
+    return row
+
+
+def _in_order(rows: list[Array], tree: Any) -> Array:
+    """Values of the leaves of a tree, one for each layer of a stack, in the order of `gradient_groups`."""
+    starts = np.concatenate([[0], np.cumsum([values.size for values in rows])])
+    return jnp.concatenate(rows)[np.array([starts[leaf] + (row or 0) for _, leaf, row in _groups(tree)])]
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:

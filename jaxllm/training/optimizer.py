@@ -7,11 +7,12 @@ chain, so that clipping applies to unscaled gradients.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from jaxllm.config import OptimizerConfig, PrecisionConfig, RunConfig
 from jaxllm.training.fingerprint import path_name
@@ -107,11 +108,14 @@ def build_optimizer(config: OptimizerConfig, precision: PrecisionConfig, *, step
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     parts.append(optax.scale_by_learning_rate(schedule))
     parts += [_scale_by_name(config.rate_factors)] if config.rate_factors else []
-    return with_loss_scale(optax.chain(*parts), precision)
+    return wrapped(optax.chain(*parts), config, precision)
 
 
-def with_loss_scale(inner: optax.GradientTransformation, precision: PrecisionConfig) -> optax.GradientTransformation:
-    """An optimizer inside the loss scale of `precision.loss_scale`; itself where that is none."""
+def wrapped(
+    inner: optax.GradientTransformation, config: OptimizerConfig, precision: PrecisionConfig
+) -> optax.GradientTransformation:
+    """An optimizer with the average of `optimizer.ema`, inside the loss scale of `precision.loss_scale`, if any."""
+    inner = with_average(inner, config.ema) if config.ema else inner
     if precision.loss_scale == "dynamic":
         return dynamic_loss_scale(
             inner,
@@ -124,6 +128,56 @@ def with_loss_scale(inner: optax.GradientTransformation, precision: PrecisionCon
     if precision.loss_scale == "static":
         return static_loss_scale(inner, precision.initial_scale)
     return inner
+
+
+class AverageState(NamedTuple):
+    """The average of the parameters in float32, laid out over devices as they are, and the state of the wrapped rule.
+
+    `jaxllm.storage.checkpoint.load_params` finds it by its name.
+    """
+
+    count: Int[Array, ""]  # steps in it
+    average_of_params: Any
+    inner: Any
+
+
+def with_average(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
+    """Wraps a rule so that its state also has an exponential average of the parameters that its updates make.
+
+        a_t = a_(t-1) + (1 - d) / (1 - d^t) * (p_t - a_(t-1)),  so that  a_t = sum_i d^(t-i) p_i / sum_i d^(t-i)
+
+    The weights sum to 1 from the first step on, as in Adam's bias correction (arXiv 1412.6980 section 3).
+
+    >>> rule = with_average(optax.sgd(1.0), 0.5)
+    >>> params, state = {"w": jnp.float32(0.0)}, rule.init({"w": jnp.float32(0.0)})
+    >>> for _ in range(2):  # to 1, then to 2
+    ...     updates, state = rule.update({"w": jnp.float32(-1.0)}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> print(f"{evaluated(params, state)['w']:.3f}")  # (0.5 * 1 + 2) / 1.5
+    1.667
+    """
+    rule = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> AverageState:
+        # Copies: donation refuses one buffer given twice.
+        copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+        return AverageState(jnp.zeros((), jnp.int32), copied, rule.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AverageState]:
+        updates, inside = rule.update(updates, state.inner, params, **extra)
+        count = state.count + 1
+        rate = (1 - decay) / -jnp.expm1(count * math.log(decay))
+        after = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: a + rate * (p - a), state.average_of_params, after)
+        return updates, AverageState(count, average, inside)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def evaluated(params: Any, opt_state: Any) -> Any:
+    """The average in an optimizer state, at any depth; the parameters where there is none."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AverageState))
+    return next((node.average_of_params for node in nodes if isinstance(node, AverageState)), params)
 
 
 def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:

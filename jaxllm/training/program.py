@@ -29,19 +29,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from jaxllm.config import RunConfig, TrainingConfig
 from jaxllm.data.recipes import RECIPES, Objective
 from jaxllm.models import Model, abstract_params, init_params
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.loss import Batch, LossFunction, build_loss
-from jaxllm.training.optimizer import build_optimizer, with_loss_scale
+from jaxllm.training.optimizer import build_optimizer, wrapped
 from jaxllm.training.precision import build_model
 from jaxllm.training.sharding import AnyMesh
-from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step
+from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step, norms
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[Any, Batch], LossSums]
+NormsStep = Callable[[TrainState, Batch], Float[jax.Array, "3 G"]]
 LossBuilder = Callable[[Model, TrainingConfig], LossFunction]
 
 
@@ -67,6 +69,7 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation  # clipping, moments, decay and learning rate, inside the loss scale
     train_step: TrainStep  # (state, batch) -> (state, metrics)
     eval_step: EvalStep  # (parameters, batch) -> sums
+    norms: NormsStep  # (state, batch) -> norms of the step's gradient, weight and update by group
 
     def fresh_state(self) -> TrainState:
         """The state before the first step, from `training.seed`."""
@@ -109,7 +112,9 @@ def program_of(config: RunConfig, mesh: AnyMesh | None = None, own: Own = _NONE)
     if own.optimizer is None:
         optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
     else:
-        optimizer = with_loss_scale(own.optimizer, config.precision)
-    step = make_train_step(loss, optimizer, accumulation=training.accumulation, dtype=dtype, mesh=mesh)
+        optimizer = wrapped(own.optimizer, config.optimizer, config.precision)
+    options: dict[str, Any] = {"accumulation": training.accumulation, "dtype": dtype, "mesh": mesh}
+    step = make_train_step(loss, optimizer, **options)
     evaluate = make_eval_step(loss, dtype=dtype, mesh=mesh)
-    return Program(config, own, model, dtype, loss, optimizer, step, evaluate)
+    observed = make_train_step(loss, optimizer, **options, result=norms)
+    return Program(config, own, model, dtype, loss, optimizer, step, evaluate, observed)

@@ -7,7 +7,7 @@ accumulation scan; on several, where they are gathered. The caller applies jit, 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops.losses import LossSums
-from jaxllm.training.attribution import first_nonfinite
+from jaxllm.training.attribution import first_nonfinite, group_norms
 from jaxllm.training.loss import Batch, LossFunction
+from jaxllm.training.optimizer import evaluated
 from jaxllm.training.precision import cast_floating, loss_scale_of, loss_scale_state, unscale
 from jaxllm.training.sharding import AnyMesh, map_rows, own_keys, sum_gradients, total, with_ends
+
+T = TypeVar("T")
 
 
 class TrainState(NamedTuple):
@@ -28,6 +31,11 @@ class TrainState(NamedTuple):
     params: Any  # float32 master weights
     opt_state: Any  # of the optimizer, the loss scale included
     key: Array  # typed PRNG key of the run; steps fold their number into it and leave it unchanged
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters, or their average with `optimizer.ema`."""
+        return evaluated(self.params, self.opt_state)
 
 
 class StepMetrics(NamedTuple):
@@ -57,7 +65,8 @@ def make_train_step(
     accumulation: int,
     dtype: Any,
     mesh: AnyMesh | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    result: Callable[[TrainState, StepMetrics, Any, Any, Any], T] = lambda after, metrics, *_: (after, metrics),
+) -> Callable[[TrainState, Batch], T]:
     """The pure step of a run: forward, backward, update.
 
     >>> def loss(params, batch, key):  # of a line through the origin
@@ -77,6 +86,7 @@ def make_train_step(
         accumulation: microbatches of a batch. Its arrays, `weights` among them, are split along their leading axis.
         dtype: compute dtype.
         mesh: devices that hold state and batch, see `jaxllm.training.sharding`; None is one.
+        result: what the step returns of the new state, its metrics, old parameters, scaled gradients and updates.
     """
     loss, options = with_ends(loss_function), {"accumulation": accumulation, "own_keys": own_keys(mesh)}
 
@@ -86,7 +96,7 @@ def make_train_step(
     accumulate = map_rows(gradients, mesh, dtype=dtype, combine=sum_gradients)
     rule = optax.with_extra_args_support(optimizer)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch) -> T:
         key = jax.random.fold_in(state.key, state.step)
         weight = jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
         scale = loss_scale_of(state.opt_state)
@@ -97,9 +107,15 @@ def make_train_step(
             known = {"finite": culprit < 0}  # spares the loss scale a pass over the gradients
         updates, opt_state = rule.update(grads, state.opt_state, state.params, **known)
         metrics = _metrics(sums, weight, global_norm(unscale(grads, scale)), scale, opt_state, culprit)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key), metrics
+        after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key)
+        return result(after, metrics, state.params, grads, updates)
 
     return train_step
+
+
+def norms(_: TrainState, metrics: StepMetrics, params: Any, grads: Any, updates: Any) -> Float[Array, "3 G"]:
+    """Norms of the unscaled gradient, the weight and the update of each group, a `result` of `make_train_step`."""
+    return jnp.stack([group_norms(tree) for tree in (unscale(grads, metrics.loss_scale), params, updates)])
 
 
 def _metrics(

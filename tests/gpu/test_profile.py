@@ -11,7 +11,8 @@ import pytest
 from jax.profiler import ProfileData
 
 from benchmarks.gpu import decode, profile, train
-from benchmarks.gpu.profile import kernels, kind, record, show, sources, table
+from benchmarks.gpu.profile import record, show
+from jaxllm.run.profile import kernels, kind, sources
 from tests.gpu.test_benchmark import result
 
 
@@ -73,7 +74,7 @@ def test_the_table_shows_the_largest_and_the_files_hold_all(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = kernels(trace, 2)
-    assert len(table(found, most=1).splitlines()) == 2
+    assert len(found.table(1).splitlines()) == 2
     monkeypatch.setenv("OUT", str(tmp_path))
     for case in ("a", "b"):
         show("train", case, found)

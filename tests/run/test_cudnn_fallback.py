@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from jaxllm.ops import attention, cudnn
 from jaxllm.ops.cudnn import calls_in, refused
 from jaxllm.ops.masks import Pattern
 from jaxllm.run.compiled import DeviceError
+from jaxllm.run.evaluation import evaluate_path
+from jaxllm.run.record import read_metrics
 from jaxllm.run.trainer import pretrain
 from tests.run.test_pretrain import config, losses
 from tests.structure.programs import pretend_gpu, traced_train_step
@@ -223,6 +226,24 @@ def test_a_fallen_back_run_equals_one_by_blocks(
     blocks = config(tmp_path / "blocks", corpus, model={"attention": "chunked"}, training={"steps": 2, "save_every": 2})
     pretrain(blocks)
     assert losses(run) == losses(blocks)
+
+
+def test_evaluations_outside_of_training_take_blocks(
+    tmp_path: Path, corpus: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a run that ended between its last save and evaluation, and of `scripts/evaluate.py`."""
+    run = run_of(tmp_path, corpus)
+    values = pretrain(run).validation
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation/loss" not in row]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    jax.clear_caches()
+    request.getfixturevalue("refusing")
+    again = pretrain(run)
+    found = evaluate_path(tmp_path / "run")
+    assert caplog.text.count("attention: chunked instead of auto for this run") == 2
+    for name in ("loss", "accuracy"):
+        assert again.validation[name] == pytest.approx(values[name], rel=1e-5)
+        assert found[name] == pytest.approx(values[name], rel=1e-5)
 
 
 @EITHER

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from jaxllm.data.workers import EncodedStream
 from jaxllm.ops.losses import LossSums
 from jaxllm.run.parts import StepReport
 from jaxllm.run.trainer import pretrain
+from jaxllm.storage.checkpoint_reading import CheckpointError
 from jaxllm.storage.folder import RunFolderError
 from jaxllm.training.loss import build_loss
 from jaxllm.training.optimizer import build_optimizer
@@ -38,7 +42,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_guide_to_parts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 7 and all(block.count("\n") <= 40 for block in BLOCKS)
+    assert len(BLOCKS) == 8 and all(block.count("\n") <= 40 for block in BLOCKS)
     exec(compile("\n".join(BLOCKS), "docs/parts.md", "exec", dont_inherit=True), {"__name__": "guide"})
     assert json.loads(Path("runs/smoothed/parts.json").read_text()) == {"loss": "guide.smoothed"}  # not from a file
     assert not Path("runs/watched/parts.json").exists()
@@ -81,6 +85,22 @@ def test_parts_are_inside_the_loss_scale_and_accepted_on_request(shared: Path) -
     summary = pretrain(run, optimizer=optax.sgd(0.1), loss=twice, stop_at=1)
     assert summary.metrics[0]["loss_scale"] == 65536 and summary.metrics[0]["learning_rate"] is None
     assert pretrain(run, accept_other_parts=True, optimizer=optax.sgd(0.1)).finished
+
+
+def test_another_optimizers_state_is_named_with_the_fix(shared: Path) -> None:
+    """Also in runs with the leaf of earlier versions, a loss scale and an average: only their rule is compared."""
+    half: dict[str, Any] = {"precision": {"compute": "float16", "loss_scale": "dynamic"}, "optimizer": {"ema": 0.5}}
+    run = config(shared / "other", shared / "corpus", training={"steps": 2}, **half)
+    pretrain(run, optimizer=optax.sgd(0.1), stop_at=1)
+    fix = rf"training.init_from={shared / 'other'}, which takes the parameters alone"
+    for other in (optax.adam(0.1), optax.sgd(0.1, momentum=0.9)):
+        with pytest.raises(CheckpointError, match=rf"checkpoint 1 in .* holds the state of another optimizer .*{fix}"):
+            pretrain(run, accept_other_parts=True, optimizer=other)
+    again = {"steps": 1, "init_from": str(shared / "other")}
+    tokenizer = {"tokenizer": str(shared / "other" / "tokenizer.json")}
+    start = config(shared / "from_other", shared / "corpus", training=again, data=tokenizer)
+    assert pretrain(start, optimizer=optax.adam(0.1)).finished
+    assert pretrain(run, optimizer=optax.sgd(0.1)).finished
 
 
 class Numbers:
@@ -149,5 +169,21 @@ def test_python_shows_the_log_where_nobody_listens(
     pretrain(config(shared / "shown", shared / "corpus", training={"steps": 1}))
     assert "step 1 " not in capsys.readouterr().out  # pytest listens
     monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
     pretrain(config(shared / "shown2", shared / "corpus", training={"steps": 1}))
     assert "step 1 " in capsys.readouterr().out
+
+
+def test_what_libraries_add_to_the_log_at_their_import_does_not_count() -> None:
+    """In a new interpreter, where the trainer's imports find no handler."""
+    code = """if True:
+        import logging, jaxllm, jaxllm.run.trainer
+        from jaxllm.run.console import nobody_listens
+        assert nobody_listens(), logging.root.handlers
+        logging.basicConfig(level=logging.ERROR, force=True)
+        assert not nobody_listens()
+        logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+        assert not nobody_listens()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -121,7 +121,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole: tuple[RunConfig, Summar
     assert losses(run) == losses(parts)
     assert summary.validation == second.validation
     written = {path.name for path in summary.folder.iterdir()}
-    assert {"config.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "tensorboard"} <= written
+    assert {"config.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt"} <= written
     assert load_config(summary.folder / "config.yaml") == run
 
 

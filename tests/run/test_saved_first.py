@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import RunConfig
+from jaxllm.host import processes
 from jaxllm.host.device import Device
 from jaxllm.run.parts import StepReport
 from jaxllm.run.record import Throughput, read_metrics
@@ -100,6 +101,23 @@ def test_a_checkpoint_is_saved_when_so_many_minutes_have_passed(shared: Path, mo
     run = run_in(shared / "minutes", save_every=100, save_every_minutes=1000.0, keep=9)
     pretrain(run, on_step=on_step)
     assert kept(run) == [4, 8]
+
+
+def test_runs_of_one_program_do_not_share_the_wish_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes; a stand-in has the values that the coordination service would have."""
+    values: dict[str, str] = {}
+
+    def get(key: str) -> str:
+        if key not in values:
+            raise RuntimeError(f"NOT_FOUND: {key}")
+        return values[key]
+
+    service = SimpleNamespace(key_value_try_get=get, key_value_set=lambda key, value, **_: values.update({key: value}))
+    monkeypatch.setattr(processes, "_client", lambda: service)
+    first, second = processes.own_prefix(), processes.own_prefix()
+    assert not processes.agreed(first, 8, True)
+    assert processes.agreed(first, 16, False) and not processes.agreed(second, 16, False)
+    assert not processes.agreed(first, 24, False)
 
 
 @pytest.mark.parametrize("stops", [(4,), (2, 5, 7)])

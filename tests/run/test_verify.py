@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 
 import verify_run
+from display.verify import compare_runs, verify_checkpoints, verify_resume
 from jaxllm.run.trainer import pretrain
-from jaxllm.run.verify import compare_runs, verify_checkpoints, verify_resume
 from jaxllm.storage.checkpoint import CheckpointError, save_params
 from tests.conftest import write_corpus
 from tests.run.test_pretrain import config
@@ -117,10 +117,12 @@ def test_checkpoints_are_verified_on_several_devices(tmp_path: Path) -> None:
     """Leaves are split over them, as a state that one device has no room for must be."""
     save_params(tmp_path / "checkpoints", {"embed": jnp.ones((4, 2)), "head": {"kernel": jnp.ones((2, 4))}})
     code = (
-        "import sys, jax; from jaxllm.run.verify import verify_checkpoints; "
+        "import sys, jax; from display.verify import verify_checkpoints; "
         "report = verify_checkpoints(sys.argv[1]); assert jax.device_count() == 2 and report.good, report"
     )
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    scripts = str(Path(verify_run.__file__).parent)
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([scripts, *sys.path])}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

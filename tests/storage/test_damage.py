@@ -20,8 +20,7 @@ import pytest
 from jaxllm.config import LlamaConfig, PrecisionConfig, RunConfig, T5Config
 from jaxllm.config.run import DataConfig, TrainingConfig
 from jaxllm.models import abstract_params
-from jaxllm.run.verify import read_leaves
-from jaxllm.storage.checkpoint import CheckpointError, Checkpoints, load_params
+from jaxllm.storage.checkpoint import CheckpointError, Checkpoints, load_params, read_leaves
 from jaxllm.training.fingerprint import named_fingerprints
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import make_mesh, with_shardings

@@ -11,19 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import orbax.checkpoint as ocp
-from etils import epath
-
 from jaxllm.config.file import load_config
 from jaxllm.run.record import read_metrics
 from jaxllm.run.trainer import pretrain
-from jaxllm.storage.checkpoint import is_described
-from jaxllm.storage.checkpoint_reading import CheckpointError, Damaged, attempt, verify_tree
+from jaxllm.storage.checkpoint import read_leaves
+from jaxllm.storage.checkpoint_reading import CheckpointError
 from jaxllm.storage.folder import CHECKPOINTS, CONFIG, DATA, METRICS, checkpoint_steps
 from jaxllm.training.fingerprint import total
 from jaxllm.training.names import forward_rank
-from jaxllm.training.sharding import make_mesh, with_shardings
 
 # Columns of metrics.jsonl that a resume repeats to the bit.
 _REPEATED = ("fingerprint", "loss", "validation/loss")
@@ -113,33 +108,6 @@ def compare_runs(run: str | Path, other: str | Path) -> Report:
     kept = [step for step in leaves[0] if leaves[0][step] != leaves[1].get(step, leaves[0][step])]
     leaf = _first_leaf(*(each[kept[0]] for each in leaves)) if kept else "none of a step that differs is kept by both"
     return Report(False, "\n".join([*lines, f"checkpoint {kept[0]}: {leaf}" if kept else f"checkpoints: {leaf}"]))
-
-
-def read_leaves(folder: Path, step: int, *, arrays: bool) -> tuple[dict[str, str], str]:
-    """Fingerprints in a checkpoint by leaf, none in one of an earlier version, and its damage, empty without one.
-
-    With `arrays` the state is read, and compared with them.
-    """
-    here = epath.Path(folder.absolute()) / str(step)
-    leaves: dict[str, str] = {}
-
-    def read() -> None:
-        if not is_described(folder, step):
-            raise Damaged("its description cannot be parsed")
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            record = reader.restore(here / "data")
-        leaves.update(record.get("fingerprints", {}))
-        if not arrays:
-            return
-        handler = ocp.StandardCheckpointHandler()
-        saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), handler.metadata(here / "state").tree)
-        abstract = with_shardings(saved, make_mesh())
-        with ocp.Checkpointer(handler) as reader:
-            state = reader.restore(here / "state", args=ocp.args.StandardRestore(abstract))
-        if verify_tree(state, record) and len(jax.tree.leaves(state)) < len(leaves):
-            raise Damaged("leaves are missing")
-
-    return leaves, attempt(folder / str(step), read)[1]
 
 
 def _verdict(folder: Path, step: int, recorded: str | None) -> tuple[bool, str]:
