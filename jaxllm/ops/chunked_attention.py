@@ -10,13 +10,13 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
 from jaxllm.ops.linear import sum_of_outer
 from jaxllm.ops.masks import Pattern
+from jaxllm.ops.rules import custom_vjp
 
 # A block of scores should fit a core's cache and still be an efficient matmul: 128 queries. In a causal sequence it is
 # at most a quarter, but at least 64, so that blocks leave out keys that they cannot see. Long sequences have 16 blocks.
@@ -95,7 +95,7 @@ def _scores(rule: _Rule, operands: _Operands, pattern: Pattern, rows: slice, col
     return jnp.where(_fold(groups), scores, jnp.finfo(scores.dtype).min)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attend(rule: _Rule, operands: _Operands, pattern: Pattern) -> Array:
     return _forward(rule, operands, pattern)[0]
 

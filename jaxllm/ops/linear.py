@@ -7,11 +7,11 @@ custom rules.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
+from jaxllm.ops.rules import custom_vjp
 
 
 def einsum(equation: str, left: Array, right: Array) -> Array:
@@ -37,7 +37,7 @@ def sum_of_outer(
     return jnp.einsum("...nd,...nf->...df", left, right, preferred_element_type=dtype)
 
 
-@jax.custom_vjp
+@custom_vjp
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """`x @ kernel` over the last axis, accumulated in float32, in the dtype of x."""
     return _contract("...d,df->...f", x, kernel)
@@ -58,7 +58,7 @@ def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
 linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
 
 
-@jax.custom_vjp
+@custom_vjp
 def biased_linear(
     x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
 ) -> Float[Array, "*B F"]:
@@ -76,7 +76,7 @@ def _biased_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
 biased_linear.defvjp(lambda x, kernel, bias: (biased_linear(x, kernel, bias), (x, kernel)), _biased_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _einsum(equation: str, left: Array, right: Array) -> Array:
     return _contract(equation, left, right)
 
@@ -91,7 +91,7 @@ def _einsum_backward(equation: str, saved: tuple[Array, Array], grad: Array) -> 
 _einsum.defvjp(lambda equation, *operands: (_contract(equation, *operands), operands), _einsum_backward)
 
 
-@jax.custom_vjp
+@custom_vjp
 def linear_float32(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """`x @ kernel` in float32, for sums that x's dtype cannot hold; the gradients are in x's dtype."""
     return jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=jnp.float32)
