@@ -8,11 +8,13 @@ import subprocess
 import sys
 from typing import Any
 
+import jaxlib
 import pytest
 
-from benchmarks.gpu.compiled import COMPILER, ROOT
+from benchmarks.gpu.compiled import FITS, ROOT
 
-pytestmark = pytest.mark.skipif(not COMPILER.exists(), reason="no GPU compiler: bash benchmarks/gpu/compiler.sh")
+MISSING = f"no GPU compiler of jaxlib {jaxlib.__version__}: bash benchmarks/gpu/compiler.sh"
+pytestmark = pytest.mark.skipif(not FITS, reason=MISSING)
 
 
 def compiled(*cases: str, mesh: str = "fsdp=1", layers: int = 1) -> dict[str, dict[str, Any]]:
