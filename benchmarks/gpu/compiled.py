@@ -29,7 +29,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -61,7 +60,6 @@ from jaxllm.training.sharding import (
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = ROOT / "gpu_compiler"
-FITS = (COMPILER / f"jax_cuda13_plugin-{jaxlib.__version__}.dist-info").is_dir()  # of the jaxlib that is installed
 RESULTS = ROOT / "benchmarks" / "results" / "compiled_H200.json"
 GUIDE = ROOT / "docs" / "gpu.md"
 MARKERS = "<!-- compiled for a GPU: benchmarks/gpu/compiled.py -->", "<!-- end of compiled for a GPU -->"
