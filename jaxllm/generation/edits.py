@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from jax.tree_util import Partial
 
-from jaxllm.jaxprs.hooks import Edit, check_edits, edit
+from jaxllm.jaxprs.hooks import Edit, edit
 from jaxllm.models.decoder import Decoder
 
 R = TypeVar("R")
@@ -34,8 +34,7 @@ def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
             function object compiles again, so define it once, and pass changing arrays by `jax.tree_util.Partial`.
 
     Raises:
-        ValueError: for attention weights, which decoding never holds; for an edit that does not take (value, layer);
-            for parameters that are edited already.
+        ValueError: for attention weights, which decoding never holds; for parameters that are edited already.
 
     Example:
         >>> import jax, jaxllm
@@ -55,7 +54,6 @@ def edited(params: Any, edits: Mapping[str, Edit]) -> Edited:
     for name in edits:
         if name.split("/")[-1] == "attention_weights":
             raise ValueError(f"{name} can't be edited while decoding, which never holds them: edit heads or query")
-    check_edits(edits)
     # A partial of a partial would be a new function each time.
     made = [(name, change if isinstance(change, Partial) else Partial(change)) for name, change in edits.items()]
     # Edits of one hook point apply in their order. jit would sort the keys of a dict.

@@ -18,10 +18,6 @@ from jaxllm.jaxprs.interpret import LOOP, Place, Record, Visitor, bind, label, n
 
 Edit = Callable[[Array, Any], Any]
 
-# What an edit raises that uses `layer` or its value as a number of Python's or an array of NumPy's.
-_NOT_TRACED = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
-_NOT_TRACED += (jax.errors.TracerArrayConversionError,)
-
 
 def capture(function: Callable[..., Any], *names: str) -> Callable[..., tuple[Any, dict[str, Array]]]:
     """A function that returns (function's own result, {path: values of all layers [L, ...]}).
@@ -213,19 +209,15 @@ def _joined(records: list[Record]) -> dict[str, Array]:
 
 def _changed(change: Edit, path: str, value: Array, layer: Any) -> Array:
     try:
-        return _checked(change, path, value, layer)
-    except _NOT_TRACED as error:
+        new = change(value, layer)
+        if new is None:
+            raise ValueError(f"the edit of {path} returns None: it must return the new value")
+        new = jnp.asarray(new)
+        if new.shape != value.shape:
+            raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
+        return new.astype(value.dtype)
+    except jax.errors.JAXTypeError as error:  # of `if`, an index of a list, or NumPy
         fix = "choose by jnp.where(layer == 1, new, value), and compute by jax.numpy alone"
         raise _EditError(ValueError(f"the edit of {path} needs a traced number in Python: {fix}"), error) from None
     except Exception as error:
         raise _EditError(error, error.__cause__) from None
-
-
-def _checked(change: Edit, path: str, value: Array, layer: Any) -> Array:
-    new = change(value, layer)
-    if new is None:
-        raise ValueError(f"the edit of {path} returns None: it must return the new value")
-    new = jnp.asarray(new)
-    if new.shape != value.shape:
-        raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
-    return new.astype(value.dtype)

@@ -14,8 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.models.model import refuse
 from jaxllm.ops import pointwise
-from jaxllm.ops.linear import biased_linear, linear
-from jaxllm.ops.rules import custom_vjp
+from jaxllm.ops.linear import biased_linear, custom_vjp, linear
 
 Drop = Callable[[Array, str], Array]  # a value, and the name of its place, whose key it uses
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
-from jaxllm.ops.linear import sum_of_outer
+from jaxllm.ops.linear import custom_vjp, sum_of_outer
 from jaxllm.ops.masks import Pattern
-from jaxllm.ops.rules import custom_vjp
 
 # A block of scores should fit a core's cache and still be an efficient matmul: 128 queries. In a causal sequence it is
 # at most a quarter, but at least 64, so that blocks leave out keys that they cannot see. Long sequences have 16 blocks.

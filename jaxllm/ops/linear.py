@@ -1,17 +1,36 @@
 """Matmuls that accumulate in float32 and round once, forward and backward.
 
 Autodiff would give the matmuls of the backward pass a 16-bit output instead of `backend.matmul_output`, hence the
-custom rules.
+custom rules (`custom_vjp`, for other modules too).
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
-from jaxllm.ops.rules import custom_vjp
+
+
+class custom_vjp:
+    """As `jax.custom_vjp`; the error of `jax.jvp`, `jacfwd`, `linearize` and `hessian` has the fix."""
+
+    def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
+        functools.update_wrapper(self, function)
+        self._call: Any = jax.custom_vjp(function, nondiff_argnums=nondiff_argnums)
+        self.defvjp = self._call.defvjp
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's value; where jit has compiled it, jax's error comes later and shows the line of the call."""
+        try:
+            return self._call(*args)  # for jvp, jacfwd, linearize, hessian: jaxllm.study.forward_mode(f) in place of f
+        except TypeError as error:
+            if "forward-mode" in str(error) and "jaxllm" not in str(error):
+                error.args = (f"{error} Use jaxllm.study.forward_mode(f) in place of the differentiated function f.",)
+            raise
 
 
 def einsum(equation: str, left: Array, right: Array) -> Array:

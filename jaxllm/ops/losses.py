@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops import backend
-from jaxllm.ops.linear import sum_of_outer
-from jaxllm.ops.rules import custom_vjp
+from jaxllm.ops.linear import custom_vjp, sum_of_outer
 
 
 class LossSums(NamedTuple):

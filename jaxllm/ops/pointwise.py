@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
-from jaxllm.ops.rules import custom_vjp
+from jaxllm.ops.linear import custom_vjp
 
 
 @jax.named_scope("norms")  # the precision ledger reads it

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import RopeConfig
 from jaxllm.ops import backend
-from jaxllm.ops.rules import custom_vjp
+from jaxllm.ops.linear import custom_vjp
 
 
 def rope_frequencies(

@@ -37,7 +37,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from jaxtyping import Array, Int
 
 from jaxllm.models.stack import Share, is_share, whole
-from jaxllm.ops.rules import custom_vjp
+from jaxllm.ops.linear import custom_vjp
 from jaxllm.training.names import is_stacked, role_of
 from jaxllm.training.precision import cast_floating
 
