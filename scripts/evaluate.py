@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("path", help="RUN (its newest checkpoint), RUN@STEP, or a Hugging Face directory")
     parser.add_argument("overrides", nargs="*", help="settings in place of the run's, e.g. training.eval_batches=100")
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="a set; may be repeated")
-    arguments = parser.parse_intermixed_args()
+    arguments, dashed = parser.parse_known_intermixed_args()
     pairs = [
         (each.rpartition("=")[0] or re.sub(r"\W+", "_", Path(each).name.split(".")[0]), each.rpartition("=")[2])
         for each in arguments.data
@@ -41,7 +41,7 @@ def main() -> int:
     prepare_process()
     sets = [f"data.validation={json.dumps(dict(pairs))}"] if pairs else []
     try:
-        print(json.dumps(evaluate_path(arguments.path, [*arguments.overrides, *sets]), indent=1))
+        print(json.dumps(evaluate_path(arguments.path, [*arguments.overrides, *dashed, *sets]), indent=1))
     except (ValueError, RuntimeError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     return 0

@@ -12,9 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
+from interrupts import interruptible
 from jaxllm.config.file import load_config
 
 
+@interruptible
 def main() -> int:
     """Prints examples in colour, or the audit of a corpus."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -23,7 +25,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=3, help="examples to print")
     parser.add_argument("--audit", action="store_true", help="account for every token of many documents instead")
     parser.add_argument("--documents", type=int, default=500, help="documents of the audit")
-    arguments = parser.parse_intermixed_args()
+    arguments, dashed = parser.parse_known_intermixed_args()
     for name in ("examples", "documents"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
@@ -35,7 +37,7 @@ def main() -> int:
 
     console = Console()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, [*arguments.overrides, *dashed])
         check_in_place(config, arguments.config, arguments.overrides)
         with contextlib.closing(open_run_pipeline(config, Path(config.training.run_dir))) as pipeline:
             if arguments.audit:
@@ -47,8 +49,6 @@ def main() -> int:
                 seen = view(inputs, targets, source=source, tokenizer=pipeline.tokenizer)
                 for title, text in zip(seen._fields, seen, strict=True):
                     console.print(Panel(text, title=title, title_align="left"))
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

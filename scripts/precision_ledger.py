@@ -8,23 +8,23 @@ from __future__ import annotations
 import argparse
 import sys
 
+from interrupts import interruptible
 from jaxllm.config.file import load_config
 
 
+@interruptible
 def main() -> int:
     """Parses the command line, reads the train step, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. precision.compute=bfloat16")
-    arguments = parser.parse_intermixed_args()
+    arguments, dashed = parser.parse_known_intermixed_args()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, [*arguments.overrides, *dashed])
         from display.ledger import table
         from jaxllm.study.ledger import allowed, train_step_ledger, violations
 
         entries, excused = train_step_ledger(config), allowed(config.precision)
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
     except ValueError as error:  # of the config, or of what cannot run here
         print(f"error: {error}", file=sys.stderr)
         return 2

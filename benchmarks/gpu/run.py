@@ -287,6 +287,9 @@ def summary(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of --list, whose reader may be `head`
+        status = 141  # as a shell reports it
     os._exit(status)  # a thread that still compiles must not hold up the next case

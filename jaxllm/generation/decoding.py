@@ -5,12 +5,14 @@ strings need the host while tokens appear, so they run chunk by chunk; everythin
 """
 
 import bisect
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from jaxllm.config.setting import settings_of
 from jaxllm.generation import loop
 from jaxllm.generation.loop import fall_back
 from jaxllm.generation.requests import Request, make_request
@@ -18,8 +20,26 @@ from jaxllm.models import Model
 from jaxllm.ops.sampling import GREEDY, Sampling
 
 Decode = Callable[[list[int]], str]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _explained(function: F) -> F:
+    """The function; its TypeError for an argument that belongs into `sampling` has the fix."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            given = ", ".join(f"{name}={kwargs[name]!r}" for name in settings_of(Sampling) if name in kwargs)
+            if not given:
+                raise
+            raise TypeError(f"{function.__name__} takes these as one argument: sampling=Sampling({given})") from None
+
+    return cast(F, call)
+
+
+@_explained
 def generate(
     model: Model,
     params: Any,
@@ -76,6 +96,7 @@ def generate(
     return [_cut(row[:max_new_tokens], eos_ids, stop, decode) for row in rows]
 
 
+@_explained
 def generate_stream(
     model: Model,
     params: Any,

@@ -6,8 +6,9 @@ layer. All three are transformations of functions: they compose with `jax.grad`,
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +80,10 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
         strict: whether a name that is not a hook point of the function is an error.
 
     Raises:
-        ValueError: when called, as `capture`, and for a new value of another shape.
+        ValueError: at once for an edit that does not take (value, layer); when called, as `capture`, for a new value
+            of another shape, and for an edit that needs a traced number in Python.
     """
+    check_edits(edits)
 
     @functools.wraps(function)
     def edited(*args: Any, **kwargs: Any) -> Any:
@@ -93,12 +96,35 @@ def edit(function: Callable[..., Any], edits: Mapping[str, Edit], *, strict: boo
                     inputs = [_changed(change, path, inputs[0], layer)]
             return bind(eqn, inputs), []
 
-        out, _ = run(function, args, kwargs, Visitor(_enters, visit))
+        try:
+            out, _ = run(function, args, kwargs, Visitor(_enters, visit))
+        except _EditError as caught:
+            return jax.eval_shape(functools.partial(_raise, *caught.args))  # jax leaves its frames out of the traceback
         if strict:
             wanted.check()
         return out
 
     return edited
+
+
+def check_edits(edits: Mapping[str, Edit]) -> None:
+    """Raises ValueError for an edit that does not take (value, layer)."""
+    for name, change in edits.items():
+        try:
+            inspect.signature(change).bind(None, 0)
+        except TypeError as error:
+            form = "must be a function of (value, layer), e.g. lambda value, layer: 2 * value"
+            raise ValueError(f"the edit of {name} {form}; {error}") from None
+        except ValueError:
+            continue  # a builtin may have no signature
+
+
+class _EditError(Exception):
+    """Holds the error of an edit on its way out of the interpreter, which would add its frames to the traceback."""
+
+
+def _raise(error: Exception, cause: BaseException | None) -> NoReturn:
+    raise error from cause
 
 
 def sites(function: Callable[..., Any]) -> Callable[..., dict[str, jax.ShapeDtypeStruct]]:
@@ -182,10 +208,16 @@ def _joined(records: list[Record]) -> dict[str, Array]:
 
 
 def _changed(change: Edit, path: str, value: Array, layer: Any) -> Array:
-    new = change(value, layer)
-    if new is None:
-        raise ValueError(f"the edit of {path} returns None: it must return the new value")
-    new = jnp.asarray(new)
-    if new.shape != value.shape:
-        raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
-    return new.astype(value.dtype)
+    try:
+        new = change(value, layer)
+        if new is None:
+            raise ValueError(f"the edit of {path} returns None: it must return the new value")
+        new = jnp.asarray(new)
+        if new.shape != value.shape:
+            raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
+        return new.astype(value.dtype)
+    except jax.errors.JAXTypeError as error:  # of `if`, an index of a list, or NumPy
+        fix = "choose by jnp.where(layer == 1, new, value), and compute by jax.numpy alone"
+        raise _EditError(ValueError(f"the edit of {path} needs a traced number in Python: {fix}"), error) from None
+    except Exception as error:
+        raise _EditError(error, error.__cause__) from None

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxllm.models.model import refuse
 from jaxllm.ops import pointwise
-from jaxllm.ops.linear import biased_linear, linear
+from jaxllm.ops.linear import biased_linear, custom_vjp, linear
 
 Drop = Callable[[Array, str], Array]  # a value, and the name of its place, whose key it uses
 
@@ -149,7 +148,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype: Any) 
     return _lookup(jnp.asarray(table, dtype), tokens)  # parameters may be NumPy's
 
 
-@jax.custom_vjp
+@custom_vjp
 def _lookup(table: Array, tokens: Array) -> Array:
     # Indexing would take the nearest row for a wrong id, or count from the end: plausible, but wrong.
     return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -10,12 +10,28 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ApplyScopeInvalidVariablesTypeError
 
 from jaxllm.config import ModelConfig
 
 # A family's module: attributes `config`, `dtype` and `islands`; called with tokens, or with encoder and decoder tokens,
 # for logits; methods `head` for the output matrix [V, D] and `logits` for hidden states.
 Model = nn.Module
+
+
+class FamilyModule(nn.Module):
+    """A Flax module whose `apply` has an error with the fix for parameters in place of variables."""
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Flax's; ValueError for parameters that are not in {"params": ...}."""
+        try:
+            return super().apply(variables, *args, **kwargs)
+        except ApplyScopeInvalidVariablesTypeError:
+            if "params" in variables:
+                raise
+            fix = 'write model.apply({"params": params}, ...)'
+            raise ValueError(f"apply needs variables, got parameters ({listed(sorted(variables))}); {fix}") from None
 
 
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:

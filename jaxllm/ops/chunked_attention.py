@@ -10,12 +10,11 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
-from jaxllm.ops.linear import sum_of_outer
+from jaxllm.ops.linear import custom_vjp, sum_of_outer
 from jaxllm.ops.masks import Pattern
 
 # A block of scores should fit a core's cache and still be an efficient matmul: 128 queries. In a causal sequence it is
@@ -95,7 +94,7 @@ def _scores(rule: _Rule, operands: _Operands, pattern: Pattern, rows: slice, col
     return jnp.where(_fold(groups), scores, jnp.finfo(scores.dtype).min)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attend(rule: _Rule, operands: _Operands, pattern: Pattern) -> Array:
     return _forward(rule, operands, pattern)[0]
 

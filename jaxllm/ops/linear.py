@@ -1,10 +1,11 @@
 """Matmuls that accumulate in float32 and round once, forward and backward.
 
 Autodiff would give the matmuls of the backward pass a 16-bit output instead of `backend.matmul_output`, hence the
-custom rules.
+custom rules (`custom_vjp`, for other modules too).
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
+
+
+class custom_vjp:
+    """As `jax.custom_vjp`; the error of `jax.jvp`, `jacfwd`, `linearize` and `hessian` has the fix."""
+
+    def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
+        functools.update_wrapper(self, function)
+        self._call: Any = jax.custom_vjp(function, nondiff_argnums=nondiff_argnums)
+        self.defvjp = self._call.defvjp
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's value; where jit has compiled it, jax's error comes later and shows the line of the call."""
+        try:
+            return self._call(*args)  # for jvp, jacfwd, linearize, hessian: jaxllm.study.forward_mode(f) in place of f
+        except TypeError as error:
+            if "forward-mode" in str(error) and "jaxllm" not in str(error):
+                error.args = (f"{error} Use jaxllm.study.forward_mode(f) in place of the differentiated function f.",)
+            raise
 
 
 def einsum(equation: str, left: Array, right: Array) -> Array:
@@ -37,7 +56,7 @@ def sum_of_outer(
     return jnp.einsum("...nd,...nf->...df", left, right, preferred_element_type=dtype)
 
 
-@jax.custom_vjp
+@custom_vjp
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """`x @ kernel` over the last axis, accumulated in float32, in the dtype of x."""
     return _contract("...d,df->...f", x, kernel)
@@ -58,7 +77,7 @@ def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
 linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
 
 
-@jax.custom_vjp
+@custom_vjp
 def biased_linear(
     x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
 ) -> Float[Array, "*B F"]:
@@ -76,7 +95,7 @@ def _biased_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
 biased_linear.defvjp(lambda x, kernel, bias: (biased_linear(x, kernel, bias), (x, kernel)), _biased_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _einsum(equation: str, left: Array, right: Array) -> Array:
     return _contract(equation, left, right)
 
@@ -91,7 +110,7 @@ def _einsum_backward(equation: str, saved: tuple[Array, Array], grad: Array) -> 
 _einsum.defvjp(lambda equation, *operands: (_contract(equation, *operands), operands), _einsum_backward)
 
 
-@jax.custom_vjp
+@custom_vjp
 def linear_float32(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """`x @ kernel` in float32, for sums that x's dtype cannot hold; the gradients are in x's dtype."""
     return jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=jnp.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.ops import backend
-from jaxllm.ops.linear import sum_of_outer
+from jaxllm.ops.linear import custom_vjp, sum_of_outer
 
 
 class LossSums(NamedTuple):
@@ -69,7 +69,7 @@ Pair = tuple[Array, Array]
 Sums = tuple[Array, Array, Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(z_loss: float, wide: Any, rows: Array, head: Array, targets: Array, weights: Array) -> Sums:
     def body(total: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:
         sums, _, _ = _chunk_sums(z_loss, wide, head, *part)

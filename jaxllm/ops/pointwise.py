@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops import backend
+from jaxllm.ops.linear import custom_vjp
 
 
 @jax.named_scope("norms")  # the precision ledger reads it
@@ -40,7 +41,7 @@ def rows_of(vector: Float[Array, " D"], like: Float[Array, "*B D"]) -> Float[Arr
     return jnp.broadcast_to(vector, like.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _rows(shape: tuple[int, ...], vector: Array) -> Array:
     return jnp.broadcast_to(vector, shape)
 
@@ -59,7 +60,7 @@ def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     41 on, and its slope is NaN from 148 on under any loss scale.
     """
 
-    @jax.custom_vjp
+    @custom_vjp
     def low(x: Array) -> Array:
         return function(x.astype(jnp.float32)).astype(x.dtype)
 

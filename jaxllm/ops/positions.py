@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import RopeConfig
 from jaxllm.ops import backend
+from jaxllm.ops.linear import custom_vjp
 
 
 def rope_frequencies(
@@ -189,7 +190,7 @@ def relative_bias(
     return bias[None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _lay_out(numbers: Float[Array, "N W"], queries: int, keys: int) -> Float[Array, "N T S"]:
     """Row t is the S of W numbers (distances -T .. S - 1) from -t on."""
     # Slices are written once; XLA:CPU would fuse reshapes into the softmax of every layer.

@@ -37,6 +37,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from jaxtyping import Array, Int
 
 from jaxllm.models.stack import Share, is_share, whole
+from jaxllm.ops.linear import custom_vjp
 from jaxllm.training.names import is_stacked, role_of
 from jaxllm.training.precision import cast_floating
 
@@ -227,7 +228,7 @@ def _shares(params: Any, specs: Any, dtype: Any) -> Any:
     return jax.tree.map(share, params, specs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(share: jax.Array, axis: int, dtype: Any) -> jax.Array:
     return jax.lax.all_gather(share.astype(dtype), "fsdp", axis=axis, tiled=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def test_script_shows_and_audits(corpus: Path, tmp_path: Path) -> None:
     assert "<extra_id_0>" in shown
     wrong = subprocess.run([*command, "data.path=/nowhere"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "error:" in wrong.stderr and "Traceback" not in wrong.stderr
+    dashed = subprocess.run([*command, "--training.steps=3"], capture_output=True, text=True, check=False)
+    assert dashed.returncode == 2 and "unknown --training.steps=3; write a setting without dashes" in dashed.stderr
 
 
 def test_script_takes_a_home_folder_and_names_damaged_data(
@@ -114,7 +117,7 @@ def test_an_interrupted_script_ends_without_a_trace(name: str, tmp_path: Path, m
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(main.__globals__, "load_config", interrupt)
-    monkeypatch.setitem(main.__globals__, "_convert", interrupt)
+    for called in ("load_config", "_convert"):
+        monkeypatch.setitem(inspect.unwrap(main).__globals__, called, interrupt)
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path), str(tmp_path)])
     assert main() == 130

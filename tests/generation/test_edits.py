@@ -57,6 +57,14 @@ EDITS = {
 }
 
 
+def test_the_error_of_an_edit_ends_a_generation() -> None:
+    model, params, _ = family("llama")
+    with pytest.raises(ValueError, match=r"the edit of heads must be a function of \(value, layer\)"):
+        generate(model, edited(params, {"heads": lambda x: x}), PROMPTS, max_new_tokens=2)
+    with pytest.raises(TypeError, match="contracting dimensions"):
+        generate(model, edited(params, {"heads": lambda x, layer: x @ jnp.ones((3, 3))}), PROMPTS, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("name", ["window", "t5"])
 def test_every_way_of_decoding_is_edited(name: str) -> None:
     model, params, changed = family(name)

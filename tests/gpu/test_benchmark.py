@@ -113,6 +113,12 @@ def test_every_program_is_planned_and_the_first_call_has_its_limit(capsys: pytes
     assert all(name in shown for name in names) and re.search(r"train/llama_1b +75 s, at most 140 s", shown)
 
 
+def test_a_list_that_is_read_in_part_ends_without_a_trace() -> None:
+    command = f"bash {ROOT / 'benchmarks' / 'run_gpu.sh'} --list | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("first: ") and len(done.stdout.splitlines()) == 1 and not done.stderr
+
+
 def test_an_exact_name_is_that_case_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert [case.name for case in plan.cases_of("train/llama_1b")] == ["train/llama_1b"]
     assert [case.name for case in plan.cases_of("decode/1b_b1@cublas+graphs")] == ["decode/1b_b1@cublas+graphs"]

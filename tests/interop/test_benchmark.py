@@ -11,6 +11,7 @@ from benchmarks.load_hf import compare, run_jaxllm, run_transformers, write
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parity
 def test_both_sides_load_the_same(tmp_path: Path, dtype: str) -> None:
     pytest.importorskip("transformers")
     size = write("toy", dtype, tmp_path)["bytes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -90,3 +91,30 @@ def test_a_rule_in_a_while_loop_stays_and_jax_says_so() -> None:
 
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(forward_mode(powers), (jnp.ones(2),), (jnp.ones(2),))
+
+
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda f, p: jax.jvp(f, (p,), (p,)),
+        lambda f, p: jax.jvp(jax.jit(f), (p,), (p,)),
+        lambda f, p: jax.jit(lambda p: jax.jvp(f, (p,), (p,)))(p),
+        lambda f, p: jax.linearize(f, p)[1](p),
+        lambda f, p: jax.jacfwd(f)(p),
+        lambda f, p: jax.hessian(f)(p),
+    ],
+    ids=["jvp", "jvp of jit", "jit of jvp", "linearize", "jacfwd", "hessian"],
+)
+def test_going_forward_without_it_ends_in_an_error_that_names_it(
+    forward: Callable[[Any, Any], Any], config: LlamaConfig | T5Config
+) -> None:
+    """Of what jit or a loop has compiled, jax shows the line that it cannot differentiate above its error."""
+    for function, at in (loss_of(config), (loop_of_matmuls, jnp.ones(2))):
+        with pytest.raises(TypeError, match="forward-mode") as caught:
+            forward(function, at)
+        assert "jaxllm.study.forward_mode(f)" in "".join(traceback.format_exception(caught.value))
+
+
+def loop_of_matmuls(x: jax.Array) -> jax.Array:
+    return jnp.sum(jax.lax.scan(lambda x, _: (linear(x, jnp.eye(2)), None), x, None, length=3)[0] ** 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxllm
+from jaxllm.jaxprs.hooks import check_edits
 from jaxllm.models.layers import apply
 from jaxllm.study import capture, edit, sites
 
@@ -267,9 +270,37 @@ OWN_SLOPE.defvjp(lambda p, ids: (FORWARD(p, ids), p), lambda p, grad: (p, None))
             r"\['heads'\] is not a hook point of the function; known: layers/input, ",
         ),
         (lambda: edit(FORWARD, {"heads": lambda x, _: None}), r"the edit of layers/heads returns None"),
+        (
+            lambda: edit(FORWARD, {"heads": lambda x: x}),
+            r"the edit of heads must be a function of \(value, layer\), e\.g\. lambda value, layer: 2 \* value; too",
+        ),
+        (lambda: edit(FORWARD, {"heads": 3}), r"must be a function of \(value, layer\).* 3 is not a callable object"),
+        (lambda: edit(FORWARD, {"heads": lambda x, layer: x * 2 if layer == 1 else x}), r"by jnp\.where\(layer == 1, "),
+        (lambda: edit(FORWARD, {"heads": lambda x, layer: x * [1, 2, 3][layer]}), r"by jnp\.where\(layer == 1, new, v"),
+        (lambda: edit(FORWARD, {"heads": lambda x, _: np.tanh(x)}), r"compute by jax\.numpy alone"),
         (lambda: edit(lambda p, ids: jax.lax.cond(True, FORWARD, FORWARD, p, ids), {}), r"a hook point is inside cond"),
     ],
 )
 def test_errors(call: Callable[[], Callable[..., Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()(PARAMS, TOKENS)
+
+
+def broken(heads: jax.Array, layer: Any) -> jax.Array:
+    return heads @ jnp.ones((7, 7))
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit, lambda f: edit(f, {"query": lambda x, _: x})])
+def test_an_error_of_an_edit_is_its_own_with_few_lines_around_it(wrapped: Callable[..., Any]) -> None:
+    """Its type and text stay; of the interpreter and of jax, the traceback has a few frames."""
+    with pytest.raises(TypeError, match="contracting dimensions") as caught:
+        wrapped(edit(FORWARD, {"heads": broken}))(PARAMS, TOKENS)
+    frames = [frame for frame in traceback.extract_tb(caught.tb) if "/site-packages/_pytest/" not in frame.filename]
+    assert len(frames) < 16 and "return heads @ jnp.ones((7, 7))" in [frame.line for frame in frames]
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_an_edit_may_be_a_builtin_without_a_signature() -> None:
+    with pytest.raises(ValueError, match="no signature found"):
+        inspect.signature(max)
+    check_edits({"heads": max})

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from flax.errors import ApplyScopeInvalidVariablesTypeError
 
 from jaxllm.config import LlamaConfig, T5Config, TrainingConfig
-from jaxllm.generation import BeamSettings, Sampling, beam_search, generate, score
+from jaxllm.generation import BeamSettings, Sampling, beam_search, generate, generate_stream, score
 from jaxllm.models import Model, abstract_params, build, init_params
 from jaxllm.models.llama.decode import prepare_for_decode
 from jaxllm.models.t5.layer import stream_dtype
@@ -240,6 +241,24 @@ def test_init_params_takes_a_model() -> None:
 def test_variables_are_told_from_parameters(config: LlamaConfig | T5Config) -> None:
     with pytest.raises(ValueError, match=r"missing: .*; pass variables\[\"params\"\]"):
         generate(build(config), {"params": params_of(config)}, [[1]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("config", [LLAMA, T5], ids=["llama", "t5"])
+def test_parameters_are_told_from_variables(config: LlamaConfig | T5Config) -> None:
+    model, params = build(config), params_of(config)
+    with pytest.raises(ValueError, match=r'got parameters \(.*embed.*\); write model.apply\({"params": params}, ...\)'):
+        model.apply(params, TOKENS)
+    with pytest.raises(ApplyScopeInvalidVariablesTypeError):  # another mistake keeps Flax's error
+        model.apply({"params": 3}, TOKENS)
+
+
+@pytest.mark.parametrize("function", [generate, generate_stream])
+def test_settings_of_sampling_are_not_arguments_of_a_generation(function: Any) -> None:
+    model, params = build(LLAMA), params_of(LLAMA)
+    with pytest.raises(TypeError, match=r"as one argument: sampling=Sampling\(temperature=1.0, top_k=5\)"):
+        function(model, params, [[1]], max_new_tokens=2, top_k=5, temperature=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_token'"):
+        function(model, params, [[1]], max_new_tokens=2, max_token=1)
 
 
 def test_flaxs_dropout_key_is_not_left_unread() -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxllm.config import T5Config, TrainingConfig
+from jaxllm.jaxprs.interpret import programs
 from jaxllm.models import T5, abstract_params, build, init_params
 from jaxllm.models.layers import apply
 from jaxllm.models.t5 import decode as t5_decode
@@ -264,7 +264,7 @@ def test_dropout_is_in_all_of_t5s_places() -> None:
 
 
 def _count(jaxpr: Any, primitive: str) -> int:
-    inner = [value for eqn in jaxpr.eqns for value in jax.extend.core.jaxprs_in_params(eqn.params)]
+    inner = [value for eqn in jaxpr.eqns for value in programs(eqn)]
     return sum(eqn.primitive.name == primitive for eqn in jaxpr.eqns) + sum(_count(part, primitive) for part in inner)
 
 

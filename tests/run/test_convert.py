@@ -62,6 +62,7 @@ def test_an_exported_run_is_the_run(run: Path, exported: Path) -> None:
     assert special_ids(exported) == SpecialIds(bos=1, eos=(1,), pad=0)
 
 
+@pytest.mark.parity
 def test_transformers_computes_the_same_with_an_export(run: Path, exported: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -76,6 +77,7 @@ def test_transformers_computes_the_same_with_an_export(run: Path, exported: Path
     assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (1, 1)
 
 
+@pytest.mark.parity
 def test_transformers_reads_the_tokenizer_of_an_export(run: Path, exported: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(exported), load_text_model(run).tokenizer

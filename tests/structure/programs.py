@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from benchmarks.gpu.compiled import PRETENCE
 from jaxllm.config import RunConfig
+from jaxllm.jaxprs.interpret import programs
 from jaxllm.training.program import program_of
 
 
@@ -30,7 +30,7 @@ def traced_train_step(config: RunConfig) -> Any:
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """All equations with how often they run; loops of unknown length and branches are refused."""
     for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, list(jaxprs_in_params(equation.params))
+        name, inner = equation.primitive.name, list(programs(equation))
         yield equation, times
         if inner and name in ("while", "cond"):
             raise ValueError(f"{name} holds a program that runs an unknown number of times")

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from typing import Any
 
+import jaxlib
 import pytest
 
 from benchmarks.gpu.compiled import COMPILER, ROOT
 
-pytestmark = pytest.mark.skipif(not COMPILER.exists(), reason="no GPU compiler: bash benchmarks/gpu/compiler.sh")
+PLUGIN = f"jax_cuda13_plugin-{jaxlib.__version__}.dist-info"  # the compiler belongs to a jaxlib
+MISSING = f"no GPU compiler of jaxlib {jaxlib.__version__}: bash benchmarks/gpu/compiler.sh"
+pytestmark = pytest.mark.skipif(not (COMPILER / PLUGIN).is_dir(), reason=MISSING)
 
 
 def compiled(*cases: str, mesh: str = "fsdp=1", layers: int = 1) -> dict[str, dict[str, Any]]:

@@ -184,6 +184,7 @@ def test_the_script_prints_the_table_and_its_verdict() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "precision_ledger.py"), str(ROOT / "configs" / "llama_tiny.yaml")]
     done = subprocess.run([*command, "precision.compute=bfloat16"], capture_output=True, text=True, check=True)
     assert "0 below float32" in done.stdout and "matmul" in done.stdout
-    for setting in ("precision.compute=int8", "model.attention=cudnn"):  # that kernel cannot run in float32
+    # cuDNN's kernel cannot run in float32
+    for setting in ("precision.compute=int8", "model.attention=cudnn", "--precision.compute=bfloat16"):
         wrong = subprocess.run([*command, setting], capture_output=True, text=True, check=False)
         assert wrong.returncode == 2 and wrong.stderr.startswith("error:") and "Traceback" not in wrong.stderr

@@ -58,6 +58,7 @@ def trajectory(interval: int, low: float, high: float, hysteresis: int):
     overflow=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
     exponent=st.sampled_from([16, 0, -60, 120, 127]),
 )
+@pytest.mark.parity
 def test_trajectory_is_torchs(interval: int, overflow: list[bool], exponent: int) -> None:
     torch = pytest.importorskip("torch")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**exponent, growth_interval=interval)

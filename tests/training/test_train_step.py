@@ -192,6 +192,7 @@ def _is_shape(x: object) -> bool:
     return isinstance(x, tuple)
 
 
+@pytest.mark.parity
 def test_muon_equals_torch() -> None:
     """Within bfloat16, in which torch iterates."""
     torch = pytest.importorskip("torch")

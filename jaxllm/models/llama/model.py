@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import LlamaConfig
 from jaxllm.models.functions import Attend, Pairs, Rotate, dense_mask
 from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Map, Parts, RMSNorm, add, apply, embed, mark
-from jaxllm.models.model import Flops, check_shape, check_tokens, refuse
+from jaxllm.models.model import FamilyModule, Flops, check_shape, check_tokens, refuse
 from jaxllm.models.stack import apply_stack, create_stack
 from jaxllm.ops.attention import attention
 from jaxllm.ops.masks import Pattern
@@ -134,7 +134,7 @@ class LlamaLayer(nn.Module):
         return query, key, value
 
 
-class Llama(nn.Module):
+class Llama(FamilyModule):
     """The decoder; `dtype` is the compute dtype, parameters are created in float32."""
 
     config: LlamaConfig  # architecture

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.config import T5Config
 from jaxllm.models.functions import Attend, PositionBias
 from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Params, RMSNorm, apply, embed
-from jaxllm.models.model import Flops, check_shape, check_tokens, refuse
+from jaxllm.models.model import FamilyModule, Flops, check_shape, check_tokens, refuse
 from jaxllm.models.stack import apply_stack, create_stack
 from jaxllm.models.t5.layer import (
     BiasOf,
@@ -174,7 +174,7 @@ def _first(query: Array, *_: Array, **__: Any) -> Array:
     return query
 
 
-class T5(nn.Module):
+class T5(FamilyModule):
     """The encoder-decoder; `dtype` is the compute dtype, parameters are created in float32."""
 
     config: T5Config  # architecture
