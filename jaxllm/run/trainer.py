@@ -33,8 +33,8 @@ from jaxllm.models import count_params
 from jaxllm.run import record
 from jaxllm.run.compiled import explained
 from jaxllm.run.console import nobody_listens, training_console
-from jaxllm.run.evaluation import evaluate, target_bytes
-from jaxllm.run.feed import Prefetch, open_run_pipeline
+from jaxllm.run.evaluation import evaluate
+from jaxllm.run.feed import Prefetch, open_run_pipeline, whole_position
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
 from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
@@ -89,6 +89,7 @@ class Pending(NamedTuple):
     step: int
     metrics: StepMetrics
     batch: dict[str, np.ndarray]
+    placed: dict[str, jax.Array]
 
 
 @dataclasses.dataclass
@@ -169,7 +170,7 @@ def pretrain(
         resumed_from = progress.step
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
-        feed = Prefetch(pipeline, mesh)
+        feed = Prefetch(pipeline, mesh, own=config.data.streams > 1)
         with stop_signals(deadline) as stopped:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
@@ -288,10 +289,12 @@ def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
         batch, placed, progress.position = parts.feed.take()
     progress.state, metrics = parts.steps.train_step(progress.state, placed)
     progress.step += 1
+    if metrics.counts is None:
+        metrics = metrics._replace(counts=record.count_rows(batch, parts.pipeline.tokenizer.token_bytes).sum(0, float))
     if progress.step < until:
         with parts.meter.waiting():
             parts.feed.read_ahead()
-    return Pending(progress.step, metrics, batch)
+    return Pending(progress.step, metrics, batch, placed)
 
 
 def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
@@ -299,11 +302,11 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
     if pending is None:
         return
     config = parts.config
-    values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
+    values = jax.tree.map(lambda value: value.tolist(), jax.device_get(pending.metrics))
     scaling = config.precision.loss_scale != "none"
     if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
         start = _last_good(parts, progress)
-        value = parts.overflow.first_value(pending.step, start.state, pending.batch)
+        value = parts.overflow.first_value(pending.step, start.state, pending.placed)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
         stop(
             parts.checkpoints,
@@ -313,11 +316,11 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
             f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}",
         )
     with parts.meter.paused():
-        reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
+        reason = parts.overflow.check(pending.step, values, progress.state, pending.placed)
     if reason is not None:
         stop(parts.checkpoints, progress.doubtful, _last_good(parts, progress), pending.step, reason)
-    parts.meter.add(pending.step, pending.batch)
-    record.add_step(progress.sums, config, values, size=target_bytes(pending.batch, parts.pipeline.tokenizer))
+    parts.meter.add(pending.step, values.counts[0])
+    record.add_step(progress.sums, config, values, size=values.counts[1])
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
     report = StepReport(pending.step, values, pending.batch, lambda: jax.tree.map(jnp.copy, progress.state))
@@ -333,11 +336,11 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
     rate = np.asarray(schedule(pending.step - 1 - int(values.skipped))).item()
     rate = rate if parts.steps.program.own.optimizer is None else None
     if progress.unread and cast(Any, progress.unread.metrics.loss).is_ready():  # done, too, where the host computes
-        parts.meter.add(progress.unread.step, progress.unread.batch)
+        parts.meter.add(progress.unread.step, np.asarray(progress.unread.metrics.counts)[0].item())
     row = record.step_row(config, values, sums=progress.sums, learning_rate=rate, speed=parts.meter.read())
     progress.sums = {}
     with parts.meter.paused():
-        row |= parts.overflow.headroom(pending.step, progress.state, pending.batch)
+        row |= parts.overflow.headroom(pending.step, progress.state, pending.placed)
     parts.writer.write(pending.step, row)
     log_step(config, pending.step, row)
 
@@ -355,7 +358,7 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
 
 
 def _save(parts: Parts, progress: Progress) -> None:
-    data = {**progress.position, _SUMS: dict(progress.sums)} if progress.sums else progress.position
+    data = whole_position(progress.position) | ({_SUMS: dict(progress.sums)} if progress.sums else {})
     with parts.meter.paused():
         saved = parts.checkpoints.save(progress.step, progress.state, data)
     if progress.fingerprinted < progress.step:

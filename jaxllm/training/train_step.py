@@ -20,6 +20,8 @@ from jaxllm.training.loss import Batch, LossFunction
 from jaxllm.training.precision import cast_floating, loss_scale_of, loss_scale_state, unscale
 from jaxllm.training.sharding import AnyMesh, map_rows, own_keys, sum_gradients, total, with_ends
 
+COUNTS = "counts"  # of each row, next to the arrays of a batch
+
 
 class TrainState(NamedTuple):
     """The arrays that a step changes and a checkpoint holds."""
@@ -43,6 +45,7 @@ class StepMetrics(NamedTuple):
     at_floor: Float[Array, ""]  # overflows in a row with the scale at its floor
     # index of the first non-finite group in `gradient_groups`, -1 when all were finite or without a scale
     culprit: Float[Array, ""]
+    counts: Any = None  # [2], see `with_counts`
 
 
 def init_train_state(params: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -100,6 +103,16 @@ def make_train_step(
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key), metrics
 
     return train_step
+
+
+def with_counts(train_step: Callable[..., Any]) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step of a batch with `COUNTS` of its rows, [B, 2], of which each process knows its own; it adds them."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        state, metrics = train_step(state, {name: rows for name, rows in batch.items() if name != COUNTS})
+        return state, metrics._replace(counts=batch[COUNTS].sum(0))
+
+    return step
 
 
 def _metrics(
