@@ -112,6 +112,7 @@ class DataConfig:
         "tokenising processes; 0 uses threads. Their number changes no batch. They import your script: guard its "
         'entry by `if __name__ == "__main__":`',
     ] = 0
+    streams: Annotated[int, at_least(1), "parts of the corpus, each read on its own; see docs/cluster.md"] = 1
     cache_dir: Annotated[str | None, "where prepared datasets are kept; null keeps them in the run folder"] = None
 
     def __post_init__(self) -> None:
@@ -216,6 +217,8 @@ class RunConfig:
         self._check_lengths()
         message = f"training.init_from needs its tokenizer; set data.tokenizer={self.training.init_from}"
         require(self.training.init_from is None or self.data.tokenizer != "train", message)
+        rows, streams = self.training.batch_size, self.data.streams
+        require(rows % streams == 0, f"data.streams {streams} does not divide training.batch_size {rows}")
         message = "schedule wsd needs optimizer.decay_steps, e.g. a tenth of training.steps"
         require(self.optimizer.schedule != "wsd" or self.optimizer.decay_steps > 0, message)
 

@@ -10,7 +10,7 @@ import lzma
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -57,31 +57,33 @@ class Pipeline:
         seed: int,
         decoder_start_id: int = 0,
         objective: Objective | None = None,
+        rows: range | None = None,
     ) -> None:
         """Opens the training iterator.
 
         `decoder_start_id` is the first decoder token of an example, for an encoder-decoder. `objective` replaces that
-        of the config.
+        of the config. Training batches have `rows` of each batch, all by default.
         """
         self.tokenizer, self.source_name = tokenizer, source.name
         self._config, self._source, self._batch_size = config, source, batch_size
         objective = objective or RECIPES[config.objective]
         self.recipe = objective.recipe(config, tokenizer, decoder_start_id)
-        self._identity = {"source": source.name, "tokenizer": tokenizer.fingerprint}
+        self.identity = {"source": source.name, "tokenizer": tokenizer.fingerprint, "streams": config.streams}
         # By name, the corpus of each validation set. The first decides which checkpoint is best, so it may not change.
         self.sets = {name: each.name for name, each in source.sets.items()}
         if self.sets:
-            self._identity["validation"] = next(iter(self.sets.values()))
-        if is_stream(source.train):
-            if config.workers:
-                raise DataError(f"data.workers read documents by number, {source.name} is a stream; set data.workers=0")
-            encoded, window = EncodedStream(source.train, self.recipe.encode), self._window()
-        else:
-            records = source.documents("a shuffle")
-            encoded, window = self._shuffled(objective, records, seed, decoder_start_id)
-        of_rows = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])  # runs of the past used the 0 too
-        batches = self._rows(encoded, seed=of_rows, window=window).batch(batch_size, drop_remainder=True)
-        self._iterator = iter(batches)
+            self.identity["validation"] = next(iter(self.sets.values()))
+        if is_stream(source.train) and config.workers:
+            raise DataError(f"data.workers read documents by number, {source.name} is a stream; set data.workers=0")
+        records = () if is_stream(source.train) and config.streams == 1 else source.documents("data.streams")
+        task = Task((), records, objective, config, tokenizer, decoder_start_id)
+        # Each part of a batch is of its own stream; those are opened that have `rows`.
+        size, rows = batch_size // config.streams, rows or range(batch_size)
+        opened = range(rows.start // size, -(-rows.stop // size))
+        self._kept = slice(rows.start - size * opened.start, rows.stop - size * opened.start)
+        workers = -(-config.workers // len(opened))
+        datasets = {str(number): self._stream(number, task, seed, workers) for number in opened}
+        self._iterators = {name: iter(each.batch(size, drop_remainder=True)) for name, each in datasets.items()}
 
     def __iter__(self) -> "Pipeline":
         return self
@@ -89,15 +91,17 @@ class Pipeline:
     def __next__(self) -> Batch:
         """The next batch; BatchError when it cannot be made, after which earlier positions stay good."""
         try:
-            return next(self._iterator)
+            parts = [next(each) for each in self._iterators.values()]
         except DataError as error:
             raise BatchError(str(error)) from error
         except StopIteration:
             raise BatchError(f"the source {self.source_name} has ended; a stream of records must not") from None
+        return {name: np.concatenate([part[name] for part in parts])[self._kept] for name in parts[0]}
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able position in the data."""
-        return {**self._identity, "iterator": self._iterator.get_state()}
+        """JSON-able position in the data; of several streams, a dictionary of those that are opened here."""
+        states = {number: each.get_state() for number, each in self._iterators.items()}
+        return {**self.identity, "iterator": states["0"] if self._config.streams == 1 else states}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position of `get_state`; DataError for one of other data, another tokenizer or an old order."""
@@ -106,13 +110,16 @@ class Pipeline:
                 f"the checkpoint was made with data.workers={workers} by a version whose order depended on it; start "
                 f"another training.run_dir, with training.init_from for its parameters"
             )
-        for key, value in self._identity.items():
+        state = {"streams": 1, **state}
+        for key, value in self.identity.items():
             if state.get(key) != value:
                 raise DataError(
                     f"the checkpoint was made with {key} {state.get(key)!r}, this run has {value!r}; resume with the "
                     f"same or start another training.run_dir"
                 )
-        self._iterator.set_state(_restore_tuples(state["iterator"]))
+        states = {"0": state["iterator"]} if self._config.streams == 1 else state["iterator"]
+        for number, each in self._iterators.items():
+            each.set_state(_restore_tuples(states[number]))
 
     def validation(self, count: int, name: str | None = None) -> Iterator[Batch]:
         """The first `count` validation batches, the same ones every time; the last one may hold padding rows.
@@ -145,25 +152,30 @@ class Pipeline:
 
     def close(self) -> None:
         """Stops worker processes."""
-        self._iterator.close()
+        for each in self._iterators.values():
+            each.close()
 
-    def _shuffled(
-        self, objective: Objective, records: Sequence[dict[str, Any]], seed: int, start_id: int
-    ) -> tuple[Any, int]:
-        """Encoded documents in random order without end, and how many rows are shuffled together."""
+    def _stream(self, number: int, task: Task, seed: int, workers: int) -> Any:
+        """Rows of the documents i with i % data.streams == number, or of the source's own stream."""
+        of_rows = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        if is_stream(self._source.train):
+            return self._rows(EncodedStream(self._source.train, self.recipe.encode), seed=of_rows)
+        records, streams = task.records, self._config.streams
+        if len(records) < streams:
+            raise DataError(f"data.streams {streams} needs as many documents, {self.source_name} has {len(records)}")
         # Bytes of a sample of documents, each with its end.
         sizes = [len(text.encode()) + 1 for text in sample_texts(records, self._config.text_key)]
+        size = sum(sizes) / len(sizes)
         # The most rows that the documents fill once, since no token is shorter than a byte. A larger window would read
         # three short documents again and again, for minutes.
-        epoch = math.ceil(len(records) * sum(sizes) / len(sizes) / self.recipe.lengths[0])
-        window = self._window(max(epoch, 1))
-        order: Any = grain.MapDataset.source(range(len(records))).seed(seed).shuffle().repeat()
-        if not self._config.workers:
-            return self._encoded(order.map(records.__getitem__)), window
-        ahead = window * self.recipe.lengths[0] * _BYTES_PER_TOKEN
-        size = sum(sizes) / len(sizes)
-        task = Task(order, records, objective, self._config, self.tokenizer, start_id)
-        return EncodedDocuments(task, workers=self._config.workers, size=size, ahead=ahead), window
+        window = max(self._window(max(math.ceil(len(records) * size / self.recipe.lengths[0]), 1)) // streams, 1)
+        order: Any = grain.MapDataset.source(range(number, len(records), streams)).seed(seed).shuffle().repeat()
+        if workers:
+            ahead = window * self.recipe.lengths[0] * _BYTES_PER_TOKEN
+            encoded = EncodedDocuments(task._replace(order=order), workers=workers, size=size, ahead=ahead)
+        else:
+            encoded = self._encoded(order.map(records.__getitem__))
+        return self._rows(encoded, seed=of_rows, window=window)
 
     def _encoded(self, documents: Any) -> Any:
         return documents.map(self.recipe.encode).to_iter_dataset(_READING)

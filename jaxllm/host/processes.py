@@ -107,15 +107,15 @@ def check_same(what: str, text: str) -> None:
 
 
 def check_devices() -> None:
-    """Raises ValueError where the processes of a machine use fewer devices than it has for them."""
+    """Raises ValueError where the processes of a machine use fewer GPUs than it has for them, and more than none."""
     if not several():
         return
     here = socket.gethostname()
     count = gather(here).count(here)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    given = len(nvidia_devices()) if jax.default_backend() == "gpu" else 0
-    given = int(os.environ.get("SLURM_GPUS_ON_NODE", given)) if visible is None else len(visible.split(","))
-    if (used := count * jax.local_device_count()) < given:
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE", len(nvidia_devices())))
+    given = given if visible is None else len(visible.split(","))
+    if jax.default_backend() == "gpu" and (used := count * jax.local_device_count()) < given:
         raise ValueError(
             f"{count} processes on {here} use {used} of its {given} GPUs; start one for each (SLURM: --ntasks-per-node="
             f"{given}, Open MPI: --map-by ppr:{given}:node), or set CUDA_VISIBLE_DEVICES to those that the run may use"

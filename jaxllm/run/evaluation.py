@@ -19,10 +19,11 @@ from jaxllm.config.file import ConfigError, load_config, with_overrides
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.sources import Source
-from jaxllm.data.tokenizer import Tokenizer, tokenizers_in
+from jaxllm.data.tokenizer import tokenizers_in
 from jaxllm.interop.hf import load_hf_config
 from jaxllm.run.feed import open_run_pipeline
 from jaxllm.run.parts import PARTS
+from jaxllm.run.record import count_rows
 from jaxllm.run.start import load_initial_params
 from jaxllm.run.steps import Steps, make_steps, or_by_blocks
 from jaxllm.storage.folder import CONFIG, DATA, TOKENIZER, Kind, find_model
@@ -57,7 +58,7 @@ def _measure(steps: Steps, params: Any, pipeline: Pipeline, name: str | None) ->
         placed = place_rows(batch, steps.mesh)
         found = jax.device_get(steps.eval_step(params, placed))
         sums += (found.nll, found.weight, found.correct)
-        size += target_bytes(batch, tokenizer)
+        size += count_rows(batch, tokenizer.token_bytes)[:, 1].sum(dtype=float)
         if steps.predict is not None:
             predicted = fetch(steps.predict(params, placed))
             whole, total = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)
@@ -90,7 +91,7 @@ def evaluate_path(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         _log.warning("%s has parts of its own (%s), which an evaluation from outside does not use", folder, PARTS)
     config = with_overrides(config, ["training.branch_from=null", *overrides])
     tokenizer = str(next(iter(tokenizers_in(folder)), folder / TOKENIZER))
-    data, source = dataclasses.replace(config.data, workers=0, tokenizer=tokenizer), None
+    data, source = dataclasses.replace(config.data, workers=0, streams=1, tokenizer=tokenizer), None
     if data.validation:  # what the run is trained on is not read
         data = dataclasses.replace(data, source="stdlib", path=None)
         source = Source("none", [{data.text_key: "-"}], ())
@@ -104,8 +105,3 @@ def evaluate_path(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
             shutil.copytree(folder.absolute() / DATA, Path(place, DATA), copy_function=os.symlink)
         with closing(open_run_pipeline(config, Path(place), source=source)) as pipeline:
             return evaluate(make_steps(program, mesh), load_initial_params(path, program.model, mesh=mesh), pipeline)
-
-
-def target_bytes(batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> float:
-    """UTF-8 bytes of the text that a batch predicts."""
-    return float(np.sum(tokenizer.token_bytes[batch["targets"]] * batch["weights"]))

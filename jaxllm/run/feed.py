@@ -4,6 +4,7 @@ Reading ahead moves the pipeline past the batch that is being trained. A checkpo
 trained, so it is taken when a batch is read, not when the checkpoint is written.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,16 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.recipes import Objective
 from jaxllm.data.sources import Source, open_sets, open_source
 from jaxllm.host import processes
+from jaxllm.run.record import count_rows
 from jaxllm.storage.folder import DATA, check_apart, continued, settle_tokenizer
-from jaxllm.training.sharding import place_rows
+from jaxllm.training.sharding import own_rows, place_own_rows, place_rows
+from jaxllm.training.train_step import COUNTS
 
 
 def open_run_pipeline(
     config: RunConfig, run_dir: Path, *, source: Source | None = None, objective: Objective | None = None
 ) -> Pipeline:
-    """The pipeline of a run, the same on every process, which keeps its rows (`place_rows`); as `build_pipeline`."""
+    """The pipeline of a run, as `build_pipeline`; with data.streams, training batches have the process's own rows."""
     training, model, origin = config.training, config.model, continued(config, run_dir)
     with processes.first_then_all():
         pipeline = build_pipeline(
@@ -37,8 +40,9 @@ def open_run_pipeline(
             source=source,
             objective=objective,
             parent=origin[0] if origin else None,
+            rows=own_rows(training.batch_size) if config.data.streams > 1 else None,
         )
-    processes.check_same("corpus or tokenizer", str((pipeline.get_state(), pipeline.sets)))
+    processes.check_same("corpus or tokenizer", str((pipeline.identity, pipeline.sets)))
     return pipeline
 
 
@@ -77,6 +81,14 @@ def build_pipeline(
     return Pipeline(config, source, tokenizer, **options)
 
 
+def whole_position(position: dict[str, Any]) -> dict[str, Any]:
+    """The position in all streams, of which each process has those that it reads; all processes call this together."""
+    if position["streams"] == 1:
+        return position
+    parts = [json.loads(each) for each in processes.gather(json.dumps(position["iterator"]))]
+    return {**position, "iterator": {number: state for part in parts for number, state in part.items()}}
+
+
 class Fetched(NamedTuple):
     """One batch: as the pipeline made it, on the devices (or being copied there), and the position after it."""
 
@@ -88,9 +100,9 @@ class Fetched(NamedTuple):
 class Prefetch:
     """Two buffers: the batch that a step reads, and the next one."""
 
-    def __init__(self, pipeline: Pipeline, mesh: Mesh | None) -> None:
-        """Reads nothing yet. `mesh` is where batches go, see `jaxllm.training.sharding`."""
-        self._pipeline, self._mesh = pipeline, mesh
+    def __init__(self, pipeline: Pipeline, mesh: Mesh | None, *, own: bool = False) -> None:
+        """Reads nothing yet. `mesh` is where batches go; `own` is for a process's own rows, placed with `COUNTS`."""
+        self._pipeline, self._mesh, self._own = pipeline, mesh, own
         self._waiting: Fetched | None = None
         self._failure: BatchError | None = None
 
@@ -105,7 +117,9 @@ class Prefetch:
             raise self._failure
         if self._waiting is None:
             batch = next(self._pipeline)
-            self._waiting = Fetched(batch, place_rows(batch, self._mesh), self._pipeline.get_state())
+            rows = {**batch, COUNTS: count_rows(batch, self._pipeline.tokenizer.token_bytes)} if self._own else batch
+            placed = (place_own_rows if self._own else place_rows)(rows, self._mesh)
+            self._waiting = Fetched(batch, placed, self._pipeline.get_state())
         return self._waiting
 
     def read_ahead(self) -> None:

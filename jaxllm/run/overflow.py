@@ -21,7 +21,7 @@ from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import largest, map_rows, own_keys, place_rows, with_ends
+from jaxllm.training.sharding import largest, map_rows, own_keys, with_ends
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
 
 _log = logging.getLogger(__name__)
@@ -31,9 +31,8 @@ class OverflowWatch:
     """The host's view of the loss scale of one run."""
 
     def __init__(self, program: Program, params: Any, *, mesh: Mesh | None = None) -> None:
-        """Compiles nothing yet. `mesh` is where batches go."""
+        """Compiles nothing yet. `mesh` is where batches are."""
         config = program.config
-        self._mesh = mesh
         self._limit = config.precision.max_overflows
         self._groups = gradient_groups(params)
         self._observes = config.precision.compute == "float16"
@@ -45,7 +44,7 @@ class OverflowWatch:
         own, spread = own_keys(mesh), functools.partial(map_rows, mesh=mesh, dtype=program.dtype, combine=largest)
 
         def forward(params: Any, batch: Batch, key: jax.Array) -> Any:
-            return loss(params, batch, own(key))
+            return loss(params, {name: rows[:: self._accumulation] for name, rows in batch.items()}, own(key))
 
         def gradients(params: Any, batch: Batch, key: jax.Array, factor: jax.Array) -> Any:
             options: Any = {"factor": factor, "accumulation": self._accumulation, "own_keys": own}
@@ -68,17 +67,16 @@ class OverflowWatch:
 
     def first_value(self, step: int, state: TrainState, batch: Batch, *, scale: float = 1.0) -> str:
         """The first value that is not finite when step `step` is computed again with the parameters of `state`."""
-        key, placed = jax.random.fold_in(state.key, step - 1), place_rows(batch, self._mesh)
-        factor = jnp.float32(scale) / jnp.maximum(jnp.sum(placed["weights"], dtype=jnp.float32), 1.0)
-        where = first_nonfinite(self._gradients(state.params, placed, key, factor))
+        key = jax.random.fold_in(state.key, step - 1)
+        factor = jnp.float32(scale) / jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
+        where = first_nonfinite(self._gradients(state.params, batch, key, factor))
         if where is None:
             return "none when computed again"
         return f"{where.name} in the {'backward' if where.backward else 'forward'} pass"
 
     def headroom(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:
-        """Doublings left to each block's activations in one microbatch of a float16 run; empty for wider ranges."""
+        """Doublings left to each block's activations in a microbatch's rows of a float16 run; else empty."""
         if not self._observes:
             return {}
-        part = {name: rows[: len(rows) // self._accumulation] for name, rows in batch.items()}
-        readings = self._forward(state.params, place_rows(part, self._mesh), jax.random.fold_in(state.key, step - 1))
+        readings = self._forward(state.params, batch, jax.random.fold_in(state.key, step - 1))
         return {f"headroom/{block}": bits for block, bits in headroom(readings, self._dtype).items()}

@@ -31,7 +31,7 @@ class StepReport(NamedTuple):
 
     step: int  # optimizer steps done, this one included
     metrics: StepMetrics  # of this step, as numbers
-    batch: dict[str, np.ndarray]  # NumPy arrays of this step
+    batch: dict[str, np.ndarray]  # NumPy arrays of this step; with data.streams, the rows of this process
     # returns a copy of the newest state on its devices, which is up to one step later: see `state().step`. It waits for
     # that step and needs memory for a second state
     state: Callable[[], TrainState]

@@ -47,13 +47,12 @@ class Throughput:
         self._tokens = self._waited = 0.0
         self._steps = 0
 
-    def add(self, step: int, batch: dict[str, np.ndarray]) -> None:
-        """Counts a step once it is done: its tokens that are not padding, on both sides of an encoder-decoder."""
+    def add(self, step: int, tokens: float) -> None:
+        """Counts a step once it is done, with the tokens of `count_rows`."""
         if step <= self._newest:
             return
         self._newest = step
-        source = np.count_nonzero(segments_of(batch)[0]) if "encoder_tokens" in batch else 0
-        self._tokens += float(np.count_nonzero(batch["weights"]) + source)
+        self._tokens += tokens
         self._steps += 1
 
     @contextlib.contextmanager
@@ -90,6 +89,13 @@ class Throughput:
         self.start()
         self._last = values
         return values
+
+
+def count_rows(batch: dict[str, np.ndarray], token_bytes: np.ndarray) -> np.ndarray:
+    """For each row its tokens that are not padding, on both sides, and the bytes of the text that it predicts."""
+    source = np.count_nonzero(segments_of(batch)[0], axis=1) if "encoder_tokens" in batch else 0
+    tokens, size = np.count_nonzero(batch["weights"], axis=1) + source, token_bytes[batch["targets"]] * batch["weights"]
+    return np.stack([tokens, size.sum(1)], axis=1, dtype=np.float32)
 
 
 def add_step(sums: Sums, config: RunConfig, values: StepMetrics, *, size: float) -> None:

@@ -25,7 +25,7 @@ from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import device_bytes, shares_of, state_shardings
 from jaxllm.training.spans import make_predict_step
-from jaxllm.training.train_step import StepMetrics, TrainState
+from jaxllm.training.train_step import StepMetrics, TrainState, with_counts, without_counts
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def make_steps(program: Program, mesh: Mesh | None) -> Steps:
     layout: dict[str, Any] = {}
     if mesh is not None:  # a step's new state stays where the old one is, whatever XLA would prefer
         layout = {"out_shardings": (state_shardings(program.abstract_state(), mesh), None)}
-    train_step = CompiledOnce(program.train_step, name="train step", donate_argnums=0, **layout)
+    step = program.train_step if program.config.data.streams == 1 else with_counts(program.train_step)
+    train_step = CompiledOnce(step, name="train step", donate_argnums=0, **layout)
     eval_step = CompiledOnce(program.eval_step, name="evaluation step")
     predict = None
     if program.config.model.encoder_decoder:
@@ -86,13 +87,14 @@ def or_by_blocks(steps: Steps, use: Callable[[Steps], T]) -> tuple[Steps, T]:
 
 
 def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
+    rows = without_counts(batch)
     if _may_be_refused(steps.program.config):
-        steps.eval_step.prepare(state.params, batch)
+        steps.eval_step.prepare(state.params, rows)
         if steps.predict is not None:
-            steps.predict.prepare(state.params, batch)
+            steps.predict.prepare(state.params, rows)
     steps.train_step.prepare(state, batch)
     if steps.program.config.training.norms_every:
-        steps.norms.prepare(state, batch)
+        steps.norms.prepare(state, rows)
 
 
 def _may_be_refused(config: RunConfig) -> bool:

@@ -32,8 +32,8 @@ from jaxllm.models import count_params
 from jaxllm.run import record
 from jaxllm.run.compiled import explained
 from jaxllm.run.console import nobody_listens, training_console
-from jaxllm.run.evaluation import evaluate, target_bytes
-from jaxllm.run.feed import Prefetch, open_run_pipeline
+from jaxllm.run.evaluation import evaluate
+from jaxllm.run.feed import Prefetch, open_run_pipeline, whole_position
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
 from jaxllm.run.profile import Window
@@ -48,7 +48,7 @@ from jaxllm.training.attribution import norms_row
 from jaxllm.training.optimizer import build_schedule, phases
 from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
-from jaxllm.training.train_step import StepMetrics, TrainState
+from jaxllm.training.train_step import StepMetrics, TrainState, without_counts
 
 _log = logging.getLogger(__name__)
 _SUMS = "row_sums"  # key of `Progress.sums` next to the position in a checkpoint, absent where there are none
@@ -92,6 +92,7 @@ class Pending(NamedTuple):
     step: int
     metrics: StepMetrics
     batch: dict[str, np.ndarray]
+    placed: dict[str, jax.Array]
     norms: jax.Array | None  # of `Steps.norms`, where they are due
 
 
@@ -174,7 +175,7 @@ def pretrain(
         resumed_from = progress.step
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
-        feed = Prefetch(pipeline, mesh)
+        feed = Prefetch(pipeline, mesh, own=config.data.streams > 1)
         with stop_signals(deadline) as stopped, closing(Window(config.training.profile, folder / PROFILE)) as window:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
@@ -293,13 +294,15 @@ def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
     with parts.meter.waiting():
         batch, placed, progress.position = parts.feed.take()
     progress.step += 1
-    every = parts.config.training.norms_every
-    norms = parts.steps.norms(progress.state, placed) if every and progress.step % every == 0 else None
+    every, rows = parts.config.training.norms_every, without_counts(placed)
+    norms = parts.steps.norms(progress.state, rows) if every and progress.step % every == 0 else None
     progress.state, metrics = parts.window.run(progress.step, parts.steps.train_step, progress.state, placed)
+    if metrics.counts is None:
+        metrics = metrics._replace(counts=record.count_rows(batch, parts.pipeline.tokenizer.token_bytes).sum(0, float))
     if progress.step < until:
         with parts.meter.waiting():
             parts.feed.read_ahead()
-    return Pending(progress.step, metrics, batch, norms)
+    return Pending(progress.step, metrics, batch, rows, norms)
 
 
 def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
@@ -307,20 +310,20 @@ def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
     if pending is None:
         return
     config = parts.config
-    values = StepMetrics(*(value.item() for value in jax.device_get(pending.metrics)))
+    values = jax.tree.map(lambda value: value.tolist(), jax.device_get(pending.metrics))
     scaling = config.precision.loss_scale != "none"
     if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
         start = _last_good(parts, progress)
-        value = parts.overflow.first_value(pending.step, start.state, pending.batch)
+        value = parts.overflow.first_value(pending.step, start.state, pending.placed)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
         reason = f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}"
         stop(parts.checkpoints, progress.doubtful, start, pending.step, reason)
     with parts.meter.paused():
-        reason = parts.overflow.check(pending.step, values, progress.state, pending.batch)
+        reason = parts.overflow.check(pending.step, values, progress.state, pending.placed)
     if reason is not None:
         stop(parts.checkpoints, progress.doubtful, _last_good(parts, progress), pending.step, reason)
-    parts.meter.add(pending.step, pending.batch)
-    record.add_step(progress.sums, config, values, size=target_bytes(pending.batch, parts.pipeline.tokenizer))
+    parts.meter.add(pending.step, values.counts[0])
+    record.add_step(progress.sums, config, values, size=values.counts[1])
     if pending.step % config.training.log_every == 0 or pending.step == 1:
         _record(parts, progress, pending, values)
     if pending.norms is not None:
@@ -338,11 +341,11 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
     rate = np.asarray(schedule(pending.step - 1 - int(values.skipped))).item()
     rate = rate if parts.steps.program.own.optimizer is None else None
     if progress.unread and cast(Any, progress.unread.metrics.loss).is_ready():  # done, too, where the host computes
-        parts.meter.add(progress.unread.step, progress.unread.batch)
+        parts.meter.add(progress.unread.step, np.asarray(progress.unread.metrics.counts)[0].item())
     row = record.step_row(config, values, sums=progress.sums, learning_rate=rate, speed=parts.meter.read())
     progress.sums = {}
     with parts.meter.paused():
-        row |= parts.overflow.headroom(pending.step, progress.state, pending.batch)
+        row |= parts.overflow.headroom(pending.step, progress.state, pending.placed)
     parts.writer.write(pending.step, row)
     log_step(config, pending.step, row)
 
@@ -360,7 +363,7 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
 
 
 def _save(parts: Parts, progress: Progress) -> None:
-    data = {**progress.position, _SUMS: dict(progress.sums)} if progress.sums else progress.position
+    data = whole_position(progress.position) | ({_SUMS: dict(progress.sums)} if progress.sums else {})
     with parts.meter.paused():
         saved = parts.checkpoints.save(progress.step, progress.state, data)
     if progress.fingerprinted < progress.step:

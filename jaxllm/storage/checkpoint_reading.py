@@ -127,11 +127,12 @@ def verify_tree(restored: Any, record: Mapping[str, Any]) -> bool:
     Raises:
         Damaged: naming the first leaf that differs.
     """
+    found = named_fingerprints(restored)  # first: all processes compute them together, whatever one has read
     if not _RECORD & record.keys():
         return False
     if record.keys() != _RECORD or record[_CHECKSUM] != _checksum(record[_POSITION]):
         raise Damaged("the position in the data is not the one that was saved")
-    for path, digits in named_fingerprints(restored).items():
+    for path, digits in found.items():
         if record[LEAVES].get(path) != digits:
             raise Damaged(f"{path} has fingerprint {digits}, {record[LEAVES].get(path)} was saved")
     return True
@@ -146,8 +147,8 @@ def newest_whole(
 ) -> tuple[tuple[int, Any, dict[str, Any]] | None, list[int]]:
     """The newest of `steps` (oldest first) that is whole, with its tree and record, and the newer ones that are not.
 
-    `read` does not wait for other processes. What one of them cannot read is damaged for all; what all have read is
-    verified together.
+    `read` does not wait for other processes. What one of them cannot read is damaged for all. What all have read is
+    verified together, and damaged for all where one has read something else.
     """
     processes.check_same("list of checkpoints", str(list(steps)))
     damaged: list[int] = []
@@ -156,6 +157,7 @@ def newest_whole(
         problem = next(filter(None, processes.gather(problem)), "")
         if found and not problem:
             _, problem = attempt(folder / str(step), verify_tree, *found)
+            problem = next(filter(None, processes.gather(problem)), "")
         if found and not problem:
             return (step, *found), damaged
         del found  # before the next is read

@@ -119,6 +119,12 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _ROWS)
 
 
+def own_rows(batch_size: int) -> range:
+    """The rows of a batch that are on the devices of this process; jax lists devices process by process."""
+    rows = batch_size // jax.process_count()
+    return range(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
 def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
     """A batch on its devices, rows in order; the copy continues after this returns.
 
@@ -128,6 +134,12 @@ def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Arr
     if at is None or at.is_fully_addressable:
         return jax.device_put(dict(batch), at)
     return {name: jax.make_array_from_callback(rows.shape, at, rows.__getitem__) for name, rows in batch.items()}
+
+
+def place_own_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """A batch on its devices, of which each process has `own_rows`."""
+    at = SingleDeviceSharding(jax.devices()[0]) if mesh is None else row_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(at, rows) for name, rows in batch.items()}
 
 
 def fetch(tree: Any) -> Any:

@@ -22,6 +22,7 @@ from jaxllm.training.precision import cast_floating, loss_scale_of, loss_scale_s
 from jaxllm.training.sharding import AnyMesh, map_rows, own_keys, sum_gradients, total, with_ends
 
 T = TypeVar("T")
+COUNTS = "counts"  # of each row, next to the arrays of a batch
 
 
 class TrainState(NamedTuple):
@@ -51,6 +52,7 @@ class StepMetrics(NamedTuple):
     at_floor: Float[Array, ""]  # overflows in a row with the scale at its floor
     # index of the first non-finite group in `gradient_groups`, -1 when all were finite or without a scale
     culprit: Float[Array, ""]
+    counts: Any = None  # [2], see `with_counts`
 
 
 def init_train_state(params: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -116,6 +118,21 @@ def make_train_step(
 def norms(_: TrainState, metrics: StepMetrics, params: Any, grads: Any, updates: Any) -> Float[Array, "3 G"]:
     """Norms of the unscaled gradient, the weight and the update of each group, a `result` of `make_train_step`."""
     return jnp.stack([group_norms(tree) for tree in (unscale(grads, metrics.loss_scale), params, updates)])
+
+
+def without_counts(batch: Batch) -> Batch:
+    """The arrays that a model reads."""
+    return {name: rows for name, rows in batch.items() if name != COUNTS}
+
+
+def with_counts(train_step: Callable[..., Any]) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step of a batch with `COUNTS` of its rows, [B, 2], of which each process knows its own; it adds them."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        state, metrics = train_step(state, without_counts(batch))
+        return state, metrics._replace(counts=batch[COUNTS].sum(0))
+
+    return step
 
 
 def _metrics(

@@ -16,7 +16,7 @@ from jaxllm.config import RunConfig
 from jaxllm.host import processes
 from jaxllm.host.device import Device
 from jaxllm.run.parts import StepReport
-from jaxllm.run.record import Throughput, read_metrics
+from jaxllm.run.record import Throughput, count_rows, read_metrics
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import pretrain
 from jaxllm.storage.folder import checkpoint_steps
@@ -147,15 +147,23 @@ def test_speed_is_right_where_two_steps_are_read_at_once(shared: Path, monkeypat
     meter = Throughput(run_in(shared / "speed"), (32, 0), Device("cpu", "", 1, None, None))
     now[0] = 1000.0  # restoring and compiling
     meter.start()
-    batch = {"weights": np.ones((2, 50))}
     speeds = []
     for step, done in ((1, 2), (2, 3), (3, 3), (4, 5)):
         now[0] = 1000.0 + 2 * done
-        meter.add(step, batch)
+        meter.add(step, 100.0)
         if done > step:
-            meter.add(done, batch)
+            meter.add(done, 100.0)
         speeds.append(meter.read()["tokens_per_second"])
     assert speeds == [50.0] * 4
+
+
+def test_rows_are_counted_on_both_sides_without_padding() -> None:
+    sizes = np.array([0, 3, 5])
+    row = {"weights": np.array([[1, 1, 0.5, 0], [1, 0, 0, 0]], np.float32), "tokens": np.ones((2, 4))}
+    row["targets"] = np.array([[1, 2, 2, 0], [1, 1, 1, 1]])
+    assert count_rows(row, sizes).tolist() == [[3, 10.5], [1, 3]]
+    sides = {"encoder_tokens": np.ones((2, 4)), "encoder_segment_ids": np.array([[1, 1, 2, 2], [1, 0, 0, 0]])}
+    assert count_rows({**row, "decoder_segment_ids": np.ones((2, 4)), **sides}, sizes)[:, 0].tolist() == [7, 2]
 
 
 def test_the_last_row_and_the_first_after_a_resume_have_the_speed_of_their_steps(shared: Path) -> None:

@@ -133,7 +133,7 @@ def overflow(config: RunConfig) -> dict[str, Any]:
     for mesh in (None, make_mesh(fsdp=4)):
         program = program_of(config, mesh)
         state = jax.jit(program.fresh_state)()
-        watch, batch = OverflowWatch(program, state.params, mesh=mesh), batch_of(program, 0)
+        watch, batch = OverflowWatch(program, state.params, mesh=mesh), place_rows(batch_of(program, 0), mesh)
         layout = state_shardings(state, mesh)
         headroom = watch.headroom(1, jax.device_put(state, layout), batch)
         kernel = state.params["layers"]["up_proj"]["kernel"]
