@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from jaxllm.run.convert import export_run, import_run
+from display.convert import export_run, import_run
 from jaxllm.storage.folder import Kind, kind_of
 
 

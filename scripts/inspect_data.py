@@ -31,9 +31,9 @@ def main() -> int:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     logging.basicConfig(level=logging.WARNING)
     from display.corpus import audit, report, view
+    from display.in_place import check_in_place
     from jaxllm.data.packing import unpack_pairs
     from jaxllm.run.feed import open_run_pipeline
-    from jaxllm.storage.folder import check_in_place
 
     console = Console()
     try:

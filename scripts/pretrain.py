@@ -38,12 +38,12 @@ def main() -> int:
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
+    from display.in_place import check_in_place
     from jaxllm.run.compiled import DeviceError
     from jaxllm.run.console import training_console
     from jaxllm.run.start import TrainingStopped
     from jaxllm.run.trainer import pretrain
     from jaxllm.storage.checkpoint import CheckpointError
-    from jaxllm.storage.folder import check_in_place
 
     prepare_process()
     with training_console(config) as show_step:

@@ -31,7 +31,7 @@ IMPORTED = {
     "generation": {"ops", "models", "jaxprs", "data"},
     "training": {"ops", "models", "data"},
     "host": set(),
-    "storage": {"ops", "interop", "data", "training", "host"},
+    "storage": {"ops", "data", "training", "host"},
     "run": {"ops", "models", "generation", "interop", "data", "training", "jaxprs", "host", "storage"},
     "study": {"training", "jaxprs"},
 }

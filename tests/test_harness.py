@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxllm.run.convert import export_run
+from display.convert import export_run
 from jaxllm.run.load import load_text_model
 from jaxllm.run.trainer import pretrain
 from tests.conftest import write_corpus

@@ -153,7 +153,7 @@ def directories(lane: Lane, root: Path, count: int, seed: int) -> Tally:
     tally, place = Tally("Hugging Face directory", lane.name), root / "directories" / lane.name
 
     def export(number: int) -> dict[str, Any]:
-        from jaxllm.run.convert import export_run
+        from display.convert import export_run
 
         del number
         export_run(lane.folder, place / "whole")

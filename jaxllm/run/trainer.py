@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -92,7 +92,7 @@ class Pending(NamedTuple):
     step: int
     metrics: StepMetrics
     batch: dict[str, np.ndarray]
-    placed: dict[str, jax.Array]
+    placed: Mapping[str, Any]  # the batch on the devices, as a model reads it
     norms: jax.Array | None  # of `Steps.norms`, where they are due
 
 

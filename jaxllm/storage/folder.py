@@ -30,7 +30,6 @@ from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.data.tokenizer_choice import Choice, Kept, Origin, Refuse
 from jaxllm.host import processes
-from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.ops.backend import has_bfloat16
 from jaxllm.training.optimizer import same_rates
 
@@ -48,7 +47,7 @@ WANDB_ID = "wandb_id"
 SAMPLE = "sample.txt"
 CURVE = "loss.png"
 _LOCK = ".lock"
-_HUGGING_FACE_CONFIG = "config.json"
+HUGGING_FACE_CONFIG = "config.json"
 
 # What may change between two starts of one run, because it moves no number of the training, by section of the config.
 _MAY_CHANGE = {
@@ -81,7 +80,7 @@ def kind_of(path: str | Path) -> Kind | None:
     folder = Path(path).expanduser()
     if (folder / CONFIG).is_file():
         return Kind.RUN
-    return Kind.HUGGING_FACE if (folder / _HUGGING_FACE_CONFIG).is_file() else None
+    return Kind.HUGGING_FACE if (folder / HUGGING_FACE_CONFIG).is_file() else None
 
 
 def find_model(path: str | Path) -> tuple[Path, Kind, int | None]:
@@ -148,7 +147,7 @@ def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[P
             holds a run of another config (naming the differing keys).
     """
     folder = Path(config.training.run_dir).expanduser()
-    if (folder / _HUGGING_FACE_CONFIG).exists():
+    if (folder / HUGGING_FACE_CONFIG).exists():
         raise RunFolderError(
             f"training.run_dir {folder} is a Hugging Face directory; choose another, with "
             f"training.init_from={folder} to start from its parameters"
@@ -201,28 +200,6 @@ def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the resolved config, once nothing can refuse the run any more; the first process does."""
     if processes.index() == 0:
         write_whole(folder / CONFIG, dump_config(config).encode())
-
-
-def check_in_place(config: RunConfig, path: str | Path, overrides: Sequence[str]) -> None:
-    """Refuses the config.yaml of a moved or copied run folder, whose training.run_dir is another folder.
-
-    Args:
-        config: the file with the overrides.
-        path: the file.
-        overrides: as on the command line; one of training.run_dir settles it.
-
-    Raises:
-        RunFolderError: naming both folders.
-    """
-    here, there = Path(path).parent, Path(config.training.run_dir).expanduser()
-    chosen = any(each.startswith("training.run_dir=") for each in overrides)
-    if Path(path).name != CONFIG or not (here / CHECKPOINTS).is_dir() or chosen:
-        return
-    if here.resolve() != there.resolve():
-        raise RunFolderError(
-            f"{path} is the config of the run in its folder, but its training.run_dir is {there}; set "
-            f"training.run_dir={here} to resume the run in its folder, or {there} for that one"
-        )
 
 
 def check_apart(config: DataConfig, run_dir: Path) -> None:
@@ -303,24 +280,6 @@ def _kept(file: Path, wanted: Origin | None) -> Kept:
         return Kept(dict(json.loads(record.read_text(encoding="utf-8"))) if by_run else None, by_run)
     except (ValueError, TypeError):
         raise DataError(f"{record} is damaged; remove it if {file} is the run's own") from None
-
-
-def check_target(target: str | Path) -> None:
-    """Refuses to convert into a folder that holds a model or a tokenizer.
-
-    Raises:
-        FileExistsError: naming what is there.
-    """
-    folder = Path(target).expanduser()
-    held = [file.name for file in tokenizers_in(folder)] + [n for n in (SINGLE, INDEX) if (folder / n).exists()]
-    reasons = {
-        "is a file": folder.exists() and not folder.is_dir(),
-        "already holds a run": (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists(),
-        "is a Hugging Face directory": (folder / _HUGGING_FACE_CONFIG).exists(),
-        f"already holds {', '.join(held)}": bool(held),
-    }
-    if reason := next((reason for reason, holds in reasons.items() if holds), None):
-        raise FileExistsError(f"{folder} {reason}; choose another folder")
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from display.convert import export_run
 from jaxllm.config.file import load_config
 from jaxllm.generation import generate
-from jaxllm.run.convert import export_run
 from jaxllm.run.load import load_text_model
 from jaxllm.run.trainer import pretrain
 from tests.conftest import TOLERANCE

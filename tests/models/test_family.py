@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import jaxllm
+from display.convert import export_run
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
 from jaxllm.config.model import MODEL_CONFIGS
 from jaxllm.generation import BeamSettings, beam_search, generate, score
 from jaxllm.interop.safetensors_dir import InteropError
 from jaxllm.models import FAMILIES, build, init_params
-from jaxllm.run.convert import export_run
 from jaxllm.run.load import load_text_model
 from jaxllm.run.start import read_run
 from jaxllm.run.trainer import pretrain

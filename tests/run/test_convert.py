@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import jaxllm
+from display.convert import export_run, import_run
 from jaxllm.config import LlamaConfig, RunConfig, T5Config
 from jaxllm.config.file import load_config
 from jaxllm.data import DataError
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.interop.hf import SpecialIds, special_ids
 from jaxllm.models import abstract_params, build, init_params
-from jaxllm.run.convert import export_run, import_run
 from jaxllm.run.load import load_text_model
 from jaxllm.run.start import read_run
 from tests.conftest import full_disk

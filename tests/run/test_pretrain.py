@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from display.in_place import check_in_place
 from jaxllm.config import RunConfig
 from jaxllm.config.file import ConfigError, dump_config, load_config, parse_config
 from jaxllm.data import BatchError
@@ -35,7 +36,7 @@ from jaxllm.run.start import TrainingStopped, find_start
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import Summary, pretrain
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
-from jaxllm.storage.folder import TOKENIZER, RunFolderError, check_in_place, open_run_folder
+from jaxllm.storage.folder import TOKENIZER, RunFolderError, open_run_folder
 from jaxllm.training.fit import Fit, FitError, check_fit
 from jaxllm.training.program import program_of
 from tests.conftest import write_corpus

@@ -11,9 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from display.convert import export_run
 from jaxllm.config import RunConfig
 from jaxllm.config.file import parse_config
-from jaxllm.run.convert import export_run
 from jaxllm.run.trainer import Summary, pretrain
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import jaxllm
+from display.convert import export_run, import_run
 from jaxllm.config import RunConfig
 from jaxllm.config.file import ConfigError, dump_config, load_config, parse_config
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.models import build
-from jaxllm.run.convert import export_run, import_run
 from jaxllm.run.load import load_text_model
 from jaxllm.run.start import load_initial_params, read_run
 from jaxllm.run.trainer import pretrain

@@ -15,10 +15,11 @@ from jaxllm.config import DataConfig, RunConfig, TrainingConfig
 from jaxllm.config.file import dump_config
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
+from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.models import build
 from jaxllm.run.start import read_run
 from jaxllm.storage.checkpoint import save_params
-from jaxllm.storage.folder import CHECKPOINTS, CONFIG, check_target
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, HUGGING_FACE_CONFIG
 
 _log = logging.getLogger(__name__)
 
@@ -97,3 +98,21 @@ def _moved_when_whole(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: str | Path) -> None:
+    """Refuses to convert into a folder that holds a model or a tokenizer.
+
+    Raises:
+        FileExistsError: naming what is there.
+    """
+    folder = Path(target).expanduser()
+    held = [file.name for file in tokenizers_in(folder)] + [n for n in (SINGLE, INDEX) if (folder / n).exists()]
+    reasons = {
+        "is a file": folder.exists() and not folder.is_dir(),
+        "already holds a run": (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists(),
+        "is a Hugging Face directory": (folder / HUGGING_FACE_CONFIG).exists(),
+        f"already holds {', '.join(held)}": bool(held),
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise FileExistsError(f"{folder} {reason}; choose another folder")
