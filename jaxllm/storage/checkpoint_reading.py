@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -79,7 +79,7 @@ def _read(folder: Path, step: int, abstract_state: Any) -> tuple[Any, dict[str, 
     return without_dropped_leaf(restored(ocp.StandardCheckpointHandler(), place / STATE, state)), record
 
 
-def _check_form(folder: Path, step: int, found: Any, abstract_state: Any, *, saved: Iterable[str]) -> None:
+def _check_form(folder: Path, step: int, found: Any, abstract_state: Any, *, saved: Collection[str]) -> None:
     """Refuses a checkpoint of another optimizer, or of other shapes or dtypes, which orbax would silently cast."""
     if set(found) == {PARAMS}:  # of `save_params`
         raise CheckpointError(
@@ -90,7 +90,7 @@ def _check_form(folder: Path, step: int, found: Any, abstract_state: Any, *, sav
     wanted = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
     rules = [{name for name in names if name.startswith("opt_state/")} for names in (have, saved, wanted)]
     of_rule = {name for name in rules[0] ^ rules[2] if not name.endswith(f"/{_DROPPED}")}
-    if of_rule and rules[0] == rules[1]:  # else it is damage
+    if of_rule and saved and rules[0] == rules[1]:  # else it is damage
         raise CheckpointError(
             f"checkpoint {step} in {folder} holds the state of another optimizer ({min(of_rule)} is in one alone); "
             f"continue with that one, or choose another training.run_dir with training.init_from={folder.parent}, "
