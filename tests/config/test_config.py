@@ -121,7 +121,10 @@ BAD = [
     ({"data": {"sequence_length": 1}}, "sequence_length must be at least 2, got 1"),
     ({"data": {"source": "files"}}, "source: files needs path"),
     ({"data": {"source": "wikitext", "path": "texts"}}, "(data.path=null); got source 'wikitext' and path 'texts'"),
-    ({"model": {**SMALL["model"], "family": "t5", "num_kv_heads": 2}}, "num_kv_heads is a setting of a model of family l"),
+    (
+        {"model": {**SMALL["model"], "family": "t5", "num_kv_heads": 2}},
+        "num_kv_heads is a setting of a model of family",
+    ),
     ({"data": {"objective": "span_corruption"}}, "does not fit model.family 'llama'"),
     ({"data": {"objective": "prefix_lm"}}, "a decoder's attention is causal over the whole row"),
     ({"training": {"batch_size": 6, "accumulation": 4}}, "not a multiple of accumulation"),
