@@ -118,7 +118,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(bool(self.source), "source is empty; use stdlib, files or a TFDS name")
         found = f"got source {self.source!r} and path {self.path!r}"
-        message = f"source: files needs path, and no other source takes one; {found}"
+        message = f"source: files needs path, and no other source takes one (data.path=null); {found}"
         require((self.source == "files") == (self.path is not None), message)
         wrong = [name for name, path in self.validation.items() if not (re.fullmatch(r"[\w-]+", name) and path)]
         message = f"validation needs a path for each name, and names of letters, digits, _ and -; got {wrong}"

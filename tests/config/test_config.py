@@ -120,6 +120,11 @@ BAD = [
     ({"precision": {"retries": 2}}, "precision.retries no longer exists; 0 is the only value"),
     ({"data": {"sequence_length": 1}}, "sequence_length must be at least 2, got 1"),
     ({"data": {"source": "files"}}, "source: files needs path"),
+    ({"data": {"source": "wikitext", "path": "texts"}}, "(data.path=null); got source 'wikitext' and path 'texts'"),
+    (
+        {"model": {**SMALL["model"], "family": "t5", "num_kv_heads": 2}},
+        "num_kv_heads is a setting of a model of family",
+    ),
     ({"data": {"objective": "span_corruption"}}, "does not fit model.family 'llama'"),
     ({"data": {"objective": "prefix_lm"}}, "a decoder's attention is causal over the whole row"),
     ({"training": {"batch_size": 6, "accumulation": 4}}, "not a multiple of accumulation"),
@@ -143,6 +148,13 @@ def test_bad_overrides_are_refused(override: str, tmp_path: Path) -> None:
     path.write_text(dump_config(parse()))
     with pytest.raises(ConfigError, match="override"):
         load_config(path, [override])
+
+
+def test_an_override_without_its_section_is_refused_with_the_section(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(parse()))
+    with pytest.raises(ConfigError, match=r"section\.key=value; did you mean 'optimizer\.learning_rate'\?"):
+        load_config(path, ["learning_rate=1e-3"])
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
