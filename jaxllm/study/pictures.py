@@ -62,11 +62,9 @@ def attention_maps(weights: Any, *, queries: Sequence[str] = (), keys: Sequence[
     grid = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):
         image = axes.imshow(weights[layer, head], cmap="Blues", vmin=0, vmax=np.max(weights))
-        axes.set(title=f"head {head}" if layer == 0 else "", ylabel=f"layer {layer}" if head == 0 else "")
+        axes.set_title(f"layer {layer}, head {head}", fontsize="small")
         axes.set_yticks(range(len(queries)), queries, fontsize="small", parse_math=False)
         axes.set_xticks(range(len(keys)), keys, fontsize="small", parse_math=False, rotation=90)
     figure.suptitle(title)
-    figure.supxlabel("key")
-    figure.supylabel("query")
-    figure.colorbar(image, ax=grid, label="attention weight")
+    figure.colorbar(image, ax=grid, label="weight of a key (across) for a query (down)")
     return figure
