@@ -34,7 +34,7 @@ def main() -> int:
         runs = {name: read_metrics(path) for name, path in paths.items()}
         columns = [{key for row in rows for key in row} for rows in runs.values()]
         usual = next((name for name in USUAL if all(name in each for each in columns)), "loss")
-        runs_figure(runs, arguments.metric or usual).savefig(arguments.out, dpi=150)
+        runs_figure(runs, arguments.metric or usual).savefig(arguments.out, dpi=130)
     except KeyboardInterrupt:
         return 130  # as a shell reports it
     except (ValueError, OSError) as error:

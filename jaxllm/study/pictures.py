@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
-Line = tuple[str, Sequence[float], Sequence[float], dict[str, Any]]  # label, x, y, matplotlib's properties
+Numbers = Sequence[float] | np.ndarray
+Line = tuple[str, Numbers, Numbers, dict[str, Any]]  # label, x, y, matplotlib's properties
 
 
 def line_figure(lines: Sequence[Line], *, x: str, y: str, title: str, log: bool = False, top: Any = None) -> Any:
