@@ -51,7 +51,7 @@ def norms(seen: Mapping[str, Any], *, title: str = "") -> Any:
 
 
 def attention_maps(weights: Any, *, queries: Sequence[str] = (), keys: Sequence[str] = (), title: str = "") -> Any:
-    """A figure of attention weights [L, N, T, S], layers down and heads across, with the text of tokens where given."""
+    """A figure of attention weights [L, N, T, S]: a map for each layer and head, queries down and keys across."""
     from matplotlib.figure import Figure
 
     if np.ndim(weights) != 4:
@@ -63,9 +63,9 @@ def attention_maps(weights: Any, *, queries: Sequence[str] = (), keys: Sequence[
     grid = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):
         image = axes.imshow(weights[layer, head], cmap="Blues", vmin=0, vmax=np.max(weights))
-        axes.set_title(f"layer {layer}, head {head}", fontsize="small")
+        axes.set_title(f"layer {layer}, head {head}" if grid.size > 1 else "", fontsize="small")
         axes.set_yticks(range(len(queries)), queries, fontsize="small", parse_math=False)
         axes.set_xticks(range(len(keys)), keys, fontsize="small", parse_math=False, rotation=90)
     figure.suptitle(title)
-    figure.colorbar(image, ax=grid, label="weight of a key (across) for a query (down)")
+    figure.colorbar(image, ax=grid, label="attention weight")
     return figure
