@@ -27,9 +27,8 @@ def main() -> int:
     parser.add_argument("--picture", metavar="FILE", help="with --audit: write a picture of the span lengths")
     parser.add_argument("--documents", type=int, default=500, help="documents of the audit")
     arguments, dashed = parser.parse_known_intermixed_args()
-    for name in ("examples", "documents"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    for name in (name for name in ("examples", "documents") if getattr(arguments, name) < 1):
+        parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     logging.basicConfig(level=logging.WARNING)
     from display.corpus import audit, draw_spans, report, view
     from jaxllm.data.packing import unpack_pairs

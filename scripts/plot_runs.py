@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-USUAL = ("bits_per_byte", "bits_per_target_byte", "loss")
+from interrupts import interruptible
 
 
+@interruptible
 def main() -> int:
     """Parses the command line, draws the figure, prints its path."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -33,10 +34,9 @@ def main() -> int:
                 )
         runs = {name: read_metrics(path) for name, path in paths.items()}
         columns = [{key for row in rows for key in row} for rows in runs.values()]
-        usual = next((name for name in USUAL if all(name in each for each in columns)), "loss")
+        usual = ("bits_per_byte", "bits_per_target_byte", "loss")
+        usual = next((name for name in usual if all(name in each for each in columns)), "loss")
         runs_figure(runs, arguments.metric or usual).savefig(arguments.out, dpi=130)
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -240,12 +240,10 @@ def runs_figure(runs: Mapping[str, list[dict[str, Any]]], name: str, levels: Map
         if first == len(lines):
             raise ValueError(f"{run} has no value of {name}; its columns are {', '.join(keys)}")
     for (label, value), style in zip((levels or {}).items(), ("--", ":", "-."), strict=False):
-        look = {"color": "gray", "linewidth": 1, "linestyle": style}
-        lines.append((f"{label} {value:.4g}", [0, lines[0][1][-1]], [value] * 2, look))
+        lines.append((f"{label} {value:.4g}", [0, lines[0][1][-1]], [value] * 2, {"color": "gray", "linestyle": style}))
     pale = max((np.nanmax(y) for _, _, y, look in lines if "alpha" in look), default=0)
     high = 1.5 * max(np.nanmax(y) for _, _, y, look in lines if "alpha" not in look)
     title = next(iter(runs)) if len(runs) == 1 else "validation with points, training pale" * bool(pale)
     unit = name.replace("_", " ") + " (nats per token)" * (name == "loss")
-    # The first steps of training are far above the rest, and would flatten it.
-    top = high if pale > high else None
+    top = high if pale > high else None  # the first steps of training, far above, would flatten the rest
     return line_figure(lines, x="step", y=unit, title=title, log=name == "loss_scale", top=top)

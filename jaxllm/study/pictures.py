@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
-Numbers = Sequence[float] | np.ndarray
-Line = tuple[str, Numbers, Numbers, dict[str, Any]]  # label, x, y, matplotlib's properties
+Line = tuple[str, Any, Any, dict[str, Any]]  # label, x, y, matplotlib's properties
 
 
 def line_figure(lines: Sequence[Line], *, x: str, y: str, title: str, log: bool = False, top: Any = None) -> Any:
@@ -55,8 +54,7 @@ def attention_maps(weights: Any, *, queries: Sequence[str] = (), keys: Sequence[
     from matplotlib.figure import Figure
 
     if np.ndim(weights) != 4:
-        fix = "of a captured value [L, B, N, T, S] take a row: value[:, row]"
-        raise ValueError(f"weights must have the axes [L, N, T, S], got the shape {np.shape(weights)}; {fix}")
+        raise ValueError(f"weights must be [L, N, T, S], got {np.shape(weights)}; take a row of [L, B, N, T, S]")
     layers, heads = np.shape(weights)[:2]
     height, width = (max(1.3, 0.2 * len(tokens)) for tokens in (queries, keys))
     figure = Figure(figsize=(width * heads + 1.6, height * layers + 1.2), layout="constrained")

@@ -107,5 +107,5 @@ def test_attention_maps_show_every_head_on_one_scale_with_tokens_as_they_are() -
 
 
 def test_attention_maps_refuse_values_with_the_axis_of_rows() -> None:
-    with pytest.raises(ValueError, match=r"got the shape \(2, 1, 4, 3, 3\).*value\[:, row\]"):
+    with pytest.raises(ValueError, match=r"got \(2, 1, 4, 3, 3\); take a row"):
         attention_maps(np.ones((2, 1, 4, 3, 3)))
