@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": Command("inspect_data", "show what the model of a config reads"),
     "ledger": Command("precision_ledger", "list the dtypes of a train step"),
     "verify": Command("verify_run", "verify the checkpoints of a run, or that a resume is exact", computes=True),
+    "plot": Command("plot_runs", "draw a metric of one or more runs over steps"),
     "configs": Command("list_configs", "list the configs that come with jaxllm, or print one"),
 }
 

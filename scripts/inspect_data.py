@@ -24,13 +24,13 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. data.noise_density=0.3")
     parser.add_argument("--examples", type=int, default=3, help="examples to print")
     parser.add_argument("--audit", action="store_true", help="account for every token of many documents instead")
+    parser.add_argument("--picture", metavar="FILE", help="with --audit: write a picture of the span lengths")
     parser.add_argument("--documents", type=int, default=500, help="documents of the audit")
     arguments, dashed = parser.parse_known_intermixed_args()
-    for name in ("examples", "documents"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    for name in (name for name in ("examples", "documents") if getattr(arguments, name) < 1):
+        parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     logging.basicConfig(level=logging.WARNING)
-    from display.corpus import audit, report, view
+    from display.corpus import audit, draw_spans, report, view
     from display.in_place import check_in_place
     from jaxllm.data.packing import unpack_pairs
     from jaxllm.run.feed import open_run_pipeline
@@ -41,7 +41,8 @@ def main() -> int:
         check_in_place(config, arguments.config, arguments.overrides)
         with contextlib.closing(open_run_pipeline(config, Path(config.training.run_dir))) as pipeline:
             if arguments.audit:
-                console.print(report(audit(pipeline, documents=arguments.documents)))
+                console.print(report(found := audit(pipeline, documents=arguments.documents)))
+                draw_spans(found, arguments.picture)
                 return 0
             examples = itertools.chain.from_iterable(unpack_pairs(batch) for batch in pipeline)
             for inputs, targets in itertools.islice(examples, arguments.examples):

@@ -32,7 +32,7 @@ IMPORTED = {
     "training": {"ops", "models", "data"},
     "host": set(),
     "storage": {"ops", "data", "training", "host"},
-    "run": {"ops", "models", "generation", "interop", "data", "training", "jaxprs", "host", "storage"},
+    "run": {"ops", "models", "generation", "interop", "data", "training", "jaxprs", "host", "storage", "study"},
     "study": {"training", "jaxprs"},
 }
 

@@ -7,8 +7,9 @@ import contextlib
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxllm.host.device import Device
 from jaxllm.models.family import train_flops
 from jaxllm.run.trackers import Tracker, Trackers
 from jaxllm.storage.folder import CURVE, METRICS
+from jaxllm.study.pictures import COLOURS, Line, line_figure
 from jaxllm.training.train_step import StepMetrics
 
 _log = logging.getLogger(__name__)
@@ -213,32 +215,35 @@ def recorded_losses(folder: Path) -> dict[int, float | None]:
     return dict(json.loads(processes.gather(json.dumps(losses))[0]))
 
 
-def plot_curve(folder: Path, baselines: dict[str, float], name: str = "bits_per_byte", sets: Any = ()) -> Path:
-    """Draws the metric `name` of training and of the validation sets over steps from metrics.jsonl into loss.png.
-
-    Raises:
-        ValueError: when metrics.jsonl has no value of the metric.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(folder / METRICS)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    keys = {f"validation/{each}/{name}": f"validation {each}" for each in sets} or {f"validation/{name}": "validation"}
-    for key, label in {name: "training", **keys}.items():
-        marker = None if key == name else "o"
-        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
-    if not axes.lines:
-        raise ValueError(f"{folder / METRICS} has no value of {name}")
-    for (label, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-        axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel(name.replace("_", " "))
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    figure.savefig(folder / CURVE, dpi=130)
+def plot_curve(folder: Path, baselines: dict[str, float], name: str = "bits_per_byte") -> Path:
+    """Draws `name` of training and validation over steps from metrics.jsonl, with baselines, into loss.png."""
+    runs_figure({folder.name: read_metrics(folder / METRICS)}, name, baselines).savefig(folder / CURVE, dpi=130)
     return folder / CURVE
+
+
+def runs_figure(runs: Mapping[str, list[dict[str, Any]]], name: str, levels: Mapping[str, float] | None = None) -> Any:
+    """A figure of the column `name` in the rows of runs; ValueError for a run that has no value of it."""
+    lines: list[Line] = []
+    for run, rows in runs.items():
+        first, keys = len(lines), dict.fromkeys(key for row in rows for key in row)
+        sets = [key for key in keys if re.fullmatch(rf"validation/[^/]+/{re.escape(name)}", key)]
+        for key in [*(sets or [f"validation/{name}"]), name]:
+            values = {row["step"]: row[key] for row in rows if isinstance(row.get(key, ""), int | float | None)}
+            y = np.array([*values.values()], float)  # None is NaN, a gap
+            if np.isfinite(y).any():
+                pale, end = key == name and len(lines) > first, y[np.isfinite(y)][-1]
+                kind = key.split("/")[:-1] or ["training"]
+                text = f"{' '.join([run, *kind[1:]] if len(runs) > 1 else kind)} {end:.{4 if abs(end) < 1e4 else 9}g}"
+                look: dict[str, Any] = {"alpha": 0.4} if pale else {"marker": "o", "markersize": 3}
+                look["color"] = COLOURS[(first if pale else len(lines)) % len(COLOURS)]
+                lines.append(("" if pale and len(runs) > 1 else text, list(values), y, look))
+        if first == len(lines):
+            raise ValueError(f"{run} has no value of {name}; its columns are {', '.join(keys)}")
+    for (label, value), style in zip((levels or {}).items(), ("--", ":", "-."), strict=False):
+        lines.append((f"{label} {value:.4g}", [0, lines[0][1][-1]], [value] * 2, {"color": "gray", "linestyle": style}))
+    pale = max((np.nanmax(y) for _, _, y, look in lines if "alpha" in look), default=0)
+    high = 1.5 * max(np.nanmax(y) for _, _, y, look in lines if "alpha" not in look)
+    title = next(iter(runs)) if len(runs) == 1 else "validation with points, training pale" * bool(pale)
+    unit = name.replace("_", " ") + " (nats per token)" * (name == "loss")
+    top = high if pale > high else None  # the first steps of training, far above, would flatten the rest
+    return line_figure(lines, x="step", y=unit, title=title, log=name == "loss_scale", top=top)

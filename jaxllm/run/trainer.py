@@ -393,6 +393,6 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
     if text:
         _log.info("sample:\n%s", text)
     try:
-        _log.info("curve in %s", plot_curve(parts.folder, baselines, metric, config.data.validation))
+        _log.info("curve in %s", plot_curve(parts.folder, baselines, metric))
     except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
         _log.warning("no curve is drawn: %s", error)

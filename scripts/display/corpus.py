@@ -144,6 +144,32 @@ def report(found: Audit, *, longest: int = 12) -> Table:
     return table
 
 
+def draw_spans(found: Audit, path: str | None, *, longest: int = 12) -> None:
+    """Writes a picture of the span lengths and their exact distribution, where a path is given.
+
+    Raises:
+        ValueError: for an objective that masks no spans.
+    """
+    if path is None:
+        return
+    if not found.spans:
+        raise ValueError(
+            "a picture of span lengths needs an objective with spans, such as data.objective=span_corruption"
+        )
+    from matplotlib.figure import Figure
+
+    total, lengths = sum(found.spans.values()), range(1, min(max({*found.spans, *found.expected}), longest) + 1)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="length of a span (tokens)", ylabel="fraction of the spans", xticks=lengths)
+    axes.bar(lengths, [found.spans.get(k, 0) / total for k in lengths], color="#56b4e9", label=f"{total:,} spans found")
+    exact = [found.expected.get(k, 0) / total for k in lengths]
+    axes.plot(lengths, exact, "o", color="#d55e00", label="exact distribution")
+    axes.set_title(f"Total variation distance {total_variation(found):.4f}", loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def _colour(sentinel: int, tokenizer: Tokenizer) -> str:
     place = int(np.flatnonzero(tokenizer.sentinel_ids == sentinel)[0])
     return _COLOURS[place % len(_COLOURS)]

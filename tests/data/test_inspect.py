@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from display.corpus import audit, report, total_variation, view
+from display.corpus import Audit, audit, draw_spans, report, total_variation, view
 from jaxllm.config import DataConfig
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline
@@ -77,10 +78,26 @@ def test_a_mode_is_read_and_is_no_part_of_the_source(corpus: Path, tmp_path: Pat
     assert modes == {"[NLU]", "[S2S]", "[NLG]"}
 
 
+def test_a_picture_of_span_lengths_has_what_the_audit_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[float]] = {}
+    monkeypatch.setattr(Axes, "bar", lambda self, x, y, **_: drawn.update(lengths=list(x), found=y))
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *_, **__: drawn.update(exact=y))
+    monkeypatch.setattr(Axes, "legend", lambda self, **_: None)
+    nothing = Audit(1, 100, 0, 0, 1, 1, 0.0, {}, {}, (0.0, 0.0))
+    draw_spans(nothing._replace(spans={1: 3, 4: 1}, expected={1: 2.0, 2: 1.0, 20: 1.0}), str(tmp_path / "x.png"))
+    assert drawn["lengths"] == list(range(1, 13))
+    assert drawn["found"] == [0.75, 0, 0, 0.25] + [0] * 8 and drawn["exact"] == [0.5, 0.25] + [0] * 10
+    draw_spans(nothing, None)
+    with pytest.raises(ValueError, match="an objective with spans"):
+        draw_spans(nothing, "x.png")
+
+
 def test_script_shows_and_audits(corpus: Path, tmp_path: Path) -> None:
     settings = ["data.source=files", f"data.path={corpus}", f"training.run_dir={tmp_path / 'run'}"]
     command = [sys.executable, str(ROOT / "scripts" / "inspect_data.py"), str(ROOT / "configs" / "t5_tiny.yaml")]
-    shown = subprocess.run([*command, *settings, "--audit"], capture_output=True, text=True, check=True).stdout
+    audited = [*command, *settings, "--audit", "--picture", str(tmp_path / "spans.png")]
+    shown = subprocess.run(audited, capture_output=True, text=True, check=True).stdout
+    assert (tmp_path / "spans.png").read_bytes().startswith(b"\x89PNG")
     assert "tokens dropped, added" in shown and "0, 0" in shown
     shown = subprocess.run([*command, *settings, "--examples", "2"], capture_output=True, text=True, check=True).stdout
     assert [shown.count(f"─ {title} ─") for title in ("source", "inputs", "targets")] == [2, 2, 2]
