@@ -35,8 +35,8 @@ def main() -> int:
     if len(dict(pairs)) < len(pairs):
         parser.error("sets of --data need different names (NAME=PATH)")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from display.evaluation import evaluate_path
     from gpu_settings import prepare_process
-    from jaxllm.run.evaluation import evaluate_path
 
     prepare_process()
     sets = [f"data.validation={json.dumps(dict(pairs))}"] if pairs else []

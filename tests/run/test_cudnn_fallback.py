@@ -16,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from benchmarks.gpu import train
+from display.evaluation import evaluate_path
 from jaxllm.config import LlamaConfig, RunConfig, T5Config
 from jaxllm.config.file import load_config
 from jaxllm.generation import (
@@ -31,7 +32,6 @@ from jaxllm.ops import attention, cudnn
 from jaxllm.ops.cudnn import calls_in, refused
 from jaxllm.ops.masks import Pattern
 from jaxllm.run.compiled import DeviceError
-from jaxllm.run.evaluation import evaluate_path
 from jaxllm.run.record import read_metrics
 from jaxllm.run.trainer import pretrain
 from tests.run.test_pretrain import config, losses

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from display.convert import export_run
+from display.evaluation import evaluate_path
 from jaxllm.config import RunConfig
 from jaxllm.config.file import ConfigError
 from jaxllm.data import DataError
 from jaxllm.interop import InteropError
-from jaxllm.run.evaluation import evaluate_path
 from jaxllm.run.load import load_run, load_text_model
 from jaxllm.run.record import read_metrics
 from jaxllm.run.trainer import pretrain
