@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.config import LlamaConfig, RunConfig, T5Config, TrainingConfig
+from jaxllm.config import LlamaConfig, T5Config, TrainingConfig
 from jaxllm.config.file import ConfigError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
@@ -205,11 +205,3 @@ def test_one_source_of_prompts_is_asked_for(llama: Path, speak) -> None:
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run folder"):
         load_text_model(tmp_path)
-
-
-def test_readme_opens_a_run_as_it_shows(short_run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"<!-- own run -->\n```python\n(.+?)```", page, flags=re.S).group(1)
-    names: dict[str, Any] = {}
-    exec(compile(code.replace("runs/llama_tiny", short_run.training.run_dir), "README.md", "exec"), names)
-    assert capsys.readouterr().out and names["model"].config == short_run.model
