@@ -47,9 +47,10 @@ def notebooks() -> list[Path]:
 
 
 def title_of(path: Path) -> str:
-    """The first heading of a notebook."""
+    """The first heading of a notebook, without what follows a colon."""
     lines = "".join("".join(cell["source"]) + "\n" for cell in cells_of(path)).splitlines()
-    return next((line[2:].strip() for line in lines if line.startswith("# ")), path.stem)
+    title = next((line[2:] for line in lines if line.startswith("# ")), path.stem)
+    return title.split(":")[0].replace("`", "").strip()
 
 
 def cells_of(path: Path) -> list[dict[str, Any]]:

@@ -40,6 +40,13 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
         assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+def test_every_notebook_is_a_page_that_others_list(site: Path) -> None:
+    first = (site / "index.html").read_text(encoding="utf-8")
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        assert (site / "notebooks" / f"{path.stem}.html").is_file()
+        assert f"notebooks/{path.stem}.html" in first
+
+
 def test_the_table_of_settings_has_all_of_them(site: Path) -> None:
     page = (site / "settings.html").read_text(encoding="utf-8")
     for rows in describe_keys().values():
