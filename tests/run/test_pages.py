@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import pytest
 
+from display.convert import export_run, import_run
 from jaxllm.config import RunConfig, T5Config
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.interop.hf import save_hf
 from jaxllm.models import build, init_params
-from jaxllm.run.convert import export_run, import_run
 from tests.conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
