@@ -7,6 +7,7 @@ that its run lacks, so that a resume or a tracker that is chosen late repeats an
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import logging
 import os
@@ -34,8 +35,9 @@ def _tensorboard(folder: Path, _: Any) -> _Opened:
     """Writes one event file, which replaces those of earlier starts."""
     # Not SummaryWriter, whose thread blocks its caller for ever once the disk is full (tensorboardX 2.6.5).
     from tensorboardX import RecordWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
+
+    # Modules that protobuf makes when they are imported, so that no type checker can read their names.
+    events, summaries = (importlib.import_module(f"tensorboardX.proto.{name}_pb2") for name in ("event", "summary"))
 
     place, stamp = folder / TENSORBOARD, int(time.time())
     place.mkdir(exist_ok=True)
@@ -50,11 +52,12 @@ def _tensorboard(folder: Path, _: Any) -> _Opened:
         file.flush()
 
     def track(step: int, row: Row) -> None:
-        values = [Summary.Value(tag=name, simple_value=number) for name, number in _numbers(row).items()]
-        record(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        values = [summaries.Summary.Value(tag=name, simple_value=number) for name, number in _numbers(row).items()]
+        record(events.Event(wall_time=time.time(), step=step, summary=summaries.Summary(value=values)))
 
-    record(Event(file_version="brain.Event:2"))
-    record(Event(step=0, session_log=SessionLog(status=SessionLog.START)))  # voids what a running TensorBoard has read
+    record(events.Event(file_version="brain.Event:2"))
+    started = events.SessionLog(status=events.SessionLog.START)  # voids what a running TensorBoard has read
+    record(events.Event(step=0, session_log=started))
     return track, file.close
 
 
