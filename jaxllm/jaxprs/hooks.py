@@ -207,6 +207,15 @@ def _joined(records: list[Record]) -> dict[str, Array]:
     return {path: jnp.concatenate(values) for path, values in parts.items()}
 
 
+# What jax raises for a traced number in `if`, as an index of a list, in NumPy, or as a mask.
+_NEEDS_A_NUMBER = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
 def _changed(change: Edit, path: str, value: Array, layer: Any) -> Array:
     try:
         new = change(value, layer)
@@ -216,7 +225,7 @@ def _changed(change: Edit, path: str, value: Array, layer: Any) -> Array:
         if new.shape != value.shape:
             raise ValueError(f"the edit of {path} must keep the shape {list(value.shape)}, got {list(new.shape)}")
         return new.astype(value.dtype)
-    except jax.errors.JAXTypeError as error:  # of `if`, an index of a list, or NumPy
+    except _NEEDS_A_NUMBER as error:
         fix = "choose by jnp.where(layer == 1, new, value), and compute by jax.numpy alone"
         raise _EditError(ValueError(f"the edit of {path} needs a traced number in Python: {fix}"), error) from None
     except Exception as error:

@@ -112,7 +112,12 @@ class Window:
             return function(*args)
         if not self._traced:
             jax.block_until_ready(args)  # the step before is still running
-            jax.profiler.start_trace(self._folder, profiler_options=OPTIONS)
+            try:
+                jax.profiler.start_trace(self._folder, profiler_options=OPTIONS)
+            except Exception as error:  # such as another trace of this process
+                _log.warning("the profile cannot be made: %s", error)
+                self._steps = range(0)
+                return function(*args)
         self._traced, self._program = self._traced + 1, function.text
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = function(*args)
@@ -125,9 +130,9 @@ class Window:
         """Ends a trace and shows it."""
         steps, self._traced = self._traced, 0
         if steps:
-            jax.profiler.stop_trace()
             try:
+                jax.profiler.stop_trace()
                 table = kernels(self._folder, steps, program=self._program()).table(12)
                 _log.info("profile of %d steps on %s in %s: %s", steps, jax.default_backend(), self._folder, table)
-            except ValueError as error:
+            except Exception as error:  # such as a full disk; the run continues
                 _log.warning("the profile cannot be shown: %s", error)

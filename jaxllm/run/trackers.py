@@ -43,7 +43,7 @@ def _tensorboard(folder: Path, _: Any) -> _Opened:
     place.mkdir(exist_ok=True)
     for older in place.glob(f"{_PREFIX}*"):
         # A running TensorBoard looks for names after the last one that it has read, and a clock can be set back.
-        stamp = max(stamp, *(int(part) + 1 for part in older.name.split(".")[3:4] if part.isdecimal()))
+        stamp = max([stamp, *(int(part) + 1 for part in older.name.split(".")[3:4] if part.isdecimal())])
         older.unlink()
     file = RecordWriter(str(place / f"{_PREFIX}{stamp:010d}.{os.uname().nodename}"))
 

@@ -51,7 +51,7 @@ class Own(NamedTuple):
     """Parts of a run that replace those of its config (docs/parts.md); None keeps that of the config."""
 
     loss: LossBuilder | None = None  # called as `build_loss`, and returns a pure function as that does
-    optimizer: optax.GradientTransformation | None = None  # replaces all of `build_optimizer` but the loss scale
+    optimizer: optax.GradientTransformation | None = None  # replaces all but the loss scale and optimizer.ema
     recipe: Objective | None = None  # replaces the row of `RECIPES` that `data.objective` names
 
 

@@ -74,7 +74,8 @@ def verify_resume(run: str | Path, step: int, count: int) -> Report:
     with tempfile.TemporaryDirectory() as place:
         copy = _copy(folder, step, Path(place) / "run")
         config = load_config(copy / CONFIG)
-        training = dataclasses.replace(config.training, run_dir=str(copy), sample_tokens=0, stop_after=None)
+        nothing_else = {"sample_tokens": 0, "stop_after": None, "trackers": (), "profile": None, "norms_every": 0}
+        training = dataclasses.replace(config.training, run_dir=str(copy), **nothing_else)
         if pretrain(dataclasses.replace(config, training=training), stop_at=last).step < last:
             raise KeyboardInterrupt  # a signal, which has shown nothing of the steps after it
         after = {key: value for key, value in _values(copy).items() if key[0] > step}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,18 @@ def test_a_resume_is_proved_exact_in_a_copy(trained: Path, monkeypatch: pytest.M
     assert report.good and contents(trained) == before
     assert "steps 5 to 8 are exactly those of run" in report.text
     assert "2 of fingerprint, 4 of loss, 1 of validation/loss" in report.text
+
+
+def test_a_proof_opens_no_tracker_of_the_run(run: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B would log the copy into the run of the original."""
+    monkeypatch.chdir(trained.parent)
+    text = (run / "config.yaml").read_text()
+    changed = re.sub(r"trackers: \[\]", "trackers: [wandb]", text).replace("norms_every: 0", "norms_every: 1")
+    assert changed.count("wandb") == changed.count("norms_every: 1") == 1
+    (run / "config.yaml").write_text(changed)
+    opened: list[str] = []
+    monkeypatch.setattr("jaxllm.run.trackers._wandb", lambda *_: opened.append("wandb"))
+    assert verify_resume(run, 6, 2).good and not opened
 
 
 def test_a_resume_that_is_not_exact_is_noticed(run: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
