@@ -86,6 +86,8 @@ def test_the_estimate_of_memory_counts_it() -> None:
     assert size <= with_it - plain <= size + 16
 
 
+ROOT = Path(__file__).parent.parent.parent
+
 MESH = """
 import jax, numpy as np
 from jaxllm.training.program import program_of
@@ -112,7 +114,8 @@ for fsdp in (1, 4):
 
 def test_on_a_mesh_it_has_the_layout_of_the_parameters() -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    places = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": places}
     done = subprocess.run([sys.executable, "-c", MESH], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
