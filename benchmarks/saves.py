@@ -1,7 +1,7 @@
 """Seconds of a save, in this checkout and in another, through scripts/pretrain.py of both, in turns.
 
-    git worktree add --detach /tmp/before 2225bdf
-    python -m benchmarks.saves /tmp/before [--turns 5]
+    git worktree add --detach ../before 2225bdf
+    python -m benchmarks.saves ../before [--turns 5]
 
 A run that saves each step takes a step and a save between two checkpoints; one that saves each fifth takes five
 steps and a save. The times are those of the folders of checkpoints, so that nothing of either checkout is imported.
