@@ -28,8 +28,9 @@ class Appended:
             self._failed = True
 
     def close(self) -> None:
-        """Writes what waits, and closes the file."""
-        self.write(b"")
+        """Writes what a disk has refused, and closes the file."""
+        if self._failed:  # otherwise Ctrl-C came between the bytes and the note that they are written
+            self.write(b"")
         self._file.close()
 
 

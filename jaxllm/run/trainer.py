@@ -364,11 +364,14 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
 
 def _save(parts: Parts, progress: Progress) -> None:
     data = whole_position(progress.position) | ({_SUMS: dict(progress.sums)} if progress.sums else {})
+
+    def note(fingerprint: str) -> None:
+        if progress.fingerprinted < progress.step:
+            parts.writer.write(progress.step, {"fingerprint": fingerprint})
+            progress.fingerprinted = progress.step
+
     with parts.meter.paused():
-        saved = parts.checkpoints.save(progress.step, progress.state, data)
-    if progress.fingerprinted < progress.step:
-        parts.writer.write(progress.step, {"fingerprint": saved})
-        progress.fingerprinted = progress.step
+        parts.checkpoints.save(progress.step, progress.state, data, note)
 
 
 def _last_good(parts: Parts, progress: Progress) -> Start:

@@ -17,7 +17,7 @@ import operator
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +138,14 @@ class Checkpoints:
             return late
         return step % processes.EVERY == 0 and processes.agreed(self._wishes, step, late)
 
-    def save(self, step: int, state: Any, data: dict[str, Any]) -> str:
-        """Starts writing a checkpoint; returns its fingerprint. A save that fails, then or later, is reported once."""
+    def save(self, step: int, state: Any, data: dict[str, Any], note: Callable[[str], None] = str) -> None:
+        """Gives `note` the fingerprint, then starts to write; a save that fails, then or later, is reported once."""
         self.wait()
         self._saved = time.monotonic()
         if self._failures:
             self._remove_unfinished()
         record = reading.record_of(data, state)  # before the save, which may read buffers that change
+        note(total(record[LEAVES]))
         items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), DATA: ocp.args.JsonSave(record)})
         try:
             losses = {str(at): self._losses[at] for at in (*self.steps(), step) if at in self._losses}
@@ -152,7 +153,6 @@ class Checkpoints:
             self._writing = step
         except Exception as error:  # tensorstore's is a ValueError for a full disk
             self._failed(step, error)
-        return total(record[LEAVES])
 
     def poll(self) -> None:
         """Reports a save that has failed in the background; returns at once while it is written."""

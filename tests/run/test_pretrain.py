@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,30 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole: tuple[RunConfig, Summar
     written = {path.name for path in summary.folder.iterdir()}
     assert {"config.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt"} <= written
     assert load_config(summary.folder / "config.yaml") == run
+
+
+def test_ctrl_c_once_a_save_has_begun_costs_no_row(
+    whole: tuple[RunConfig, Summary], shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import orbax.checkpoint as ocp
+
+    run = config(shared / "interrupted", shared / "corpus")
+    save = ocp.CheckpointManager.save
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        save(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ocp.CheckpointManager, "save", interrupted)
+        pretrain(run)
+    assert pretrain(run).resumed_from == 4
+    timings = ("tokens_per_second", "tflops", "data_wait")
+    rows = [
+        [{name: value for name, value in row.items() if name not in timings} for row in summary.metrics]
+        for summary in (whole[1], pretrain(run))
+    ]
+    assert rows[0] == rows[1]
 
 
 LONG = {"steps": 200, "save_every": 20, "eval_every": 200, "log_every": 5}

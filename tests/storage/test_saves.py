@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,21 @@ def test_a_row_that_a_full_disk_refuses_is_written_later(tmp_path: Path, caplog:
     full.free = 100
     file.close()
     assert full.data == b"first\nsecond\nthird\n"
+
+
+def test_a_write_that_ctrl_c_ends_is_not_repeated(tmp_path: Path) -> None:
+    class Interrupted(FileIO):
+        def write(self, data: Any) -> int:
+            super().write(data)
+            raise KeyboardInterrupt
+
+    file = Appended(tmp_path / "file")
+    file._file.close()
+    file._file = Interrupted(tmp_path / "file", "ab")
+    with pytest.raises(KeyboardInterrupt):
+        file.write(b"row\n")
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"row\n"
 
 
 class Calls:
