@@ -173,6 +173,7 @@ class MetricsWriter:
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if text.encode() != self.path.read_bytes():
                 write_whole(self.path, text.encode())  # a full disk or a kill costs no row of a step that stays done
+        self._fingerprinted = max((row["step"] for row in kept if "fingerprint" in row), default=-1)
         self._file = Appended(self.path)
         self._trackers = Trackers(folder, config, kept, tracker)
 
@@ -183,6 +184,12 @@ class MetricsWriter:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         self._file.write(f"{json.dumps({'step': step, **finite})}\n".encode())
         self._trackers.write(step, finite)
+
+    def write_fingerprint(self, step: int, fingerprint: str) -> None:
+        """Records the fingerprint of a state, once for a step that is saved again."""
+        if self._writes and step > self._fingerprinted:
+            self._fingerprinted = step
+            self.write(step, {"fingerprint": fingerprint})
 
     def close(self) -> None:
         """Closes the record and the trackers."""

@@ -6,6 +6,7 @@ with a checkpoint. A loss that is not finite, or a loss scale that can't shrink 
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -105,9 +106,7 @@ class Progress:
     position: dict[str, Any]  # position in the data after the batch of that step
     sums: Sums = dataclasses.field(default_factory=dict)  # of the steps since the last row of metrics.jsonl
     branched: bool = False  # whether the run begins with the state of another, and has not saved it
-    fingerprinted: int = -1  # newest step whose state has its fingerprint in the record, saved or not; -1 without one
-    # step of the checkpoint that the run resumed from, if it could not be verified; otherwise None
-    doubtful: int | None = None
+    doubtful: int | None = None  # step of the checkpoint that the run resumed from, if it could not be verified
     validation: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest evaluation, and its step
     unread: Pending | None = None  # the newest step, until its metrics are read
 
@@ -218,8 +217,8 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
     begins = f"branching off {steps.program.config.training.branch_from} for" if start.branched else "resuming"
     _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
-    known, doubtful = -1 if start.branched else start.step, None if start.verified else start.step
-    return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched, known, doubtful)
+    doubtful = None if start.verified else start.step
+    return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched, doubtful)
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
@@ -271,8 +270,7 @@ def _step(parts: Parts, progress: Progress, *, until: int) -> None:
     previous, progress.unread = progress.unread, _dispatch(parts, progress, until=until)
     _read(parts, progress, previous)
     on_time = progress.step % parts.config.training.save_every == 0 or progress.step == until
-    saves = on_time or parts.checkpoints.late(progress.step)
-    evaluates = _evaluates(parts, progress)
+    saves, evaluates = on_time or parts.checkpoints.late(progress.step), _evaluates(parts, progress)
     if evaluates or saves:
         _read(parts, progress, progress.unread)
         progress.unread = None
@@ -364,12 +362,7 @@ def _evaluate(parts: Parts, progress: Progress) -> None:
 
 def _save(parts: Parts, progress: Progress) -> None:
     data = whole_position(progress.position) | ({_SUMS: dict(progress.sums)} if progress.sums else {})
-
-    def note(fingerprint: str) -> None:
-        if progress.fingerprinted < progress.step:
-            parts.writer.write(progress.step, {"fingerprint": fingerprint})
-            progress.fingerprinted = progress.step
-
+    note = functools.partial(parts.writer.write_fingerprint, progress.step)
     with parts.meter.paused():
         parts.checkpoints.save(progress.step, progress.state, data, note)
 
@@ -379,8 +372,8 @@ def _last_good(parts: Parts, progress: Progress) -> Start:
     for leaf in jax.tree.leaves(progress.state):
         leaf.delete()  # a device may have no room for two states
     parts.checkpoints.wait()
-    steps, tokenizer = parts.steps, parts.pipeline.tokenizer
-    return find_start(steps.program, parts.checkpoints, mesh=steps.mesh, tokenizer=tokenizer)
+    tokenizer = parts.pipeline.tokenizer
+    return find_start(parts.steps.program, parts.checkpoints, mesh=parts.steps.mesh, tokenizer=tokenizer)
 
 
 def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> None:

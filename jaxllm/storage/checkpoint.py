@@ -77,7 +77,9 @@ class Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A checkpoint, or an item of one, until it has its name."""
 
     async def finalize(self) -> None:
-        """Renames it when its files are on disk; older checkpoints are deleted when its name is, too."""
+        """Renames a checkpoint when its files are on disk; older ones are deleted when its name is, too."""
+        if ocp.path.atomicity.TMP_DIR_SUFFIX in self.get_final().parent.name:  # an item: its checkpoint's sync has it
+            return await super().finalize()
         sync_tree(Path(self.get()))
         await super().finalize()
         sync_tree(Path(self.get_final()))  # again: orbax writes small files just before it renames
@@ -179,7 +181,8 @@ class Checkpoints:
         """
         found, damaged = reading.restore_newest(self.folder, self.steps(), abstract_state)
         if found is not None:
-            self._set_aside(damaged)
+            if damaged:
+                self._set_aside(damaged)
             for step in [step for step in self._losses if step > found.step]:  # evaluated again
                 del self._losses[step]
             return found
@@ -188,8 +191,6 @@ class Checkpoints:
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
-        if not steps:
-            return
         if processes.index() == 0:
             _move_aside(self.folder, steps)
         processes.gather("moved")
