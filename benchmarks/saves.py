@@ -1,18 +1,15 @@
-"""Seconds of a save, in this checkout and in another, through scripts/pretrain.py of both, in turns.
+"""Seconds of a save of 46 MB, in this checkout and in another: a process of each saves in turn.
 
     git worktree add --detach ../before 2225bdf
-    python -m benchmarks.saves ../before [--turns 5]
+    python -m benchmarks.saves ../before [--saves 40]
 
-A run that saves each step takes a step and a save between two checkpoints; one that saves each fifth takes five
-steps and a save. The times are those of the folders of checkpoints, so that nothing of either checkout is imported.
+"blocked" is what training waits for; "whole" ends when the checkpoint has its name.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,56 +19,65 @@ from benchmarks.gpu.record import ROOT
 from benchmarks.report import spread
 from benchmarks.sides import processor
 
-_STEPS, _APART = 40, 5
-_CONFIG = "configs/llama_tiny.yaml"  # 46 MB of state
-_QUICK = (
-    "training.batch_size=1 training.eval_every=1000 training.sample_tokens=0 training.keep=99 "
-    "optimizer.schedule=constant optimizer.warmup_steps=0 optimizer.decay_steps=0"
-)
+# Runs with the other checkout's package, too, whose module and arguments are those of 2225bdf.
+_WORKER = """
+import pathlib, sys, time
+import jax
+try:
+    from jaxllm.storage.checkpoint import Checkpoints
+    options = {}
+except ImportError:
+    from jaxllm.training.checkpoint import Checkpoints
+    options = {"validation_loss": None}
+keys = jax.random.split(jax.random.key(0), 10)
+state = {f"leaf{i}": jax.random.normal(keys[i], (1000, 1150)) for i in range(10)}
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), keep=2)
+for step, _ in enumerate(sys.stdin, start=1):
+    begin = time.perf_counter()
+    checkpoints.save(step, state, {"position": step}, **options)
+    blocked = time.perf_counter() - begin
+    checkpoints.wait()
+    print(blocked, time.perf_counter() - begin, flush=True)
+checkpoints.close()
+"""
 
 
-def interval(checkout: Path, work: Path, save_every: int) -> float:
-    """Median seconds between two checkpoints of a run."""
-    run = Path(tempfile.mkdtemp(dir=work))
-    settings = {"steps": _STEPS, "save_every": save_every, "run_dir": run, "compilation_cache": work / "programs"}
-    command = [sys.executable, "scripts/pretrain.py", _CONFIG, f"data.cache_dir={work / 'data'}", *_QUICK.split()]
-    command += [f"training.{name}={value}" for name, value in settings.items()]
+def start(checkout: Path, folder: Path) -> subprocess.Popen[str]:
+    """A process that saves once for each line that it reads, and answers with both times."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the run of {checkout} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    times = [(run / "checkpoints" / str(step)).stat().st_ctime for step in steps]
-    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+    command = [sys.executable, "-c", _WORKER, str(folder)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def save_seconds(checkout: Path, work: Path) -> float:
-    """Of one save, without the step before it."""
-    each, apart = (interval(checkout, work, every) for every in (1, _APART))
-    return (_APART * each - apart) / (_APART - 1)
+def save(worker: subprocess.Popen[str]) -> list[float]:
+    """Seconds blocked and in whole of one save."""
+    assert worker.stdin and worker.stdout
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return [float(each) for each in worker.stdout.readline().split()]
 
 
 def main() -> None:
     """Alternates the checkouts and prints the seconds of a save in both, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="folder of another checkout")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--saves", type=int, default=40, help="of each")
     options = parser.parse_args()
-    sides = {"here": ROOT, "other": options.other.resolve()}
-    found: dict[str, list[float]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(options.turns + 1):  # the first prepares the data and compiles
-            for name, checkout in sides.items():
-                work = Path(folder) / name
-                work.mkdir(exist_ok=True)
-                seconds = save_seconds(checkout, work)
-                if turn:
-                    found[name].append(seconds)
-                    print(f"turn {turn} {name}: {seconds:.3f} s", flush=True)
-    ratio = spread([a / b for a, b in zip(found["here"], found["other"], strict=True)])
-    rows = {name: "{median:.3f} s ({min:.3f} to {max:.3f})".format(**spread(each)) for name, each in found.items()}
-    print(f"a save: here {rows['here']}, other {rows['other']}; ratio {ratio['median']:.2f} ", end="")
-    print(f"({ratio['min']:.2f} to {ratio['max']:.2f}), {processor()}")
+        checkouts = {"here": ROOT, "other": options.other.resolve()}
+        workers = {name: start(checkout, Path(folder) / name) for name, checkout in checkouts.items()}
+        found: dict[str, list[list[float]]] = {name: [] for name in workers}
+        for _ in range(options.saves + 2):
+            for name, worker in workers.items():
+                found[name].append(save(worker))
+        for worker in workers.values():
+            worker.communicate()
+    for i, kind in enumerate(("blocked", "whole")):
+        here, other = ([1000 * each[i] for each in found[name][2:]] for name in checkouts)  # two warm up
+        ratio = spread([a / b for a, b in zip(here, other, strict=True)])
+        print(f"{kind}: here {spread(here)['median']:.1f} ms, other {spread(other)['median']:.1f} ms, ", end="")
+        print(f"ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+    print(processor())
 
 
 if __name__ == "__main__":
