@@ -6,6 +6,7 @@ Notebooks become plain pages: no Jupyter is needed, and nothing in them loads fr
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ class Meanings(griffe.Extension):
             obj.docstring.value = "\n\n".join(map(_as_code, obj.docstring.value.split("\n\n")))
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
-        """Takes the last text of `Annotated` as the docstring."""
+        """Takes the last text of `Annotated` as the docstring, or else the comment on the attribute."""
+        if attr.docstring is None and (comment := _comment(node, attr)):
+            attr.docstring = griffe.Docstring(comment, parent=attr)
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.annotation, ast.Subscript):
             return
         name, arguments = node.annotation.value, node.annotation.slice
@@ -114,6 +117,21 @@ class Meanings(griffe.Extension):
         if isinstance(meaning, ast.Constant) and isinstance(meaning.value, str):
             attr.docstring = griffe.Docstring(meaning.value, parent=attr)
             attr.annotation = ast.unparse(arguments.elts[0])
+
+
+def _comment(node: Any, attr: griffe.Attribute) -> str:
+    """The comment behind a field or a constant, or the lines of comment above it, as a sentence."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    if not isinstance(target, ast.Name):  # an attribute of self is not documented
+        return ""
+    path = attr.filepath
+    lines = path.read_text(encoding="utf-8").splitlines() if isinstance(path, Path) else []
+    if not lines:
+        return ""
+    behind = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset or 0 :].decode().strip()
+    above = list(itertools.takewhile(lambda line: line.lstrip().startswith("#"), reversed(lines[: node.lineno - 1])))
+    words = " ".join(line.strip().removeprefix("#").strip() for line in [*reversed(above), behind])
+    return f"{words.strip().rstrip('.')}." if words.strip() else ""
 
 
 def _as_code(paragraph: str) -> str:

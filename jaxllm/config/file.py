@@ -177,6 +177,8 @@ def _model_kind(raw: Any) -> type:
 def _parse(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
     """A value of the file, ready to be checked: a dict becomes a class of settings, and text a number."""
     if not hasattr(kind, "__dataclass_fields__"):
+        if isinstance(value, dict):
+            return {name: _number(kind, item) for name, item in value.items()}
         return [_number(kind, item) for item in value] if isinstance(value, list) else _number(kind, value)
     key, declared, raw = ".".join(path), settings_of(kind), {} if value is None else value
     if not isinstance(raw, dict):

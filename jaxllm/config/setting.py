@@ -152,10 +152,7 @@ def _check_bounds(item: Setting, value: Any) -> None:
 
 
 def _convert(kind: Any, value: Any, of: str = "") -> Any:
-    """The value in its declared type: an int or a number of NumPy or jax as float, a list as tuple, a path as str.
-
-    Errors begin with `of`, which names the value's key in a mapping.
-    """
+    """The value in its declared type, such as an int as float; errors begin with `of`, its place in a mapping."""
     origin, options = get_origin(kind), get_args(kind)
     if origin in (typing.Union, UnionType):
         return _convert_to_any(kind, value)
@@ -171,6 +168,7 @@ def _convert(kind: Any, value: Any, of: str = "") -> Any:
     accepted, converted = _PLAIN.get(kind, (origin or kind, lambda same: same))
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))  # to Python a bool is an int
     require(fits, f"{of}must be of type {type_name(kind)}, got {value!r}")
+    require(kind is not float or math.isfinite(value), f"{of}must be finite, got {value!r}")
     return converted(value)
 
 
@@ -183,14 +181,9 @@ def _convert_to_any(kind: Any, value: Any) -> Any:
     raise ValueError(f"must be of type {type_name(kind)}, got {value!r}")
 
 
-def _finite(value: Any) -> float:
-    require(math.isfinite(value), f"must be finite, got {value!r}")
-    return float(value)
-
-
 # What counts as a value of a type, and how it becomes one: paths are text.
 _PLAIN: dict[Any, tuple[Any, Callable[[Any], Any]]] = {
     int: (Integral, int),
-    float: (Real, _finite),
+    float: (Real, float),
     str: ((str, os.PathLike), os.fspath),
 }

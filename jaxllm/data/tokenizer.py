@@ -242,11 +242,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         DataError: when the file is missing, cannot be read or is neither.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        path = next(iter(tokenizers_in(path)), path)
+    path = next(iter(tokenizers_in(path)), path)
     if not path.is_file():
         fix = "give a tokenizer.json, a SentencePiece .model or a folder that has one (nothing is downloaded)"
-        raise DataError(f"no tokenizer in {path}; {fix}" if path.is_dir() else f"no tokenizer file {path}; {fix}")
+        problem = f"no tokenizer in {path}; put one there, or" if path.is_dir() else f"no tokenizer file {path};"
+        raise DataError(f"{problem} {fix}")
     try:
         path.open("rb").close()
     except OSError as error:

@@ -129,7 +129,7 @@ class TensorFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; InteropError when it is missing, cannot be read or holds no object."""
     if not path.exists():
-        raise InteropError(f"no {path.name} in {path.parent}; give the directory that save_pretrained wrote")
+        raise InteropError(f"no {path.name} in {path.parent}; give what save_pretrained wrote; load_run opens a run")
     check_readable(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def _measure(steps: Steps, params: Any, pipeline: Pipeline, name: str | None) ->
         placed = place_rows(batch, steps.mesh)
         found = jax.device_get(steps.eval_step(params, placed))
         sums += (found.nll, found.weight, found.correct)
-        size += count_rows(batch, tokenizer.token_bytes)[:, 1].sum(dtype=float)
+        size += float(count_rows(batch, tokenizer.token_bytes)[:, 1].sum(dtype=float))
         if steps.predict is not None:
             predicted = fetch(steps.predict(params, placed))
             whole, total = count_spans(predicted, batch["targets"], segments_of(batch)[1], tokenizer.sentinel_ids)

@@ -89,11 +89,13 @@ def _fill_in(text_model: TextModel, pipeline: Pipeline, config: TrainingConfig) 
     answers = text_model.generate([inputs.tolist() for inputs, _ in examples], max_new_tokens=config.sample_tokens)
     parts = []
     for (inputs, truth), answer in zip(examples, answers, strict=True):
-        parts += ["--- text with blanks", tokenizer.decode(before_end(inputs, tokenizer.eos_id))]
+        blanks = np.isin(inputs, tokenizer.sentinel_ids).any()
+        text = tokenizer.decode(before_end(inputs, tokenizer.eos_id))
+        parts += ["--- text with blanks" if blanks else "--- text", text]
         parts += ["--- the model's answer", tokenizer.decode(answer)]
         if truth is not None:
             parts += ["--- the truth", tokenizer.decode(truth)]
-        if np.isin(inputs, tokenizer.sentinel_ids).any():
+        if blanks:
             parts += ["--- filled in", filled_in(inputs, answer, tokenizer, marks=("«", "»"))]
         parts.append("")
     return "\n".join(parts)

@@ -158,7 +158,9 @@ def read_run(folder: str | Path, mesh: Mesh | None = None, *, average: bool = Tr
         ConfigError: when there is no run.
         CheckpointError: when it has no readable checkpoint.
     """
-    folder, _, step = find_model(folder)
+    folder, kind, step = find_model(folder)
+    if kind is not Kind.RUN:
+        raise ConfigError(f"{folder} is a Hugging Face directory, not a run folder; open it with load_hf")
     config = load_config(folder / CONFIG)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     shapes = abstract_params(build(config.model))

@@ -317,7 +317,7 @@ def _check_same(path: Path, config: RunConfig, own_rates: bool, *, done: int, ig
     if differing:
         listed = "\n  ".join(differing)
         if done and not same:
-            reason = f"the learning rates of the {done} steps that are done would differ"
+            reason = f"rates of the {done} steps that are done would differ; training.init_from takes the parameters"
             listed += f"\n({reason if fits else f'{done} steps are done'})"
         resume = "resume it with its own config, or choose another training.run_dir"
         fix = "set them as they are there" if ignored else resume

@@ -42,17 +42,18 @@ def build_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
 
 
 def phases(config: OptimizerConfig, *, steps: int) -> tuple[int, int]:
-    """Steps of warm-up and of final decay; shortened by the same factor where together they exceed the run.
+    """Steps of warm-up and of wsd's decay; shortened by the same factor where together they exceed the run.
 
     >>> config = OptimizerConfig(schedule="wsd", warmup_steps=40, decay_steps=140)
     >>> phases(config, steps=360), phases(config, steps=18)
     ((40, 140), (4, 14))
     """
     warmup, decay = config.warmup_steps, config.decay_steps
-    if warmup + decay <= steps:
+    wanted = warmup + (decay if config.schedule == "wsd" else 0)  # no other schedule reads decay_steps
+    if wanted <= steps:
         return warmup, decay
-    shorter = warmup * steps // (warmup + decay)
-    return shorter, steps - shorter if decay else 0
+    shorter = warmup * steps // wanted
+    return shorter, steps - shorter if config.schedule == "wsd" else decay
 
 
 def same_rates(one: RunConfig, other: RunConfig, *, steps: int) -> bool:

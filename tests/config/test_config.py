@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,7 @@ def test_floats_as_people_write_them(text: str, tmp_path: Path) -> None:
     path.write_text(dump_config(parse()).replace("learning_rate: 0.0003", f"learning_rate: {text}"))
     assert load_config(path).optimizer.learning_rate == 3e-4
     assert load_config(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 3e-4
+    assert load_config(path, [f"optimizer.rate_factors.embed={text}"]).optimizer.rate_factors == {"embed": 3e-4}
 
 
 def test_overrides_come_last_and_reach_nested_keys(tmp_path: Path) -> None:
@@ -112,6 +114,7 @@ BAD = [
     ({"precision": {"islands": {"rope": "bfloat16"}}}, "islands.rope must be float32"),
     ({"precision": {"islands": {"mlp_output": "float32"}}}, "model.family 'llama' has no such island: mlp_output"),
     ({"optimizer": {"rate_factors": {"embed": None}}}, "rate_factors of 'embed' must be of type float, got None"),
+    ({"optimizer": {"rate_factors": {"embed": math.nan}}}, "rate_factors of 'embed' must be finite, got nan"),
     ({"precision": {"islands": {"soft": "float32"}}}, "precision.islands must be one of norms, softmax, "),
     (
         {"model": {**SMALL["model"], "attention": "chunked"}, "precision": {"islands": {"softmax": "bfloat16"}}},

@@ -210,7 +210,7 @@ def test_old_buffers_are_ignored(tmp_path: Path) -> None:
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InteropError, match=r"no config.json"):
+    with pytest.raises(InteropError, match=r"no config.json .*load_run opens a run"):
         jaxllm.load_hf(tmp_path)
     with pytest.raises(InteropError, match=r"meta-llama/Llama-3.2-1B is not a directory; .*nothing is downloaded"):
         jaxllm.load_hf("meta-llama/Llama-3.2-1B")

@@ -105,7 +105,7 @@ def test_a_directory_without_a_tokenizer_is_named_at_its_conversion(
     jaxllm.save_hf(tmp_path / "hf", model, init_params(model, jax.random.key(0)))
     import_run(tmp_path / "hf", tmp_path / "run")
     assert f"{tmp_path / 'hf'} has no tokenizer; put its tokenizer.json" in caplog.text
-    with pytest.raises(DataError, match=r"no tokenizer in .*run; give a tokenizer.json"):
+    with pytest.raises(DataError, match=r"no tokenizer in .*run; put one there, or give a tokenizer.json"):
         load_text_model(tmp_path / "run")
 
 

@@ -21,7 +21,7 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
 from jaxllm.interop.hf import save_hf
 from jaxllm.models import build, init_params
-from jaxllm.run.load import load_text_model
+from jaxllm.run.load import load_run, load_text_model
 from jaxllm.run.samples import write_sample
 
 ROOT = Path(__file__).parent.parent.parent
@@ -93,6 +93,14 @@ def test_a_prompt_has_one_encoding_in_generation_and_in_the_sample_of_training(t
     assert sample and sample.startswith("--- text with blanks\na <extra_id_0><extra_id_1> b\n--- the model's answer\n")
     assert text_model.decode(text_model.encode(config.sample_prompt)) == "a <extra_id_0><extra_id_1> b"
     assert (tmp_path / "sample.txt").read_text(encoding="utf-8") == sample
+    question = TrainingConfig(sample_prompt="a b", sample_tokens=4)  # of a model of pairs: it has no blanks
+    sample = write_sample(tmp_path, text_model.model, text_model.params, NoExamples(text_model.tokenizer), question)
+    assert sample and sample.startswith("--- text\na b\n--- the model's answer\n") and "filled in" not in sample
+
+
+def test_load_run_names_the_function_that_opens_a_hugging_face_directory(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="is a Hugging Face directory, not a run folder; open it with load_hf"):
+        load_run(llama)
 
 
 def test_a_stream_never_shows_half_a_character(llama: Path) -> None:

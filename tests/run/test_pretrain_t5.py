@@ -107,5 +107,6 @@ def test_fine_tuning_on_pairs(start: str, folder: Path, whole: tuple[RunConfig, 
     kept = [(Path(run.training.run_dir) / "tokenizer.json").read_text() for run in (whole[0], tuned)]
     assert kept[0] == kept[1]
     assert summary.finished and 0 <= summary.validation["spans_exact"] <= 1
+    assert {type(value) for value in summary.validation.values()} <= {int, float}  # not NumPy's, which print their type
     pretrained = zip(final_params(whole[0]), final_params(tuned), strict=True)
     assert all(np.allclose(a, b, atol=1e-7) for a, b in pretrained) == (start != "scratch")

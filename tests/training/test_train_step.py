@@ -16,7 +16,7 @@ from jaxllm.config import LlamaConfig, OptimizerConfig, PrecisionConfig, Trainin
 from jaxllm.models import build, init_params
 from jaxllm.training import optimizer as rules
 from jaxllm.training.loss import build_loss
-from jaxllm.training.optimizer import build_optimizer, build_schedule, decay_mask
+from jaxllm.training.optimizer import build_optimizer, build_schedule, decay_mask, phases
 from jaxllm.training.train_step import TrainState, init_train_state, make_eval_step, make_train_step
 from tests.conftest import TOLERANCE
 
@@ -247,6 +247,14 @@ def test_schedules(name: str) -> None:
     schedule = build_schedule(config, steps=100)
     for step, want in points.items():
         np.testing.assert_allclose(schedule(step), want, rtol=1e-5, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_short_run_counts_decay_steps_where_the_schedule_reads_them(name: str) -> None:
+    config = OptimizerConfig(schedule=name, warmup_steps=40, decay_steps=140)
+    assert phases(config, steps=180) == (40, 140)
+    assert phases(config, steps=90) == ((20, 70) if name == "wsd" else (40, 140))
+    assert phases(config, steps=18) == ((4, 14) if name == "wsd" else (18, 140))
 
 
 def test_every_name_in_the_config_has_its_own_entry_and_no_other_has_one() -> None:
