@@ -1,7 +1,7 @@
-"""Converts weights: python scripts/convert_hf.py SOURCE TARGET [--dtype bfloat16].
+"""Converts weights: jaxllm convert SOURCE TARGET [--dtype bfloat16].
 
 A run folder becomes a Hugging Face directory (with the run's tokenizer); a Hugging Face directory becomes a run folder
-that holds parameters only, for training.init_from and scripts/generate.py.
+that holds parameters only, for training.init_from and `jaxllm generate`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--dtype", help="of a directory's tensors: float32, bfloat16 or float16; default: the source's")
     arguments = parser.parse_args()
     source, target = arguments.source, arguments.target
+    logging.basicConfig(format="%(levelname)s: %(message)s", force=True)  # in place of a library's at its import
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # the error names a failed write; orbax's traces repeat it
     try:
         _convert(source, target, dtype=arguments.dtype)

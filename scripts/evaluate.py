@@ -1,4 +1,4 @@
-"""Evaluates a model: python scripts/evaluate.py RUN|RUN@STEP|HF_DIRECTORY [section.key=value ...] [--data PATH ...].
+"""Evaluates a model: jaxllm evaluate RUN|RUN@STEP|HF_DIRECTORY [section.key=value ...] [--data PATH ...].
 
 Prints the figures of a run's evaluation as JSON; changes nothing.
 """
@@ -34,7 +34,8 @@ def main() -> int:
     ]
     if len(dict(pairs)) < len(pairs):
         parser.error("sets of --data need different names (NAME=PATH)")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("jaxllm").setLevel(logging.INFO)  # and of libraries warnings alone
     from display.evaluation import evaluate_path
     from gpu_settings import prepare_process
 

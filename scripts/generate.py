@@ -1,6 +1,6 @@
-"""Continues text with a trained model: python scripts/generate.py RUN_OR_HF_FOLDER "def read_" [options].
+"""Continues text with a trained model: jaxllm generate RUN_OR_HF_FOLDER "def read_" [options].
 
-A T5 fills blanks: python scripts/generate.py FOLDER "The <extra_id_0> sat on the <extra_id_1>."
+A T5 fills blanks: jaxllm generate FOLDER "The <extra_id_0> sat on the <extra_id_1>."
 """
 
 import argparse

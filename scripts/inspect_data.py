@@ -1,4 +1,4 @@
-"""Shows what a run's data looks like to its model: python scripts/inspect_data.py configs/t5_tiny.yaml --audit."""
+"""Shows what a run's data looks like to its model: jaxllm inspect t5_tiny --audit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxllm.config.file import load_config
 def main() -> int:
     """Prints examples in colour, or the audit of a corpus."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML file of the run, e.g. configs/t5_tiny.yaml")
+    parser.add_argument("config", help="YAML file of the run, or the name of a config of jaxllm, e.g. t5_tiny")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. data.noise_density=0.3")
     parser.add_argument("--examples", type=int, default=3, help="examples to print")
     parser.add_argument("--audit", action="store_true", help="account for every token of many documents instead")

@@ -1,4 +1,4 @@
-"""Draws a metric of one or more runs over steps: python scripts/plot_runs.py runs/a runs/b --metric grad_norm."""
+"""Draws a metric of one or more runs over steps: jaxllm plot runs/a runs/b --metric grad_norm."""
 
 from __future__ import annotations
 

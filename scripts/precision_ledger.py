@@ -1,4 +1,4 @@
-"""Lists every dtype decision of a run's train step: python scripts/precision_ledger.py CONFIG [section.key=value ...].
+"""Lists every dtype decision of a run's train step: jaxllm ledger CONFIG [section.key=value ...].
 
 Exits with 1 when a sum or an island (a norm, a softmax, ...) is below float32 and not excused by precision.islands.
 """
@@ -16,7 +16,7 @@ from jaxllm.config.file import load_config
 def main() -> int:
     """Parses the command line, reads the train step, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
+    parser.add_argument("config", help="YAML file of the run, or the name of a config of jaxllm, e.g. llama_tiny")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. precision.compute=bfloat16")
     arguments, dashed = parser.parse_known_intermixed_args()
     try:

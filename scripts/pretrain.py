@@ -1,4 +1,4 @@
-"""Pretrains the run of a config file: python scripts/pretrain.py configs/llama_tiny.yaml [section.key=value ...]."""
+"""Pretrains the run of a config: jaxllm pretrain llama_tiny [section.key=value ...]."""
 
 import argparse
 import sys
@@ -24,7 +24,7 @@ def main() -> int:
         epilog=key_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="YAML file of the run, e.g. configs/llama_tiny.yaml")
+    parser.add_argument("config", help="YAML file of the run, or the name of a config of jaxllm, e.g. llama_tiny")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     arguments, dashed = parser.parse_known_intermixed_args()

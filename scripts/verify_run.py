@@ -1,4 +1,4 @@
-"""Verifies the checkpoints of a run: python scripts/verify_run.py RUN [--resume STEP N | --against RUN2].
+"""Verifies the checkpoints of a run: jaxllm verify RUN [--resume STEP N | --against RUN2].
 
 Exits with 1 when a checkpoint is damaged, a resume is not exact, or two runs differ. The run folders are only read.
 """
