@@ -60,6 +60,12 @@ def test_the_api_shows_meanings_of_settings_and_examples_as_code(site: Path) -> 
     assert "jaxllm.generate(model, params, [[1, 2, 3], [4]]" in page
 
 
+def test_the_api_shows_the_comments_on_fields_and_functions_types(site: Path) -> None:
+    page = re.sub(r"<[^>]+>", "", (site / "api_modules.html").read_text(encoding="utf-8"))
+    assert "whether the last step was reached." in page  # behind a field of Summary
+    assert "to queries or keys that contain the positions." in page  # above Rotate
+
+
 def test_a_notebook_becomes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs")
     import site_hooks
