@@ -37,7 +37,9 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+        # No line may end the run: a disk under the log is full, or a signal's line comes while another waits in a pipe.
+        with contextlib.suppress(OSError, RuntimeError):
+            self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
