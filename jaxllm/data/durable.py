@@ -27,6 +27,13 @@ class Appended:
                 _log.warning("%s cannot be written (%s); what it lacks is tried again", self._file.name, error.strerror)
             self._failed = True
 
+    def sync(self) -> None:
+        """Puts the bytes on disk before what depends on them; a failure is a warning."""
+        try:
+            sync(Path(self._file.name))
+        except OSError as error:
+            _log.warning("%s cannot be synced (%s)", self._file.name, error.strerror)
+
     def close(self) -> None:
         """Writes what a disk has refused, and closes the file."""
         if self._failed:  # otherwise Ctrl-C came between the bytes and the note that they are written

@@ -186,10 +186,11 @@ class MetricsWriter:
         self._trackers.write(step, finite)
 
     def write_fingerprint(self, step: int, fingerprint: str) -> None:
-        """Records the fingerprint of a state, once for a step that is saved again."""
+        """Records the fingerprint of a state before its checkpoint, once for a step that is saved again."""
         if self._writes and step > self._fingerprinted:
             self._fingerprinted = step
             self.write(step, {"fingerprint": fingerprint})
+            self._file.sync()  # no checkpoint is on disk before the rows of its steps
 
     def close(self) -> None:
         """Closes the record and the trackers."""

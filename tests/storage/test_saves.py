@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 from jaxllm.config import RunConfig
 from jaxllm.data import durable
 from jaxllm.data.durable import Appended, move, write_whole
+from jaxllm.run.record import MetricsWriter
 from jaxllm.run.trainer import pretrain
 from jaxllm.storage import checkpoint
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
@@ -310,6 +312,31 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_before_older_ones_go
     gone = after.index(("delete", "[1]"))
     for path in ("2/_CHECKPOINT_METADATA", "2/commit_success.txt", "2", "."):
         assert after.index(("sync", path)) < gone
+
+
+@needs_proc
+def test_rows_are_on_disk_before_the_checkpoint_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, checkpoints = MetricsWriter(tmp_path, resume_step=0), Checkpoints(tmp_path / "c", keep=2)
+    writer.write(1, {"loss": 2.5})
+    calls = Calls(monkeypatch, tmp_path)
+    checkpoints.save(1, state(1), {}, functools.partial(writer.write_fingerprint, 1))
+    checkpoints.close()
+    writer.close()
+    assert calls.made.index(("sync", "metrics.jsonl")) < calls.made.index(("rename", "c/1"))
+
+
+def test_a_record_that_cannot_be_synced_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    file = Appended(tmp_path / "file")
+    file.write(b"row\n")
+    file.sync()
+    assert "file cannot be synced (Input/output error)" in caplog.text
+    file.close()
 
 
 def test_traces_of_a_failed_save_are_not_in_the_log_of_a_script(tmp_path: Path) -> None:
