@@ -45,10 +45,10 @@ def _measure(steps: Steps, params: Any, pipeline: Pipeline, name: str | None) ->
             exact += whole
             spans += total
     nll, weight, correct = sums.tolist()
-    weight = max(weight, 1.0)
+    weight = weight or math.nan  # where nothing counts, no loss is known
     return {
         "loss": nll / weight,
-        config.model.metric: nll / math.log(2) / max(size, 1.0),
+        config.model.metric: nll / math.log(2) / (size or math.nan),
         "accuracy": correct / weight,
         **({"spans_exact": exact / spans} if spans else {}),
     }

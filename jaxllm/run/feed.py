@@ -75,6 +75,8 @@ def build_pipeline(
     source = source or open_source(config, cache_dir=cache_dir)
     if sets:
         source = source._replace(validation=next(iter(sets.values())).documents("validation"), sets=sets)
+    if not len(source.validation):
+        raise DataError(f"the source {source.name} has no validation documents; add some, or set data.validation")
     tokenizer = settle_tokenizer(config, source, vocab_size=vocab_size, folder=folder, parent=parent)
     if (ids := tokenizer.vocab_size) > vocab_size:
         raise DataError(f"the tokenizer has {ids} ids, model.vocab_size is {vocab_size}; raise it to at least {ids}")

@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jaxllm.config import DataConfig
+from jaxllm.data import DataError
 from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.sources import Source
 from jaxllm.run.feed import Prefetch, build_pipeline
 
 
@@ -55,3 +58,10 @@ def test_a_position_is_not_moved_by_what_is_read_later(tmp_path: Path, corpus: P
     for name, tokens in next(pipeline).items():
         np.testing.assert_array_equal(tokens, fetched[3].batch[name])
     pipeline.close()
+
+
+def test_a_source_without_validation_documents_is_refused(tmp_path: Path) -> None:
+    """Its loss would be that of no token, 0, and its first checkpoint the best for ever."""
+    source = Source("mine", [{"text": "one two three"}] * 9, [])
+    with pytest.raises(DataError, match=r"^the source mine has no validation documents; add some, or set data.valid"):
+        build_pipeline(DataConfig(), vocab_size=400, run_dir=tmp_path, source=source, batch_size=4, seed=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,16 @@ import pytest
 from jaxllm.config import DataConfig, RunConfig
 from jaxllm.config.file import ConfigError, load_config
 from jaxllm.data import DataError
+from jaxllm.data.packing import Batch
+from jaxllm.data.pipeline import Pipeline
+from jaxllm.data.tokenizer import train_tokenizer
+from jaxllm.run.evaluation import evaluate
 from jaxllm.run.feed import open_run_pipeline
 from jaxllm.run.record import log_validation, plot_curve
+from jaxllm.run.steps import make_steps
 from jaxllm.run.trainer import Summary, pretrain
 from jaxllm.storage.folder import RunFolderError
+from jaxllm.training.program import program_of
 from tests.conftest import write_corpus
 from tests.run import test_pretrain, test_pretrain_t5
 
@@ -185,3 +192,17 @@ def test_t5_counts_target_bytes_and_spans_of_each_set(tmp_path: Path) -> None:
     for name in ("digits", "cats"):
         found = {key.split("/")[1] for key in summary.validation if key.startswith(f"{name}/")}
         assert found == {"loss", "bits_per_target_byte", "accuracy", "spans_exact"}
+
+
+def test_no_token_has_no_loss(shared: Path) -> None:
+    """A loss of 0 would be the best of all checkpoints."""
+
+    class Empty(Pipeline):
+        def __init__(self) -> None:
+            self.sets, self.tokenizer = {}, train_tokenizer(["a"], vocab_size=400)
+
+        def validation(self, count: int, name: str | None = None) -> Iterator[Batch]:
+            return iter(())
+
+    values = evaluate(make_steps(program_of(config(shared, "none", {})), None), {}, Empty())
+    assert len(values) == 3 and np.isnan([*values.values()]).all()
