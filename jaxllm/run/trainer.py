@@ -214,7 +214,7 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
         return Progress(start.state, start.step, pipeline.get_state())
     sums = {name: (total, weight) for name, (total, weight) in start.data.pop(_SUMS, {}).items()}
     pipeline.set_state(start.data)
-    note = f"; {start.skipped} newer damaged ones set aside" if start.skipped else ""
+    note = f"; {start.skipped} newer ones are damaged" if start.skipped else ""
     begins = f"branching off {steps.program.config.training.branch_from} for" if start.branched else "resuming"
     _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
     doubtful = None if start.verified else start.step
@@ -336,7 +336,8 @@ def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetr
     """Writes the row of a step."""
     config = parts.config
     schedule = build_schedule(config.optimizer, steps=config.training.steps)
-    rate = np.asarray(schedule(pending.step - 1 - int(values.skipped))).item()
+    skipped_before = int(values.skipped) - (values.culprit >= 0)
+    rate = np.asarray(schedule(pending.step - 1 - skipped_before)).item()
     rate = rate if parts.steps.program.own.optimizer is None else None
     if progress.unread and cast(Any, progress.unread.metrics.loss).is_ready():  # done, too, where the host computes
         parts.meter.add(progress.unread.step, np.asarray(progress.unread.metrics.counts)[0].item())
@@ -385,10 +386,10 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
     params = on_one_device(parts.steps.program, parts.steps.mesh, progress.state.evaluated)
     if processes.index() > 0:
         return
-    text = params and write_sample(parts.folder, parts.steps.program.model, params, parts.pipeline, config.training)
-    if text:
-        _log.info("sample:\n%s", text)
+    model = parts.steps.program.model
     try:
+        if text := params and write_sample(parts.folder, model, params, parts.pipeline, config.training):
+            _log.info("sample:\n%s", text)
         _log.info("curve in %s", plot_curve(parts.folder, baselines, metric))
     except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
-        _log.warning("no curve is drawn: %s", error)
+        _log.warning("the sample or the curve is not made: %s", error)

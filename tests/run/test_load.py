@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.config import LlamaConfig, T5Config, TrainingConfig
+from jaxllm.config import LlamaConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config.file import ConfigError
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
@@ -23,6 +24,8 @@ from jaxllm.interop.hf import save_hf
 from jaxllm.models import build, init_params
 from jaxllm.run.load import load_run, load_text_model
 from jaxllm.run.samples import write_sample
+from jaxllm.run.trainer import pretrain
+from tests.run.test_pretrain import copy_of
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -213,3 +216,14 @@ def test_one_source_of_prompts_is_asked_for(llama: Path, speak) -> None:
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run folder"):
         load_text_model(tmp_path)
+
+
+def test_a_sample_that_cannot_be_written_fails_no_finished_run(
+    short_run: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copy_of(short_run, tmp_path / "run")
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, sample_tokens=2))
+    (tmp_path / "run" / "sample.txt").mkdir()
+    with caplog.at_level("WARNING", logger="jaxllm"):
+        assert pretrain(run).finished
+    assert "the sample or the curve is not made: [Errno 21] Is a directory" in caplog.text

@@ -15,12 +15,13 @@ from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.models import build, init_params
 from jaxllm.models.layers import Islands
 from jaxllm.ops.pointwise import ACTIVATIONS
+from jaxllm.run.record import read_metrics
 from jaxllm.run.start import TrainingStopped
 from jaxllm.run.trainer import pretrain
 from jaxllm.training.attribution import first_nonfinite as first_group
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import build_loss
-from jaxllm.training.optimizer import build_optimizer
+from jaxllm.training.optimizer import build_optimizer, build_schedule
 from jaxllm.training.precision import cast_floating, loss_scale_state
 from jaxllm.training.train_step import init_train_state, make_train_step
 from tests.run.test_pretrain import config as run_config
@@ -246,8 +247,12 @@ def test_a_float16_run_resumes_its_scale_exactly(tmp_path: Path, corpus: Path) -
     assert losses(whole) == losses(parts)
     scaling = final_state(whole)["opt_state"]
     assert scaling["scale"] < 2.0**22 and scaling["skipped"] > 0 and scaling["inner"]
-    row = (Path(whole.training.run_dir) / "metrics.jsonl").read_text().splitlines()[0]
-    assert '"skipped": 1' in row and '"headroom/LlamaLayer[0]"' in row
+    rows = [row for row in read_metrics(Path(whole.training.run_dir) / "metrics.jsonl") if "loss" in row]
+    assert rows[0]["skipped"] == 1 and "headroom/LlamaLayer[0]" in rows[0]
+    # A step has the rate of the updates before it, also when it is skipped.
+    schedule, skipped = build_schedule(whole.optimizer, steps=6), [0, *(int(row["skipped"]) for row in rows)]
+    rates = [np.asarray(schedule(step - before)).item() for step, before in zip(range(6), skipped, strict=False)]
+    assert [row["learning_rate"] for row in rows] == rates
 
 
 def final_state(run, step: int = 6):
