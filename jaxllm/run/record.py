@@ -127,7 +127,7 @@ def step_row(
         speed: what `Throughput.read` returned.
     """
     names = ("loss", config.model.metric, "accuracy", "grad_norm")
-    means = {name: total / (weight or 1.0) for name, (total, weight) in sums.items()}
+    means = {name: total / (weight or math.nan) for name, (total, weight) in sums.items()}
     row = {name: means.get(name, math.nan) for name in names} | {"learning_rate": learning_rate, **speed}
     if config.precision.loss_scale != "none":
         row |= {"loss_scale": values.loss_scale, "skipped": values.skipped}

@@ -136,6 +136,8 @@ def test_a_damaged_checkpoint_of_the_parent_is_passed_over_and_left(
     with pytest.raises(CheckpointError, match=r"can be read \(tried steps \[8\]\)"):
         pretrain(stable(shared / "exact", branch_from=f"{shared / 'damaged'}@8"))
     branch = stable(shared / "fallen", branch_from=str(shared / "damaged"))
-    assert pretrain(branch).resumed_from == 6 and contents(shared / "damaged") == before
+    with caplog.at_level("INFO", logger="jaxllm"):
+        assert pretrain(branch).resumed_from == 6 and contents(shared / "damaged") == before
+    assert "from step 6; 1 newer ones are damaged" in caplog.text
     assert_same_end(branch, parent[0], after=6)
     assert json.loads((shared / "fallen" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 6

@@ -16,10 +16,11 @@ from jaxllm.config import RunConfig
 from jaxllm.host import processes
 from jaxllm.host.device import Device
 from jaxllm.run.parts import StepReport
-from jaxllm.run.record import Throughput, count_rows, read_metrics
+from jaxllm.run.record import Sums, Throughput, add_step, count_rows, read_metrics, step_row
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import pretrain
 from jaxllm.storage.folder import checkpoint_steps
+from jaxllm.training.train_step import StepMetrics
 from tests.conftest import write_corpus
 from tests.run.test_pretrain import config, final_params
 
@@ -164,6 +165,14 @@ def test_rows_are_counted_on_both_sides_without_padding() -> None:
     assert count_rows(row, sizes).tolist() == [[3, 10.5], [1, 3]]
     sides = {"encoder_tokens": np.ones((2, 4)), "encoder_segment_ids": np.array([[1, 1, 2, 2], [1, 0, 0, 0]])}
     assert count_rows({**row, "decoder_segment_ids": np.ones((2, 4)), **sides}, sizes)[:, 0].tolist() == [7, 2]
+
+
+def test_a_mean_over_no_token_is_nan(tmp_path: Path) -> None:
+    run, sums = run_in(tmp_path / "run"), Sums()
+    none = StepMetrics(*([0.0] * len(StepMetrics._fields)))
+    add_step(sums, run, none._replace(grad_norm=2.0), size=0.0)
+    row = step_row(run, none, sums=sums, learning_rate=0.1, speed={})
+    assert row["grad_norm"] == 2 and np.isnan([row[name] for name in ("loss", "bits_per_byte", "accuracy")]).all()
 
 
 def test_the_last_row_and_the_first_after_a_resume_have_the_speed_of_their_steps(shared: Path) -> None:
