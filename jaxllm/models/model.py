@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.errors import ApplyScopeInvalidVariablesTypeError
+from jaxtyping import Array, Float
 
 from jaxllm.config import ModelConfig
 
@@ -20,7 +21,15 @@ Model = nn.Module
 
 
 class FamilyModule(nn.Module):
-    """A Flax module whose `apply` has an error with the fix for parameters in place of variables."""
+    """A Flax module with a head; its `apply` has an error with the fix for parameters in place of variables."""
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """X @ head.T, accumulated and returned in float32."""
+        return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
+
+    def head(self) -> Float[Array, "V D"]:
+        """The output head in the compute dtype: its own, or the embedding when tied."""
+        return jnp.asarray(self.embed if self.config.tie_embeddings else self.lm_head, self.dtype)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:

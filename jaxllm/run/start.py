@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxllm.interop.hf import load_hf
 from jaxllm.models import Model, abstract_params, build
 from jaxllm.run.compiled import explained
 from jaxllm.storage.checkpoint import Checkpoints, load_params
-from jaxllm.storage.checkpoint_reading import CheckpointError, restore_newest
+from jaxllm.storage.checkpoint_reading import CheckpointError, Restored, restore_newest
 from jaxllm.storage.folder import CHECKPOINTS, CONFIG, Kind, branch_point, checkpoint_steps, find_model
 from jaxllm.training.program import Program
 from jaxllm.training.sharding import state_shardings, with_shardings
@@ -40,18 +40,7 @@ class TrainingStopped(RuntimeError):
     """Training cannot continue; the message names the step and the last good checkpoint."""
 
 
-class Start(NamedTuple):
-    """Where a run starts."""
-
-    step: int  # optimizer steps done
-    state: TrainState  # train state on its devices
-    data: dict[str, Any] | None  # position in the data; None for a new run, which reads from the beginning
-    skipped: int  # number of newer checkpoints that were damaged
-    verified: bool = True  # False for a checkpoint that has no fingerprints
-    branched: bool = False  # whether it is a checkpoint of `training.branch_from`
-
-
-def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None, tokenizer: Tokenizer) -> Start:
+def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None, tokenizer: Tokenizer) -> Restored:
     """The newest checkpoint of the run; without one, that of `training.branch_from`, or step 0.
 
     Step 0 has the parameters of `training.init_from`, or new ones.
@@ -67,26 +56,26 @@ def find_start(program: Program, checkpoints: Checkpoints, *, mesh: Mesh | None,
     with explained("initial state"):
         restored = checkpoints.restore(with_shardings(abstract, mesh))
         if restored is not None:
-            return Start(restored.step, restored.state, restored.data, len(restored.skipped), restored.verified)
+            return restored
         if branch := branch_point(program.config):
             return _branch(*branch, with_shardings(abstract, mesh))
         if not source:
-            return Start(0, jax.jit(program.fresh_state, out_shardings=layout)(), None, 0)
+            return Restored(0, jax.jit(program.fresh_state, out_shardings=layout)())
         params = load_initial_params(source, program.model, tokenizer=tokenizer, mesh=mesh)
-        return Start(0, jax.jit(program.state_of, out_shardings=layout)(params), None, 0)
+        return Restored(0, jax.jit(program.state_of, out_shardings=layout)(params))
 
 
-def _branch(run: Path, step: int | None, abstract: TrainState) -> Start:
+def _branch(run: Path, step: int | None, abstract: TrainState) -> Restored:
     """The state of another run, whose folder is only read."""
     folder = run / CHECKPOINTS
     steps = [kept for kept in checkpoint_steps(folder) if step in (None, kept)]
     found, damaged = restore_newest(folder, steps, abstract)
     if found is None:
         raise CheckpointError(f"training.branch_from: no checkpoint in {folder} can be read (tried steps {damaged})")
-    return Start(found.step, found.state, found.data, len(damaged), found.verified, branched=True)
+    return found._replace(branched=True)
 
 
-def stop(checkpoints: Checkpoints, doubtful: int | None, start: Start, step: int, reason: str) -> NoReturn:
+def stop(checkpoints: Checkpoints, doubtful: int | None, start: Restored, step: int, reason: str) -> NoReturn:
     """Stops a run whose values are bad, with what to do about it.
 
     `start` is what remains of it; `doubtful` is the step of the unverified checkpoint that it resumed from, if any.

@@ -40,10 +40,11 @@ from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, descri
 from jaxllm.run.profile import Window
 from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
 from jaxllm.run.samples import check_prompt, on_one_device, write_sample
-from jaxllm.run.start import Start, find_start, stop
+from jaxllm.run.start import find_start, stop
 from jaxllm.run.steps import Steps, announce_fit, compile_steps, make_steps
 from jaxllm.run.trackers import Tracker, check_trackers
 from jaxllm.storage.checkpoint import Checkpoints
+from jaxllm.storage.checkpoint_reading import Restored
 from jaxllm.storage.folder import CHECKPOINTS, PROFILE, continued, open_run_folder, settle_residual, write_config
 from jaxllm.training.attribution import norms_row
 from jaxllm.training.optimizer import build_schedule, phases
@@ -214,7 +215,7 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
         return Progress(start.state, start.step, pipeline.get_state())
     sums = {name: (total, weight) for name, (total, weight) in start.data.pop(_SUMS, {}).items()}
     pipeline.set_state(start.data)
-    note = f"; {start.skipped} newer ones are damaged" if start.skipped else ""
+    note = f"; {len(start.skipped)} newer ones are damaged" if start.skipped else ""
     begins = f"branching off {steps.program.config.training.branch_from} for" if start.branched else "resuming"
     _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
     doubtful = None if start.verified else start.step
@@ -368,7 +369,7 @@ def _save(parts: Parts, progress: Progress) -> None:
         parts.checkpoints.save(progress.step, progress.state, data, note)
 
 
-def _last_good(parts: Parts, progress: Progress) -> Start:
+def _last_good(parts: Parts, progress: Progress) -> Restored:
     """The newest whole checkpoint, or the beginning, in the place of a state that is spoiled."""
     for leaf in jax.tree.leaves(progress.state):
         leaf.delete()  # a device may have no room for two states

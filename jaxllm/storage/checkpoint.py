@@ -265,22 +265,20 @@ def read_leaves(folder: Path, step: int, *, arrays: bool) -> tuple[dict[str, str
 
     With `arrays` the state is read, and compared with them.
     """
-    here = epath.Path(folder.absolute()) / str(step)
-    leaves: dict[str, str] = {}
+    here, leaves = folder.absolute() / str(step), dict[str, str]()
 
     def read() -> None:
         if not is_described(folder, step):
             raise reading.Damaged("its description cannot be parsed")
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            record = reader.restore(here / DATA)
+        record = reading.restored(ocp.JsonCheckpointHandler(), here / DATA, ocp.args.JsonRestore())
         leaves.update(record.get(LEAVES, {}))
         if not arrays:
             return
         handler = ocp.StandardCheckpointHandler()
-        saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), handler.metadata(here / STATE).tree)
-        abstract = with_shardings(saved, make_mesh())
-        with ocp.Checkpointer(handler) as reader:
-            state = reader.restore(here / STATE, args=ocp.args.StandardRestore(abstract))
+        tree = handler.metadata(epath.Path(here / STATE)).tree
+        saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        arguments = ocp.args.StandardRestore(with_shardings(saved, make_mesh()))
+        state = reading.restored(handler, here / STATE, arguments)
         if reading.verify_tree(state, record) and len(jax.tree.leaves(state)) < len(leaves):
             raise reading.Damaged("leaves are missing")
 

@@ -44,13 +44,14 @@ class Damaged(Exception):
 
 
 class Restored(NamedTuple):
-    """Contents of a checkpoint."""
+    """Contents of a checkpoint, or the state that a new run starts from."""
 
     step: int  # optimizer steps done
     state: Any  # train state, placed as the abstract state asked
-    data: dict[str, Any]  # state of the data iterator
-    skipped: tuple[int, ...]  # steps of newer checkpoints that were damaged
-    verified: bool  # whether it has fingerprints, and they agree
+    data: Any = None  # position in the data, a dictionary; None for a new run, which reads from the beginning
+    skipped: tuple[int, ...] = ()  # steps of newer checkpoints that were damaged
+    verified: bool = True  # False for a checkpoint that has no fingerprints
+    branched: bool = False  # whether it is a checkpoint of `training.branch_from`
 
 
 def restore_newest(folder: Path, steps: Sequence[int], abstract_state: Any) -> tuple[Restored | None, list[int]]:
@@ -64,7 +65,7 @@ def restore_newest(folder: Path, steps: Sequence[int], abstract_state: Any) -> t
         return None, damaged
     step, state, record = found
     if _RECORD & record.keys():
-        return Restored(step, state, record[_POSITION], tuple(damaged), verified=True), damaged
+        return Restored(step, state, record[_POSITION], tuple(damaged)), damaged
     _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, folder)
     return Restored(step, state, record, tuple(damaged), verified=False), damaged  # the record is the position alone
 

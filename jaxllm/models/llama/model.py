@@ -204,17 +204,9 @@ class Llama(FamilyModule):
         )
         return self.final_norm(x).astype(self.dtype)
 
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """X @ head.T, accumulated and returned in float32."""
-        return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
-
     def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of any layer's residual stream, as `jaxllm.study` captures it: last norm, head (the logit lens)."""
         return self.logits(self.final_norm(x).astype(self.dtype))
-
-    def head(self) -> Float[Array, "V D"]:
-        """The output head in the compute dtype: its own, or the embedding when tied."""
-        return jnp.asarray(self.embed if self.config.tie_embeddings else self.lm_head, self.dtype)
 
     def _rotation(self, positions: Array, length: int) -> Map:
         return rotation(self.config, self.rotate, positions, length=length)

@@ -259,17 +259,9 @@ class T5(FamilyModule):
         x = self.decoder(self._embed(decoder_tokens), pattern, key, encoded, cross_pattern)
         return scale_output(self.config, x)
 
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """X @ head.T, accumulated and returned in float32."""
-        return jnp.einsum("btd,vd->btv", x, self.head(), preferred_element_type=jnp.float32)
-
     def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of the decoder's residual stream at any layer, as `jaxllm.study` captures it: last norm, head."""
         return self.logits(scale_output(self.config, self.decoder.final_norm(x).astype(self.dtype)))
-
-    def head(self) -> Float[Array, "V D"]:
-        """The output head in the compute dtype: its own, or the embedding when tied."""
-        return jnp.asarray(self.embed if self.config.tie_embeddings else self.lm_head, self.dtype)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return embed(self.embed, tokens, dtype=self.dtype).astype(self.islands.residual or stream_dtype(self.dtype))
