@@ -140,7 +140,7 @@ class Checkpoints:
             return late
         return step % processes.EVERY == 0 and processes.agreed(self._wishes, step, late)
 
-    def save(self, step: int, state: Any, data: dict[str, Any], note: Callable[[str], None] = str) -> None:
+    def save(self, step: int, state: Any, data: dict[str, Any], note: Callable[[str], object] = str) -> None:
         """Gives `note` the fingerprint, then starts to write; a save that fails, then or later, is reported once."""
         self.wait()
         self._saved = time.monotonic()

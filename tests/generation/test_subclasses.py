@@ -23,8 +23,8 @@ LLAMA, SMALL_T5 = LlamaConfig(**SIZES), T5Config(**SIZES, head_dim=8)
 class Unrotated(Llama):
     """No positions."""
 
-    def _rotation(self, positions: jax.Array, length: int) -> Any:
-        return super()._rotation(positions * 0, length)
+    def hidden(self, tokens: jax.Array, **options: Any) -> jax.Array:
+        return super().hidden(tokens, **{**options, "positions": tokens * 0})
 
 
 class Backwards(T5):
@@ -59,7 +59,7 @@ class Named(Llama):
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        (Unrotated(LLAMA), "Unrotated._rotation"),
+        (Unrotated(LLAMA), "Unrotated.hidden"),
         (Backwards(SMALL_T5), "Backwards.logits"),
         (Deeper(SMALL_T5), "Deeper.logits"),
         (Compiled(LLAMA), "Compiled.head"),

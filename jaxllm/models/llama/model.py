@@ -193,7 +193,7 @@ class Llama(FamilyModule):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         attend = whole_attention(c, self.attend, positions, segment_ids=segment_ids, softmax_dtype=self.islands.softmax)
-        rotate = self._rotation(positions, length or tokens.shape[1])
+        rotate = rotation(c, self.rotate, positions, length=length or tokens.shape[1])
         layer = LlamaLayer(c, self.dtype, self.islands, parent=None)
         x = apply_stack(
             lambda params, h, _: apply(layer, params, h, attend, rotate),
@@ -207,9 +207,6 @@ class Llama(FamilyModule):
     def lens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of any layer's residual stream, as `jaxllm.study` captures it: last norm, head (the logit lens)."""
         return self.logits(self.final_norm(x).astype(self.dtype))
-
-    def _rotation(self, positions: Array, length: int) -> Map:
-        return rotation(self.config, self.rotate, positions, length=length)
 
     def _init_layer(self, key: Array) -> dict[str, Any]:
         c = self.config
