@@ -89,13 +89,14 @@ def two(one: Path) -> Path:
 @pytest.fixture(scope="session")
 def four(two: Path) -> Path:
     """In four tasks of SLURM: t5-four as t5, and llama-half-four, which resumes llama-half after step 3."""
+    tokenizer = [f"data.tokenizer={two / 't5-one' / 'tokenizer.json'}"]
     commands = [
         [
             f"{two}/llama.yaml",
             f"training.run_dir={two / 'llama-half-four'}",
             *half(two, "llama", source="hugging_face"),
         ],
-        [f"{two}/t5.yaml", f"training.run_dir={two / 't5-four'}", "training.sample_tokens=0"],
+        [f"{two}/t5.yaml", f"training.run_dir={two / 't5-four'}", *tokenizer, "training.sample_tokens=0"],
     ]
 
     def train() -> None:

@@ -83,10 +83,11 @@ def first_moments(run_dir: str | Path) -> dict[str, np.ndarray]:
     """What all processes of a run have written with `write_first_moments`."""
     found: dict[str, np.ndarray] = {}
     for file in Path(f"{run_dir}.moments").iterdir():
-        for key, part in np.load(file).items():
-            name, shape, bounds = json.loads(key)
-            whole = found.setdefault(name, np.full(shape, np.nan, part.dtype))
-            whole[tuple(slice(*each) for each in bounds)] = part
+        with np.load(file) as parts:
+            for key, part in parts.items():
+                name, shape, bounds = json.loads(key)
+                whole = found.setdefault(name, np.full(shape, np.nan, part.dtype))
+                whole[tuple(slice(*each) for each in bounds)] = part
     return found
 
 
