@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
 PRETRAIN = str(ROOT / "scripts" / "pretrain.py")
 OBSERVED = ("-m", "tests.host.observed")
-STARTED: list[subprocess.Popen[str]] = []  # that a test must end
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.host.imported"])
+STARTED: list[Started] = []  # that a test must end
 
 
 class Ended(NamedTuple):
@@ -25,6 +32,81 @@ class Ended(NamedTuple):
     status: int
     stdout: str
     stderr: str
+
+
+class Started:
+    """A process whose lines are read as it prints them, with their moments; so no pipe fills while others are read."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], *, fork: bool) -> None:
+        """Of Python's arguments and all of its environment; `fork` is for one of a process that has imported jaxllm."""
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+        stdout, stderr = (writer for _, writer in pipes)
+        self._process: subprocess.Popen[bytes] | ForkServerProcess
+        if fork:
+            self._process = FORKS.Process(target=run_in_fork, args=(command, environment, stdout, stderr))
+            self._process.start()
+        else:
+            command = [sys.executable, *command]
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=stdout.fileno(), stderr=stderr.fileno()
+            )
+        self.heard: list[list[tuple[float, str]]] = [[], []]
+        self._threads = []
+        for (reader, writer), lines in zip(pipes, self.heard, strict=True):
+            writer.close()
+            self._threads.append(threading.Thread(target=_read, args=(reader, lines), daemon=True))
+            self._threads[-1].start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def poll(self) -> int | None:
+        """The status, or the negative number of a signal; None while it runs."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def end(self, timeout: float = 300) -> Ended:
+        """Waits for its end; one that takes too long is killed, and an error has what it has printed."""
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"process {self.pid} did not end in {timeout} s: {self.heard}")
+            time.sleep(0.01)
+        for thread in self._threads:
+            thread.join()
+        return Ended(status, *("".join(line for _, line in lines) for lines in self.heard))
+
+
+def _read(reader: Connection, lines: list[tuple[float, str]]) -> None:
+    with reader, open(reader.fileno(), closefd=False) as stream:
+        lines.extend((time.monotonic(), line) for line in stream)
+
+
+def run_in_fork(command: Sequence[str], environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:
+    """Runs a script, or `-m` a module, as Python does in a process of its own."""
+    os.environ.clear()
+    os.environ.update(environment, GLIBC_TUNABLES="")  # without which the script would start again
+    os.chdir(ROOT)
+    for number, writer in enumerate((stdout, stderr), start=1):
+        os.dup2(writer.fileno(), number)
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def by_hand(count: int, port: int) -> dict[str, str]:
@@ -38,10 +120,14 @@ def launch(
     devices: int,
     program: Sequence[str] = (PRETRAIN,),
     slurm: bool = False,
-    last: Sequence[str] = (),
+    fork: bool = False,
+    own: Mapping[int, Sequence[str]] | None = None,
     damage: dict[str, str] | None = None,
-) -> list[subprocess.Popen[str]]:
-    """Starts processes by three variables or SLURM's; `last` are overrides, and `damage` is, of the last of them."""
+) -> list[Started]:
+    """Starts processes by three variables or SLURM's; `own` are more overrides of some, and `damage` is the last's.
+
+    `fork` is for a quick start, see `Started`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -49,33 +135,55 @@ def launch(
     common = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "COLUMNS": "300"}
     started = []
     for index in range(count):
-        own = by_hand(count, port) | {"JAXLLM_PROCESS_ID": str(index)}
+        given = by_hand(count, port) | {"JAXLLM_PROCESS_ID": str(index)} if count > 1 else {}
         if slurm:
-            own = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
-            own["SLURM_GPUS_ON_NODE"] = "8"  # which a run on its CPUs does not need
-            own |= {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1"}
+            given = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
+            given["SLURM_GPUS_ON_NODE"] = "8"  # which a run on its CPUs does not need
+            given |= {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1"}
         if damage and index == count - 1:
-            own["OBSERVED_DAMAGE"] = json.dumps(damage)
-        command = [sys.executable, *program, str(config), *overrides, *(last if index == count - 1 else ())]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=common | own, cwd=ROOT, **pipes))
+            given["OBSERVED_DAMAGE"] = json.dumps(damage)
+        command = [*program, str(config), *overrides, *(own or {}).get(index, ())]
+        started.append(Started(command, common | given, fork=fork))
     STARTED.extend(started)
     return started
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[Ended]:
-    ended = [(process, process.communicate(timeout=300)) for process in processes]
-    return [Ended(process.returncode, *output) for process, output in ended]
+def finish(processes: list[Started], timeout: float = 300) -> list[Ended]:
+    """Waits for the end of all."""
+    return [process.end(timeout) for process in processes]
 
 
-def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen[str]], seconds: float = 120) -> None:
+def train_all(folder: Path, name: str, commands: Sequence[Sequence[str]], **options: Any) -> None:
+    """Some processes train several runs, one after the other; folder/NAME.json has how the processes ended."""
+    config, *words = [word for command in commands for word in ("then", *command)][1:]
+    ended = finish(launch(Path(config), *words, program=OBSERVED, **options))
+    assert {each.status for each in ended} == {0}, ended
+    (folder / f"{name}.json").write_text(json.dumps(ended))
+
+
+def ended_of(folder: Path, name: str) -> list[Ended]:
+    """How the processes of `train_all` ended."""
+    return [Ended(*each) for each in json.loads((folder / f"{name}.json").read_text())]
+
+
+def heard_at(processes: list[Started], message: str) -> list[float]:
+    """The moments at which processes printed a line with this in it."""
+    lines = [each for process in processes for lines in process.heard for each in lines]
+    return [moment for moment, line in lines if message in line]
+
+
+def wait_for(condition: Callable[[], bool], processes: list[Started], seconds: float = 120) -> None:
+    """Waits until something holds; fails where a process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), finish(processes)
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            for process in processes:
+                process.kill()
+            raise AssertionError(finish(processes))
         time.sleep(0.05)
 
 
-def has_handler(process: subprocess.Popen[str]) -> bool:
+def has_handler(process: Started) -> bool:
     """Whether jax has connected a process, which handles SIGTERM from then on."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)

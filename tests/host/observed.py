@@ -1,6 +1,7 @@
-"""scripts/pretrain.py with a record of its batches, and with damage that this process alone sees in checkpoints.
+"""scripts/pretrain.py with a record of batches and first gradients, and with damage that this process alone sees.
 
-`python -m tests.host.observed CONFIG [section.key=value ...]`; OBSERVED_DAMAGE has a JSON object, step -> kind.
+`python -m tests.host.observed CONFIG [section.key=value ...] [then CONFIG ...]`: the script trains the last run, and
+the same processes train the others before it. OBSERVED_DAMAGE has a JSON object, step -> kind.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from jaxllm.config import RunConfig
+from jaxllm.config.file import load_config
 from jaxllm.run import trainer
-from jaxllm.run.parts import StepReport
+from jaxllm.run.parts import OnStep, StepReport
 from jaxllm.storage import checkpoint_reading
 from jaxllm.training.sharding import own_rows
+from jaxllm.training.train_step import TrainState
 
 PRETRAIN = Path(__file__).parent.parent.parent / "scripts" / "pretrain.py"
 
@@ -62,6 +67,30 @@ def batches_of(run_dir: str | Path) -> dict[int, list[str]]:
     return {step: [rows[number] for number in range(len(rows))] for step, rows in sorted(found.items())}
 
 
+def write_first_moments(run_dir: str | Path, state: TrainState) -> None:
+    """Writes Adam's first moments, which follow from the gradients of the first step; each process has its shards."""
+    parts = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        name = jax.tree_util.keystr(path)
+        for shard in leaf.addressable_shards if ".mu[" in name else ():
+            bounds = [part.indices(size)[:2] for part, size in zip(shard.index, leaf.shape, strict=True)]
+            parts[json.dumps([name, leaf.shape, bounds])] = np.asarray(shard.data)
+    Path(f"{run_dir}.moments").mkdir(exist_ok=True)
+    np.savez(Path(f"{run_dir}.moments", f"{jax.process_index()}.npz"), allow_pickle=False, **parts)
+
+
+def first_moments(run_dir: str | Path) -> dict[str, np.ndarray]:
+    """What all processes of a run have written with `write_first_moments`."""
+    found: dict[str, np.ndarray] = {}
+    for file in Path(f"{run_dir}.moments").iterdir():
+        with np.load(file) as parts:
+            for key, part in parts.items():
+                name, shape, bounds = json.loads(key)
+                whole = found.setdefault(name, np.full(shape, np.nan, part.dtype))
+                whole[tuple(slice(*each) for each in bounds)] = part
+    return found
+
+
 def mesh_of(run_dir: str | Path) -> dict[str, int] | None:
     """The mesh of the last step of the first process."""
     return json.loads(Path(f"{run_dir}.batches", "0.jsonl").read_text().splitlines()[-1])["mesh"]
@@ -89,23 +118,48 @@ def damaged(kinds: dict[str, str]) -> Any:
     return restored
 
 
+def commands_of(arguments: list[str]) -> list[list[str]]:
+    """Arguments of each run: the word `then` is between them."""
+    commands: list[list[str]] = [[]]
+    for word in arguments:
+        if word == "then":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
+
+
 def main() -> None:
     """Runs the script as if it had been started itself."""
-    original = trainer.pretrain
+    original, (*before, last) = trainer.pretrain, commands_of(sys.argv[1:])
 
-    def observed(config: Any, *, on_step: Any, **others: Any) -> Any:
+    def recorded(config: RunConfig, *callbacks: OnStep, **others: Any) -> trainer.Summary:
         record = Recorder(config.training.run_dir, whole=config.data.streams == 1)
 
-        def both(report: StepReport) -> None:
-            record(report)
-            on_step(report)
+        def call_all(report: StepReport) -> None:
+            for callback in (record, *callbacks):
+                callback(report)
 
-        return original(config, on_step=both, **others)
+        return original(config, on_step=call_all, **others)
 
+    def observed(config: RunConfig, *, on_step: OnStep, **others: Any) -> trainer.Summary:
+        for path, *overrides in before:
+            recorded(load_config(path, overrides))
+        return recorded(config, on_step, **others)
+
+    dispatch = trainer._dispatch
+
+    def dispatched(parts: trainer.Parts, progress: trainer.Progress, **options: Any) -> trainer.Pending:
+        pending = dispatch(parts, progress, **options)
+        if pending.step == 1:
+            write_first_moments(parts.config.training.run_dir, progress.state)
+        return pending
+
+    trainer._dispatch = dispatched
     trainer.pretrain = observed
     checkpoint_reading.restored = damaged(json.loads(os.environ.get("OBSERVED_DAMAGE", "{}")))
     sys.path.insert(0, str(PRETRAIN.parent))
-    sys.argv[0] = str(PRETRAIN)
+    sys.argv = [str(PRETRAIN), *last]
     runpy.run_path(str(PRETRAIN), run_name="__main__")
 
 

@@ -1,0 +1,107 @@
+"""Runs that several tests look at, trained once for all workers, and the end of what a test has started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxllm.interop.hf import save_hf
+from jaxllm.models import build
+from jaxllm.run.start import read_run
+from tests.conftest import write_corpus
+from tests.host.launching import STARTED, train_all
+from tests.host.runs import MODELS, copy_run, half, once, write
+
+
+@pytest.fixture(autouse=True)
+def none_outlives_its_test() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.end()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers share, with a corpus and the configs of both families."""
+    workers = tmp_path_factory.getbasetemp()
+    folder = (workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers) / "processes"
+    folder.mkdir(exist_ok=True)
+
+    def configure() -> None:
+        write_corpus(folder / "corpus")
+        for family in MODELS:
+            write(folder, family)
+
+    once(folder, "configs", configure)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one(folder: Path) -> Path:
+    """FAMILY-one of each family on one device, and FAMILY-half-one, which begins with the parameters of that."""
+
+    runs = {f"{family}-one": (family, []) for family in MODELS}
+    runs |= {f"{family}-half-one": (family, half(folder, family)) for family in MODELS}
+    commands = [
+        [f"{folder}/{family}.yaml", f"training.run_dir={folder / name}", *overrides]
+        for name, (family, overrides) in runs.items()
+    ]
+    once(folder, "one", lambda: train_all(folder, "one", commands, count=1, devices=1, fork=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two(one: Path) -> Path:
+    """The same in two processes with two devices each, as FAMILY and FAMILY-half, and a branch of llama.
+
+    Llama shares one copy of the state, but for its float16 run; T5 has one for each process.
+    """
+    branch = [f"training.run_dir={one / 'branch'}", f"training.branch_from={one / 'llama'}@3"]
+    commands = [
+        [f"{one}/llama.yaml", "sharding.fsdp=4"],
+        [f"{one}/llama.yaml", "sharding.fsdp=4", *branch, "training.sample_tokens=0"],
+        [
+            f"{one}/llama.yaml",
+            f"training.run_dir={one / 'llama-half'}",
+            "sharding.fsdp=2",
+            *half(one, "llama", source="hugging_face"),
+        ],
+        [f"{one}/t5.yaml", f"training.run_dir={one / 't5-half'}", *half(one, "t5")],
+        [f"{one}/t5.yaml", "sharding.fsdp=2"],
+    ]
+
+    def train() -> None:
+        run, params = read_run(one / "llama-one")
+        save_hf(one / "hugging_face", build(run.model), params)
+        shutil.copy(one / "llama-one" / "tokenizer.json", one / "hugging_face")
+        train_all(one, "two", commands, count=2, devices=2)
+
+    once(one, "two", train)
+    return one
+
+
+@pytest.fixture(scope="session")
+def four(two: Path) -> Path:
+    """In four tasks of SLURM: t5-four as t5, and llama-half-four, which resumes llama-half after step 3."""
+    tokenizer = [f"data.tokenizer={two / 't5-one' / 'tokenizer.json'}"]
+    commands = [
+        [
+            f"{two}/llama.yaml",
+            f"training.run_dir={two / 'llama-half-four'}",
+            *half(two, "llama", source="hugging_face"),
+        ],
+        [f"{two}/t5.yaml", f"training.run_dir={two / 't5-four'}", *tokenizer, "training.sample_tokens=0"],
+    ]
+
+    def train() -> None:
+        copy_run(two / "llama-half", two / "llama-half-four", steps=3)
+        train_all(two, "four", commands, count=4, devices=1, slurm=True, fork=True)
+
+    once(two, "four", train)
+    return two
