@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 from display.convert import export_run, import_run
+from interrupts import failed, interruptible
 from jaxllm.storage.folder import Kind, kind_of
 
 
+@interruptible
 def main() -> int:
     """Parses the command line and converts by what the source is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,11 +29,8 @@ def main() -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # the error names a failed write; orbax's traces repeat it
     try:
         _convert(source, target, dtype=arguments.dtype)
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error, 1)
     print(f"wrote {target}")
     return 0
 

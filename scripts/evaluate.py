@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
-from interrupts import interruptible
+from interrupts import failed, interruptible
 
 
 @interruptible
@@ -44,7 +44,7 @@ def main() -> int:
     try:
         print(json.dumps(evaluate_path(arguments.path, [*arguments.overrides, *dashed, *sets]), indent=1))
     except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        return failed(error)
     return 0
 
 

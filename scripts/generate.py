@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from huge_pages import restart_with_huge_pages
+from interrupts import failed, interruptible
 
 # By host name: programs that XLA compiled for a CPU belong to its kind, and a home folder to several machines.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxllm" / platform.node()
@@ -19,6 +20,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     pass
 
 
+@interruptible
 def main() -> int:
     """Reads one prompt, or a file of them, and writes the generated text."""
     from display.text import add_options
@@ -35,11 +37,8 @@ def main() -> int:
     parser.add_argument("--cache", default=CACHE, help="folder of compiled programs, for later calls")
     try:
         _generate(parser.parse_args())
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error, 1)
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from interrupts import interruptible
+from interrupts import failed, interruptible
 from jaxllm.config.file import load_config
 
 
@@ -51,8 +51,7 @@ def main() -> int:
                 for title, text in zip(seen._fields, seen, strict=True):
                     console.print(Panel(text, title=title, title_align="left"))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     return 0
 
 

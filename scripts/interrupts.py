@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -14,13 +15,35 @@ def interruptible(main: Callable[[], int]) -> Callable[[], int]:
     @functools.wraps(main)
     def run() -> int:
         try:
-            status = main()
-            sys.stdout.flush()
-            return status
+            try:
+                return main()
+            finally:
+                print(end="", flush=True)  # argparse leaves by SystemExit, with its help in the buffer
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
+            if not _reader_left():
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
             return 141
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich 15 handles it so, with status 1
+                return 141
+            raise
 
     return run
+
+
+def failed(error: Exception, status: int = 2) -> int:
+    """Reports an error and returns the exit status; raises it again, for `interruptible`, where the reader has left."""
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads: the one that broke may be of another process."""
+    waiting = select.poll()
+    waiting.register(sys.stdout.fileno(), 0)
+    return bool(waiting.poll(0))

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from interrupts import interruptible
+
 _ROOT = Path(__file__).parent.parent
 _INSTALLED = _ROOT / "jaxllm" / "configs"  # by a wheel; in a clone they are next to the package
 FOLDER = _INSTALLED if _INSTALLED.is_dir() else _ROOT / "configs"
 
 
+@interruptible
 def main() -> int:
     """Prints a line for each config, or the text of one."""
     parser = argparse.ArgumentParser(description=__doc__)

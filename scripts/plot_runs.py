@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from interrupts import interruptible
+from interrupts import failed, interruptible
 
 
 @interruptible
@@ -38,8 +38,7 @@ def main() -> int:
         usual = next((name for name in usual if all(name in each for each in columns)), "loss")
         runs_figure(runs, arguments.metric or usual).savefig(arguments.out, dpi=130)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     print(arguments.out)
     return 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from interrupts import interruptible
+from interrupts import failed, interruptible
 from jaxllm.config.file import load_config
 
 
@@ -26,8 +26,7 @@ def main() -> int:
 
         entries, excused = train_step_ledger(config), allowed(config.precision)
     except ValueError as error:  # of the config, or of what cannot run here
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     print(table(entries, excused))
     bad = violations(entries, excused)
     print(f"{len(entries)} kinds of operations, {len(bad)} below float32 that should not be (marked LOW)")

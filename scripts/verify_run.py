@@ -14,7 +14,10 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
+from interrupts import failed, interruptible
 
+
+@interruptible
 def main() -> int:
     """Parses the command line, verifies, prints what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,11 +44,8 @@ def main() -> int:
             report = compare_runs(arguments.run, arguments.against)
         else:
             report = verify_checkpoints(arguments.run)
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     print(report.text)
     return 0 if report.good else 1
 

@@ -386,25 +386,6 @@ raise SystemExit(main())
     assert (done.returncode, done.stderr) == (130, "")
 
 
-def test_a_reader_that_leaves_ends_a_script_without_a_trace() -> None:
-    program = """
-import sys
-from interrupts import interruptible
-
-@interruptible
-def main():
-    for number in range(100_000):
-        print(number)
-    return 0
-
-sys.exit(main())
-"""
-    scripts = Path(__file__).parent.parent.parent / "scripts"
-    command = f"'{sys.executable}' -c '{program}' | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=scripts, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
-
-
 def run_beside_scripts(program: str) -> subprocess.CompletedProcess[str]:
     """A Python program with `scripts/` on its path."""
     scripts = Path(__file__).parent.parent.parent / "scripts"
