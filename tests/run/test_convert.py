@@ -145,6 +145,7 @@ def interrupt(*args: object) -> None:
 SPM = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("shape", [LlamaConfig(**SMALL), T5Config(**SMALL, head_dim=8)], ids=["llama", "t5"])
 def test_a_sentencepiece_model_goes_there_and_back(tmp_path: Path, shape: LlamaConfig | T5Config) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
