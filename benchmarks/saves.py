@@ -1,9 +1,9 @@
-"""Seconds of a save of 46 MB, in this checkout and in another: a process of each saves in turn.
+"""Times a save of 46 MB in this checkout and in another: a process of each saves in turn.
 
     git worktree add --detach ../before 2225bdf
     python -m benchmarks.saves ../before [--saves 40]
 
-"blocked" is what training waits for; "whole" ends when the checkpoint has its name.
+"blocked" is the time that training waits; "whole" ends when the checkpoint has its name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.gpu.record import ROOT
 from benchmarks.report import spread
 from benchmarks.sides import processor
 
-# Runs with the other checkout's package, too, whose module and arguments are those of 2225bdf.
+# Runs with the package of either checkout; the module and arguments after ImportError are those of 2225bdf.
 _WORKER = """
 import pathlib, sys, time
 import jax
@@ -43,14 +43,14 @@ checkpoints.close()
 
 
 def start(checkout: Path, folder: Path) -> subprocess.Popen[str]:
-    """A process that saves once for each line that it reads, and answers with both times."""
+    """Starts a process that saves once per line of its input and prints both times."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     command = [sys.executable, "-c", _WORKER, str(folder)]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def save(worker: subprocess.Popen[str]) -> list[float]:
-    """Seconds blocked and in whole of one save."""
+    """Seconds that one save blocks, and that it takes in whole."""
     assert worker.stdin and worker.stdout
     worker.stdin.write("\n")
     worker.stdin.flush()
@@ -58,7 +58,7 @@ def save(worker: subprocess.Popen[str]) -> list[float]:
 
 
 def main() -> None:
-    """Alternates the checkouts and prints the seconds of a save in both, and their ratio."""
+    """Alternates the checkouts and prints the milliseconds of a save in both, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="folder of another checkout")
     parser.add_argument("--saves", type=int, default=40, help="of each")
@@ -73,7 +73,7 @@ def main() -> None:
         for worker in workers.values():
             worker.communicate()
     for i, kind in enumerate(("blocked", "whole")):
-        here, other = ([1000 * each[i] for each in found[name][2:]] for name in checkouts)  # two warm up
+        here, other = ([1000 * each[i] for each in found[name][2:]] for name in checkouts)  # the first two are warm-up
         ratio = spread([a / b for a, b in zip(here, other, strict=True)])
         print(f"{kind}: here {spread(here)['median']:.1f} ms, other {spread(other)['median']:.1f} ms, ", end="")
         print(f"ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")

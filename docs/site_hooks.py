@@ -120,7 +120,7 @@ class Meanings(griffe.Extension):
 
 
 def _comment(node: Any, attr: griffe.Attribute) -> str:
-    """The comment behind a field or a constant, or the lines of comment above it, as a sentence."""
+    """The comment after a field or a constant, or the comment lines above it, as a sentence."""
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
     if not isinstance(target, ast.Name):  # an attribute of self is not documented
         return ""

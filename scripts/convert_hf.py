@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--dtype", help="of a directory's tensors: float32, bfloat16 or float16; default: the source's")
     arguments = parser.parse_args()
     source, target = arguments.source, arguments.target
-    logging.basicConfig(format="%(levelname)s: %(message)s", force=True)  # in place of a library's at its import
+    logging.basicConfig(format="%(levelname)s: %(message)s", force=True)  # replaces what a library set at import
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # the error names a failed write; orbax's traces repeat it
     try:
         _convert(source, target, dtype=arguments.dtype)

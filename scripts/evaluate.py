@@ -35,7 +35,7 @@ def main() -> int:
     if len(dict(pairs)) < len(pairs):
         parser.error("sets of --data need different names (NAME=PATH)")
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("jaxllm").setLevel(logging.INFO)  # and of libraries warnings alone
+    logging.getLogger("jaxllm").setLevel(logging.INFO)  # libraries log warnings only
     from display.evaluation import evaluate_path
     from gpu_settings import prepare_process
 

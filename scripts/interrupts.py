@@ -1,4 +1,4 @@
-"""A script that ends without a traceback on Ctrl-C, which may come before it handles signals, and in a closed pipe."""
+"""Scripts end without a traceback on Ctrl-C, also before they handle signals, and when their output pipe is closed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def interruptible(main: Callable[[], int]) -> Callable[[], int]:
-    """`main`, with status 130 for Ctrl-C, and 141 where a reader such as `head` has left, as a shell reports them."""
+    """`main` with a shell's statuses: 130 for Ctrl-C, and 141 when the reader of its output, such as `head`, ended."""
 
     @functools.wraps(main)
     def run() -> int:
@@ -18,16 +18,16 @@ def interruptible(main: Callable[[], int]) -> Callable[[], int]:
             try:
                 return main()
             finally:
-                print(end="", flush=True)  # argparse leaves by SystemExit, with its help in the buffer
+                print(end="", flush=True)  # argparse raises SystemExit while its help is still in the buffer
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
             if not _reader_left():
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
             return 141
         except SystemExit as end:
-            if isinstance(end.__context__, BrokenPipeError):  # rich 15 handles it so, with status 1
+            if isinstance(end.__context__, BrokenPipeError):  # rich 15 raises SystemExit(1) for it
                 return 141
             raise
 
@@ -35,7 +35,7 @@ def interruptible(main: Callable[[], int]) -> Callable[[], int]:
 
 
 def failed(error: Exception, status: int = 2) -> int:
-    """Reports an error and returns the exit status; raises it again, for `interruptible`, where the reader has left."""
+    """Reports an error and returns the exit status; raises it again, for `interruptible`, if the output is closed."""
     if isinstance(error, BrokenPipeError) and _reader_left():
         raise error
     print(f"error: {error}", file=sys.stderr)
@@ -43,7 +43,7 @@ def failed(error: Exception, status: int = 2) -> int:
 
 
 def _reader_left() -> bool:
-    """Whether standard output is a pipe that nobody reads: the one that broke may be of another process."""
+    """Whether standard output is a pipe without a reader; an error may come from the pipe of another process."""
     waiting = select.poll()
     waiting.register(sys.stdout.fileno(), 0)
     return bool(waiting.poll(0))

@@ -40,7 +40,7 @@ def test_the_supported_versions_of_python_start_at_the_required_one() -> None:
 
 
 def test_what_needs_torch_or_transformers_is_marked() -> None:
-    """The gate runs what is marked where these are installed, and the other tests on a Python without them."""
+    """The gate runs marked tests on a Python with torch, and the others on a Python that may not have it."""
     needed = re.compile(r"importorskip\(\"(torch|transformers|tests\.parity\.torch|benchmarks\.gpu\.torch)")
     for file in (ROOT / "tests").rglob("test_*.py"):
         before, *functions = re.split(r"\n\n\n(?=@|def |class )", file.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def test_the_newest_python_that_is_found_is_taken_else_the_one_given(tmp_path: P
 
 
 def lanes_with(newest: str, oldest: str, folder: Path) -> list[str]:
-    """What the gate would run where `python3` is 3.11, without doing so."""
+    """The lanes that the gate would run where `python3` is 3.11; nothing is run."""
     pretended = f"""
 lane() {{ echo "$1: ${{@:2}}"; }}
 enter() {{ echo "in $2"; }}

@@ -1,4 +1,4 @@
-"""A script whose reader leaves ends as other programs do: without a word, with the status of a closed pipe."""
+"""A script whose output pipe is closed ends like other programs: silently, with the status of a closed pipe."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CLOSED_PIPE = 141
 
 
 def run_without_a_reader(*command: str, folder: Path) -> tuple[int, str]:
-    """Exit status and standard error of a Python command that writes to a pipe which nobody reads any more."""
+    """Exit status and standard error of a Python command that writes to a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
-    environment.pop("PYTHONUNBUFFERED", None)  # argparse ignores what breaks while it writes
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse ignores a pipe that breaks while it writes
     try:
         done = subprocess.run(
             [sys.executable, *command],
@@ -44,7 +44,7 @@ def run_without_a_reader(*command: str, folder: Path) -> tuple[int, str]:
         ("generate.py", "run", "the", "--max-new-tokens=4"),
         ("inspect_data.py", "run/config.yaml", "training.run_dir=other"),  # rich writes
         ("pretrain.py", "run/config.yaml", "training.run_dir=other"),
-        ("list_configs.py", "--help"),  # written when argparse has left
+        ("list_configs.py", "--help"),  # written after argparse has raised SystemExit
     ],
     ids=lambda words: words[0],
 )
@@ -57,7 +57,7 @@ def test_it_ends_without_a_word(words: tuple[str, ...], tmp_path: Path) -> None:
 
 
 def test_another_pipe_that_breaks_is_an_error(tmp_path: Path) -> None:
-    """Such as that of a process which reads data."""
+    """For example, the pipe of a process that reads data."""
     program = """
 import sys
 from interrupts import failed, interruptible
@@ -84,7 +84,7 @@ interruptible(lost)()
 
 
 def test_every_script_ends_so() -> None:
-    """Its errors are reported in one place, since `except OSError` includes a closed pipe."""
+    """Errors are reported in one place, since `except OSError` includes a closed pipe."""
     for file in SCRIPTS.glob("*.py"):
         text = file.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):

@@ -28,15 +28,15 @@ class Appended:
             self._failed = True
 
     def sync(self) -> None:
-        """Puts the bytes on disk before what depends on them; a failure is a warning."""
+        """Puts the bytes on disk, for files that depend on them; a failure is a warning."""
         try:
             sync(Path(self._file.name))
         except OSError as error:
             _log.warning("%s cannot be synced (%s)", self._file.name, error.strerror)
 
     def close(self) -> None:
-        """Writes what a disk has refused, and closes the file."""
-        if self._failed:  # otherwise Ctrl-C came between the bytes and the note that they are written
+        """Writes the bytes of failed writes again, and closes the file."""
+        if self._failed:  # without a failure, bytes that wait are in the file: Ctrl-C came before their removal
             self.write(b"")
         self._file.close()
 

@@ -21,7 +21,7 @@ Model = nn.Module
 
 
 class FamilyModule(nn.Module):
-    """A Flax module with a head; its `apply` has an error with the fix for parameters in place of variables."""
+    """A Flax module with a head; `apply` refuses parameters in place of variables and names the fix."""
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """X @ head.T, accumulated and returned in float32."""

@@ -37,7 +37,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        # No line may end the run: a disk under the log is full, or a signal's line comes while another waits in a pipe.
+        # A line must not end the run: the log's disk may be full, or a signal may log while another line is written.
         with contextlib.suppress(OSError, RuntimeError):
             self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
 

@@ -45,7 +45,7 @@ def _measure(steps: Steps, params: Any, pipeline: Pipeline, name: str | None) ->
             exact += whole
             spans += total
     nll, weight, correct = sums.tolist()
-    weight = weight or math.nan  # where nothing counts, no loss is known
+    weight = weight or math.nan  # without a counted token the loss is NaN
     return {
         "loss": nll / weight,
         config.model.metric: nll / math.log(2) / (size or math.nan),

@@ -186,7 +186,7 @@ class MetricsWriter:
         self._trackers.write(step, finite)
 
     def write_fingerprint(self, step: int, fingerprint: str) -> None:
-        """Records the fingerprint of a state before its checkpoint, once for a step that is saved again."""
+        """Records the fingerprint of a state before its checkpoint; once per step, also where it is saved again."""
         if self._writes and step > self._fingerprinted:
             self._fingerprinted = step
             self.write(step, {"fingerprint": fingerprint})

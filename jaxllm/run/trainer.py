@@ -392,5 +392,5 @@ def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> No
         if text := params and write_sample(parts.folder, model, params, parts.pipeline, config.training):
             _log.info("sample:\n%s", text)
         _log.info("curve in %s", plot_curve(parts.folder, baselines, metric))
-    except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for a picture
+    except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for these
         _log.warning("the sample or the curve is not made: %s", error)

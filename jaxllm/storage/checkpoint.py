@@ -77,8 +77,8 @@ class Durable(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A checkpoint, or an item of one, until it has its name."""
 
     async def finalize(self) -> None:
-        """Renames a checkpoint when its files are on disk; older ones are deleted when its name is, too."""
-        if ocp.path.atomicity.TMP_DIR_SUFFIX in self.get_final().parent.name:  # an item: its checkpoint's sync has it
+        """Renames a checkpoint once its files are on disk; older ones are deleted once its name is on disk."""
+        if ocp.path.atomicity.TMP_DIR_SUFFIX in self.get_final().parent.name:  # an item: synced with its checkpoint
             return await super().finalize()
         sync_tree(Path(self.get()))
         await super().finalize()
@@ -141,7 +141,7 @@ class Checkpoints:
         return step % processes.EVERY == 0 and processes.agreed(self._wishes, step, late)
 
     def save(self, step: int, state: Any, data: dict[str, Any], note: Callable[[str], object] = str) -> None:
-        """Gives `note` the fingerprint, then starts to write; a save that fails, then or later, is reported once."""
+        """Calls `note` with the fingerprint, then starts to write; a failure, at once or later, is reported once."""
         self.wait()
         self._saved = time.monotonic()
         if self._failures:

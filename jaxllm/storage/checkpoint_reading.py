@@ -47,7 +47,7 @@ class Restored(NamedTuple):
     """Contents of a checkpoint, or the state that a new run starts from."""
 
     step: int  # optimizer steps done
-    state: Any  # train state, placed as the abstract state asked
+    state: Any  # train state, placed like the abstract state
     data: Any = None  # position in the data, a dictionary; None for a new run, which reads from the beginning
     skipped: tuple[int, ...] = ()  # steps of newer checkpoints that were damaged
     verified: bool = True  # False for a checkpoint that has no fingerprints

@@ -220,7 +220,7 @@ def check_apart(config: DataConfig, run_dir: Path) -> None:
         if key in paths and trained and (within.is_relative_to(trained) or trained.is_relative_to(within)):
             raise DataError(
                 f"{key} {root} and data.path {trained} have documents in common, which would be trained on; move the "
-                f"set into a separate folder, or evaluate it by jaxllm evaluate --data"
+                f"set into a separate folder, or evaluate it with jaxllm evaluate --data"
             )
 
 

@@ -1,4 +1,4 @@
-"""Runs that several tests look at, trained once for all workers, and the end of what a test has started."""
+"""Runs that several tests check, trained once for all workers; and the end of processes that a test has started."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def one(folder: Path) -> Path:
-    """FAMILY-one of each family on one device, and FAMILY-half-one, which begins with the parameters of that."""
+    """Runs on one device: FAMILY-one, and FAMILY-half-one, which begins with the parameters of FAMILY-one."""
 
     runs = {f"{family}-one": (family, []) for family in MODELS}
     runs |= {f"{family}-half-one": (family, half(folder, family)) for family in MODELS}
@@ -58,9 +58,9 @@ def one(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def two(one: Path) -> Path:
-    """The same in two processes with two devices each, as FAMILY and FAMILY-half, and a branch of llama.
+    """The same runs in two processes with two devices each, as FAMILY and FAMILY-half, and a branch of llama.
 
-    Llama shares one copy of the state, but for its float16 run; T5 has one for each process.
+    In llama and its branch all devices share one copy of the state; llama-half and t5 have one for each process.
     """
     branch = [f"training.run_dir={one / 'branch'}", f"training.branch_from={one / 'llama'}@3"]
     commands = [
@@ -88,7 +88,7 @@ def two(one: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def four(two: Path) -> Path:
-    """In four tasks of SLURM: t5-four as t5, and llama-half-four, which resumes llama-half after step 3."""
+    """Runs in four tasks of SLURM: t5-four, like t5, and llama-half-four, which resumes llama-half after step 3."""
     tokenizer = [f"data.tokenizer={two / 't5-one' / 'tokenizer.json'}"]
     commands = [
         [

@@ -2,8 +2,8 @@
 
 After each kill the other process must end by itself with a status that is not 0: within 120 s, or 330 s where the two
 had not found each other. The same command resumes, nothing that was saved may be lost, and each run must end with the
-bits of one that nothing has disturbed, on the same layout. Runs are made next to each other, since a process waits up
-to 100 s for one that has been killed.
+bits of an undisturbed run on the same layout. Several runs are trained at the same time, since a process waits up to
+100 s for one that has been killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONNECTED, ALONE = 120, 330  # seconds
 
 
 class Tally(NamedTuple):
-    """What one run has gone through."""
+    """The kills of one run, and their results."""
 
     kills: int
     bitwise: bool
@@ -54,7 +54,7 @@ def alive(started: list[Started]) -> bool:
 
 
 def kill_at(started: list[Started], target: Path, moment: float, victim: int) -> tuple[str, bool] | None:
-    """Kills one after so many seconds; what became of the other, and whether it is as it must be. None: both ended."""
+    """Kills one process after `moment` seconds: a report, and whether the other ended well; None if one had ended."""
     before, deadline = newest(target), time.monotonic() + moment
     while time.monotonic() < deadline and alive(started):
         time.sleep(0.005)
@@ -70,7 +70,7 @@ def kill_at(started: list[Started], target: Path, moment: float, victim: int) ->
 
 
 def disturb(config: Path, target: Path, kills: int, seconds: float, rng: np.random.Generator) -> Tally:
-    """Kills a run so often, fewer times if it ends before that; then lets it end, and compares."""
+    """Kills a run up to `kills` times, lets it end, and compares it with the undisturbed run."""
     done, failures, statuses = 0, 0, [1]
     while done < kills and statuses != [0, 0]:
         started = launch(config, f"training.run_dir={target}", count=2, devices=2)
@@ -88,7 +88,7 @@ def disturb(config: Path, target: Path, kills: int, seconds: float, rng: np.rand
 
 
 def main() -> int:
-    """Prints each kill, and whether the end is the undisturbed one."""
+    """Prints each kill, and whether each run ended like the undisturbed one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

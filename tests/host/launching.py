@@ -23,7 +23,7 @@ PRETRAIN = str(ROOT / "scripts" / "pretrain.py")
 OBSERVED = ("-m", "tests.host.observed")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.host.imported"])
-STARTED: list[Started] = []  # that a test must end
+STARTED: list[Started] = []  # processes that a test must end
 
 
 class Ended(NamedTuple):
@@ -35,10 +35,10 @@ class Ended(NamedTuple):
 
 
 class Started:
-    """A process whose lines are read as it prints them, with their moments; so no pipe fills while others are read."""
+    """A process whose lines are read by threads, with their times, so that no pipe fills while others are read."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], *, fork: bool) -> None:
-        """Of Python's arguments and all of its environment; `fork` is for one of a process that has imported jaxllm."""
+        """Starts Python with this environment alone; with `fork`, as a fork of a process that has imported jaxllm."""
         pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
         stdout, stderr = (writer for _, writer in pipes)
         self._process: subprocess.Popen[bytes] | ForkServerProcess
@@ -76,7 +76,7 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
     def end(self, timeout: float = 300) -> Ended:
-        """Waits for its end; one that takes too long is killed, and an error has what it has printed."""
+        """Waits for its end; after `timeout` seconds it is killed, and the error shows its output."""
         deadline = time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -96,7 +96,7 @@ def _read(reader: Connection, lines: list[tuple[float, str]]) -> None:
 def run_in_fork(command: Sequence[str], environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:
     """Runs a script, or `-m` a module, as Python does in a process of its own."""
     os.environ.clear()
-    os.environ.update(environment, GLIBC_TUNABLES="")  # without which the script would start again
+    os.environ.update(environment, GLIBC_TUNABLES="")  # set, so that the script does not restart itself
     os.chdir(ROOT)
     for number, writer in enumerate((stdout, stderr), start=1):
         os.dup2(writer.fileno(), number)
@@ -124,7 +124,7 @@ def launch(
     own: Mapping[int, Sequence[str]] | None = None,
     damage: dict[str, str] | None = None,
 ) -> list[Started]:
-    """Starts processes by three variables or SLURM's; `own` are more overrides of some, and `damage` is the last's.
+    """Starts processes by three variables or SLURM's; `own` has overrides by process, and `damage` is for the last.
 
     `fork` is for a quick start, see `Started`.
     """
@@ -154,7 +154,7 @@ def finish(processes: list[Started], timeout: float = 300) -> list[Ended]:
 
 
 def train_all(folder: Path, name: str, commands: Sequence[Sequence[str]], **options: Any) -> None:
-    """Some processes train several runs, one after the other; folder/NAME.json has how the processes ended."""
+    """Trains several runs in the same processes, in turn; folder/NAME.json records how the processes ended."""
     config, *words = [word for command in commands for word in ("then", *command)][1:]
     ended = finish(launch(Path(config), *words, program=OBSERVED, **options))
     assert {each.status for each in ended} == {0}, ended
@@ -167,13 +167,13 @@ def ended_of(folder: Path, name: str) -> list[Ended]:
 
 
 def heard_at(processes: list[Started], message: str) -> list[float]:
-    """The moments at which processes printed a line with this in it."""
+    """Times at which processes printed a line that contains the message."""
     lines = [each for process in processes for lines in process.heard for each in lines]
     return [moment for moment, line in lines if message in line]
 
 
 def wait_for(condition: Callable[[], bool], processes: list[Started], seconds: float = 120) -> None:
-    """Waits until something holds; fails where a process ends before."""
+    """Waits until the condition holds; fails after `seconds`, or when a process ends before that."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline or any(process.poll() is not None for process in processes):

@@ -130,7 +130,7 @@ def commands_of(arguments: list[str]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Runs the script as if it had been started itself."""
+    """Runs the script as if it had been started directly."""
     original, (*before, last) = trainer.pretrain, commands_of(sys.argv[1:])
 
     def recorded(config: RunConfig, *callbacks: OnStep, **others: Any) -> trainer.Summary:

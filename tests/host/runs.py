@@ -1,4 +1,4 @@
-"""Configs of small runs that several processes train, and what two of their records must have in common."""
+"""Configs of small runs that several processes train, and comparisons of two such runs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def copy_run(run: Path, target: Path, *, steps: int) -> None:
 
 
 def once(folder: Path, name: str, make: Callable[[], None]) -> None:
-    """Makes something of a folder that workers of pytest-xdist share; the others wait, and find it or its error."""
+    """Calls `make` in one of the pytest-xdist workers that share the folder; the others wait, and fail if it failed."""
     result = folder / f"{name}.result"
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -141,7 +141,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def assert_same_first_gradients(a: Path, b: Path) -> None:
-    """Each leaf's within 2e-6 of its largest; clipped, and times a factor that is the same for all."""
+    """Each leaf within 2e-6 of its largest value; gradients are clipped, and times a factor that all leaves share."""
     found, expected = first_moments(a), first_moments(b)
     assert found.keys() == expected.keys() and len(found) > 8
     for name, gradient in expected.items():

@@ -15,16 +15,16 @@ from tests.conftest import write_corpus
 from tests.host.launching import Started, finish, has_handler, heard_at, launch, wait_for
 from tests.host.runs import steps_of, write
 
-# Of the fault of one process, until all have ended. It takes 3 to 4 seconds where nothing else runs.
+# Seconds from the error of one process to the end of all; 3 to 4 where nothing else runs.
 LONGEST = 10
 ENDLESS = {"steps": 100_000, "save_every": 100_000, "eval_every": 100_000, "sample_tokens": 0, "accumulation": 1}
-# With a step that is compiled quickly.
+# Settings whose step compiles quickly.
 PLAIN = ("model.layers=unroll", "model.remat=none", "precision.loss_scale=none", "data.streams=1")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that does not end by itself; its programs stay in a cache."""
+    """The config of a run that does not end by itself; its compiled programs are cached."""
     folder = tmp_path_factory.mktemp("endings")
     write_corpus(folder / "corpus")
     return write(folder, "llama", **ENDLESS)
@@ -56,7 +56,7 @@ def test_times_and_signals_stop_all_at_the_same_step_and_sigkill_ends_the_other(
     assert last == steps_of(target)[-1] and f"stopped at step {last}" in ended[0].stdout
     assert any(step % 8 == 0 for step in by_time) and all(step % 8 == 0 for step in by_time if step != stopped)
 
-    # Before the run has resumed: jax would wait for its step 1.
+    # The signal comes before the run has resumed: jax would wait for its step 1.
     started = start(fork=True)
     wait_for(lambda: has_handler(started[1]), started)
     started[1].send_signal(signal.SIGTERM)
@@ -81,7 +81,7 @@ def test_times_and_signals_stop_all_at_the_same_step_and_sigkill_ends_the_other(
     assert "the same command resumes" in ended[0].stdout and "Traceback" not in ended[0].stdout
 
 
-# What one process alone has: a setting (of the first or the second one), or a full disk.
+# Overrides by process, and the message; without overrides, the disk of the second process is full.
 FAULTS = [
     ({1: ["training.sed=1"]}, "did you mean 'training.seed'"),
     ({0: ["training.sed=1"]}, "did you mean 'training.seed'"),
@@ -110,7 +110,7 @@ def test_an_error_of_one_process_ends_all_in_seconds_with_one_message(
 
 @pytest.mark.parametrize("cluster", [{"JOB_COMPLETION_INDEX": "3"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2"}])
 def test_a_process_may_be_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch, cluster: dict[str, str]) -> None:
-    """Such as the pods of an Indexed Job that are a sweep."""
+    """For example, the pods of an Indexed Job that sweeps over a setting."""
 
     def connect(*args: object, **options: object) -> None:
         raise ValueError("connected")

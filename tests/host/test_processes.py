@@ -1,8 +1,8 @@
 """Runs of several real processes through scripts/pretrain.py equal runs of one, and resume on any number of them.
 
-A launch trains several runs, and tests look at them (`conftest`). Packed rows and accumulation are in all of them.
+One launch trains several runs, which several tests check (`conftest`). All have packed rows and accumulation.
 
-| as in one process on one device | two processes, two devices each | four processes |
+| what equals one process on one device | two processes, two devices each | four processes |
 | --- | --- | --- |
 | metrics, parameters; T5's bias and dropout | `test_two_processes_equal_one` | `test_t5_in_four_processes_equals_one` |
 | gradients of the first step | the same | the same |

@@ -52,7 +52,7 @@ def test_a_line_is_neither_wrapped_nor_padded(
 
 
 class Output(io.RawIOBase):
-    """What is under the log; its first write fails, or a signal comes while it waits."""
+    """The raw output under the log: its first write fails, or a signal arrives during that write."""
 
     def __init__(self, *, number: int = 0) -> None:
         self.data, self._number, self._calls = b"", number, 0

@@ -61,7 +61,7 @@ def test_a_position_is_not_moved_by_what_is_read_later(tmp_path: Path, corpus: P
 
 
 def test_a_source_without_validation_documents_is_refused(tmp_path: Path) -> None:
-    """Its loss would be that of no token, 0, and its first checkpoint the best for ever."""
+    """Its loss over no token would be 0, and its first checkpoint would always be the best."""
     source = Source("mine", [{"text": "one two three"}] * 9, [])
     with pytest.raises(DataError, match=r"^the source mine has no validation documents; add some, or set data.valid"):
         build_pipeline(DataConfig(), vocab_size=400, run_dir=tmp_path, source=source, batch_size=4, seed=0)

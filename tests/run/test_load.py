@@ -96,7 +96,7 @@ def test_a_prompt_has_one_encoding_in_generation_and_in_the_sample_of_training(t
     assert sample and sample.startswith("--- text with blanks\na <extra_id_0><extra_id_1> b\n--- the model's answer\n")
     assert text_model.decode(text_model.encode(config.sample_prompt)) == "a <extra_id_0><extra_id_1> b"
     assert (tmp_path / "sample.txt").read_text(encoding="utf-8") == sample
-    question = TrainingConfig(sample_prompt="a b", sample_tokens=4)  # of a model of pairs: it has no blanks
+    question = TrainingConfig(sample_prompt="a b", sample_tokens=4)  # for a model that is trained on pairs: no blanks
     sample = write_sample(tmp_path, text_model.model, text_model.params, NoExamples(text_model.tokenizer), question)
     assert sample and sample.startswith("--- text\na b\n--- the model's answer\n") and "filled in" not in sample
 

@@ -249,7 +249,7 @@ def test_a_float16_run_resumes_its_scale_exactly(tmp_path: Path, corpus: Path) -
     assert scaling["scale"] < 2.0**22 and scaling["skipped"] > 0 and scaling["inner"]
     rows = [row for row in read_metrics(Path(whole.training.run_dir) / "metrics.jsonl") if "loss" in row]
     assert rows[0]["skipped"] == 1 and "headroom/LlamaLayer[0]" in rows[0]
-    # A step has the rate of the updates before it, also when it is skipped.
+    # The rate of a step depends on the number of updates before it, also when the step is skipped.
     schedule, skipped = build_schedule(whole.optimizer, steps=6), [0, *(int(row["skipped"]) for row in rows)]
     rates = [np.asarray(schedule(step - before)).item() for step, before in zip(range(6), skipped, strict=False)]
     assert [row["learning_rate"] for row in rows] == rates

@@ -195,7 +195,7 @@ def test_t5_counts_target_bytes_and_spans_of_each_set(tmp_path: Path) -> None:
 
 
 def test_no_token_has_no_loss(shared: Path) -> None:
-    """A loss of 0 would be the best of all checkpoints."""
+    """A loss of 0 would make its checkpoint the best of all."""
 
     class Empty(Pipeline):
         def __init__(self) -> None:
