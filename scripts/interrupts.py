@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def interruptible(main: Callable[[], int]) -> Callable[[], int]:
@@ -40,6 +41,25 @@ def failed(error: Exception, status: int = 2) -> int:
         raise error
     print(f"error: {error}", file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def log_may_be_lost() -> Iterator[None]:
+    """Lines of a log that a full disk refuses do not change the exit status of the block."""
+    try:
+        yield
+    finally:
+        try:
+            print(end="", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            _discard()
+
+
+def _discard() -> None:
+    """Sends what standard output still holds nowhere, for Python's own flush at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _reader_left() -> bool:

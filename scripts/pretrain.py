@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 from display.settings import key_table
 from gpu_settings import prepare_process
-from interrupts import interruptible
+from interrupts import interruptible, log_may_be_lost
 from jaxllm.config.file import ConfigError, dump_config, load_config
 from jaxllm.host import processes
 from process import prepare_script
@@ -46,7 +46,7 @@ def main() -> int:
     from jaxllm.storage.checkpoint import CheckpointError
 
     prepare_process()
-    with training_console(config) as show_step:
+    with training_console(config) as show_step, log_may_be_lost():
         try:
             processes.check_devices()
             check_in_place(config, arguments.config, arguments.overrides)

@@ -56,6 +56,26 @@ def test_it_ends_without_a_word(words: tuple[str, ...], tmp_path: Path) -> None:
     assert run_without_a_reader(str(SCRIPTS / script), *arguments, folder=tmp_path) == (CLOSED_PIPE, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+@pytest.mark.parametrize(("steps", "status"), [("2", 0), ("10", 75)])
+def test_a_log_on_a_full_disk_does_not_change_the_status_of_a_run(steps: str, status: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(RUNS / "llama_float32.zip") as archive:
+        archive.extractall(tmp_path)
+    (tmp_path / "text.jsonl").write_bytes((RUNS / "text.jsonl").read_bytes())
+    settings = [f"training.steps={steps}", "training.run_dir=other", *(["training.stop_after=1s"] if status else [])]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPTS / "pretrain.py"), "run/config.yaml", *settings],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 def test_another_pipe_that_breaks_is_an_error(tmp_path: Path) -> None:
     """For example, the pipe of a process that reads data."""
     program = """
