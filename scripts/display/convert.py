@@ -50,7 +50,7 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
 
 
 def _tokenizer_config(config: RunConfig, tokenizer: Tokenizer) -> str:
-    """What transformers needs beside tokenizer.json: the special tokens, and the longest text."""
+    """What transformers needs next to tokenizer.json: the special tokens, and the longest text."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     begins = {} if config.model.encoder_decoder else {"bos_token": tokenizer.decode([tokenizer.eos_id])}
     special = {"eos_token": tokenizer.decode([tokenizer.eos_id]), "pad_token": tokenizer.decode([tokenizer.pad_id])}
