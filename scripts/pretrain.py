@@ -10,20 +10,18 @@ if __name__ == "__main__":
 
 from display.settings import key_table
 from gpu_settings import prepare_process
-from interrupts import interruptible, log_may_be_lost
+from interrupts import interruptible
 from jaxllm.config.file import ConfigError, dump_config, load_config
 from jaxllm.host import processes
+from output import log_may_be_lost
 from process import prepare_script
 
 
 @interruptible
 def main() -> int:
     """Parses the command line, loads the config, trains."""
-    parser = argparse.ArgumentParser(
-        description="Pretrain Llama or T5. The same command on an existing run folder resumes it.",
-        epilog=key_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(epilog=key_table(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = "Pretrain Llama or T5. The same command on an existing run folder resumes it."
     parser.add_argument("config", help="YAML file of the run, or the name of a config of jaxllm, e.g. llama_tiny")
     parser.add_argument("overrides", nargs="*", help="settings after the file, e.g. training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
