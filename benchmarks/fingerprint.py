@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import compiled
+from benchmarks.gpu import cards, compiled
 from benchmarks.gpu.program import kernels
 from benchmarks.sides import processor
 from jaxllm.config.file import load_config
@@ -83,8 +83,8 @@ def save_seconds(state: Any, turns: int) -> list[float]:
 
 def on_gpu(name: str, *, save_every: int) -> str:
     """A row of the table for an H200 that is not here."""
-    card = compiled.devices_of("H200", 1)[0]
-    with compiled.pretend_gpu():
+    card = cards.devices_of("H200", 1)[0]
+    with cards.pretend_gpu():
         state = program_of(load_config(name)).abstract_state()
         program = fingerprints.trace(compiled.place(state, card)).lower().compile()
     every = kernels(program.as_text() or "")
