@@ -1,6 +1,6 @@
 """Evaluates a model: jaxllm evaluate RUN|RUN@STEP|HF_DIRECTORY [section.key=value ...] [--data PATH ...].
 
-Prints the figures of a run's evaluation as JSON; changes nothing.
+Prints the figures of a run's evaluation as JSON, or a table of tasks; changes nothing.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
-from pathlib import Path
 
 if __name__ == "__main__":
     from huge_pages import restart_with_huge_pages
@@ -27,23 +25,31 @@ def main() -> int:
     parser.add_argument("path", help="RUN (its newest checkpoint), RUN@STEP, or a Hugging Face directory")
     parser.add_argument("overrides", nargs="*", help="settings in place of the run's, e.g. training.eval_batches=100")
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="a set; may be repeated")
+    group = parser.add_argument_group("in place of text, tasks of lm-evaluation-harness (pip install 'jaxllm[eval]')")
+    group.add_argument("--tasks", metavar="NAME,...", help="tasks, or groups of them, such as lambada_openai,piqa")
+    group.add_argument("--task-path", metavar="FOLDER", help="YAML files of further tasks")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (the task's own)")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first documents of each task")
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (%(default)s)")
     arguments, dashed = parser.parse_known_intermixed_args()
-    pairs = [
-        (each.rpartition("=")[0] or re.sub(r"\W+", "_", Path(each).name.split(".")[0]), each.rpartition("=")[2])
-        for each in arguments.data
-    ]
-    if len(dict(pairs)) < len(pairs):
-        parser.error("sets of --data need different names (NAME=PATH)")
+    if arguments.tasks and (own := [*arguments.overrides, *dashed, *arguments.data]):
+        parser.error(f"--tasks has settings and data of its own; leave out {' '.join(own)}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("jaxllm").setLevel(logging.INFO)  # libraries log warnings only
-    from display.evaluation import evaluate_path
+    from display.evaluation import evaluate_path, named_sets
     from gpu_settings import prepare_process
 
     prepare_process()
-    sets = [f"data.validation={json.dumps(dict(pairs))}"] if pairs else []
     try:
-        print(json.dumps(evaluate_path(arguments.path, [*arguments.overrides, *dashed, *sets]), indent=1))
-    except (ValueError, RuntimeError, OSError) as error:
+        if arguments.tasks:
+            from display.tasks import evaluate_tasks
+
+            options = {name: getattr(arguments, name) for name in ("task_path", "batch_size", "num_fewshot", "limit")}
+            print(evaluate_tasks(arguments.path, arguments.tasks.split(","), **options))
+        else:
+            settings = [*arguments.overrides, *dashed, *named_sets(arguments.data)]
+            print(json.dumps(evaluate_path(arguments.path, settings), indent=1))
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
         return failed(error)
     return 0
 

@@ -25,7 +25,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip i
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="accelerate, which lm_eval's class for Hugging Face needs, is not installed")
-load_lm = pytest.importorskip("benchmarks.harness").load_lm
+load_lm = pytest.importorskip("display.tasks").load_lm
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # of the harness and its libraries
 
 ROOT = Path(__file__).parent.parent
@@ -190,10 +190,30 @@ def test_samples_settings_and_empty_contexts(llama: tuple[Path, Path]) -> None:
     assert type(model).__name__ == "JaxLM" and type(model) is registry.get_model("jaxllm")
 
 
-def test_the_module_prints_a_table(llama: tuple[Path, Path], folder: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.harness", str(llama[0])]
-    command += ["--tasks", "local_choice,local_text", "--task-path", str(folder / "tasks")]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+def evaluate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_jaxllm_evaluate_prints_a_table(llama: tuple[Path, Path], folder: Path) -> None:
+    ended = evaluate(llama[0], "--tasks", "local_choice,local_text", "--task-path", folder / "tasks", "--limit", "3")
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.stdout.splitlines()) == 5 and "|local_choice|" in ended.stdout
+    ended = evaluate(llama[0], "--tasks", "local_choice,local_text", "--task-path", folder / "tasks")
     assert ended.returncode == 0, ended.stderr
     expected = results(load_lm(llama[0]), folder, ["local_choice"])[0]["acc,none"]
     assert "|local_choice|" in ended.stdout and f"{expected:.4f}" in ended.stdout and "exact_match" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "local_chioce"], "error: no task local_chioce; `lm_eval ls tasks` lists"),
+        (["--tasks", "piqa", "data.seed=1"], "leave out data.seed=1"),
+        (["--tasks", "piqa", "--batch-size", "0"], "error: the batch size must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(llama: tuple[Path, Path], arguments: list[str], message: str) -> None:
+    ended = evaluate(llama[0], *arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert message in ended.stderr and "Traceback" not in ended.stderr

@@ -1,8 +1,10 @@
 """The evaluation of what is given by its path: a run, a step of it, or a Hugging Face directory."""
 
 import dataclasses
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +28,19 @@ from jaxllm.training.program import program_of
 from jaxllm.training.sharding import check_rows, make_mesh
 
 _log = logging.getLogger(__name__)
+
+
+def named_sets(paths: Sequence[str]) -> list[str]:
+    """The setting `data.validation` of PATHs and NAME=PATHs; a PATH has the name of its file up to the first point.
+
+    Raises:
+        ValueError: when two have the same name.
+    """
+    pairs = [each.rpartition("=")[::2] for each in paths]
+    sets = {name or re.sub(r"\W+", "_", Path(path).name.split(".")[0]): path for name, path in pairs}
+    if len(sets) < len(pairs):
+        raise ValueError("sets of --data need different names (NAME=PATH)")
+    return [f"data.validation={json.dumps(sets)}"] if sets else []
 
 
 def evaluate_path(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def logged(run: RunConfig, step: int) -> dict[str, float]:
     rows = read_metrics(Path(run.training.run_dir) / "metrics.jsonl")
     (row,) = [row for row in rows if row["step"] == step and "validation/loss" in row]
     return {name.removeprefix("validation/"): value for name, value in row.items() if name != "step"}
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
@@ -170,10 +175,6 @@ def test_a_step_can_be_loaded_too(held_out: RunConfig) -> None:
 
 def test_the_script_prints_json_and_names_errors(named: RunConfig, folder: Path) -> None:
     run, cats = named.training.run_dir, sets_of(folder)["cats"]
-
-    def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
-
     ended = script(f"{run}@4", "training.eval_batches=1", "--data", cats, "--data", f"more={folder / 'digits'}")
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
@@ -185,3 +186,12 @@ def test_the_script_prints_json_and_names_errors(named: RunConfig, folder: Path)
     assert ended.returncode == 2 and "different names" in ended.stderr
     ended = script(run, "--data", "no where.jsonl.gz")
     assert ended.returncode == 2 and "error: data.validation.no_where no where.jsonl.gz does not" in ended.stderr
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_tasks_without_the_harness_name_the_extra() -> None:
+    ended = script("runs/any", "--tasks", "piqa")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: tasks need lm-evaluation-harness: pip install 'jaxllm[eval]'")
+    ended = script("runs/any", "--tasks", "piqa", "training.eval_batches=3", "--data", "books.txt")
+    assert ended.returncode == 2 and "leave out training.eval_batches=3 books.txt" in ended.stderr

@@ -1,29 +1,30 @@
-"""Tasks of lm-evaluation-harness: python -m benchmarks.harness RUN|RUN@STEP|HF_DIRECTORY --tasks piqa,lambada_openai.
+"""Tasks of lm-evaluation-harness: what `jaxllm evaluate PATH --tasks NAMES` does, and its class for our models.
 
 Needs the extra `eval`. In Python, `lm_eval.simple_evaluate(load_lm(PATH), tasks=[...])` has every option. Contexts are
 encoded and cut as in the harness' class for Hugging Face models, `HFLM`.
 """
 
-import argparse
 import functools
 import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-import lm_eval
-import lm_eval.tasks
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+try:
+    import lm_eval
+    import lm_eval.tasks
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError as error:
+    raise ImportError(f"tasks need lm-evaluation-harness: pip install 'jaxllm[eval]' ({error})") from error
 
 from jaxllm.generation.scoring import score_greedy
 from jaxllm.generation.text import TextModel
 from jaxllm.models import decoder_of
 from jaxllm.ops.sampling import Sampling
 from jaxllm.run.load import read_text_model
-from scripts.gpu_settings import prepare_process
 
 _log = logging.getLogger(__name__)
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # all but the first need a temperature
@@ -39,6 +40,8 @@ class JaxLM(TemplateLM):
         `add_bos_token` puts `text.begin` before each context, as training does; `HFLM` does what its tokenizer does.
         """
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, got {batch_size}")
         self.text, self.batch_size = text if add_bos_token else text._replace(begin=()), batch_size
         self.max_length = text.model.config.context or 2048
         self.prefix, self._seeds = (*text.begin, *text.eos_ids)[0], itertools.count()
@@ -111,19 +114,17 @@ def load_lm(path: str, *, dtype: str = "float32", **options: Any) -> JaxLM:
     return JaxLM(read_text_model(path, dtype), **options)
 
 
-def main() -> None:
-    """Prints the harness' table of tasks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="RUN (its newest checkpoint), RUN@STEP, or a Hugging Face directory")
-    parser.add_argument("--tasks", required=True, help="names, separated by commas")
-    parser.add_argument("--task-path", help="folder with YAML files of further tasks")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time")
-    arguments = parser.parse_args()
-    prepare_process()
-    model = load_lm(arguments.path, batch_size=arguments.batch_size)
-    manager = lm_eval.tasks.TaskManager(include_path=arguments.task_path)
-    print(make_table(lm_eval.simple_evaluate(model, tasks=arguments.tasks.split(","), task_manager=manager)))
+def evaluate_tasks(
+    path: str, names: Sequence[str], *, task_path: str | None = None, batch_size: int = 8, **options: Any
+) -> str:
+    """The harness' table of tasks; `task_path` has YAML files of further ones, `options` are of `simple_evaluate`.
 
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        ValueError: for a name that is no task or group of tasks, or a batch size below 1.
+        ConfigError, CheckpointError, InteropError: when the model cannot be read.
+    """
+    manager = lm_eval.tasks.TaskManager(include_path=task_path)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ValueError(f"no task {', '.join(unknown)}; `lm_eval ls tasks` lists those of lm-evaluation-harness")
+    model = load_lm(path, batch_size=batch_size)
+    return make_table(lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, **options)).rstrip()
