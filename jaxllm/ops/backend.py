@@ -69,17 +69,6 @@ def explicit_transpose(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
     return jnp.moveaxis(groups, -1, -3).reshape(*batch, width, rows)
 
 
-def transposes_second(left: Float[Array, "N D"], right: Float[Array, "N F"]) -> bool:
-    """Whether left^T @ right is faster as (right^T @ left)^T.
-
-    XLA:CPU transposes the first operand, fused with what computes it. The narrower operand should be first.
-    Figure: a float32 train step takes 1.01 times the processor time without, within the noise. The form can go once GPU
-    programs are shown not to get worse.
-    Seen: jaxlib 0.10.2. Shown by: row `narrower operand first`.
-    """
-    return left.shape[1] > right.shape[1] and not needs_explicit_transpose(left)
-
-
 def halves_sum(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> bool:
     """Whether one row times a matrix is faster as two matmuls, each over half of the sum.
 

@@ -67,10 +67,7 @@ def _linear_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Ar
     rows = x.reshape(-1, x.shape[-1])
     grads = grad.reshape(-1, grad.shape[-1])
     dtype = backend.matmul_output(kernel.dtype)
-    if backend.transposes_second(rows, grads):
-        kernel_grad = sum_of_outer(grads, rows, dtype=dtype).T
-    else:
-        kernel_grad = sum_of_outer(rows, grads, dtype=dtype)
+    kernel_grad = sum_of_outer(rows, grads, dtype=dtype)
     return _contract("...f,df->...d", grad, kernel), kernel_grad.astype(kernel.dtype)
 
 
