@@ -62,7 +62,7 @@ def test_the_api_shows_meanings_of_settings_and_examples_as_code(site: Path) -> 
 
 def test_the_api_shows_the_comments_on_fields_and_functions_types(site: Path) -> None:
     page = re.sub(r"<[^>]+>", "", (site / "api_modules.html").read_text(encoding="utf-8"))
-    assert "whether the last step was reached." in page  # behind a field of Summary
+    assert "corpus and version, for logs and checkpoints." in page  # behind a field of Source
     assert "to queries or keys that contain the positions." in page  # above Rotate
 
 

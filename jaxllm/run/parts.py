@@ -1,4 +1,4 @@
-"""Parts that the caller of `pretrain` gives: what a callback gets, and how a run folder records the parts.
+"""What `pretrain` returns and gives to callbacks, and how a run folder records the parts that its caller gives.
 
 parts.json has the name of each part, with a hash of its source code where Python finds one. A run that was trained with
 some parts is not continued with others, unless the caller accepts them.
@@ -27,14 +27,40 @@ PARTS = "parts.json"
 
 
 class StepReport(NamedTuple):
-    """What `on_step` gets, while the next step runs on the device."""
+    """What `on_step` gets, while the next step runs on the device.
 
-    step: int  # optimizer steps done, this one included
-    metrics: StepMetrics  # of this step, as numbers
-    batch: dict[str, np.ndarray]  # NumPy arrays of this step; with data.streams, the rows of this process
-    # returns a copy of the newest state on its devices, which is up to one step later: see `state().step`. It waits for
-    # that step and needs memory for a second state
+    Attributes:
+        step: optimizer steps done, this one included.
+        metrics: of this step, as numbers.
+        batch: NumPy arrays of this step; with data.streams, the rows of this process.
+        state: returns a copy of the newest state on its devices, which is up to one step later: see `state().step`. It
+            waits for that step and needs memory for a second state.
+    """
+
+    step: int
+    metrics: StepMetrics
+    batch: dict[str, np.ndarray]
     state: Callable[[], TrainState]
+
+
+class Summary(NamedTuple):
+    """What a call of `pretrain` did.
+
+    Attributes:
+        step: optimizer steps done in total.
+        resumed_from: step at which the call started, 0 for a new run.
+        finished: whether the last step was reached.
+        validation: the newest evaluation and its step, as `evaluate`; empty without one.
+        folder: the run folder.
+        metrics: all rows of metrics.jsonl, earlier sessions included.
+    """
+
+    step: int
+    resumed_from: int
+    finished: bool
+    validation: dict[str, float]
+    folder: Path
+    metrics: list[dict[str, Any]]
 
 
 OnStep = Callable[[StepReport], None]

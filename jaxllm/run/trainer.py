@@ -36,7 +36,7 @@ from jaxllm.run.console import nobody_listens, training_console
 from jaxllm.run.evaluation import evaluate
 from jaxllm.run.feed import Prefetch, open_run_pipeline, whole_position
 from jaxllm.run.overflow import OverflowWatch
-from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, check_parts, describe_parts, write_parts
+from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, Summary, check_parts, describe_parts, write_parts
 from jaxllm.run.profile import Window
 from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
 from jaxllm.run.samples import check_prompt, on_one_device, write_sample
@@ -54,17 +54,6 @@ from jaxllm.training.train_step import StepMetrics, TrainState, without_counts
 
 _log = logging.getLogger(__name__)
 _SUMS = "row_sums"  # key of `Progress.sums` next to the position in a checkpoint, absent where there are none
-
-
-class Summary(NamedTuple):
-    """What a call of `pretrain` did."""
-
-    step: int  # optimizer steps done in total
-    resumed_from: int  # step at which the call started, 0 for a new run
-    finished: bool  # whether the last step was reached
-    validation: dict[str, float]  # the newest evaluation and its step, as `evaluate`; empty without one
-    folder: Path  # the run folder
-    metrics: list[dict[str, Any]]  # all rows of metrics.jsonl, earlier sessions included
 
 
 class Parts(NamedTuple):
@@ -218,6 +207,8 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     note = f"; {len(start.skipped)} newer ones are damaged" if start.skipped else ""
     begins = f"branching off {steps.program.config.training.branch_from} for" if start.branched else "resuming"
     _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
+    if start.step == steps.program.config.training.steps:
+        _log.info("all %d steps are done; a larger training.steps would continue the run", start.step)
     doubtful = None if start.verified else start.step
     return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched, doubtful)
 

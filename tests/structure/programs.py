@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks.gpu.compiled import PRETENCE
+from benchmarks.gpu.cards import PRETENCE
 from jaxllm.config import RunConfig
 from jaxllm.jaxprs.interpret import programs
 from jaxllm.training.program import program_of
