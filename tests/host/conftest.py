@@ -88,15 +88,24 @@ def two(one: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def four(two: Path) -> Path:
-    """Runs in four tasks of SLURM: t5-four, like t5, and llama-half-four, which resumes llama-half after step 3."""
-    tokenizer = [f"data.tokenizer={two / 't5-one' / 'tokenizer.json'}"]
+    """The runs in four tasks of SLURM, as FAMILY-four and FAMILY-half-four; Llama's resumes llama-half after step 3."""
+    fresh = [
+        [
+            f"{two}/{family}.yaml",
+            f"training.run_dir={two / f'{family}-four'}",
+            f"data.tokenizer={two / f'{family}-one' / 'tokenizer.json'}",
+            "training.sample_tokens=0",
+        ]
+        for family in MODELS
+    ]
     commands = [
+        *fresh,
+        [f"{two}/t5.yaml", f"training.run_dir={two / 't5-half-four'}", *half(two, "t5")],
         [
             f"{two}/llama.yaml",
             f"training.run_dir={two / 'llama-half-four'}",
             *half(two, "llama", source="hugging_face"),
         ],
-        [f"{two}/t5.yaml", f"training.run_dir={two / 't5-four'}", *tokenizer, "training.sample_tokens=0"],
     ]
 
     def train() -> None:

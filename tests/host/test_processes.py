@@ -4,9 +4,9 @@ One launch trains several runs, which several tests check (`conftest`). All have
 
 | what equals one process on one device | two processes, two devices each | four processes |
 | --- | --- | --- |
-| metrics, parameters; T5's bias and dropout | `test_two_processes_equal_one` | `test_t5_in_four_processes_equals_one` |
+| metrics, parameters; T5's bias and dropout | `test_two_processes_equal_one` | `test_four_processes_equal_one` |
 | gradients of the first step | the same | the same |
-| float16, with a loss scale that grows | `test_float16_from_...`, both families | `test_a_float16_run_...`, Llama |
+| float16, with a loss scale that grows | `test_float16_from_...` | the same |
 | batches of a resume, also in one process | `test_damage_that_...` | `test_a_float16_run_...` |
 """
 
@@ -50,9 +50,11 @@ def test_the_first_process_alone_writes_a_log(two: Path) -> None:
     assert not [line for line in second.stdout.splitlines() if "[Gloo]" not in line]
 
 
-def test_t5_in_four_processes_equals_one(four: Path) -> None:
-    assert_same_run(four / "t5-four", four / "t5-one")
-    assert_same_first_gradients(four / "t5-four", four / "t5-one")
+@pytest.mark.parametrize("family", MODELS)
+def test_four_processes_equal_one(four: Path, family: str) -> None:
+    assert_same_run(four / f"{family}-four", four / f"{family}-one")
+    assert_same_first_gradients(four / f"{family}-four", four / f"{family}-one")
+    assert_same_run(four / f"{family}-half-four", four / f"{family}-half-one")
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -85,7 +87,6 @@ def test_a_float16_run_of_two_processes_resumes_on_four_tasks_of_slurm(four: Pat
     run = four / "llama-half-four"
     assert "llama-half-four from step 3" in ended_of(four, "four")[0].stdout
     assert list(batches_of(run)) == [4, 5, 6]
-    assert_same_run(run, four / "llama-half-one")
 
 
 def test_a_run_of_two_processes_resumes_in_one(two: Path) -> None:
