@@ -7,7 +7,8 @@ kernel runs is the gap that a CUDA graph or larger kernels would close.
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,11 +100,13 @@ def _events(data: Any, known: dict[str, str]) -> Iterator[tuple[float, float, st
 class Window:
     """Traces the steps of `training.profile` into a folder, and shows their largest kernels in the log."""
 
-    def __init__(self, steps: tuple[int, ...] | None, folder: Path) -> None:
-        """`steps` are the first and the last. The first of several processes traces its devices."""
+    def __init__(
+        self, steps: tuple[int, ...] | None, folder: Path, paused: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """`steps` are the first and the last; reading the trace is `paused`. The first process traces its devices."""
         first, last = steps or (0, -1)
         self._steps = range(first, last + 1) if processes.index() == 0 else range(0)
-        self._folder = folder
+        self._folder, self._paused = folder, paused
         self._traced, self._program = 0, str
 
     def run(self, step: int, function: CompiledOnce[..., Any], *args: Any) -> Any:
@@ -123,7 +126,8 @@ class Window:
             result = function(*args)
         if step == self._steps[-1]:
             jax.block_until_ready(result)
-            self.close()
+            with self._paused():
+                self.close()
         return result
 
     def close(self) -> None:

@@ -165,7 +165,8 @@ def pretrain(
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
         feed = Prefetch(pipeline, mesh, own=config.data.streams > 1)
-        with stop_signals(deadline) as stopped, closing(Window(config.training.profile, folder / PROFILE)) as window:
+        traced = Window(config.training.profile, folder / PROFILE, meter.paused)
+        with stop_signals(deadline) as stopped, closing(traced) as window:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax.profiler import ProfileData
@@ -64,3 +66,15 @@ def test_a_window_that_a_stop_cuts_is_shown_and_a_resume_traces_the_rest(
 def test_a_window_outside_the_run_is_refused(window: list[int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"profile must be null or \[first, last\] with 1 <= first <= last <= steps 8"):
         config(tmp_path / "run", tmp_path / "corpus", training={"profile": window})
+
+
+def test_reading_the_trace_is_not_time_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "corpus")
+    stop_trace, pause = jax.profiler.stop_trace, 3.0
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (time.sleep(pause), stop_trace()))
+    settings = {"sample_tokens": 0, "log_every": 1, "profile": [3, 4]}
+    run = config(tmp_path / "run", tmp_path / "corpus", training=settings)
+    rows = pretrain(run).metrics
+    tokens = run.training.batch_size * run.data.sequence_length
+    speeds = {row["step"]: row["tokens_per_second"] for row in rows if "tokens_per_second" in row}
+    assert len(speeds) == run.training.steps and min(speeds.values()) > tokens / pause
