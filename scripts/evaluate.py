@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+from importlib import import_module
 
 if __name__ == "__main__":
     from huge_pages import restart_with_huge_pages
@@ -29,11 +30,15 @@ def main() -> int:
     group.add_argument("--tasks", metavar="NAME,...", help="tasks, or groups of them, such as lambada_openai,piqa")
     group.add_argument("--task-path", metavar="FOLDER", help="YAML files of further tasks")
     group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (the task's own)")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first documents of each task")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (%(default)s)")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    group.add_argument("--batch-size", type=int, metavar="N", help="rows at a time (8)")
     arguments, dashed = parser.parse_known_intermixed_args()
-    if arguments.tasks and (own := [*arguments.overrides, *dashed, *arguments.data]):
-        parser.error(f"--tasks has settings and data of its own; leave out {' '.join(own)}")
+    options = {name: getattr(arguments, name) for name in ("task_path", "num_fewshot", "limit", "batch_size")}
+    settings = [*arguments.overrides, *dashed]
+    if arguments.tasks is not None and (text := [*settings, *(f"--data {each}" for each in arguments.data)]):
+        parser.error(f"--tasks takes no settings, no --data and no other option; leave out {' '.join(text)}")
+    if arguments.tasks is None and (given := [name for name, value in options.items() if value is not None]):
+        parser.error(f"--{given[0].replace('_', '-')} needs --tasks NAME,...")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("jaxllm").setLevel(logging.INFO)  # libraries log warnings only
     from display.evaluation import evaluate_path, named_sets
@@ -41,14 +46,11 @@ def main() -> int:
 
     prepare_process()
     try:
-        if arguments.tasks:
-            from display.tasks import evaluate_tasks
-
-            options = {name: getattr(arguments, name) for name in ("task_path", "batch_size", "num_fewshot", "limit")}
-            print(evaluate_tasks(arguments.path, arguments.tasks.split(","), **options))
+        if arguments.tasks is not None:
+            tasks = import_module("display.tasks")  # needs an extra
+            print(tasks.evaluate_tasks(arguments.path, arguments.tasks.split(","), **options))
         else:
-            settings = [*arguments.overrides, *dashed, *named_sets(arguments.data)]
-            print(json.dumps(evaluate_path(arguments.path, settings), indent=1))
+            print(json.dumps(evaluate_path(arguments.path, [*settings, *named_sets(arguments.data)]), indent=1))
     except (ImportError, ValueError, RuntimeError, OSError) as error:
         return failed(error)
     return 0

@@ -35,7 +35,10 @@ def interruptible(main: Callable[[], int]) -> Callable[[], int]:
 
 
 def failed(error: Exception, status: int = 2) -> int:
-    """Reports an error and returns the exit status; raises it again, for `interruptible`, if the output is closed."""
+    """Prints an error and returns the exit status.
+
+    If standard output has no reader, raises the error again, for `interruptible`.
+    """
     if isinstance(error, BrokenPipeError) and reader_left():
         raise error
     print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Standard output that is lost: a pipe whose reader has ended, and a file on a full disk."""
+"""Handles standard output that cannot be written: a pipe without a reader, or a file on a full disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def discard_output() -> None:
 
 @contextlib.contextmanager
 def log_may_be_lost() -> Iterator[None]:
-    """Lines of a log that a full disk refuses do not change the exit status of the block."""
+    """Inside, log lines that cannot be written because the disk is full do not change the exit status."""
     try:
         yield
     finally:

@@ -6,7 +6,9 @@ It needs the extra `eval`, which the tests of CI do not install: its 40 packages
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip i
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="accelerate, which lm_eval's class for Hugging Face needs, is not installed")
-load_lm = pytest.importorskip("display.tasks").load_lm
+load_lm = importlib.import_module("display.tasks").load_lm
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # of the harness and its libraries
 
 ROOT = Path(__file__).parent.parent
@@ -164,8 +166,10 @@ def test_t5_has_its_likelihoods_and_refuses_rolling(t5: tuple[Path, Path], folde
     (text,) = model.generate_until([request("line 3: the cat", {"max_gen_toks": 4})])
     (other,) = reference.generate_until([request("line 3: the cat", {"max_gen_toks": 4})], disable_tqdm=True)
     assert other.startswith(text)
-    with pytest.raises(ValueError, match="t5 has no loglikelihood_rolling"):
+    with pytest.raises(ValueError, match="a t5 model cannot run tasks of type loglikelihood_rolling"):
         results(model, folder, ["local_rolling"])
+    ended = evaluate(t5[0], "--tasks", "local_choice,local_rolling", "--task-path", folder / "tasks")
+    assert ended.returncode == 2 and "leave these tasks out (local_rolling)" in ended.stderr
 
 
 def request(*arguments: Any) -> Any:
@@ -182,7 +186,7 @@ def test_samples_settings_and_empty_contexts(llama: tuple[Path, Path]) -> None:
     assert len({*model.generate_until(drawn)}) > 1
     greedy = model.generate_until([request("line", {"max_gen_toks": 9, "do_sample": False, "top_p": 0.5})] * 2)
     assert greedy[0] == greedy[1]
-    with pytest.raises(ValueError, match="does not generate with num_beams"):
+    with pytest.raises(ValueError, match="generation_kwargs num_beams are not supported; use until"):
         model.generate_until([request("line", {"num_beams": 3})])
     ((empty, _),) = model.loglikelihood([request("", "line 3")], disable_tqdm=True)
     (rolling,) = model.loglikelihood_rolling([request("line 3")])
@@ -208,12 +212,34 @@ def test_jaxllm_evaluate_prints_a_table(llama: tuple[Path, Path], folder: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "local_chioce"], "error: no task local_chioce; `lm_eval ls tasks` lists"),
-        (["--tasks", "piqa", "data.seed=1"], "leave out data.seed=1"),
-        (["--tasks", "piqa", "--batch-size", "0"], "error: the batch size must be at least 1, got 0"),
+        (["--tasks", "local_chioce,piqa"], "error: no task local_chioce; `lm_eval ls tasks` lists"),
+        (["--tasks", " , "], "error: --tasks needs names of tasks"),
+        (["--tasks="], "error: --tasks needs names of tasks"),
+        (["--tasks", "piqa", "data.seed=1", "--data", "a.txt"], "leave out data.seed=1 --data a.txt"),
+        (["--tasks", "piqa", "--num_fewshot", "3"], "no other option; leave out"),
+        (["--tasks", "piqa", "--batch-size", "0"], "error: --batch-size must be at least 1, got 0"),
+        (["--tasks", "piqa", "--limit", "0"], "error: --limit must be at least 1, got 0"),
+        (["--tasks", "piqa", "--num-fewshot", "-1"], "error: --num-fewshot must be at least 0, got -1"),
+        (["--tasks", "piqa", "--task-path", "nowhere"], "error: --task-path nowhere is not a folder"),
+        (["--limit", "3"], "--limit needs --tasks"),
     ],
 )
 def test_bad_arguments_are_named(llama: tuple[Path, Path], arguments: list[str], message: str) -> None:
     ended = evaluate(llama[0], *arguments)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_tasks_that_import_the_package_evaluate_get_it_and_patterns_are_expanded(
+    llama: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    """Hugging Face's package has the name of scripts/evaluate.py."""
+    program = "import evaluate\nassert evaluate.load\n\n\ndef answer(document):\n    return document['answer']\n"
+    (tmp_path / "own.py").write_text(program)
+    task = (folder / "tasks" / "local_text.yaml").read_text().replace("local_text", "own_text")
+    task = re.sub('"doc_to_target": "answer"', '"doc_to_target": !function own.answer', task)
+    (tmp_path / "own_text.yaml").write_text(task)
+    words = [llama[0], "--tasks", "own_*", "--task-path", tmp_path, "--limit", "2"]
+    for command in ([ROOT / "scripts" / "evaluate.py"], ["-m", "jaxllm", "evaluate"]):
+        ended = subprocess.run([sys.executable, *command, *words], capture_output=True, text=True, check=False)
+        assert ended.returncode == 0 and "|own_text|" in ended.stdout, ended.stderr

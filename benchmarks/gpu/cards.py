@@ -1,4 +1,4 @@
-"""Hopper cards that are not here: as XLA's compiler is told of them, and a process that lowers programs for one."""
+"""Describes Hopper GPUs to XLA's compiler on a machine without one, and makes a process lower programs for them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ CARDS = {
     "H200": Card("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4.8e12),
     "H100": Card("NVIDIA H100 80GB HBM3", 81_559 * 2**20, 3.35e12),
 }
-# A card as XLA's `GpuTargetConfigProto` describes it; the numbers are those of openxla/xla's own description. Except
-# its memory: without a device XLA plans for 80% of what it is told.
+# A card as XLA's `GpuTargetConfigProto` describes it. The numbers are those of openxla/xla's own description, except
+# the memory: without a device, XLA plans for 80% of the given size.
 TARGET = """
 gpu_device_info {
   name: "NAME" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
@@ -52,7 +52,7 @@ gpu_device_info {
 platform_name: "CUDA" device_description_str: "NAME"
 dnn_version_info { major: 9 minor: 10 patch: 2 } runtime_version { major: 13 }
 """
-# What makes a process choose and lower what a Hopper GPU with cuDNN would get.
+# Replacements under which a process selects and lowers the programs of a Hopper GPU with cuDNN.
 _CUDNN = "jax._src.cudnn.fused_attention_stablehlo."
 PRETENCE = {
     _CUDNN + "check_cudnn_version": lambda: 91002,
@@ -72,7 +72,7 @@ def pretend_gpu() -> Iterator[None]:
 
 @functools.cache
 def devices_of(card: str, count: int) -> list[Any]:
-    """So many cards that aren't there, 8 to a node.
+    """`count` devices of a card that this machine does not have, 8 per node.
 
     Raises:
         SystemExit: when jax's CUDA compiler is not installed, with the command that does it.
@@ -86,5 +86,7 @@ def devices_of(card: str, count: int) -> list[Any]:
             platform="cuda", target_config=target, topology=f"1x{nodes}x{count // nodes}"
         )
     except (NotImplementedError, RuntimeError) as error:
-        raise SystemExit(f"jax's CUDA compiler is not here ({error}): bash benchmarks/gpu/compiler.sh") from error
+        raise SystemExit(
+            f"jax's CUDA compiler is not installed ({error}); install it with: bash benchmarks/gpu/compiler.sh"
+        ) from error
     return topology.devices

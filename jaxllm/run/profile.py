@@ -20,6 +20,7 @@ from jaxllm.run.compiled import CompiledOnce
 
 _log = logging.getLogger(__name__)
 
+Paused = Callable[[], AbstractContextManager[None]]  # its time is not that of training
 OPTIONS = jax.profiler.ProfileOptions()
 OPTIONS.python_tracer_level = 0
 
@@ -100,17 +101,15 @@ def _events(data: Any, known: dict[str, str]) -> Iterator[tuple[float, float, st
 class Window:
     """Traces the steps of `training.profile` into a folder, and shows their largest kernels in the log."""
 
-    def __init__(
-        self, steps: tuple[int, ...] | None, folder: Path, paused: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        """`steps` are the first and the last; reading the trace is `paused`. The first process traces its devices."""
+    def __init__(self, steps: tuple[int, ...] | None, folder: Path) -> None:
+        """`steps` are the first and the last. The first of several processes traces its devices."""
         first, last = steps or (0, -1)
         self._steps = range(first, last + 1) if processes.index() == 0 else range(0)
-        self._folder, self._paused = folder, paused
+        self._folder = folder
         self._traced, self._program = 0, str
 
-    def run(self, step: int, function: CompiledOnce[..., Any], *args: Any) -> Any:
-        """The result of a compiled step, traced if it is in the window; waits for the last of these."""
+    def run(self, step: int, paused: Paused, function: CompiledOnce[..., Any], *args: Any) -> Any:
+        """The result of a compiled step, traced if it is in the window; waits for the last and reads it in `paused`."""
         if step not in self._steps:
             return function(*args)
         if not self._traced:
@@ -126,7 +125,7 @@ class Window:
             result = function(*args)
         if step == self._steps[-1]:
             jax.block_until_ready(result)
-            with self._paused():
+            with paused():
                 self.close()
         return result
 

@@ -165,8 +165,7 @@ def pretrain(
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
         feed = Prefetch(pipeline, mesh, own=config.data.streams > 1)
-        traced = Window(config.training.profile, folder / PROFILE, meter.paused)
-        with stop_signals(deadline) as stopped, closing(traced) as window:
+        with stop_signals(deadline) as stopped, closing(Window(config.training.profile, folder / PROFILE)) as window:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)
@@ -209,7 +208,7 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     begins = f"branching off {steps.program.config.training.branch_from} for" if start.branched else "resuming"
     _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
     if start.step == steps.program.config.training.steps:
-        _log.info("all %d steps are done; a larger training.steps would continue the run", start.step)
+        _log.info("all %d steps are done; raise training.steps, or start a new run with training.init_from", start.step)
     doubtful = None if start.verified else start.step
     return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched, doubtful)
 
@@ -287,7 +286,8 @@ def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
     progress.step += 1
     every, rows = parts.config.training.norms_every, without_counts(placed)
     norms = parts.steps.norms(progress.state, rows) if every and progress.step % every == 0 else None
-    progress.state, metrics = parts.window.run(progress.step, parts.steps.train_step, progress.state, placed)
+    traced = functools.partial(parts.window.run, progress.step, parts.meter.paused)
+    progress.state, metrics = traced(parts.steps.train_step, progress.state, placed)
     if metrics.counts is None:
         metrics = metrics._replace(counts=record.count_rows(batch, parts.pipeline.tokenizer.token_bytes).sum(0, float))
     if progress.step < until:

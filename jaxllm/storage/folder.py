@@ -131,7 +131,7 @@ def _check_branch(parent: Path, step: int | None, config: RunConfig, own_rates: 
     if step is not None and step not in kept:
         listed = ", ".join(map(str, kept))
         raise RunFolderError(f"training.branch_from: {parent} keeps no checkpoint of step {step}; it keeps {listed}")
-    _check_same(parent / CONFIG, config, own_rates, done=kept[-1] if step is None else step, ignored=_keys(_BEGINNING))
+    _check_same(parent / CONFIG, config, own_rates, done=step or kept[-1], ignored=_keys(_BEGINNING))
 
 
 @contextlib.contextmanager

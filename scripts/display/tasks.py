@@ -1,13 +1,16 @@
-"""Tasks of lm-evaluation-harness: what `jaxllm evaluate PATH --tasks NAMES` does, and its class for our models.
+"""Evaluates models on tasks of lm-evaluation-harness, for `jaxllm evaluate PATH --tasks NAMES`.
 
-Needs the extra `eval`. In Python, `lm_eval.simple_evaluate(load_lm(PATH), tasks=[...])` has every option. Contexts are
-encoded and cut as in the harness' class for Hugging Face models, `HFLM`.
+`JaxLM` is the harness' interface to a model of jaxllm. Needs the extra `eval`. In Python, every option is there:
+`lm_eval.simple_evaluate(load_lm(PATH), tasks=[...])`. Contexts are encoded and cut as in the harness' class for Hugging
+Face models, `HFLM`.
 """
 
 import functools
 import itertools
 import logging
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 try:
@@ -18,7 +21,8 @@ try:
     from lm_eval.models.utils import Collator, normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
-    raise ImportError(f"tasks need lm-evaluation-harness: pip install 'jaxllm[eval]' ({error})") from error
+    fix = "pip install 'jaxllm[eval]', or in a clone pip install -e '.[eval]'"
+    raise ImportError(f"tasks need lm-evaluation-harness: {fix} ({error})") from error
 
 from jaxllm.generation.scoring import score_greedy
 from jaxllm.generation.text import TextModel
@@ -40,8 +44,6 @@ class JaxLM(TemplateLM):
         `add_bos_token` puts `text.begin` before each context, as training does; `HFLM` does what its tokenizer does.
         """
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {batch_size}")
         self.text, self.batch_size = text if add_bos_token else text._replace(begin=()), batch_size
         self.max_length = text.model.config.context or 2048
         self.prefix, self._seeds = (*text.begin, *text.eos_ids)[0], itertools.count()
@@ -51,13 +53,12 @@ class JaxLM(TemplateLM):
     prefix_token_id = property(lambda self: self.prefix)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a context, or with False of a continuation."""
+        """Ids of a context, or of a continuation where `add_special_tokens` is False."""
         return self.text.tokenizer.encode(string).tolist() if add_special_tokens is False else self.text.encode(string)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Log-likelihoods of whole texts, each token predicted once, from the begin token on; no encoder-decoder."""
-        if self.backend == "seq2seq":
-            raise ValueError(f"{self.text.model.config.family} has no loglikelihood_rolling: it answers a context")
+        """Log-likelihoods of whole texts, each token predicted once. Raises ValueError for an encoder-decoder."""
+        self.check_rolling()
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         windows = [[*get_rolling_token_windows(ids, self.prefix, self.max_length, context_len=1)] for ids in texts]
         pairs = [(None, *make_disjoint_window(pair)) for pair in itertools.chain(*windows)]
@@ -79,7 +80,8 @@ class JaxLM(TemplateLM):
         for batch in map(list, order.get_batched(n=self.batch_size)):
             options = normalize_gen_kwargs(batch[0][1], 256)
             if unknown := options.keys() - {"until", "max_gen_toks", "do_sample", *_SAMPLING}:
-                raise ValueError(f"jaxllm does not generate with {', '.join(unknown)}, but with {', '.join(_SAMPLING)}")
+                known = ", ".join(("until", "max_gen_toks", "do_sample", *_SAMPLING))
+                raise ValueError(f"generation_kwargs {', '.join(sorted(unknown))} are not supported; use {known}")
             until, count = [text for text in options["until"] if text], options["max_gen_toks"]
             prompts = self._filled([self._cut(self.tok_encode(context), count) for context, _ in batch])
             names = _SAMPLING if options.get("temperature") else _SAMPLING[:1]
@@ -88,6 +90,15 @@ class JaxLM(TemplateLM):
             rows = self._generating.generate(prompts, max_new_tokens=count, sampling=sampling, stop=until, seed=seeds)
             found += [self._text(row, until) for row in rows[: len(batch)]]
         return order.get_original(found)
+
+    def check_rolling(self, *names: str) -> None:
+        """Refuses an encoder-decoder for tasks of type loglikelihood_rolling, with their names."""
+        if self.backend == "seq2seq":
+            family, listed = self.text.model.config.family, f" ({', '.join(names)})" if names else ""
+            raise ValueError(
+                f"a {family} model cannot run tasks of type loglikelihood_rolling, since it predicts targets and not "
+                f"whole texts; leave these tasks out{listed}"
+            )
 
     @functools.cached_property
     def _generating(self) -> TextModel:
@@ -102,11 +113,13 @@ class JaxLM(TemplateLM):
         return rows + rows[:1] * (self.batch_size - len(rows))  # few shapes to compile
 
     def _cut(self, context: list[int], new: int) -> list[int]:
-        """The end of a context that leaves room for new tokens, as in HFLM; empty, which is refused, without room."""
-        room = max(self.max_length if self.backend == "seq2seq" else self.max_length - new, 0)
+        """The last tokens of a context that leave room for `new` tokens, as in HFLM."""
+        room = self.max_length if self.backend == "seq2seq" else self.max_length - new
+        if room < 1:
+            raise ValueError(f"{new} new tokens leave no room for a context in {self.max_length}; lower max_gen_toks")
         if len(context) > room:
             _log.warning("a context of %d tokens is cut to its last %d", len(context), room)
-        return (context or [self.prefix])[-room:] if room else []
+        return (context or [self.prefix])[-room:]
 
 
 def load_lm(path: str, *, dtype: str = "float32", **options: Any) -> JaxLM:
@@ -115,16 +128,51 @@ def load_lm(path: str, *, dtype: str = "float32", **options: Any) -> JaxLM:
 
 
 def evaluate_tasks(
-    path: str, names: Sequence[str], *, task_path: str | None = None, batch_size: int = 8, **options: Any
+    path: str,
+    names: Sequence[str],
+    *,
+    task_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
 ) -> str:
-    """The harness' table of tasks; `task_path` has YAML files of further ones, `options` are of `simple_evaluate`.
+    """Evaluates tasks, groups or patterns such as `mmlu_*`, and returns the harness' table.
+
+    `task_path` is a folder with YAML files of further tasks; `num_fewshot` and `limit` are those of `simple_evaluate`.
 
     Raises:
-        ValueError: for a name that is no task or group of tasks, or a batch size below 1.
+        ValueError: for an unknown task, a folder that is none, a number out of range, or a task that the model has not.
         ConfigError, CheckpointError, InteropError: when the model cannot be read.
     """
+    least = {"--num-fewshot": (num_fewshot, 0), "--limit": (limit, 1), "--batch-size": (batch_size, 1)}
+    for option, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise ValueError(f"{option} must be at least {lowest}, got {value}")
+    if task_path and not Path(task_path).is_dir():
+        raise ValueError(f"--task-path {task_path} is not a folder; give the folder of the YAML files")
+    _free_the_name_evaluate()
     manager = lm_eval.tasks.TaskManager(include_path=task_path)
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise ValueError(f"no task {', '.join(unknown)}; `lm_eval ls tasks` lists those of lm-evaluation-harness")
-    model = load_lm(path, batch_size=batch_size)
-    return make_table(lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, **options)).rstrip()
+    found = {name: manager.match_tasks([name]) for name in map(str.strip, names) if name}
+    if not found:
+        raise ValueError("--tasks needs names of tasks, such as lambada_openai,piqa")
+    if unknown := [name for name, matches in found.items() if not matches]:
+        raise ValueError(
+            f"no task {', '.join(unknown)}; `lm_eval ls tasks` lists those of lm-evaluation-harness, and --task-path "
+            f"FOLDER adds yours"
+        )
+    tasks = list(dict.fromkeys(itertools.chain(*found.values())))
+    model = load_lm(path, batch_size=batch_size or 8)
+    if model.backend == "seq2seq":
+        kinds = {name: task.OUTPUT_TYPE for name, task in manager.load(tasks)["tasks"].items()}
+        if rolling := [name for name, kind in kinds.items() if kind == "loglikelihood_rolling"]:
+            model.check_rolling(*rolling)
+    options = {"num_fewshot": num_fewshot, "limit": limit}
+    return make_table(lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, **options)).rstrip()
+
+
+def _free_the_name_evaluate() -> None:
+    """Takes scripts/ off Python's path: tasks import Hugging Face's package `evaluate`, and a script has that name."""
+    scripts = Path(__file__).parent.parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != scripts.resolve()]
+    if not hasattr(sys.modules.get("evaluate"), "load"):
+        sys.modules.pop("evaluate", None)

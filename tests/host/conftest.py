@@ -80,7 +80,7 @@ def two(one: Path) -> Path:
         run, params = read_run(one / "llama-one")
         save_hf(one / "hugging_face", build(run.model), params)
         shutil.copy(one / "llama-one" / "tokenizer.json", one / "hugging_face")
-        train_all(one, "two", commands, count=2, devices=2)
+        train_all(one, "two", commands, count=2, devices=2, fork=True)
 
     once(one, "two", train)
     return one
@@ -88,28 +88,18 @@ def two(one: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def four(two: Path) -> Path:
-    """The runs in four tasks of SLURM, as FAMILY-four and FAMILY-half-four; Llama's resumes llama-half after step 3."""
-    fresh = [
-        [
-            f"{two}/{family}.yaml",
-            f"training.run_dir={two / f'{family}-four'}",
-            f"data.tokenizer={two / f'{family}-one' / 'tokenizer.json'}",
-            "training.sample_tokens=0",
-        ]
-        for family in MODELS
-    ]
-    commands = [
-        *fresh,
-        [f"{two}/t5.yaml", f"training.run_dir={two / 't5-half-four'}", *half(two, "t5")],
-        [
-            f"{two}/llama.yaml",
-            f"training.run_dir={two / 'llama-half-four'}",
-            *half(two, "llama", source="hugging_face"),
-        ],
-    ]
+    """Runs in four tasks of SLURM: FAMILY-four, and FAMILY-half-four, which resumes FAMILY-half after step 3."""
+    commands = []
+    for family in MODELS:
+        tokenizer = f"data.tokenizer={two / f'{family}-one' / 'tokenizer.json'}"
+        run = [f"{two}/{family}.yaml", f"training.run_dir={two / f'{family}-four'}", tokenizer]
+        commands.append([*run, "training.sample_tokens=0"])
+        begin = half(two, family, source="hugging_face" if family == "llama" else "")
+        commands.append([f"{two}/{family}.yaml", f"training.run_dir={two / f'{family}-half-four'}", *begin])
 
     def train() -> None:
-        copy_run(two / "llama-half", two / "llama-half-four", steps=3)
+        for family in MODELS:
+            copy_run(two / f"{family}-half", two / f"{family}-half-four", steps=3)
         train_all(two, "four", commands, count=4, devices=1, slurm=True, fork=True)
 
     once(two, "four", train)

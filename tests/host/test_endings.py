@@ -47,7 +47,7 @@ def test_times_and_signals_stop_all_at_the_same_step_and_sigkill_ends_the_other(
     (stopped,) = saved_in(target)
     assert stopped == steps_of(target)[-1] and "training.stop_after has passed" in ended[0].stdout
 
-    started = start("training.save_every_minutes=1e-4")
+    started = start("training.save_every_minutes=1e-4", fork=True)
     wait_for(lambda: steps_of(target)[-1] > stopped + 17, started)
     started[1].send_signal(signal.SIGTERM)
     ended = finish(started)

@@ -6,7 +6,7 @@ One launch trains several runs, which several tests check (`conftest`). All have
 | --- | --- | --- |
 | metrics, parameters; T5's bias and dropout | `test_two_processes_equal_one` | `test_four_processes_equal_one` |
 | gradients of the first step | the same | the same |
-| float16, with a loss scale that grows | `test_float16_from_...` | the same |
+| float16, with a loss scale that grows | `test_float16_from_...` | `test_a_float16_run_...` |
 | batches of a resume, also in one process | `test_damage_that_...` | `test_a_float16_run_...` |
 """
 
@@ -54,7 +54,6 @@ def test_the_first_process_alone_writes_a_log(two: Path) -> None:
 def test_four_processes_equal_one(four: Path, family: str) -> None:
     assert_same_run(four / f"{family}-four", four / f"{family}-one")
     assert_same_first_gradients(four / f"{family}-four", four / f"{family}-one")
-    assert_same_run(four / f"{family}-half-four", four / f"{family}-half-one")
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -83,10 +82,12 @@ def test_damage_that_one_process_sees_is_damage_for_all_and_the_resume_is_bitwis
     assert_same_run(target, two / "llama")
 
 
-def test_a_float16_run_of_two_processes_resumes_on_four_tasks_of_slurm(four: Path) -> None:
-    run = four / "llama-half-four"
-    assert "llama-half-four from step 3" in ended_of(four, "four")[0].stdout
+@pytest.mark.parametrize("family", MODELS)
+def test_a_float16_run_of_two_processes_resumes_on_four_tasks_of_slurm(four: Path, family: str) -> None:
+    run = four / f"{family}-half-four"
+    assert f"{family}-half-four from step 3" in ended_of(four, "four")[0].stdout
     assert list(batches_of(run)) == [4, 5, 6]
+    assert_same_run(run, four / f"{family}-half-one")
 
 
 def test_a_run_of_two_processes_resumes_in_one(two: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxllm.config import RunConfig
+from jaxllm.run.parts import Summary
 from jaxllm.run.record import read_metrics
-from jaxllm.run.trainer import Summary, pretrain
+from jaxllm.run.trainer import pretrain
 from jaxllm.storage.checkpoint_reading import CheckpointError
 from jaxllm.storage.folder import RunFolderError
 from tests.conftest import write_corpus

@@ -194,4 +194,4 @@ def test_tasks_without_the_harness_name_the_extra() -> None:
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: tasks need lm-evaluation-harness: pip install 'jaxllm[eval]'")
     ended = script("runs/any", "--tasks", "piqa", "training.eval_batches=3", "--data", "books.txt")
-    assert ended.returncode == 2 and "leave out training.eval_batches=3 books.txt" in ended.stderr
+    assert ended.returncode == 2 and "leave out training.eval_batches=3 --data books.txt" in ended.stderr

@@ -31,11 +31,11 @@ from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.host.device import Device
 from jaxllm.models import build, init_params
 from jaxllm.run import trainer
-from jaxllm.run.parts import StepReport
+from jaxllm.run.parts import StepReport, Summary
 from jaxllm.run.record import read_metrics
 from jaxllm.run.start import TrainingStopped, find_start
 from jaxllm.run.steps import Steps
-from jaxllm.run.trainer import Summary, pretrain
+from jaxllm.run.trainer import pretrain
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
 from jaxllm.storage.folder import TOKENIZER, RunFolderError, open_run_folder
 from jaxllm.training.fit import Fit, FitError, check_fit
@@ -296,8 +296,11 @@ def test_a_spoiled_step_is_not_saved_when_a_batch_cannot_be_made(
 EVALUATION = ["step", "validation/loss", "validation/bits_per_byte", "validation/accuracy"]
 
 
-def test_a_finished_run_needs_no_record_of_its_metrics(tmp_path: Path, whole: tuple[RunConfig, Summary]) -> None:
-    """It evaluates its last step again, of which no evaluation is recorded."""
+def test_a_finished_run_needs_no_record_of_its_metrics(
+    tmp_path: Path, whole: tuple[RunConfig, Summary], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It evaluates its last step again, of which no evaluation is recorded, and says that all steps are done."""
+    caplog.set_level("INFO", logger="jaxllm")
     run = copy_of(whole[0], tmp_path / "run")
     record = tmp_path / "run" / "metrics.jsonl"
     for damage in (record.unlink, lambda: record.write_bytes(b"\xff\x00\n[]\n"), lambda: record.write_bytes(b"")):
@@ -305,6 +308,7 @@ def test_a_finished_run_needs_no_record_of_its_metrics(tmp_path: Path, whole: tu
         damage()
         assert pretrain(run).finished
         assert [list(row) for row in read_metrics(record)] == [EVALUATION] and (tmp_path / "run" / "loss.png").exists()
+    assert caplog.text.count("all 8 steps are done; raise training.steps, or start a new run") == 3
 
 
 def test_damaged_checkpoint_falls_back_to_the_newest_whole_one(

@@ -14,7 +14,8 @@ import pytest
 from display.convert import export_run
 from jaxllm.config import RunConfig
 from jaxllm.config.file import parse_config
-from jaxllm.run.trainer import Summary, pretrain
+from jaxllm.run.parts import Summary
+from jaxllm.run.trainer import pretrain
 
 
 def config(folder: Path, name: str, data: dict, **training: object) -> RunConfig:

@@ -70,7 +70,7 @@ def test_a_window_outside_the_run_is_refused(window: list[int], tmp_path: Path) 
 
 def test_reading_the_trace_is_not_time_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path / "corpus")
-    stop_trace, pause = jax.profiler.stop_trace, 3.0
+    stop_trace, pause = jax.profiler.stop_trace, 6.0
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (time.sleep(pause), stop_trace()))
     settings = {"sample_tokens": 0, "log_every": 1, "profile": [3, 4]}
     run = config(tmp_path / "run", tmp_path / "corpus", training=settings)

@@ -18,9 +18,10 @@ from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.run.evaluation import evaluate
 from jaxllm.run.feed import open_run_pipeline
+from jaxllm.run.parts import Summary
 from jaxllm.run.record import log_validation, plot_curve
 from jaxllm.run.steps import make_steps
-from jaxllm.run.trainer import Summary, pretrain
+from jaxllm.run.trainer import pretrain
 from jaxllm.storage.folder import RunFolderError
 from jaxllm.training.program import program_of
 from tests.conftest import write_corpus
