@@ -141,7 +141,7 @@ def evaluate_tasks(
     `task_path` is a folder with YAML files of further tasks; `num_fewshot` and `limit` are those of `simple_evaluate`.
 
     Raises:
-        ValueError: for an unknown task, a folder that is none, a number out of range, or a task that the model has not.
+        ValueError: for a task that is unknown or that the model cannot run, a number out of range, or a missing folder.
         ConfigError, CheckpointError, InteropError: when the model cannot be read.
     """
     least = {"--num-fewshot": (num_fewshot, 0), "--limit": (limit, 1), "--batch-size": (batch_size, 1)}
