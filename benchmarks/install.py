@@ -2,10 +2,10 @@
 
     python -m benchmarks.install
 
-Each is installed by one `pip install` into a new environment, so the seconds depend on the network and on pip's cache.
-torch is its build for CPUs, of the version of the extra `parity`, where pip finds that one: on Linux a plain
-`pip install "transformers[torch]"` takes the build for NVIDIA GPUs, which is several times as large. Sizes are bytes of
-the files in the environment without pip. Results go to benchmarks/results/install_cpu.json.
+Each is installed by one `pip install` into a new environment. The seconds depend on the network and on pip's cache.
+torch is the CPU build in the version of the extra `parity`, where pip finds it. On Linux, `transformers[torch]` alone
+installs the build for NVIDIA GPUs, which is several times as large. Sizes are bytes of the environment's files without
+pip. Results go to benchmarks/results/install_cpu.json.
 """
 
 import argparse

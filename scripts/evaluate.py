@@ -36,7 +36,7 @@ def main() -> int:
     options = {name: getattr(arguments, name) for name in ("task_path", "num_fewshot", "limit", "batch_size")}
     settings = [*arguments.overrides, *dashed]
     if arguments.tasks is not None and (text := [*settings, *(f"--data {each}" for each in arguments.data)]):
-        parser.error(f"--tasks takes no settings, no --data and no other option; leave out {' '.join(text)}")
+        parser.error(f"settings, --data and unknown options cannot be used with --tasks; leave out {' '.join(text)}")
     if arguments.tasks is None and (given := [name for name, value in options.items() if value is not None]):
         parser.error(f"--{given[0].replace('_', '-')} needs --tasks NAME,...")
     logging.basicConfig(format="%(message)s")

@@ -216,7 +216,7 @@ def test_jaxllm_evaluate_prints_a_table(llama: tuple[Path, Path], folder: Path) 
         (["--tasks", " , "], "error: --tasks needs names of tasks"),
         (["--tasks="], "error: --tasks needs names of tasks"),
         (["--tasks", "piqa", "data.seed=1", "--data", "a.txt"], "leave out data.seed=1 --data a.txt"),
-        (["--tasks", "piqa", "--num_fewshot", "3"], "no other option; leave out"),
+        (["--tasks", "piqa", "--num_fewshot", "3"], "cannot be used with --tasks; leave out"),
         (["--tasks", "piqa", "--batch-size", "0"], "error: --batch-size must be at least 1, got 0"),
         (["--tasks", "piqa", "--limit", "0"], "error: --limit must be at least 1, got 0"),
         (["--tasks", "piqa", "--num-fewshot", "-1"], "error: --num-fewshot must be at least 0, got -1"),

@@ -32,6 +32,7 @@ from jaxllm.run.load import read_text_model
 
 _log = logging.getLogger(__name__)
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # all but the first need a temperature
+_GENERATION = ("until", "max_gen_toks", "do_sample", *_SAMPLING)
 
 
 @register_model("jaxllm")
@@ -79,8 +80,8 @@ class JaxLM(TemplateLM):
         order = Collator(given, lambda each: -len(each[0]), lambda each: each[1], group_by="gen_kwargs")
         for batch in map(list, order.get_batched(n=self.batch_size)):
             options = normalize_gen_kwargs(batch[0][1], 256)
-            if unknown := options.keys() - {"until", "max_gen_toks", "do_sample", *_SAMPLING}:
-                known = ", ".join(("until", "max_gen_toks", "do_sample", *_SAMPLING))
+            if unknown := options.keys() - {*_GENERATION}:
+                known = ", ".join(_GENERATION)
                 raise ValueError(f"generation_kwargs {', '.join(sorted(unknown))} are not supported; use {known}")
             until, count = [text for text in options["until"] if text], options["max_gen_toks"]
             prompts = self._filled([self._cut(self.tok_encode(context), count) for context, _ in batch])
@@ -92,7 +93,7 @@ class JaxLM(TemplateLM):
         return order.get_original(found)
 
     def check_rolling(self, *names: str) -> None:
-        """Refuses an encoder-decoder for tasks of type loglikelihood_rolling, with their names."""
+        """Raises ValueError for an encoder-decoder, with `names` of the loglikelihood_rolling tasks to leave out."""
         if self.backend == "seq2seq":
             family, listed = self.text.model.config.family, f" ({', '.join(names)})" if names else ""
             raise ValueError(
@@ -171,7 +172,7 @@ def evaluate_tasks(
 
 
 def _free_the_name_evaluate() -> None:
-    """Takes scripts/ off Python's path: tasks import Hugging Face's package `evaluate`, and a script has that name."""
+    """Removes scripts/ from sys.path: scripts/evaluate.py hides the Hugging Face package `evaluate` of some tasks."""
     scripts = Path(__file__).parent.parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != scripts.resolve()]
     if not hasattr(sys.modules.get("evaluate"), "load"):
