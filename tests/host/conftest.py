@@ -46,13 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(folder: Path) -> Path:
     """Runs on one device: FAMILY-one, and FAMILY-half-one, which begins with the parameters of FAMILY-one."""
 
-    runs = {f"{family}-one": (family, []) for family in MODELS}
-    runs |= {f"{family}-half-one": (family, half(folder, family)) for family in MODELS}
-    commands = [
-        [f"{folder}/{family}.yaml", f"training.run_dir={folder / name}", *overrides]
-        for name, (family, overrides) in runs.items()
-    ]
-    once(folder, "one", lambda: train_all(folder, "one", commands, count=1, devices=1, fork=True))
+    commands = {
+        family: [
+            [f"{folder}/{family}.yaml", f"training.run_dir={folder / name}", *overrides]
+            for name, overrides in {f"{family}-one": [], f"{family}-half-one": half(folder, family)}.items()
+        ]
+        for family in MODELS
+    }
+    once(folder, "one", lambda: train_all(folder, "one", commands, count=1, devices=1))
     return folder
 
 
@@ -63,24 +64,24 @@ def two(one: Path) -> Path:
     In llama and its branch all devices share one copy of the state; llama-half and t5 have one for each process.
     """
     branch = [f"training.run_dir={one / 'branch'}", f"training.branch_from={one / 'llama'}@3"]
-    commands = [
-        [f"{one}/llama.yaml", "sharding.fsdp=4"],
-        [f"{one}/llama.yaml", "sharding.fsdp=4", *branch, "training.sample_tokens=0"],
-        [
-            f"{one}/llama.yaml",
-            f"training.run_dir={one / 'llama-half'}",
-            "sharding.fsdp=2",
-            *half(one, "llama", source="hugging_face"),
+    elsewhere = [f"training.run_dir={one / 'llama-half'}", *half(one, "llama", source="hugging_face")]
+    commands = {
+        "llama": [
+            [f"{one}/llama.yaml", "sharding.fsdp=4"],
+            [f"{one}/llama.yaml", "sharding.fsdp=4", *branch, "training.sample_tokens=0"],
+            [f"{one}/llama.yaml", "sharding.fsdp=2", *elsewhere],
         ],
-        [f"{one}/t5.yaml", f"training.run_dir={one / 't5-half'}", *half(one, "t5")],
-        [f"{one}/t5.yaml", "sharding.fsdp=2"],
-    ]
+        "t5": [
+            [f"{one}/t5.yaml", f"training.run_dir={one / 't5-half'}", *half(one, "t5")],
+            [f"{one}/t5.yaml", "sharding.fsdp=2"],
+        ],
+    }
 
     def train() -> None:
         run, params = read_run(one / "llama-one")
         save_hf(one / "hugging_face", build(run.model), params)
         shutil.copy(one / "llama-one" / "tokenizer.json", one / "hugging_face")
-        train_all(one, "two", commands, count=2, devices=2, fork=True)
+        train_all(one, "two", commands, count=2, devices=2)
 
     once(one, "two", train)
     return one
@@ -89,18 +90,20 @@ def two(one: Path) -> Path:
 @pytest.fixture(scope="session")
 def four(two: Path) -> Path:
     """Runs in four tasks of SLURM: FAMILY-four, and FAMILY-half-four, which resumes FAMILY-half after step 3."""
-    commands = []
+    commands = {}
     for family in MODELS:
         tokenizer = f"data.tokenizer={two / f'{family}-one' / 'tokenizer.json'}"
         run = [f"{two}/{family}.yaml", f"training.run_dir={two / f'{family}-four'}", tokenizer]
-        commands.append([*run, "training.sample_tokens=0"])
         begin = half(two, family, source="hugging_face" if family == "llama" else "")
-        commands.append([f"{two}/{family}.yaml", f"training.run_dir={two / f'{family}-half-four'}", *begin])
+        commands[family] = [
+            [*run, "training.sample_tokens=0"],
+            [f"{two}/{family}.yaml", f"training.run_dir={two / f'{family}-half-four'}", *begin],
+        ]
 
     def train() -> None:
         for family in MODELS:
             copy_run(two / f"{family}-half", two / f"{family}-half-four", steps=3)
-        train_all(two, "four", commands, count=4, devices=1, slurm=True, fork=True)
+        train_all(two, "four", commands, count=4, devices=1, slurm=True)
 
     once(two, "four", train)
     return two

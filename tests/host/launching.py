@@ -153,17 +153,24 @@ def finish(processes: list[Started], timeout: float = 300) -> list[Ended]:
     return [process.end(timeout) for process in processes]
 
 
-def train_all(folder: Path, name: str, commands: Sequence[Sequence[str]], **options: Any) -> None:
-    """Trains several runs in the same processes, in turn; folder/NAME.json records how the processes ended."""
-    config, *words = [word for command in commands for word in ("then", *command)][1:]
-    ended = finish(launch(Path(config), *words, program=OBSERVED, **options))
-    assert {each.status for each in ended} == {0}, ended
-    (folder / f"{name}.json").write_text(json.dumps(ended))
+def train_all(folder: Path, name: str, commands: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> None:
+    """Trains the runs of a family in the same processes, in turn, and those of all families at once.
+
+    folder/NAME-FAMILY.json records how the processes ended.
+    """
+    started = {}
+    for family, runs in commands.items():
+        config, *words = [word for command in runs for word in ("then", *command)][1:]
+        started[family] = launch(Path(config), *words, program=OBSERVED, fork=True, **options)
+    for family, processes in started.items():
+        ended = finish(processes)
+        assert {each.status for each in ended} == {0}, ended
+        (folder / f"{name}-{family}.json").write_text(json.dumps(ended))
 
 
-def ended_of(folder: Path, name: str) -> list[Ended]:
+def ended_of(folder: Path, name: str, family: str) -> list[Ended]:
     """How the processes of `train_all` ended."""
-    return [Ended(*each) for each in json.loads((folder / f"{name}.json").read_text())]
+    return [Ended(*each) for each in json.loads((folder / f"{name}-{family}.json").read_text())]
 
 
 def heard_at(processes: list[Started], message: str) -> list[float]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import cache_key
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
@@ -129,6 +130,15 @@ def commands_of(arguments: list[str]) -> list[list[str]]:
     return commands
 
 
+def share_programs() -> None:
+    """The first process compiles, and the others receive its programs: four compilers on two cores took twice as long.
+
+    jax's name of a program contains a fingerprint of the devices, which on CPUs differs between the processes of a run.
+    """
+    cache_key._hash_accelerator_config = lambda name, devices: None
+    jax.config.update("jax_share_binary_between_hosts", True)
+
+
 def main() -> None:
     """Runs the script as if it had been started directly."""
     original, (*before, last) = trainer.pretrain, commands_of(sys.argv[1:])
@@ -155,6 +165,7 @@ def main() -> None:
             write_first_moments(parts.config.training.run_dir, progress.state)
         return pending
 
+    share_programs()
     trainer._dispatch = dispatched
     trainer.pretrain = observed
     checkpoint_reading.restored = damaged(json.loads(os.environ.get("OBSERVED_DAMAGE", "{}")))

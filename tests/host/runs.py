@@ -53,7 +53,7 @@ def write(folder: Path, family: str, **training: Any) -> Path:
                 "eval_batches": 100,
                 "keep": 6,
             }
-            | {"sample_tokens": 2, "sample_prompt": "line", "compilation_cache": str(folder / "cache")}
+            | {"sample_tokens": 2, "sample_prompt": "line", "compilation_cache": str(folder / f"{family}-cache")}
             | training,
         }
     )

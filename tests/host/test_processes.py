@@ -45,7 +45,7 @@ def test_two_processes_equal_one(two: Path, family: str) -> None:
 
 
 def test_the_first_process_alone_writes_a_log(two: Path) -> None:
-    first, second = ended_of(two, "two")
+    first, second = ended_of(two, "two", "llama")
     assert "2 processes" in first.stdout and first.stdout.count("step 6 ") >= 5
     assert not [line for line in second.stdout.splitlines() if "[Gloo]" not in line]
 
@@ -85,7 +85,7 @@ def test_damage_that_one_process_sees_is_damage_for_all_and_the_resume_is_bitwis
 @pytest.mark.parametrize("family", MODELS)
 def test_a_float16_run_of_two_processes_resumes_on_four_tasks_of_slurm(four: Path, family: str) -> None:
     run = four / f"{family}-half-four"
-    assert f"{family}-half-four from step 3" in ended_of(four, "four")[0].stdout
+    assert f"{family}-half-four from step 3" in ended_of(four, "four", family)[0].stdout
     assert list(batches_of(run)) == [4, 5, 6]
     assert_same_run(run, four / f"{family}-half-one")
 
