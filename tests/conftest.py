@@ -21,8 +21,9 @@ if any(Path("/dev").glob("nvidia[0-9]*")):
 else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # processes that are started from here find it set
-        # LLVM's effort and the newer of XLA's two ways to emit a fusion (XLA's passes all run): compiling is most of
-        # the suite's time, and this leaves a quarter of it. Set the variable to 0 for machine code as users have it.
+        # LLVM's effort and, before jax 0.12, the newer of XLA's two ways to emit a fusion (XLA's passes all run).
+        # Compiling is most of the suite's time, and this leaves a quarter of it; with jax 0.12, which has no other way,
+        # half. Set the variable to 0 for machine code as users have it; tests/test_notebooks.py does.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         from scripts.gpu_settings import accepted_flags
 

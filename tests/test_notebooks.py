@@ -30,7 +30,8 @@ def test_each_task_has_its_notebook_and_the_page_names_all() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_in_an_empty_folder_and_leaves_nothing_there(path: Path, tmp_path: Path) -> None:
-    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # most of their time is training
+    # Compiled as users compile them (see tests/conftest.py): most of their time is training.
+    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     settings = {**os.environ, **optimized, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     (tmp_path / "temporary").mkdir()
     (tmp_path / "empty").mkdir()

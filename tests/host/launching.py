@@ -24,6 +24,7 @@ OBSERVED = ("-m", "tests.host.observed")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.host.imported"])
 STARTED: list[Started] = []  # processes that a test must end
+USED: set[int] = set()  # by launches of this process: ports modulo 4096
 
 
 class Ended(NamedTuple):
@@ -113,6 +114,17 @@ def by_hand(count: int, port: int) -> dict[str, str]:
     return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAXLLM_PROCESSES": str(count)}
 
 
+def free_port() -> int:
+    """A port that no launch of this process has had; SLURM's runs take one that follows from the number modulo 4096."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port % 4096 not in USED:
+            USED.add(port % 4096)
+            return port
+
+
 def launch(
     config: Path,
     *overrides: str,
@@ -128,9 +140,7 @@ def launch(
 
     `fork` is for a quick start, see `Started`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     common = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "COLUMNS": "300"}
     started = []
@@ -154,18 +164,22 @@ def finish(processes: list[Started], timeout: float = 300) -> list[Ended]:
 
 
 def train_all(folder: Path, name: str, commands: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> None:
-    """Trains the runs of a family in the same processes, in turn, and those of all families at once.
+    """Trains all families at once. The processes of a family train its runs in turn.
 
     folder/NAME-FAMILY.json records how the processes ended.
     """
-    started = {}
-    for family, runs in commands.items():
-        config, *words = [word for command in runs for word in ("then", *command)][1:]
-        started[family] = launch(Path(config), *words, program=OBSERVED, fork=True, **options)
-    for family, processes in started.items():
-        ended = finish(processes)
-        assert {each.status for each in ended} == {0}, ended
-        (folder / f"{name}-{family}.json").write_text(json.dumps(ended))
+    started: dict[str, list[Started]] = {}
+    try:
+        for family, runs in commands.items():
+            config, *words = [word for command in runs for word in ("then", *command)][1:]
+            started[family] = launch(Path(config), *words, program=OBSERVED, fork=True, **options)
+        ended = {family: finish(processes) for family, processes in started.items()}
+    finally:
+        for process in (each for processes in started.values() for each in processes):
+            process.kill()
+    assert {each.status for processes in ended.values() for each in processes} == {0}, ended
+    for family, processes in ended.items():
+        (folder / f"{name}-{family}.json").write_text(json.dumps(processes))
 
 
 def ended_of(folder: Path, name: str, family: str) -> list[Ended]:

@@ -131,12 +131,15 @@ def commands_of(arguments: list[str]) -> list[list[str]]:
 
 
 def share_programs() -> None:
-    """The first process compiles, and the others receive its programs: four compilers on two cores took twice as long.
+    """The first process compiles each program, and the others load it: tests/host took 161 s so, and 183 s without.
 
-    jax's name of a program contains a fingerprint of the devices, which on CPUs differs between the processes of a run.
+    jax's cache key contains a fingerprint of the devices. On CPUs it differs between the processes of a run (jax 0.9 to
+    0.12), which would wait for each other's programs.
     """
-    cache_key._hash_accelerator_config = lambda name, devices: None
+    assert hasattr(cache_key, "_hash_accelerator_config"), "jax names it otherwise: share no programs, or name it here"
+    cache_key._hash_accelerator_config = lambda hash_obj, devices: None
     jax.config.update("jax_share_binary_between_hosts", True)
+    jax.config.update("jax_share_binary_between_hosts_timeout_ms", 100_000)  # before a test gives up
 
 
 def main() -> None:
