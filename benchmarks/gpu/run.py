@@ -238,17 +238,35 @@ def _output_of(case: Planned, lane: _Lane, *, limit: float) -> tuple[int | None,
 
 
 def _run(command: list[str], environment: dict[str, str], log: Any, *, limit: float) -> int | None:
-    # Its own session: a case that takes too long is ended with all processes that it started.
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
-    ) as process:
-        try:
-            return process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:  # what is left of it, also of one that ended well
+    process = None
+    try:
+        # Its own session: a case that takes too long is ended with all processes that it started.
+        with _signals_held():
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+            )
+        return process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:  # what is left of it, also of one that ended well
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Holds SIGTERM and Ctrl-C back until the end: within Popen they would leave a process that nothing ends."""
+    held: list[int] = []
+    before = {each: signal.signal(each, lambda each, _: held.append(each)) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def _command(case: Planned, toy: bool) -> list[str]:

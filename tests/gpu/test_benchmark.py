@@ -213,8 +213,9 @@ if 'killed' in name: os.kill(os.getpid(), 9)
     assert "failed: train/fails, train/killed, train/silent, train/hangs" in capsys.readouterr().out
 
 
-def test_a_lane_that_is_ended_keeps_results_and_ends_its_case(tmp_path: Path) -> None:
-    """SIGTERM while a case runs: its processes end, and the results before it are in the folder."""
+@pytest.mark.parametrize("when", ["running", "starting"])
+def test_a_lane_that_is_ended_keeps_results_and_ends_its_case(tmp_path: Path, when: str) -> None:
+    """SIGTERM while a case runs, or is started: its processes end, and the results before it are in the folder."""
     mark, out, driver = tmp_path / "mark", tmp_path / "out", tmp_path / "driver.py"
     (tmp_path / "good.py").write_text(f"import json\nname = 'train/good'\n{PRINT}", encoding="utf-8")
     child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
@@ -223,10 +224,19 @@ def test_a_lane_that_is_ended_keeps_results_and_ends_its_case(tmp_path: Path) ->
     )
     driver.write_text(
         f"""
-import sys
+import signal, subprocess, sys
 from pathlib import Path
 from benchmarks.gpu import record, run
 from benchmarks.gpu.plan import Planned
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, command, **options):
+        super().__init__(command, **options)
+        if "slow" in command[1]:
+            signal.raise_signal(signal.SIGTERM)
+
+if {when == "starting"}:
+    subprocess.Popen = Interrupted
 run._command = lambda case, toy: [sys.executable, "{tmp_path}/" + case.name.split("/")[1] + ".py"]
 cases = [Planned("train/good", 1, 60), Planned("train/slow", 1, 60)]
 run.run_all(cases, machine=record.Machine("Some GPU", "", {{}}, "abc1234"), seconds=100, out=Path("{out}"))
@@ -239,12 +249,13 @@ run.run_all(cases, machine=record.Machine("Some GPU", "", {{}}, "abc1234"), seco
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    while not (out / "log.txt").exists() or "=== train/slow" not in (out / "log.txt").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) != 0
+    if when == "running":
+        deadline = time.monotonic() + 60
+        while not (out / "log.txt").exists() or "=== train/slow" not in (out / "log.txt").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
     rows = json.loads((out / "gpu_Some_GPU.json").read_text())["results"]
     assert [row["case"] for row in rows] == ["good"]
     time.sleep(4.5)
