@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import logging
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
@@ -30,16 +28,15 @@ def main() -> int:
     for name in (name for name in ("examples", "documents") if getattr(arguments, name) < 1):
         parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     logging.basicConfig(level=logging.WARNING)
-    from display.corpus import audit, draw_spans, report, view
+    from display.corpus import audit, draw_spans, open_corpus, report, view
     from display.in_place import check_in_place
     from jaxllm.data.packing import unpack_pairs
-    from jaxllm.run.feed import open_run_pipeline
 
     console = Console()
     try:
         config = load_config(arguments.config, [*arguments.overrides, *dashed])
         check_in_place(config, arguments.config, arguments.overrides)
-        with contextlib.closing(open_run_pipeline(config, Path(config.training.run_dir))) as pipeline:
+        with open_corpus(config) as pipeline:
             if arguments.audit:
                 console.print(report(found := audit(pipeline, documents=arguments.documents)))
                 draw_spans(found, arguments.picture)

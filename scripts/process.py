@@ -30,9 +30,11 @@ def check_addresses() -> None:
         ValueError: with the limit.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     needed = used + _RUN + 2 * _STACK * max((os.cpu_count() or 1) - _CORES, 0)
-    if limit != resource.RLIM_INFINITY and limit < needed:
+    if limit < needed:
         raise ValueError(
             f"the address space of this process is limited to {limit / 1e9:.1f} GB, and a run needs at least "
             f"{needed / 1e9:.1f} GB; raise the limit (ulimit -v unlimited)"

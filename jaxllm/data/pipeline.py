@@ -32,6 +32,7 @@ _WINDOW_ROWS, _WINDOW_TOKENS = 4096, 2**20
 # grain's own 16 threads and 500 documents cost more in bookkeeping than they read ahead.
 _READING = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=32)
 _BYTES_PER_TOKEN = 4  # of the text that workers encode early: about a window, which is read at once
+_LONGEST = 2**20  # characters of a document for a baseline; xz compresses a megabyte a second
 _GROUP = 256  # documents that are packed together where they are not cut
 
 
@@ -77,11 +78,12 @@ class Pipeline:
             raise DataError(f"data.workers read documents by number, {source.name} is a stream; set data.workers=0")
         records = () if is_stream(source.train) and config.streams == 1 else source.documents("data.streams")
         task = Task((), records, objective, config, tokenizer, decoder_start_id)
-        # Each part of a batch is of its own stream; those are opened that have `rows`.
+        # Stream s makes rows s * size to (s + 1) * size of every batch; those are opened that make some of `rows`.
         size, rows = batch_size // config.streams, rows or range(batch_size)
-        opened = range(rows.start // size, -(-rows.stop // size))
-        self._kept = slice(rows.start - size * opened.start, rows.stop - size * opened.start)
-        workers = -(-config.workers // len(opened))
+        opened = range(rows.start // size, math.ceil(rows.stop / size))
+        first = opened.start * size
+        self._kept = slice(rows.start - first, rows.stop - first)
+        workers = math.ceil(config.workers / len(opened))
         datasets = {str(number): self._stream(number, task, seed, workers) for number in opened}
         self._iterators = {name: iter(each.batch(size, drop_remainder=True)) for name, each in datasets.items()}
 
@@ -223,10 +225,10 @@ def simple_baselines(source: Source, tokenizer: Tokenizer, key: str) -> dict[str
     counts = np.ones(tokenizer.vocab_size)
     counted = source.validation if is_stream(source.train) else source.documents("the unigram")
     for text in sample_texts(counted, key):
-        counts += np.bincount(tokenizer.encode(text), minlength=len(counts))
+        counts += np.bincount(tokenizer.encode(text[:_LONGEST]), minlength=len(counts))
     surprise = -np.log2(counts / counts.sum())
     bits = size = packed = 0.0
-    for text in sample_texts(source.validation, key):
+    for text in (sample[:_LONGEST] for sample in sample_texts(source.validation, key)):
         data = text.encode()
         bits += float(surprise[tokenizer.encode(text)].sum())
         packed += 8 * _xz_bytes(data)

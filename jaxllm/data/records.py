@@ -25,9 +25,11 @@ class Records(Sequence[Any]):
         return len(self._source)
 
     def __getitem__(self, index: Any) -> Any:
-        """One record; DataError when it is damaged or its file cannot be read."""
+        """One record; DataError when it is damaged or its file cannot be read, IndexError beyond the last."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         try:
-            return self._source[index]
+            return self._source[index % len(self)]
         except Exception as error:  # array_record and protobuf raise their own
             path = Path(self.file_of(index))
             raise damaged(path.parent, error, f"{path.name}: ") from error

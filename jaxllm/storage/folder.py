@@ -49,7 +49,7 @@ CURVE = "loss.png"
 _LOCK = ".lock"
 HUGGING_FACE_CONFIG = "config.json"
 
-# What may change between two starts of one run, because it moves no number of the training, by section of the config.
+# What may change between two starts of one run, because it does not affect the parameters, by section of the config.
 _MAY_CHANGE = {
     "training": "run_dir log_every eval_every eval_batches save_every save_every_minutes stop_after keep "
     "sample_prompt sample_tokens compilation_cache trackers norms_every profile",
@@ -85,17 +85,24 @@ def kind_of(path: str | Path) -> Kind | None:
 
 def find_model(path: str | Path) -> tuple[Path, Kind, int | None]:
     """The folder of RUN, RUN@STEP or a Hugging Face directory, and the step; ConfigError where it is none of them."""
-    name, _, step = str(path).rpartition("@")
-    if (kind := kind_of(path)) is not None:
-        return Path(path).expanduser(), kind, None
-    if step.isdigit() and kind_of(name) is Kind.RUN:
-        return Path(name).expanduser(), Kind.RUN, int(step)
+    folder, step = _run_and_step(path)
+    kind = kind_of(folder)
+    if kind is not None and (step is None or kind is Kind.RUN):
+        return folder, kind, step
     raise ConfigError(f"{path} is neither a run folder (config.yaml) nor a Hugging Face directory (config.json)")
+
+
+def _run_and_step(path: str | Path) -> tuple[Path, int | None]:
+    """Folder and step of RUN or RUN@STEP; a run's folder may itself have a name with @ and a number at its end."""
+    name, _, step = str(path).rpartition("@")
+    if name and step.isdecimal() and kind_of(path) is None:
+        return Path(name).expanduser(), int(step)
+    return Path(path).expanduser(), None
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, whole or damaged, oldest first."""
-    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit())
+    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdecimal())
 
 
 def has_begun(folder: Path) -> bool:
@@ -116,11 +123,8 @@ def continued(config: RunConfig, folder: Path | None = None) -> tuple[Path, int 
 
 def branch_point(config: RunConfig) -> tuple[Path, int | None] | None:
     """Folder and step of `training.branch_from`; None is for the newest checkpoint there."""
-    branch = config.training.branch_from or ""
-    parent, _, step = branch.rpartition("@")
-    if parent and step.isdecimal():
-        return Path(parent).expanduser(), int(step)
-    return (Path(branch).expanduser(), None) if branch else None
+    branch = config.training.branch_from
+    return _run_and_step(branch) if branch else None
 
 
 def _check_branch(parent: Path, step: int | None, config: RunConfig, own_rates: bool) -> None:
@@ -160,12 +164,12 @@ def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[P
                     sync(folder.parent)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
-                stack.enter_context(_alone(folder))
+                stack.enter_context(alone(folder))
             processes.check_same("config", dump_config(config))
             if _holds_begun_run(folder):
                 done = max(checkpoint_steps(folder / CHECKPOINTS), default=0)
                 _check_same(folder / CONFIG, config, own_rates, done=done)
-            elif found := continued(config):
+            elif found := branch_point(config):
                 _check_branch(*found, config, own_rates)
         except OSError as error:
             dangling = folder.is_symlink() and not folder.exists()
@@ -240,9 +244,9 @@ def settle_tokenizer(
     if isinstance(decision, Refuse):
         raise DataError(f"{file or folder} {decision.reason}; choose another training.run_dir")
     if file is not None and decision is Choice.KEEP:
-        for kept in (file.with_name(TOKENIZER_ORIGIN), file):
-            if kept.parent != folder and kept.exists():
-                write_whole(folder / kept.name, kept.read_bytes())
+        for path in (file.with_name(TOKENIZER_ORIGIN), file):
+            if path.parent != folder and path.exists():
+                write_whole(folder / path.name, path.read_bytes())
         return given or load_tokenizer(file)
     made = given or tokenizer_choice.make_tokenizer(config, source, vocab_size=vocab_size)
     if decision is Choice.MAKE_AGAIN:
@@ -283,8 +287,8 @@ def _kept(file: Path, wanted: Origin | None) -> Kept:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes out; the lock ends with the process."""
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder; the lock ends with the process."""
     with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxllm.models import family_of
 from jaxllm.models.layers import apply
@@ -28,7 +28,12 @@ def make_predict_step(program: Program, mesh: Mesh | None) -> Callable[[Any, Bat
     def predict(cast: Any, batch: Batch) -> Int[Array, "B T"]:
         head = apply(model, cast, method="head")
         hidden = family_of(model).hidden(model, cast, batch)
-        return jax.lax.map(lambda row: backend.fast_argmax(jnp.einsum("td,vd->tv", row, head)), hidden)
+
+        def most_likely(row: Float[Array, "T D"]) -> Int[Array, " T"]:
+            # Float32 logits, as in decoding: of 16-bit ones the largest is another at every hundredth position.
+            return backend.fast_argmax(jnp.einsum("td,vd->tv", row, head, preferred_element_type=jnp.float32))
+
+        return jax.lax.map(most_likely, hidden)
 
     return map_rows(with_ends(predict), mesh, dtype=program.dtype, combine=None)
 

@@ -4,20 +4,41 @@ The audit restores the text of each example and compares it with the documents. 
 exact distribution, not with a fit.
 """
 
+import contextlib
 import itertools
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from jaxllm.config import RunConfig
 from jaxllm.data.objectives import after_sentinels, before_end, cut_at_sentinels, span_length_law
 from jaxllm.data.packing import segments_of, unpack_pairs
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.run.feed import open_run_pipeline
+from jaxllm.storage.folder import alone, has_begun
 
 _COLOURS = ("bold red", "bold green", "bold yellow", "bold blue", "bold magenta", "bold cyan")
+
+
+@contextlib.contextmanager
+def open_corpus(config: RunConfig) -> Iterator[Pipeline]:
+    """The pipeline of a run. Before its first step only one process opens it, because the tokenizer may be replaced.
+
+    Raises:
+        RunFolderError: when another process starts the run.
+        DataError: as `build_pipeline`.
+    """
+    folder = Path(config.training.run_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if has_begun(folder) else alone(folder):
+        with contextlib.closing(open_run_pipeline(config, folder)) as pipeline:
+            yield pipeline
 
 
 class View(NamedTuple):

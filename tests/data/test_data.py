@@ -22,9 +22,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.builders import content_hash
-from jaxllm.data.pipeline import Pipeline
-from jaxllm.data.records import texts
-from jaxllm.data.sources import open_source
+from jaxllm.data.pipeline import Pipeline, simple_baselines
+from jaxllm.data.records import Records, texts
+from jaxllm.data.sources import Source, open_source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from jaxllm.run.feed import build_pipeline
 from tests.conftest import unreadable
@@ -160,6 +160,34 @@ def test_baselines_are_what_they_say(corpus: Path, tmp_path: Path) -> None:
     strongest = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     packed = sum(len(lzma.compress(text.encode(), format=lzma.FORMAT_RAW, filters=strongest)) for text in held_out)
     assert pipeline.baselines() == {"unigram": pytest.approx(bits / size), "lzma": 8 * packed / size}
+
+
+def test_baselines_read_only_the_beginning_of_a_long_document(tokenizer: Tokenizer) -> None:
+    """A validation file of 500 MB is one document, and xz would work on it for minutes."""
+    text = "a line of a log\n" * 2**18
+    lengths = []
+
+    class Watched:
+        vocab_size = tokenizer.vocab_size
+
+        def encode(self, text: str) -> np.ndarray:
+            lengths.append(len(text))
+            return tokenizer.encode(text)
+
+    found = simple_baselines(Source("log", [{"text": text}], [{"text": text}]), Watched(), "text")
+    assert lengths == [2**20, 2**20] and 0 < found["lzma"] < found["unigram"]
+    short = Source("log", [{"text": text[: 2**20]}], [{"text": text[: 2**20]}])
+    assert simple_baselines(short, tokenizer, "text") == found
+
+
+def test_records_are_a_sequence(corpus: Path, tmp_path: Path) -> None:
+    """Iteration ends at the last record; one that is beyond it is not called damaged."""
+    config = DataConfig(source="files", path=str(corpus), validation_fraction=0.2)
+    records = open_source(config, cache_dir=tmp_path).train
+    assert isinstance(records, Records) and len(list(records)) == len(records) > 1
+    assert records[-1] == records[len(records) - 1]
+    with pytest.raises(IndexError):
+        records[len(records)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

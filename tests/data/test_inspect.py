@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from display.corpus import Audit, audit, draw_spans, report, total_variation, view
-from jaxllm.config import DataConfig
+from display.corpus import Audit, audit, draw_spans, open_corpus, report, total_variation, view
+from jaxllm.config import DataConfig, RunConfig, T5Config, TrainingConfig
+from jaxllm.config.file import dump_config
+from jaxllm.data import DataError
 from jaxllm.data.packing import unpack_pairs
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.run.feed import build_pipeline
+from jaxllm.storage.folder import RunFolderError, open_run_folder
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -125,6 +128,21 @@ def test_script_takes_a_home_folder_and_names_damaged_data(
         file.write_text("{")
         assert main() == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_run_that_starts_keeps_its_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    """Before its first step, a run would lose the tokenizer that it has in memory to one of another size."""
+    data = DataConfig(source="files", path=str(corpus), objective="span_corruption")
+    model = T5Config(vocab_size=420, d_model=16, d_ff=16, num_layers=1, num_heads=2)
+    config = RunConfig(model=model, data=data, training=TrainingConfig(run_dir=str(tmp_path / "run")))
+    with open_run_folder(config):
+        with pytest.raises(RunFolderError, match="another process is training"), open_corpus(config):
+            pass
+        assert not (tmp_path / "run" / "tokenizer.json").exists()
+        (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+        with pytest.raises(DataError, match="tokenizer is not there any more"), open_corpus(config):
+            pass  # its first step is made, so nothing replaces the tokenizer
 
 
 @pytest.mark.parametrize("name", ["inspect_data.py", "convert_hf.py", "precision_ledger.py"])

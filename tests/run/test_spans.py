@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
+from jaxllm.config.file import parse_config
 from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
 from jaxllm.generation.text import filled_in
-from jaxllm.training.spans import count_spans
+from jaxllm.training.program import program_of
+from jaxllm.training.spans import count_spans, make_predict_step
 
 SENTINELS = np.array([99, 98, 97])
 #                    S0  a  b  S1  c end | S0 d  end pad
@@ -42,6 +45,23 @@ def test_an_answer_without_sentinels_is_one_span() -> None:
     predicted = np.array([[5, 6, 1, 9, 1, 9]])
     assert count_spans(predicted, targets, segments, SENTINELS) == (1, 2)
     assert count_spans(predicted[:, :0], targets[:, :0], segments[:, :0], SENTINELS) == (0, 0)
+
+
+@pytest.mark.parametrize("precision", [{"compute": "bfloat16"}, {"compute": "float16", "loss_scale": "dynamic"}])
+def test_predictions_are_those_that_the_accuracy_counts(precision: dict[str, str]) -> None:
+    """Both are of float32 logits, as those of decoding are."""
+    model = {"family": "t5", "vocab_size": 4000, "d_model": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    sections = {"model": model, "precision": precision, "training": {"batch_size": 16}}
+    program = program_of(
+        parse_config(sections | {"data": {"objective": "span_corruption", "sequence_length": 256}}), None
+    )
+    params = jax.jit(program.fresh_state)().params
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(1, 3, x.shape).astype(x.dtype) for name, x in program.abstract_batch().items()}
+    batch |= {name: rng.integers(3, 4000, x.shape, np.int32) for name, x in batch.items() if name.endswith("inputs")}
+    predicted = np.asarray(jax.jit(make_predict_step(program, None))(params, batch))
+    found = jax.jit(program.eval_step)(params, {**batch, "targets": predicted})
+    assert len(np.unique(predicted)) > 5 and found.correct == found.weight > predicted.size
 
 
 def test_blanks_are_sentinels_and_filled_where_they_stand(tokenizer: Tokenizer) -> None:
