@@ -1,7 +1,7 @@
 """Converts weights: jaxllm convert SOURCE TARGET [--dtype bfloat16].
 
-A run folder becomes a Hugging Face directory (with the run's tokenizer); a Hugging Face directory becomes a run folder
-that holds parameters only, for training.init_from and `jaxllm generate`.
+RUN or RUN@STEP becomes a Hugging Face directory (with the run's tokenizer); a Hugging Face directory becomes a run
+folder that holds parameters only, for training.init_from and `jaxllm generate`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from display.convert import export_run, import_run
 from interrupts import failed, interruptible
-from jaxllm.storage.folder import Kind, kind_of
+from jaxllm.storage.folder import Kind, find_model
 
 
 @interruptible
 def main() -> int:
     """Parses the command line and converts by what the source is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="run folder or Hugging Face directory")
+    parser.add_argument("source", type=Path, help="RUN, RUN@STEP or Hugging Face directory")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--dtype", help="of a directory's tensors: float32, bfloat16 or float16; default: the source's")
     arguments = parser.parse_args()
@@ -41,7 +41,8 @@ def _convert(source: Path, target: Path, *, dtype: str | None) -> None:
             f"{source} holds params.json, which is Meta's original layout; transformers converts it to a Hugging Face "
             "directory with convert_llama_weights_to_hf.py, and every Llama can be downloaded as one"
         )
-    if kind_of(source) is Kind.RUN:
+    _, kind, _ = find_model(source)
+    if kind is Kind.RUN:
         export_run(source, target, dtype=dtype)
         return
     if dtype is not None:

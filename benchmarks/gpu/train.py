@@ -18,7 +18,6 @@ from jaxllm.config.file import with_overrides
 from jaxllm.host.device import detect_device
 from jaxllm.models.family import train_flops
 from jaxllm.ops.cudnn import refused
-from jaxllm.run.compiled import by_blocks
 from jaxllm.training.fit import estimate_fit
 from jaxllm.training.program import Program, program_of
 
@@ -129,7 +128,7 @@ def compile_step(config: RunConfig, batch: Any) -> Prepared:
         if config.model.attention != "auto" or not refused(error):
             raise
         print(f"attention: chunked, because cuDNN refused: {error}"[:2000], flush=True)
-    return compile_step(by_blocks(config), batch)
+    return compile_step(with_overrides(config, ["model.attention=chunked"]), batch)
 
 
 # Steps that are timed: groups of so many, after two to warm up.

@@ -110,13 +110,9 @@ def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
     """The settings without those in `RETIRED`; raises ConfigError for one that is not at its old default."""
     kept = copy.deepcopy(raw)
     for name, default in RETIRED.items():
-        *path, key = name.split(".")
-        node: Any = kept
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or key not in node:
-            continue
-        value = node.pop(key)
+        section, key = name.split(".")
+        settings = kept.get(section)
+        value = settings.pop(key, default) if isinstance(settings, dict) else default
         if value != default:
             only = f"{_yaml_word(default)} is the only value that is still accepted, got {value!r}"
             raise ConfigError(f"{name} no longer exists; {only}; remove the key, or use an earlier jaxllm")

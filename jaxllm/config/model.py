@@ -124,7 +124,8 @@ class LlamaConfig(ModelConfig):
             require(self.d_model % self.num_heads == 0, f"{message}; change one or set head_dim")
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
         message = f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-        divisor = _largest_divisor(self.num_heads, self.num_kv_heads)
+        most = min(self.num_heads, max(self.num_kv_heads, 1))
+        divisor = max(d for d in range(1, most + 1) if self.num_heads % d == 0)
         require(divisor == self.num_kv_heads, f"{message}; use a divisor such as {divisor}")
         message = f"head_dim must be even for RoPE's pairs, got {self.head_dim}; use {self.head_dim + 1}"
         require(self.head_dim % 2 == 0, message)
@@ -192,7 +193,3 @@ class T5Config(ModelConfig):
 
 # The config class of each family, by its name in files; `jaxllm.models.family` has the rest of a family.
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "t5": T5Config}
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, min(number, max(limit, 1)) + 1) if number % d == 0)

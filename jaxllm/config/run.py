@@ -171,9 +171,9 @@ class TrainingConfig:
         message = "init_from and branch_from both name a beginning; keep one of them"
         require(self.init_from is None or self.branch_from is None, message)
         seconds_of(self.stop_after)
-        window = [1, *(self.profile or (1, 1)), self.steps]
-        message = f"profile must be null or [first, last] with 1 <= first <= last <= steps {self.steps}"
-        require(len(window) == 4 and window == sorted(window), f"{message}, got {window[1:-1]}")
+        window = self.profile or (1, 1)
+        message = f"profile must be null or [first, last] with 1 <= first <= last <= steps {self.steps}, got {window}"
+        require(len(window) == 2 and 1 <= window[0] <= window[1] <= self.steps, message)
         require(len(set(self.trackers)) == len(self.trackers), f"trackers has a name twice: {', '.join(self.trackers)}")
 
 

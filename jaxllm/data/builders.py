@@ -131,7 +131,8 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder):
         for index, (name, fields) in enumerate(self._documents()):
             if limit is None:
                 ((key, text),) = fields.items()
-                yield index, {"name": name, key: cut_end(text, self._fraction)[held_out]}
+                if part := cut_end(text, self._fraction)[held_out]:  # of one character, the beginning is empty
+                    yield index, {"name": name, key: part}
             elif (content_hash(*fields.values()) < limit) == held_out:
                 yield index, {"name": name, **fields}
         if held_out:

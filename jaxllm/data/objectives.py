@@ -6,7 +6,6 @@ sentinels; other ids have no meaning here. Out of scope: where text comes from, 
 """
 
 import bisect
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -139,15 +138,6 @@ def compositions(rng: np.random.Generator, rows: int, items: int, parts: int) ->
         cuts = (keys[:, : parts - 1] & number).astype(np.int64) + 1
         cuts.sort(axis=1)
     return np.diff(cuts, axis=1, prepend=0, append=items)
-
-
-def span_length_law(items: int, parts: int) -> np.ndarray:
-    """P(a given part has length 1, 2, ...) in `compositions`: C(items-k-1, parts-2) / C(items-1, parts-1)."""
-    if parts == 1:
-        return np.arange(1, items + 1) == items
-    longest = items - parts + 1
-    whole = math.comb(items - 1, parts - 1)
-    return np.array([math.comb(items - k - 1, parts - 2) / whole for k in range(1, longest + 1)])
 
 
 def noise_mask(rng: np.random.Generator, rows: int, length: int, denoiser: Denoiser) -> np.ndarray:

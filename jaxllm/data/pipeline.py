@@ -78,7 +78,7 @@ class Pipeline:
             raise DataError(f"data.workers read documents by number, {source.name} is a stream; set data.workers=0")
         records = () if is_stream(source.train) and config.streams == 1 else source.documents("data.streams")
         task = Task((), records, objective, config, tokenizer, decoder_start_id)
-        # Stream s makes rows s * size to (s + 1) * size of every batch; those are opened that make some of `rows`.
+        # Stream s makes rows s * size to (s + 1) * size of a batch. Only streams that make some of `rows` are opened.
         size, rows = batch_size // config.streams, rows or range(batch_size)
         opened = range(rows.start // size, math.ceil(rows.stop / size))
         first = opened.start * size
@@ -107,11 +107,9 @@ class Pipeline:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position of `get_state`; DataError for one of other data, another tokenizer or an old order."""
-        if workers := state.get("workers", 0):  # until 2026-11, each worker made its own batches
-            raise DataError(
-                f"the checkpoint was made with data.workers={workers} by a version whose order depended on it; start "
-                f"another training.run_dir, with training.init_from for its parameters"
-            )
+        if state.get("workers", 0):  # until 2026-11, each worker made its own batches
+            fix = "start another training.run_dir, with training.init_from for its parameters"
+            raise DataError(f"the order of the checkpoint's data depends on data.workers={state['workers']}; {fix}")
         state = {"streams": 1, **state}
         for key, value in self.identity.items():
             if state.get(key) != value:
@@ -133,7 +131,8 @@ class Pipeline:
         documents = grain.MapDataset.source(records).seed(0).shuffle()
         batches = self._rows(self._encoded(documents), seed=0).batch(self._batch_size, drop_remainder=False)
         for _, batch in zip(range(count), batches, strict=False):
-            yield {name: _pad_rows(value, self._batch_size) for name, value in batch.items()}
+            missing = self._batch_size - len(next(iter(batch.values())))
+            yield {key: np.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)]) for key, rows in batch.items()}
 
     def once(self, documents: int) -> Iterator[Batch]:
         """Batches made of the first training documents, each used once; the last may hold fewer rows."""
@@ -210,17 +209,13 @@ def _restore_tuples(state: Any) -> Any:
     return restored
 
 
-def _pad_rows(value: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(value, [(0, rows - len(value)), *[(0, 0)] * (value.ndim - 1)])
-
-
 def simple_baselines(source: Source, tokenizer: Tokenizer, key: str) -> dict[str, float]:
     """Bits per byte of the field `key` of the validation records under two models that need no training.
 
     They are estimated from samples of the corpus. The unigram counts of a stream are those of the validation records.
 
     unigram: each token at its add-one frequency in the training text. lzma: each document compressed alone by xz at its
-    strongest preset.
+    strongest preset. Of a long document, both take the first 2^20 characters.
     """
     counts = np.ones(tokenizer.vocab_size)
     counted = source.validation if is_stream(source.train) else source.documents("the unigram")
@@ -231,12 +226,8 @@ def simple_baselines(source: Source, tokenizer: Tokenizer, key: str) -> dict[str
     for text in (sample[:_LONGEST] for sample in sample_texts(source.validation, key)):
         data = text.encode()
         bits += float(surprise[tokenizer.encode(text)].sum())
-        packed += 8 * _xz_bytes(data)
+        # A dictionary longer than the document would only cost memory.
+        preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(len(data), 4096)}
+        packed += 8 * len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[preset]))
         size += len(data)
     return {"unigram": bits / max(size, 1), "lzma": packed / max(size, 1)}
-
-
-def _xz_bytes(data: bytes) -> int:
-    # A dictionary longer than the document would only cost memory.
-    preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(len(data), 4096)}
-    return len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[preset]))

@@ -155,20 +155,16 @@ def _splits(builder: Any, config: DataConfig) -> tuple[Sequence[Any], Sequence[A
     if config.source in ("stdlib", "files") and sorted(known) != expected:
         raise ValueError(f"dataset_info.json has the splits {', '.join(known)}, not {' and '.join(expected)}")
     percent = max(round(100 * config.validation_fraction), 1)
-    names = [f"train[{percent}%:]", f"train[:{percent}%]"]
-    for other in ("test", "validation"):
-        if other in known:
-            names = ["train", other]
+    other = next((name for name in ("validation", "test") if name in known), None)
+    names = ["train", other] if other else [f"train[{percent}%:]", f"train[:{percent}%]"]
     names = names if held_out else ["train"]
     for name in {name.partition("[")[0] for name in names}:
         _check_lengths(known[name])
-    train, validation = [*(_records(builder, name) for name in names), ()][:2]
+    splits = [_records(builder, name) for name in names]
+    train, validation = splits[0], splits[1] if held_out else ()
     if not len(train) or (held_out and not len(validation)):
-        raise DataError(
-            f"{builder.info.full_name} has {len(train)} training and {len(validation)} validation documents; both "
-            f"are needed: add documents or raise data.validation_fraction"
-        )
-    for records in (train, validation)[: len(names)]:
+        raise DataError(f"{builder.info.full_name}: {_TOO_FEW}")
+    for records in splits:
         _ = records[0]  # raises now where records cannot be read
     return train, validation
 

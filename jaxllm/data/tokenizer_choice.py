@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 
 
 class Choice(enum.Enum):
-    """What to do about the tokenizer."""
+    """The decision about a tokenizer."""
 
     KEEP = enum.auto()
     MAKE = enum.auto()
@@ -39,7 +39,7 @@ class Choice(enum.Enum):
 
 
 class Refuse(NamedTuple):
-    """Neither is right; `reason` is the predicate of an error about the kept tokenizer, or about its folder."""
+    """The config is refused; `reason` completes a message that begins with the kept tokenizer's file or its folder."""
 
     reason: str
 

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ _REQUEST_BYTES, _REQUEST_DOCUMENTS = 2**16, 256
 
 
 class Task(NamedTuple):
-    """What a worker does; sent to it once."""
+    """The task of a worker; sent to it once."""
 
     order: Sequence[int]  # number of a document -> number of its record
     records: Sequence[dict[str, Any]]  # records of the corpus
@@ -154,7 +155,8 @@ class _Pool:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         # Ctrl-C and SIGTERM reach workers too, but the main process needs them until its current step is complete.
-        # A process inherits blocked signals, which covers its start as well.
+        # A process inherits blocked signals, which covers its start as well. The tracker's start would unblock them.
+        resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         try:
             for _ in range(self._workers):

@@ -96,7 +96,11 @@ def beam_search(
         >>> [[len(beam.tokens) for beam in beams] for beams in found]
         [[5, 5], [5, 5]]
     """
-    _check_search(search, model.config.vocab_size, eos_ids)
+    if not isinstance(search, BeamSettings):
+        raise ValueError(f"search must be a BeamSettings, e.g. BeamSettings(beams=4), got {search!r}")
+    vocab_size, candidates = model.config.vocab_size, max(2, 1 + len(eos_ids)) * search.beams
+    if candidates > search.beams * vocab_size:
+        raise ValueError(f"{candidates} candidates exceed {search.beams} beams of {vocab_size} tokens")
     sampling = Sampling(
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
@@ -112,14 +116,6 @@ def beam_search(
         [Beam(ids[:count], score) for ids, count, score in zip(*row, strict=True)]
         for row in zip(tokens, lengths, scores, strict=True)
     ]
-
-
-def _check_search(search: BeamSettings, vocab_size: int, eos_ids: Sequence[int]) -> None:
-    if not isinstance(search, BeamSettings):
-        raise ValueError(f"search must be a BeamSettings, e.g. BeamSettings(beams=4), got {search!r}")
-    candidates = max(2, 1 + len(eos_ids)) * search.beams
-    if candidates > search.beams * vocab_size:
-        raise ValueError(f"{candidates} candidates exceed {search.beams} beams of {vocab_size} tokens")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -136,7 +136,9 @@ def generate_stream(
 def _stream(request: Request, stop: Sequence[str], decode: Decode | None) -> Iterator[list[list[int]]]:
     """New tokens of each row, chunk by chunk, until all rows have finished."""
     r, settings = request, request.settings
-    context, state = fall_back(lambda decoder: loop.begin(decoder, *r[1:-1]), r.decoder)
+    context, state = fall_back(
+        lambda decoder: loop.begin(decoder, settings, r.params, r.tokens, r.lengths, r.keys), r.decoder
+    )
     stopped = np.zeros(r.keys.shape[0], bool)
     rows: list[list[int]] = [[] for _ in stopped]
     sent = [0] * len(rows)

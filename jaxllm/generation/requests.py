@@ -159,6 +159,7 @@ def _check_kinds(sampling: Sampling, eos_ids: Sequence[int], **numbers: int) -> 
         raise ValueError(f"sampling must be a Sampling, e.g. Sampling(temperature=0.8), got {sampling!r}")
     if isinstance(eos_ids, int):
         raise ValueError(f"eos_ids must be a list of ids, e.g. [{eos_ids}], got {eos_ids}")
+    numbers |= {f"eos_ids[{i}]": each for i, each in enumerate(eos_ids)}
     for name, number in numbers.items():
         if not isinstance(number, int | np.integer):
             raise ValueError(f"{name} must be a whole number, got {number!r}")

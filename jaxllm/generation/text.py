@@ -59,8 +59,7 @@ class TextModel(NamedTuple):
             ValueError: for parameters of another model.
         """
         ends = (tokenizer.eos_id,)
-        prepared = decoder_of(model).prepare(params, int8=int8)
-        return cls(model, prepared, tokenizer, begin=ends, eos_ids=ends, pad_id=tokenizer.pad_id)
+        return cls(model, decoder_of(model).prepare(params, int8=int8), tokenizer, ends, ends, tokenizer.pad_id)
 
     @overload
     def __call__(self, prompts: str, *, max_new_tokens: int = 128, **options: Any) -> str: ...

@@ -1,6 +1,6 @@
 """Several processes that train one run: how they start, wait for each other, compare what they have, and end.
 
-jax.distributed connects them; all run the same program, and the first alone writes files. They talk through jax's
+jax.distributed connects them; all run the same program, and the first alone writes files. Their text goes through jax's
 coordination service and not through devices, whose collectives give up on a process that prepares data for minutes.
 In one process every function returns at once.
 """
@@ -9,11 +9,13 @@ import contextlib
 import itertools
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -25,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 UNFINISHED = 75  # exit status of a run that was stopped before its last step, EX_TEMPFAIL: start it again
 
-EVERY = 8  # steps from a wish of the first process to its fulfilment by all, see `agreed`
+EVERY = 8  # steps from a request of the first process until all act on it, see `agreed`
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAXLLM_PROCESSES", "JAXLLM_PROCESS_ID")
 _LONGEST = 24 * 3600 * 1000  # milliseconds to wait for another process: the first may prepare data for hours
@@ -43,7 +45,9 @@ def start() -> None:
         ValueError: when some of the three variables are missing, or the processes do not find each other.
     """
     address, count, number = (os.environ.get(name, "") for name in _BY_HAND)
-    tasks = "SLURM_NTASKS" if "SLURM_STEP_NODELIST" in os.environ else "OMPI_COMM_WORLD_SIZE"
+    # What mpirun starts on another node also has the variables of the SLURM task that started it there.
+    in_slurm = "SLURM_STEP_NODELIST" in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ
+    tasks = "SLURM_NTASKS" if in_slurm else "OMPI_COMM_WORLD_SIZE"
     try:
         if count == "1" and not number:
             return  # whatever the cluster says
@@ -96,6 +100,22 @@ def first_then_all() -> Iterator[None]:
         gather("")
 
 
+def shares(folder: Path) -> bool:
+    """Whether all processes have the same folder by this name, made where it is new; all must call this together."""
+    if not several():
+        return True
+    mark = folder / f".shared-{gather(secrets.token_hex(8))[0]}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)  # NFS may remember that it was not there; this asks the server
+        if index() == 0:
+            mark.touch()
+    gather("made")
+    found = gather("" if mark.exists() else "not there")
+    if index() == 0:
+        mark.unlink(missing_ok=True)
+    return "not there" not in found
+
+
 def check_same(what: str, text: str) -> None:
     """Raises ValueError unless all processes have the same text."""
     for other, theirs in enumerate(gather(text)):
@@ -107,7 +127,7 @@ def check_same(what: str, text: str) -> None:
 
 
 def check_devices() -> None:
-    """Raises ValueError where the processes of a machine use fewer GPUs than it has for them, and more than none."""
+    """Raises ValueError where processes have different numbers of devices, or use only some GPUs of their machine."""
     if not several():
         return
     here = socket.gethostname()
@@ -120,14 +140,17 @@ def check_devices() -> None:
             f"{count} processes on {here} use {used} of its {given} GPUs; start one for each (SLURM: --ntasks-per-node="
             f"{given}, Open MPI: --map-by ppr:{given}:node), or set CUDA_VISIBLE_DEVICES to those that the run may use"
         )
+    if len(set(sizes := gather(str(jax.local_device_count())))) > 1:
+        fix = "start one for each GPU, or set CUDA_VISIBLE_DEVICES"
+        raise ValueError(f"the processes have {', '.join(sizes)} devices, and all must have as many; {fix}")
     _log.info("%d processes with %d devices", jax.process_count(), jax.device_count())
 
 
 def agreed(keys: str, step: int, wanted: bool) -> bool:
-    """Whether the first process wanted something eight steps ago; the same on all, when called in every eighth step.
+    """Whether the first process made a request eight steps ago; the same on all, when called in every eighth step.
 
     A process whose metrics are read one step late dispatches at most two steps more than the first one has, so that it
-    finds the wish at its step. `keys` are the caller's, of `own_prefix`.
+    finds the request at its step. `keys` are the caller's, of `own_prefix`.
     """
     try:
         _client().key_value_try_get(f"{keys}{step}")
@@ -160,6 +183,8 @@ def end_all(error: BaseException, status: int = 1) -> int:
     if not several():
         _report(error)
         return status
+    if isinstance(error, jax.errors.JaxRuntimeError):  # a device, the network or another process failed
+        status = UNFINISHED
     try:
         _client().key_value_set(_FAILED, str(status))
         first = True
@@ -167,6 +192,9 @@ def end_all(error: BaseException, status: int = 1) -> int:
         first = "ALREADY_EXISTS" not in str(refusal)
     if first:
         _report(error)
+    else:
+        with contextlib.suppress(Exception):  # all end with the status of the first
+            status = int(_client().key_value_try_get(_FAILED))
     _end(status)
 
 

@@ -141,7 +141,7 @@ def write_config(config: LlamaConfig) -> dict[str, Any]:
         raw["sliding_window"] = window
     if kind in ("qwen2", "qwen3"):
         raw |= {"use_sliding_window": window is not None, "max_window_layers": 0}
-    return raw | _write_rope(config.rope)
+    return raw | _write_rope(config)
 
 
 def _architecture(config: LlamaConfig) -> str:
@@ -220,9 +220,12 @@ def _read_rope(value: dict[str, Any]) -> RopeConfig:
     return RopeConfig(type=kind, theta=float(theta), **{k: v for k, v in settings.items() if v is not None})
 
 
-def _write_rope(rope: RopeConfig) -> dict[str, Any]:
+def _write_rope(config: LlamaConfig) -> dict[str, Any]:
+    rope = config.rope
     settings = {_ROPE_NAMES.get(name, name): getattr(rope, name) for name in _ROPE_SETTINGS[rope.type]}
     settings = {name: value for name, value in settings.items() if value is not None}
+    if rope.type == "yarn" and rope.factor is None:  # transformers demands it
+        settings["factor"] = config.max_length / (rope.original_max_length or config.max_length)
     nested = {"rope_type": rope.type, "rope_theta": rope.theta, **settings}
     scaling = None if rope.type == "default" else nested
     # 4.x reads the first two, 5.x any of them; a rope_scaling that is there replaces rope_parameters in both.

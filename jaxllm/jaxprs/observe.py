@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.jaxprs.interpret import FORWARD, REVERSED, Place, Record, Visitor, bind, is_backward, label, run
+from jaxllm.ops.backend import largest_magnitude
 
 
 class Reading(NamedTuple):
@@ -55,7 +56,8 @@ class Observer:
     def _measure(self, eqn: Any, inputs: list[Any], place: Place) -> tuple[list[Any], list[Record]]:
         outputs, operation = bind(eqn, inputs), eqn.primitive.name
         found = [x for x in outputs if x.dtype == self._dtype and x.size and operation not in _MOVES]
-        return outputs, [(_Value(place.path, place.stacks, operation), _largest(x)) for x in found]
+        largest = (largest_magnitude(x, axis=None).astype(jnp.float32) for x in found)
+        return outputs, [(_Value(place.path, place.stacks, operation), x) for x in largest]
 
 
 def first_nonfinite(readings: Sequence[Reading]) -> Reading | None:
@@ -91,9 +93,3 @@ class _Value(NamedTuple):
 _DIRECTION = {FORWARD: 1, REVERSED: -1}
 # Operations that only move numbers cannot be the first to make them non-finite.
 _MOVES = {"reshape", "transpose", "broadcast_in_dim", "squeeze", "name", "split", "slice", "concatenate", "copy", "pad"}
-
-
-def _largest(x: jax.Array) -> jax.Array:
-    # On a CPU, XLA's maximum of a large array ignores NaNs.
-    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, largest)

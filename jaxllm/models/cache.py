@@ -5,7 +5,7 @@ updates each in place under donation and reads a head's keys contiguously. (With
 batch of 1 in its matmuls, and copies the whole cache for that.) On a GPU a layer of a single row has one store for
 both, [2K, S, H] with the keys before the values: a step updates it in one kernel instead of two. `positions` holds the
 position of each slot's token. Ragged prompts leave holes instead of shifting, and a sliding window can wrap around.
-Only this module depends on the layout, int8 included.
+Only this module and T5's prefill, which makes a `CrossCache`, depend on the layout.
 """
 
 import functools
@@ -36,7 +36,7 @@ class KVCache(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one call changes in a cache: `write(store, new [B, T, K, H])`, and `positions` and `slot` afterwards."""
+    """The changes of one call in a cache: `write(store, new [B, T, K, H])`, and `positions` and `slot` afterwards."""
 
     write: Callable[[Store, Array], Store]
     positions: Int[Array, "B S"]
@@ -125,6 +125,14 @@ def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> S
     entries = quantize(heads_first, axis=-1) if isinstance(store, Quantized) else heads_first.astype(store.dtype)
     put_one = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
     return jax.tree.map(put_one, store, entries)
+
+
+def write_both(stores: Stores, key: Array, value: Array, update: Update) -> Stores:
+    """A layer's stores with the new keys and values [B, T, K, H]."""
+    keys, values = stores
+    if values is None:  # one store for both
+        return update.write(keys, jnp.concatenate([key, value], axis=2)), None
+    return update.write(keys, key), update.write(values, value)
 
 
 def attend_one(

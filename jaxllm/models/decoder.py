@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.models.cache import KVCache
 from jaxllm.models.layers import apply
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoder(abc.ABC):
-    """One family's side of the decoding loops; what is not abstract fits a model without an encoder or a longest row.
+    """A family's functions for the decoding loops; the default methods suit a decoder-only model of any length.
 
     Such a model has a method `hidden` of tokens, and `logits` of hidden states.
     """
@@ -81,7 +81,9 @@ class Decoder(abc.ABC):
         """Logits that predict each of `new` [B, N] after the prompts, by one forward of the training model."""
         columns = lengths[:, None] + jnp.arange(new.shape[1])
         options = {} if length is None else {"length": length}
-        hidden = apply(self.model, params, _join(tokens, lengths, new), **options, method="hidden")
+        rows = jnp.pad(tokens, ((0, 0), (0, new.shape[1])))
+        rows = rows.at[jnp.arange(tokens.shape[0])[:, None], columns].set(new)  # prompts directly before new tokens
+        hidden = apply(self.model, params, rows, **options, method="hidden")
         before = jnp.take_along_axis(hidden, columns[..., None] - 1, axis=1)
         return apply(self.model, params, before, method="logits")
 
@@ -116,10 +118,3 @@ def check_prepared(model: Model, embed: Array, **layers: tuple[int, int]) -> Non
         wrong.append(f"embedding {embed.shape}, not {shape}")
     if wrong:
         raise ValueError(f"the prepared parameters are not those of the model: {'; '.join(wrong)}")
-
-
-def _join(tokens: Array, lengths: Array, new: Array) -> Int[Array, "B W"]:
-    """Each prompt, followed directly by its new tokens."""
-    columns = lengths[:, None] + jnp.arange(new.shape[1])
-    joined = jnp.pad(tokens, ((0, 0), (0, new.shape[1])))
-    return joined.at[jnp.arange(tokens.shape[0])[:, None], columns].set(new)

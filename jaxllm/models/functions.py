@@ -1,13 +1,7 @@
 """A model's own attention or position function: its arguments, the same in training, scoring and decoding.
 
-    def soft_capped(query, key, value, pairs):
-        scores = jnp.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
-        scores = jnp.where(pairs.mask[:, None], 20 * jnp.tanh(scores / 20), -1e9)
-        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value)
-
-    model = jaxllm.build(config).clone(attend=soft_capped)
-
-The functions are static: two models are equal, and share compiled programs, when their functions are the same objects.
+`jaxllm.build(config).clone(attend=function)` is a model with one; docs/extending.md has examples. The functions are
+static: two models are equal, and share compiled programs, when their functions are the same objects.
 """
 
 from collections.abc import Callable

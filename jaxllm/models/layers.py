@@ -93,7 +93,7 @@ def apply(module: nn.Module, params: Params, *args: Any, method: str | None = No
     return module.apply({"params": params}, *args, method=method, **kwargs)
 
 
-class Parts(NamedTuple):
+class LayerMaps(NamedTuple):
     """A layer's maps, each from its own parameters; the norms' outputs are in the compute dtype."""
 
     attn_norm: Map

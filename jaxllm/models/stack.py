@@ -13,7 +13,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.models import cache as kv
@@ -34,7 +33,7 @@ class Share:  # not a NamedTuple, because `gather` is not an array
 
 
 def is_share(leaf: Any) -> bool:
-    """Where a tree that may hold shares ends."""
+    """Whether a leaf is a `Share`; the `is_leaf` of jax's functions of trees."""
     return isinstance(leaf, Share)
 
 
@@ -76,7 +75,8 @@ def apply_stack(
     or full. Shares are gathered inside the layer, once more in the backward pass.
     """
     if any(map(is_share, jax.tree.leaves(params, is_leaf=is_share))):
-        layer, remat = functools.partial(_gathering, layer), remat.replace("none", "all but whole")
+        layer = functools.partial(_gathering, layer)
+        remat = "gathers" if remat == "none" else remat
     body = layer if remat == "none" else jax.checkpoint(layer, policy=_POLICIES[remat])
     if mode == "scan":
         return jax.lax.scan(lambda h, part: (body(part[0], h, part[1]), None), x, (params, per_layer))[0]
@@ -97,17 +97,17 @@ def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-def _is_not_whole(_: Any, *__: Any, **params: Any) -> bool:
+def _is_not_gathered(_: Any, *__: Any, **params: Any) -> bool:
     """Everything but a gathered parameter: its function has a derivative rule, as others do, with a gather inside."""
     return all(each.primitive.name != "all_gather" for each in getattr(params.get("call_jaxpr"), "eqns", ()))
 
 
 _policies = jax.checkpoint_policies
-_POLICIES = {  # of `remat`, and of shares without it
+_POLICIES = {
     "full": _policies.nothing_saveable,
     "elementwise": _policies.save_from_both_policies(_policies.save_only_these_names(*KEPT), _is_fused_attention),
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_fused_attention),
-    "all but whole": _is_not_whole,
+    "gathers": _is_not_gathered,  # of shares where `remat` is none
 }
 
 
@@ -135,15 +135,12 @@ def decode_stack(
     """
     held: list[kv.Stores] = []
 
-    def hold(keys: kv.Store, values: kv.Store | None, key: Array, value: Array) -> kv.Stores:
-        if values is None:  # one store for both
-            held.append((update.write(keys, jnp.concatenate([key, value], axis=2)), None))
-        else:
-            held.append((update.write(keys, key), update.write(values, value)))
+    def hold(stores: kv.Stores, key: Array, value: Array) -> kv.Stores:
+        held.append(kv.write_both(stores, key, value, update))
         return held[-1]
 
-    for i, (each, keys, values) in enumerate(zip(params, cache.keys, cache.values, strict=True)):
+    for i, (each, *stores) in enumerate(zip(params, cache.keys, cache.values, strict=True)):
         with jax.named_scope(f"{scope}/{i}"):
-            x = layer(each, x, functools.partial(hold, keys, values))
+            x = layer(each, x, functools.partial(hold, tuple(stores)))
     keys, values = zip(*held, strict=True)
     return x, KVCache(keys, values, update.positions, update.slot)

@@ -118,8 +118,8 @@ def fast_argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     return (block * _BLOCK + inside).astype(jnp.int32)
 
 
-def largest_magnitude(x: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
-    """The largest |x| over an axis, NaN where there is one.
+def largest_magnitude(x: Float[Array, "..."], *, axis: int | None) -> Float[Array, "..."]:
+    """The largest |x| over an axis, or over all, NaN where there is one.
 
     XLA:CPU's maximum of a large array leaves NaNs out.
     Figure: a wrong answer, not a slow one.

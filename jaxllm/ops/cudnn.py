@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 
 class CallClass(NamedTuple):
-    """Calls that do not go to cuDNN but to blocks in plain JAX, or that may have to."""
+    """Attention calls with a known or suspected fault of cuDNN; those in `AVOIDED` go to blocks in plain JAX."""
 
     name: str  # what the calls have in common
     holds: Callable[[Call], bool]  # whether a call is one of them

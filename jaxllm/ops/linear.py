@@ -25,7 +25,7 @@ class custom_vjp:
 
     def __call__(self, *args: Any) -> Any:
         """The function's value; where jit has compiled it, jax's error comes later and shows the line of the call."""
-        try:
+        try:  # under jit, users see the comment of the next line in their trace
             return self._call(*args)  # for jvp, jacfwd, linearize, hessian: jaxllm.study.forward_mode(f) in place of f
         except TypeError as error:
             if "forward-mode" in str(error) and "jaxllm" not in str(error):

@@ -70,9 +70,9 @@ Sums = tuple[Array, Array, Array]
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(z_loss: float, wide: Any, rows: Array, head: Array, targets: Array, weights: Array) -> Sums:
+def _cross_entropy(z_loss: float, logits_dtype: Any, rows: Array, head: Array, targets: Array, weights: Array) -> Sums:
     def body(total: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-        sums, _, _ = _chunk_sums(z_loss, wide, head, *part)
+        sums, _, _ = _chunk_sums(z_loss, logits_dtype, head, *part)
         return jax.tree.map(jnp.add, total, sums), None
 
     zero = jnp.zeros((), jnp.float32)
@@ -80,11 +80,11 @@ def _cross_entropy(z_loss: float, wide: Any, rows: Array, head: Array, targets: 
 
 
 def _chunk_sums(
-    z_loss: float, wide: Any, head: Array, rows: Array, targets: Array, weights: Array
+    z_loss: float, logits_dtype: Any, head: Array, rows: Array, targets: Array, weights: Array
 ) -> tuple[Sums, Array, tuple[Array, Array, Array]]:
     """The sums, the logits, and of each row the largest logit, the sum of exponentials from it, and logsumexp."""
     logits = jnp.einsum("nd,vd->nv", rows, head, preferred_element_type=jnp.float32)
-    logits = logits if wide is None else logits.astype(wide)
+    logits = logits if logits_dtype is None else logits.astype(logits_dtype)
     largest, total = _largest_and_sum(logits)
     normalizer = largest.astype(jnp.float32) + jnp.log(total)
     # A negative index would count from the end of the vocabulary; what is outside becomes NaN.
@@ -135,7 +135,7 @@ def _in_one_pass_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[P
 
 
 def _cross_entropy_forward(
-    z_loss: float, wide: Any, rows: Array, head: Array, targets: Array, weights: Array
+    z_loss: float, logits_dtype: Any, rows: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[Sums, tuple[Array, Array, Array]]:
     dtype = rows.dtype
     inner = _INNER_SCALE.get(dtype, 1.0)
@@ -143,7 +143,7 @@ def _cross_entropy_forward(
     def body(carry: tuple[Sums, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Sums, Array], Array]:
         total, head_grad = carry
         part_rows, part_targets, part_weights = part
-        sums, logits, (largest, softmax_sum, normalizer) = _chunk_sums(z_loss, wide, head, *part)
+        sums, logits, (largest, softmax_sum, normalizer) = _chunk_sums(z_loss, logits_dtype, head, *part)
         # d loss / d logits = weight * ((1 + 2 z lse) softmax - one_hot), rounded to the compute dtype once.
         slope = inner * part_weights * (1 + 2 * z_loss * normalizer)
         hot = part_targets[:, None] == jnp.arange(logits.shape[-1])[None, :]
@@ -162,7 +162,7 @@ def _cross_entropy_forward(
 
 
 def _cross_entropy_backward(
-    z_loss: float, wide: Any, saved: tuple[Array, Array, Array], grads: Sums
+    z_loss: float, logits_dtype: Any, saved: tuple[Array, Array, Array], grads: Sums
 ) -> tuple[Array, Array, None, None]:
     row_grads, head_grad, like = saved
     dtype = like.dtype  # rows and head share the compute dtype

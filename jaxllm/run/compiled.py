@@ -4,15 +4,15 @@ jit would silently compile again for every new shape or dtype, for minutes.
 """
 
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 
-from jaxllm.config import RunConfig
+from jaxllm.host import processes
 from jaxllm.ops.cudnn import calls_in, refused
 
 _log = logging.getLogger(__name__)
@@ -61,9 +61,12 @@ def explained(name: str) -> Iterator[None]:
         raise
 
 
-def by_blocks(config: RunConfig) -> RunConfig:
-    """The run with attention that no library can refuse."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunked"))
+def shared_cache(path: str | None) -> str | None:
+    """The folder of compiled programs; None where it is not the same for all processes, which compile together."""
+    if path is None or processes.shares(Path(path).expanduser()):
+        return path
+    _log.warning("training.compilation_cache %s is not used, because the processes do not share that folder", path)
+    return None
 
 
 class CompiledOnce(Generic[P, R]):

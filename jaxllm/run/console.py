@@ -13,9 +13,9 @@ from jaxllm.run.parts import OnStep, StepReport
 
 
 def nobody_listens() -> bool:
-    """Whether no handler would show the log, but for one that libraries add at their import.
+    """Whether no handler shows lines of INFO, apart from those that libraries add at their import.
 
-    That shows warnings alone: absl, by which grain and orbax log, has its own, or calls `logging.basicConfig()`.
+    Theirs show warnings alone: absl, by which grain and orbax log, has its own, or calls `logging.basicConfig()`.
     """
 
     def of_library(handler: logging.Handler) -> bool:

@@ -55,7 +55,7 @@ def read_text_model(path: str | Path, dtype: str = "float32") -> TextModel:
     model, params = load_run(path, dtype=dtype) if kind is Kind.RUN else load_hf(folder)
     model = build(model.config, dtype=jnp.dtype(dtype))
     tokenizer = load_tokenizer(folder)
-    ids = special_ids(folder) if kind is Kind.HUGGING_FACE else SpecialIds(tokenizer.eos_id)
+    ids = special_ids(folder) if kind is Kind.HUGGING_FACE else SpecialIds(bos=tokenizer.eos_id)  # text follows an end
     begin = () if ids.bos is None else (ids.bos,)
     pad_id = tokenizer.pad_id if ids.pad is None else ids.pad
     return TextModel(model, params, tokenizer, begin, ids.eos or (tokenizer.eos_id,), pad_id)

@@ -22,7 +22,7 @@ from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
 from jaxllm.training.sharding import largest, map_rows, own_keys, with_ends
-from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients
+from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients, total_weight
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class OverflowWatch:
     def first_value(self, step: int, state: TrainState, batch: Batch, *, scale: float = 1.0) -> str:
         """The first value that is not finite when step `step` is computed again with the parameters of `state`."""
         key = jax.random.fold_in(state.key, step - 1)
-        factor = jnp.float32(scale) / jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
+        factor = jnp.float32(scale) / total_weight(batch)
         where = first_nonfinite(self._gradients(state.params, batch, key, factor))
         if where is None:
             return "none when computed again"

@@ -27,7 +27,7 @@ PARTS = "parts.json"
 
 
 class StepReport(NamedTuple):
-    """What `on_step` gets, while the next step runs on the device.
+    """The argument of `on_step`, while the next step runs on the device.
 
     Attributes:
         step: optimizer steps done, this one included.
@@ -44,7 +44,7 @@ class StepReport(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a call of `pretrain` did.
+    """The result of a call of `pretrain`.
 
     Attributes:
         step: optimizer steps done in total.
@@ -52,7 +52,7 @@ class Summary(NamedTuple):
         finished: whether the last step was reached.
         validation: the newest evaluation and its step, as `evaluate`; empty without one.
         folder: the run folder.
-        metrics: all rows of metrics.jsonl, earlier sessions included.
+        metrics: all rows of metrics.jsonl, earlier sessions included; empty on other processes than the first.
     """
 
     step: int
@@ -70,11 +70,8 @@ OnEvaluate = Callable[[int, dict[str, float], Any], Mapping[str, float] | None]
 
 def describe_parts(own: Own, source: Source | None) -> dict[str, str]:
     """The given parts by name; empty where the config describes the whole run."""
-    functions = {
-        "optimizer": own.optimizer and own.optimizer.update,
-        "loss": own.loss,
-        "recipe": own.recipe and own.recipe.recipe,
-    }
+    functions: dict[str, Any] = {"optimizer": own.optimizer and own.optimizer.update, "loss": own.loss}
+    functions["recipe"] = own.recipe and own.recipe.recipe
     described = {name: _described(name, function) for name, function in functions.items() if function is not None}
     return described if source is None else {**described, "source": source.name}
 

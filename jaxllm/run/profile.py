@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """What the first GPU did or, without a GPU, the threads of XLA:CPU."""
+    """The time of the first GPU or, without a GPU, of the threads of XLA:CPU."""
 
     step_milliseconds: float  # from the first kernel of the trace to the end of its last, for one step
     busy: float  # fraction of that in which a kernel ran
@@ -106,7 +106,7 @@ class Window:
         first, last = steps or (0, -1)
         self._steps = range(first, last + 1) if processes.index() == 0 else range(0)
         self._folder = folder
-        self._traced, self._program = 0, str
+        self._traced, self._program = 0, lambda: ""
 
     def run(self, step: int, paused: Paused, function: CompiledOnce[..., Any], *args: Any) -> Any:
         """The result of a compiled step, traced if it is in the window; waits for the last and reads it in `paused`."""

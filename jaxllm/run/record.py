@@ -74,7 +74,7 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """The figures since the last reading; model FLOP utilisation where the device's peak is known.
 
-        A step that was counted before its turn has those of the last reading.
+        They are the last ones again if no step has been added since.
         """
         if not self._steps:
             return self._last
@@ -192,6 +192,10 @@ class MetricsWriter:
             self.write(step, {"fingerprint": fingerprint})
             self._file.sync()  # no checkpoint is on disk before the rows of its steps
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far; none on other processes than the first."""
+        return read_metrics(self.path) if self._writes else []
+
     def close(self) -> None:
         """Closes the record and the trackers."""
         if self._writes:
@@ -251,7 +255,8 @@ def runs_figure(runs: Mapping[str, list[dict[str, Any]]], name: str, levels: Map
         lines.append((f"{label} {value:.4g}", [0, lines[0][1][-1]], [value] * 2, {"color": "gray", "linestyle": style}))
     pale = max((np.nanmax(y) for _, _, y, look in lines if "alpha" in look), default=0)
     high = 1.5 * max(np.nanmax(y) for _, _, y, look in lines if "alpha" not in look)
-    title = next(iter(runs)) if len(runs) == 1 else "validation with points, training pale" * bool(pale)
-    unit = name.replace("_", " ") + " (nats per token)" * (name == "loss")
+    legend = "validation with points, training pale" if pale else ""
+    title = next(iter(runs)) if len(runs) == 1 else legend
+    unit = "loss (nats per token)" if name == "loss" else name.replace("_", " ")
     top = high if pale > high else None  # the first steps of training, far above, would flatten the rest
     return line_figure(lines, x="step", y=unit, title=title, log=name == "loss_scale", top=top)

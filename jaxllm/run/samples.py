@@ -1,8 +1,10 @@
 """Text from a trained model, written at the end of a run: a decoder continues a prompt, T5 fills in blanks."""
 
+import contextlib
 import itertools
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ _log = logging.getLogger(__name__)
 # Greedy text of a small model repeats itself; this is mild enough to show what it learned.
 SAMPLING = Sampling(temperature=0.7, top_k=50)
 _HELD_OUT = 2
+_COPIES = 3  # of the parameters: as given, unstacked into layers, and in the decoding layout
 
 
 def check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -37,30 +40,39 @@ def check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def on_one_device(program: Program, mesh: Mesh | None, params: Any) -> Any:
-    """The parameters on one device, which is enough for a few tokens; None where it has no room, or on other processes.
+    """The parameters on one device, in the compute dtype, for a few tokens; None where it has no room for them.
 
-    From several processes, they come in the compute dtype.
+    Other processes than the first get a tree of None.
     """
     if mesh is None or not program.config.training.sample_tokens:
         return params
-    if not processes.several():
-        return jax.device_put(params, jax.devices()[0])
     device = jax.local_devices()[0]
-    needed = sum(leaf.size for leaf in jax.tree.leaves(params)) * program.dtype.itemsize
-    large = needed > ((device.memory_stats() or {}).get("bytes_limit") or math.inf) / 2
+    needed = _COPIES * sum(leaf.size for leaf in jax.tree.leaves(params)) * program.dtype.itemsize
+    used = device.memory_stats() or {}
+    large = needed > used.get("bytes_limit", math.inf) - used.get("bytes_in_use", 0)
     if "large" in processes.gather("large" if large else ""):  # of any: all copy together, or none does
-        _log.info("no sample: the parameters take %.1f GB, too much for one device next to the run", needed / 1e9)
+        _log.info("no sample: it takes %.1f GB on one device, which has no room for that next to the run", needed / 1e9)
         return None
 
-    def move(leaf: jax.Array) -> jax.Array | None:
-        whole = fetch(leaf.astype(program.dtype))
+    def move(leaf: jax.Array) -> Any:
+        cast = leaf.astype(program.dtype)
+        whole = fetch(cast) if processes.several() else cast
         return jax.device_put(whole, device) if processes.index() == 0 else None
 
     return jax.tree.map(move, params)
 
 
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Logs an error of the block as a warning, because it must not fail a finished run."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError, OverflowError, RuntimeError) as error:
+        _log.warning("the %s is not made: %s", what, error)
+
+
 def write_sample(folder: Path, model: Model, params: Any, pipeline: Pipeline, config: TrainingConfig) -> str | None:
-    """Writes the model's answer to `config.sample_prompt` to sample.txt; None when no sample is wanted.
+    """Writes the model's answer to `config.sample_prompt`, within its context, to sample.txt; None when none is wanted.
 
     T5 also gets two held-out examples, shown with their truth.
     """
@@ -74,9 +86,10 @@ def write_sample(folder: Path, model: Model, params: Any, pipeline: Pipeline, co
 
 
 def _continue(text_model: TextModel, config: TrainingConfig) -> str:
-    prompt = text_model.encode(config.sample_prompt)
-    options = {"max_new_tokens": config.sample_tokens, "sampling": SAMPLING, "seed": config.seed}
-    (new,) = text_model.generate([prompt], **options)
+    prompt, most = text_model.encode(config.sample_prompt), config.sample_tokens
+    if context := text_model.model.config.context:
+        most = max(min(most, context - len(prompt) + 1), 1)
+    (new,) = text_model.generate([prompt], max_new_tokens=most, sampling=SAMPLING, seed=config.seed)
     return text_model.decode([*prompt, *new])
 
 

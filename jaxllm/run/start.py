@@ -1,8 +1,8 @@
 """The state that a run starts from: its newest checkpoint, parameters from elsewhere, or new ones.
 
 Parameters come from another run's newest checkpoint or from a Hugging Face directory. The run's own config describes
-the model; what it was trained as must agree, because another epsilon or RoPE base would load without complaint and
-quietly be another function.
+the model; what it was trained as must agree, because with another epsilon or RoPE base they would load without an error
+and compute other outputs.
 """
 
 import dataclasses
@@ -121,19 +121,15 @@ def load_initial_params(
     _log.info("initial parameters from %s", folder)
     theirs = tokenizers_in(folder)
     if tokenizer is not None and theirs and not any(_is(tokenizer, file) for file in theirs):
-        _log.warning(
-            "data.tokenizer is another one than %s, whose ids these parameters know; set data.tokenizer=%s unless "
-            "that is on purpose",
-            theirs[0],
-            theirs[0],
-        )
+        fix = f"set data.tokenizer={theirs[0]} unless that is on purpose"
+        _log.warning("data.tokenizer differs from %s, with which these parameters were trained; %s", theirs[0], fix)
     return params
 
 
 def _is(tokenizer: Tokenizer, file: Path) -> bool:
     try:
         return load_tokenizer(file).fingerprint == tokenizer.fingerprint
-    except DataError:  # one that can't be read here is none that the run reads
+    except DataError:  # an unreadable tokenizer is not the run's
         return False
 
 

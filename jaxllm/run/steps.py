@@ -5,8 +5,9 @@ refuses changes the path of the whole run. Elsewhere evaluations are compiled wh
 decode, have `jaxllm.generation.loop`.
 """
 
-import functools
+import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,12 +15,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxllm.config import RunConfig
 from jaxllm.host.device import Device, host_memory
 from jaxllm.models import abstract_params
 from jaxllm.ops import backend
 from jaxllm.ops.losses import LossSums
-from jaxllm.run.compiled import AttentionRefused, CompiledOnce, by_blocks
+from jaxllm.run.compiled import AttentionRefused, CompiledOnce
 from jaxllm.training.fit import Fit, advice, check_fit, estimate_fit
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Steps(NamedTuple):
-    """What a run compiles."""
+    """The compiled steps of a run."""
 
     program: Program  # the pure functions
     mesh: Mesh | None  # the devices that they are compiled for, None for one
@@ -82,13 +82,14 @@ def or_by_blocks(steps: Steps, use: Callable[[Steps], T]) -> tuple[Steps, T]:
         if config.model.attention != "auto":
             raise
         _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
-        steps = make_steps(program_of(by_blocks(config), steps.mesh, steps.program.own), steps.mesh)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunked"))
+        steps = make_steps(program_of(config, steps.mesh, steps.program.own), steps.mesh)
         return steps, use(steps)
 
 
 def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
     rows = without_counts(batch)
-    if _may_be_refused(steps.program.config):
+    if backend.on_gpu() and steps.program.config.model.attention in ("auto", "cudnn"):
         steps.eval_step.prepare(state.params, rows)
         if steps.predict is not None:
             steps.predict.prepare(state.params, rows)
@@ -97,29 +98,23 @@ def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:
         steps.norms.prepare(state, rows)
 
 
-def _may_be_refused(config: RunConfig) -> bool:
-    return backend.on_gpu() and config.model.attention in ("auto", "cudnn")
-
-
-def announce_fit(program: Program, device: Device, mesh: Mesh | None = None) -> Callable[[int], None]:
-    """Logs the estimate, and returns what checks the compiler's figure.
+def announce_fit(program: Program, device: Device, mesh: Mesh | None = None) -> tuple[Fit, int | float]:
+    """Logs the estimate; returns it, and the bytes of a device, with which `check_fit` checks the compiler's figure.
 
     Parameters and moments that alone exceed the device's memory are a FitError. A larger estimate is a warning: it errs
     on the safe side, but XLA:CPU needs up to three times as much. A small run, which compiles in seconds on a CPU, has
     none there.
     """
     on_cpu = device.kind == "cpu"
-    if device.memory is None and not on_cpu:
-        return lambda needed: None
     params, shares = abstract_params(program.model), shares_of(mesh)
     moments = jax.eval_shape(program.optimizer.init, params)
     state = Fit(device_bytes(params, shares), device_bytes(moments, shares), 0, 0, 0)
-    limit = device.memory or host_memory() // device.count
+    limit = device.memory or (host_memory() // device.count if on_cpu else math.inf)
     check_fit(state, sum(state), limit=limit)
-    if on_cpu and 100 * sum(state) < limit:
-        return lambda needed: check_fit(state._replace(activations=max(needed - sum(state), 0)), needed, limit=limit)
+    if limit == math.inf or (on_cpu and 100 * sum(state) < limit):
+        return state, limit
     fit = estimate_fit(program, mesh)
     _log.info("%d x %s with %.1f GB each; this run: %s", device.count, device.kind, limit / 1e9, fit.table())
     if sum(fit) * (3 if on_cpu else 1) > limit:
         _log.warning("that may be too large, so the compiler's own figure will decide; %s", advice(fit))
-    return functools.partial(check_fit, fit, limit=limit)
+    return fit, limit

@@ -31,15 +31,15 @@ from jaxllm.host.device import compilation_cache, detect_device
 from jaxllm.host.signals import stop_signals
 from jaxllm.models import count_params
 from jaxllm.run import record
-from jaxllm.run.compiled import explained
+from jaxllm.run.compiled import explained, shared_cache
 from jaxllm.run.console import nobody_listens, training_console
 from jaxllm.run.evaluation import evaluate
 from jaxllm.run.feed import Prefetch, open_run_pipeline, whole_position
 from jaxllm.run.overflow import OverflowWatch
 from jaxllm.run.parts import OnEvaluate, OnStep, StepReport, Summary, check_parts, describe_parts, write_parts
 from jaxllm.run.profile import Window
-from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve, read_metrics
-from jaxllm.run.samples import check_prompt, on_one_device, write_sample
+from jaxllm.run.record import MetricsWriter, Sums, Throughput, log_step, log_validation, plot_curve
+from jaxllm.run.samples import check_prompt, on_one_device, optional, write_sample
 from jaxllm.run.start import find_start, stop
 from jaxllm.run.steps import Steps, announce_fit, compile_steps, make_steps
 from jaxllm.run.trackers import Tracker, check_trackers
@@ -47,6 +47,7 @@ from jaxllm.storage.checkpoint import Checkpoints
 from jaxllm.storage.checkpoint_reading import Restored
 from jaxllm.storage.folder import CHECKPOINTS, PROFILE, continued, open_run_folder, settle_residual, write_config
 from jaxllm.training.attribution import norms_row
+from jaxllm.training.fit import check_fit
 from jaxllm.training.optimizer import build_schedule, phases
 from jaxllm.training.program import LossBuilder, Own, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
@@ -56,8 +57,8 @@ _log = logging.getLogger(__name__)
 _SUMS = "row_sums"  # key of `Progress.sums` next to the position in a checkpoint, absent where there are none
 
 
-class Parts(NamedTuple):
-    """What a run works with; none of it is replaced after the steps are compiled."""
+class Run(NamedTuple):
+    """The objects of a run; none of them is replaced after the steps are compiled."""
 
     folder: Path
     pipeline: Pipeline
@@ -146,7 +147,7 @@ def pretrain(
     with explained("run"), ExitStack() as stack:
         callbacks = [stack.enter_context(training_console(config))] if nobody_listens() else []
         # Open.
-        stack.enter_context(compilation_cache(config.training.compilation_cache))
+        stack.enter_context(compilation_cache(shared_cache(config.training.compilation_cache)))
         folder = stack.enter_context(open_run_folder(config, own_rates=optimizer is not None))
         check_parts(origin[0] if origin else folder, given, accept_other=accept_other_parts)
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
@@ -154,7 +155,7 @@ def pretrain(
         mesh = make_mesh(fsdp=config.sharding.fsdp)
         steps = make_steps(program_of(config, mesh, own), mesh)
         check_prompt(config, pipeline.tokenizer)  # refuses a blank now, not after the run
-        check_memory = announce_fit(steps.program, detect_device(), mesh)
+        fit, memory = announce_fit(steps.program, detect_device(), mesh)
         meter = Throughput(config, pipeline.recipe.lengths, detect_device())
         # Restore.
         keep, minutes = config.training.keep, config.training.save_every_minutes
@@ -169,22 +170,22 @@ def pretrain(
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
                 steps = compile_steps(steps, progress.state, feed.peek().placed)
-                check_memory(max(steps.train_step.needed, steps.norms.needed))
+                check_fit(fit, max(steps.train_step.needed, steps.norms.needed), limit=memory)
                 processes.check_same("attention", steps.program.config.model.attention)  # after the slowest compiler
-            kept = progress.step - progress.branched
+            kept = progress.step - 1 if progress.branched else progress.step  # a branch writes its first row again
             writer = stack.enter_context(closing(MetricsWriter(folder, config, tracker, resume_step=kept)))
             if progress.step < until or progress.branched:
                 write_config(steps.program.config, folder)
                 write_parts(folder, given)
             # Loop.
             overflow = OverflowWatch(steps.program, progress.state.params, mesh=mesh)
-            made = (folder, pipeline, feed, steps, checkpoints, writer, overflow, meter, window)
-            parts = Parts(*made, [*callbacks, *filter(None, [on_step])], on_evaluate)
-            _loop(parts, progress, until=until, stopped=stopped)
+            hooks = [*callbacks, *filter(None, [on_step])]
+            run = Run(folder, pipeline, feed, steps, checkpoints, writer, overflow, meter, window, hooks, on_evaluate)
+            _loop(run, progress, until=until, stopped=stopped)
         if finished := progress.step == config.training.steps:
-            _finish(parts, progress, baselines)
+            _finish(run, progress, baselines)
         processes.gather("finished")  # the others wait for the sample
-        return Summary(progress.step, resumed_from, finished, progress.validation, folder, read_metrics(writer.path))
+        return Summary(progress.step, resumed_from, finished, progress.validation, folder, writer.rows())
 
 
 def _last_step(config: RunConfig, stop_at: int | None) -> int:
@@ -228,161 +229,161 @@ def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
-def _loop(parts: Parts, progress: Progress, *, until: int, stopped: Callable[[], bool]) -> None:
+def _loop(run: Run, progress: Progress, *, until: int, stopped: Callable[[], bool]) -> None:
     """Steps up to `until`, to a stop signal, or to a batch that cannot be made; saves the step that was reached."""
     failure: BatchError | None = None
-    if progress.branched:  # once it is on disk the other run may go
-        _save(parts, progress)
-    evaluated = record.recorded_losses(parts.folder)
+    if progress.branched:  # after this save the other run's folder may be deleted
+        _save(run, progress)
+    evaluated = record.recorded_losses(run.folder)
     for step, loss in evaluated.items():
-        parts.checkpoints.evaluated(step, loss)
+        run.checkpoints.evaluated(step, loss)
     try:
-        if _evaluates(parts, progress) and progress.step not in evaluated:  # the run ended after the save
-            _evaluate(parts, progress)
-        parts.meter.start()
+        if _evaluates(run, progress) and progress.step not in evaluated:  # the run ended after the save
+            _evaluate(run, progress)
+        run.meter.start()
         while progress.step < until and not stopped():
-            _step(parts, progress, until=until)
+            _step(run, progress, until=until)
     except BatchError as error:
         if processes.several():
             raise  # the others may have their batch, and do not save this step
         failure = error
-    _read(parts, progress, progress.unread)
-    parts.checkpoints.wait()
-    while progress.step not in parts.checkpoints.steps():  # tries again until saves in a row have failed
-        _save(parts, progress)
-        parts.checkpoints.wait()
+    _read(run, progress, progress.unread)
+    run.checkpoints.wait()
+    while progress.step not in run.checkpoints.steps():  # tries again until saves in a row have failed
+        _save(run, progress)
+        run.checkpoints.wait()
     if failure is not None:
         raise BatchError(f"{failure}; the run is saved at step {progress.step}") from failure
-    if progress.step < parts.config.training.steps:
+    if progress.step < run.config.training.steps:
         _log.info("stopped at step %d; the same command resumes there", progress.step)
 
 
-def _step(parts: Parts, progress: Progress, *, until: int) -> None:
+def _step(run: Run, progress: Progress, *, until: int) -> None:
     """One step, the metrics of the step before it, and then the checkpoint and the evaluation that are due."""
-    previous, progress.unread = progress.unread, _dispatch(parts, progress, until=until)
-    _read(parts, progress, previous)
-    on_time = progress.step % parts.config.training.save_every == 0 or progress.step == until
-    saves, evaluates = on_time or parts.checkpoints.late(progress.step), _evaluates(parts, progress)
+    previous, progress.unread = progress.unread, _dispatch(run, progress, until=until)
+    _read(run, progress, previous)
+    on_time = progress.step % run.config.training.save_every == 0 or progress.step == until
+    saves, evaluates = on_time or run.checkpoints.late(progress.step), _evaluates(run, progress)
     if evaluates or saves:
-        _read(parts, progress, progress.unread)
+        _read(run, progress, progress.unread)
         progress.unread = None
-    parts.checkpoints.poll()
+    run.checkpoints.poll()
     if saves:  # first: an evaluation that fails costs no step
-        _save(parts, progress)
+        _save(run, progress)
     if evaluates:
-        _evaluate(parts, progress)
+        _evaluate(run, progress)
 
 
-def _evaluates(parts: Parts, progress: Progress) -> bool:
+def _evaluates(run: Run, progress: Progress) -> bool:
     """Whether the evaluation of the newest step is due."""
-    training = parts.config.training
+    training = run.config.training
     return progress.step > 0 and (progress.step % training.eval_every == 0 or progress.step == training.steps)
 
 
-def _dispatch(parts: Parts, progress: Progress, *, until: int) -> Pending:
+def _dispatch(run: Run, progress: Progress, *, until: int) -> Pending:
     """Starts the next step, and the copy of the batch after it."""
-    with parts.meter.waiting():
-        batch, placed, progress.position = parts.feed.take()
+    with run.meter.waiting():
+        batch, placed, progress.position = run.feed.take()
     progress.step += 1
-    every, rows = parts.config.training.norms_every, without_counts(placed)
-    norms = parts.steps.norms(progress.state, rows) if every and progress.step % every == 0 else None
-    traced = functools.partial(parts.window.run, progress.step, parts.meter.paused)
-    progress.state, metrics = traced(parts.steps.train_step, progress.state, placed)
+    every, rows = run.config.training.norms_every, without_counts(placed)
+    norms = run.steps.norms(progress.state, rows) if every and progress.step % every == 0 else None
+    traced = functools.partial(run.window.run, progress.step, run.meter.paused)
+    progress.state, metrics = traced(run.steps.train_step, progress.state, placed)
     if metrics.counts is None:
-        metrics = metrics._replace(counts=record.count_rows(batch, parts.pipeline.tokenizer.token_bytes).sum(0, float))
+        metrics = metrics._replace(counts=record.count_rows(batch, run.pipeline.tokenizer.token_bytes).sum(0, float))
     if progress.step < until:
-        with parts.meter.waiting():
-            parts.feed.read_ahead()
+        with run.meter.waiting():
+            run.feed.read_ahead()
     return Pending(progress.step, metrics, batch, rows, norms)
 
 
-def _read(parts: Parts, progress: Progress, pending: Pending | None) -> None:
+def _read(run: Run, progress: Progress, pending: Pending | None) -> None:
     """Reads the metrics of a step, if it has not been read: records them, or stops the run where they are bad."""
     if pending is None:
         return
-    config = parts.config
+    config = run.config
     values = jax.tree.map(lambda value: value.tolist(), jax.device_get(pending.metrics))
     scaling = config.precision.loss_scale != "none"
     if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-        start = _last_good(parts, progress)
-        value = parts.overflow.first_value(pending.step, start.state, pending.placed)
+        start = _last_good(run, progress)
+        value = run.overflow.first_value(pending.step, start.state, pending.placed)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
         reason = f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}"
-        stop(parts.checkpoints, progress.doubtful, start, pending.step, reason)
-    with parts.meter.paused():
-        reason = parts.overflow.check(pending.step, values, progress.state, pending.placed)
+        stop(run.checkpoints, progress.doubtful, start, pending.step, reason)
+    with run.meter.paused():
+        reason = run.overflow.check(pending.step, values, progress.state, pending.placed)
     if reason is not None:
-        stop(parts.checkpoints, progress.doubtful, _last_good(parts, progress), pending.step, reason)
-    parts.meter.add(pending.step, values.counts[0])
+        stop(run.checkpoints, progress.doubtful, _last_good(run, progress), pending.step, reason)
+    run.meter.add(pending.step, values.counts[0])
     record.add_step(progress.sums, config, values, size=values.counts[1])
     if pending.step % config.training.log_every == 0 or pending.step == 1:
-        _record(parts, progress, pending, values)
+        _record(run, progress, pending, values)
     if pending.norms is not None:
-        parts.writer.write(pending.step, norms_row(progress.state.params, pending.norms))
+        run.writer.write(pending.step, norms_row(progress.state.params, pending.norms))
     report = StepReport(pending.step, values, pending.batch, lambda: jax.tree.map(jnp.copy, progress.state))
-    with parts.meter.paused():
-        for callback in parts.on_step:
+    with run.meter.paused():
+        for callback in run.on_step:
             callback(report)
 
 
-def _record(parts: Parts, progress: Progress, pending: Pending, values: StepMetrics) -> None:
+def _record(run: Run, progress: Progress, pending: Pending, values: StepMetrics) -> None:
     """Writes the row of a step."""
-    config = parts.config
+    config = run.config
     schedule = build_schedule(config.optimizer, steps=config.training.steps)
     skipped_before = int(values.skipped) - (values.culprit >= 0)
     rate = np.asarray(schedule(pending.step - 1 - skipped_before)).item()
-    rate = rate if parts.steps.program.own.optimizer is None else None
-    if progress.unread and cast(Any, progress.unread.metrics.loss).is_ready():  # done, too, where the host computes
-        parts.meter.add(progress.unread.step, np.asarray(progress.unread.metrics.counts)[0].item())
-    row = record.step_row(config, values, sums=progress.sums, learning_rate=rate, speed=parts.meter.read())
+    rate = rate if run.steps.program.own.optimizer is None else None
+    ahead = progress.unread
+    if ahead and cast(Any, ahead.metrics.loss).is_ready():  # it is done, so its tokens belong to this row
+        run.meter.add(ahead.step, np.asarray(ahead.metrics.counts)[0].item())
+    row = record.step_row(config, values, sums=progress.sums, learning_rate=rate, speed=run.meter.read())
     progress.sums = {}
-    with parts.meter.paused():
-        row |= parts.overflow.headroom(pending.step, progress.state, pending.placed)
-    parts.writer.write(pending.step, row)
+    with run.meter.paused():
+        row |= run.overflow.headroom(pending.step, progress.state, pending.placed)
+    run.writer.write(pending.step, row)
     log_step(config, pending.step, row)
 
 
-def _evaluate(parts: Parts, progress: Progress) -> None:
-    with parts.meter.paused():
-        values = evaluate(parts.steps, progress.state.evaluated, parts.pipeline)
-        if parts.on_evaluate is not None:
-            own = parts.on_evaluate(progress.step, values, progress.state.evaluated) or {}
+def _evaluate(run: Run, progress: Progress) -> None:
+    with run.meter.paused():
+        values = evaluate(run.steps, progress.state.evaluated, run.pipeline)
+        if run.on_evaluate is not None:
+            own = run.on_evaluate(progress.step, values, progress.state.evaluated) or {}
             values = {name: float(value) for name, value in own.items()} | values
     progress.validation = {**values, "step": progress.step}
-    parts.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
-    log_validation(progress.step, values, parts.config.data.validation)
-    parts.checkpoints.evaluated(progress.step, values.get("loss"))
+    run.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
+    log_validation(progress.step, values, run.config.data.validation)
+    run.checkpoints.evaluated(progress.step, values.get("loss"))
 
 
-def _save(parts: Parts, progress: Progress) -> None:
+def _save(run: Run, progress: Progress) -> None:
     data = whole_position(progress.position) | ({_SUMS: dict(progress.sums)} if progress.sums else {})
-    note = functools.partial(parts.writer.write_fingerprint, progress.step)
-    with parts.meter.paused():
-        parts.checkpoints.save(progress.step, progress.state, data, note)
+    note = functools.partial(run.writer.write_fingerprint, progress.step)
+    with run.meter.paused():
+        run.checkpoints.save(progress.step, progress.state, data, note)
 
 
-def _last_good(parts: Parts, progress: Progress) -> Restored:
+def _last_good(run: Run, progress: Progress) -> Restored:
     """The newest whole checkpoint, or the beginning, in the place of a state that is spoiled."""
     for leaf in jax.tree.leaves(progress.state):
         leaf.delete()  # a device may have no room for two states
-    parts.checkpoints.wait()
-    tokenizer = parts.pipeline.tokenizer
-    return find_start(parts.steps.program, parts.checkpoints, mesh=parts.steps.mesh, tokenizer=tokenizer)
+    run.checkpoints.wait()
+    tokenizer = run.pipeline.tokenizer
+    return find_start(run.steps.program, run.checkpoints, mesh=run.steps.mesh, tokenizer=tokenizer)
 
 
-def _finish(parts: Parts, progress: Progress, baselines: dict[str, float]) -> None:
+def _finish(run: Run, progress: Progress, baselines: dict[str, float]) -> None:
     """Writes a sample of the model's text and draws the curve."""
-    config, metric = parts.config, parts.config.model.metric
+    config, metric = run.config, run.config.model.metric
     if metric in progress.validation:
         value = progress.validation[metric]
         _log.info("validation %s %.3f (%s)", metric.replace("_", " "), value, _listed(baselines))
-    params = on_one_device(parts.steps.program, parts.steps.mesh, progress.state.evaluated)
+    params = on_one_device(run.steps.program, run.steps.mesh, progress.state.evaluated)
     if processes.index() > 0:
         return
-    model = parts.steps.program.model
-    try:
-        if text := params and write_sample(parts.folder, model, params, parts.pipeline, config.training):
+    model = run.steps.program.model
+    with optional("curve"):
+        _log.info("curve in %s", plot_curve(run.folder, baselines, metric))
+    with optional("sample (training.sample_prompt, sample_tokens)"):
+        if text := params and write_sample(run.folder, model, params, run.pipeline, config.training):
             _log.info("sample:\n%s", text)
-        _log.info("curve in %s", plot_curve(parts.folder, baselines, metric))
-    except (ImportError, OSError, ValueError, OverflowError) as error:  # a finished run must not fail for these
-        _log.warning("the sample or the curve is not made: %s", error)

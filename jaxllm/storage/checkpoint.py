@@ -1,10 +1,10 @@
 """Checkpoints: everything that orbax does for a run, and for parameters alone.
 
-A checkpoint is atomic (written next to and renamed), written in the background, and holds the train state, the
-position in the data, and fingerprints of both. The newest `keep` stay, and the best by validation loss. orbax's files
-have no checksum of arrays, so what was restored is compared with the fingerprints of what was to be saved: a
-difference is damage, as is any failure to read. Reading takes the newest whole checkpoint. Restoring a run also sets
-newer, damaged ones aside: a disk that fails for a moment must cost no checkpoint.
+A checkpoint is atomic (written under a temporary name, then renamed), is written in the background, and holds the train
+state, the position in the data, and fingerprints of both. The newest `keep` stay, and the best by validation loss.
+orbax's files have no checksum of arrays, so what was restored is compared with the fingerprints of what was to be
+saved: a difference is damage, as is any failure to read. Reading takes the newest whole checkpoint. Restoring a run
+also sets newer, damaged ones aside: a disk that fails for a moment must cost no checkpoint.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class _SharedManager(ocp.CheckpointManager):
     """The manager of several processes; orbax calls these methods, also in threads."""
 
     def reached_preemption(self, step: int) -> bool:
-        """Leaves jax's counter to `stop_signals`; orbax would set it to other numbers."""
+        """Always False, because orbax would call jax's sync point with other step numbers than `stop_signals`."""
         del step
         return False
 
@@ -92,7 +92,7 @@ class Checkpoints:
         """Opens or creates the folder and removes what an interrupted save left behind; for `minutes` see `late`."""
         reading.hide_unfinished_reads()
         self._minutes, self._saved = minutes, time.monotonic()
-        self._wishes = processes.own_prefix()
+        self._requests = processes.own_prefix()
         self._losses: dict[int, float] = {}
         with processes.first_then_all():
             # orbax opens no folder in which a single checkpoint's description cannot be parsed.
@@ -104,6 +104,7 @@ class Checkpoints:
             preservation_policy=NewestAndBest(keep, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            async_options=ocp.options.AsyncOptions(timeout_secs=24 * 3600),  # orbax's 20 minutes end slow saves
             temporary_path_class=Durable,
         )
         try:
@@ -138,9 +139,9 @@ class Checkpoints:
         late = self._minutes is not None and time.monotonic() - self._saved >= 60 * self._minutes
         if self._minutes is None or not processes.several():
             return late
-        return step % processes.EVERY == 0 and processes.agreed(self._wishes, step, late)
+        return step % processes.EVERY == 0 and processes.agreed(self._requests, step, late)
 
-    def save(self, step: int, state: Any, data: dict[str, Any], note: Callable[[str], object] = str) -> None:
+    def save(self, step: int, state: Any, data: dict[str, Any], note: Callable[[str], object] = lambda _: None) -> None:
         """Calls `note` with the fingerprint, then starts to write; a failure, at once or later, is reported once."""
         self.wait()
         self._saved = time.monotonic()
@@ -182,19 +183,16 @@ class Checkpoints:
         found, damaged = reading.restore_newest(self.folder, self.steps(), abstract_state)
         if found is not None:
             if damaged:
-                self._set_aside(damaged)
+                if processes.index() == 0:
+                    _move_aside(self.folder, damaged)
+                processes.gather("moved")
+                self._manager.reload()
             for step in [step for step in self._losses if step > found.step]:  # evaluated again
                 del self._losses[step]
             return found
         if damaged or self._undescribed:
             raise _none_readable(self.folder, [*damaged, *self._undescribed])
         return None
-
-    def _set_aside(self, steps: list[int]) -> None:
-        if processes.index() == 0:
-            _move_aside(self.folder, steps)
-        processes.gather("moved")
-        self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves and releases the folder."""
@@ -204,6 +202,8 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         """Reports a failed save by a warning, the third in a row by a CheckpointError."""
+        if processes.several() and isinstance(error, jax.errors.JaxRuntimeError):  # another has ended, or the network
+            raise error
         self._remove_unfinished()
         with contextlib.suppress(OSError):
             self._manager.reload()  # orbax has forgotten the checkpoints that this one would have replaced

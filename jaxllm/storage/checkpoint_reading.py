@@ -40,7 +40,7 @@ class CheckpointError(RuntimeError):
 
 
 class Damaged(Exception):
-    """What a checkpoint holds is not what was saved."""
+    """A checkpoint holds other values than were saved."""
 
 
 class Restored(NamedTuple):

@@ -69,14 +69,14 @@ class RunFolderError(ConfigError):
 
 
 class Kind(enum.Enum):
-    """What a folder holds."""
+    """The kinds of folder that hold a model."""
 
     RUN = enum.auto()
     HUGGING_FACE = enum.auto()
 
 
 def kind_of(path: str | Path) -> Kind | None:
-    """What a folder holds; None where it is neither."""
+    """The kind of a folder; None where it is neither."""
     folder = Path(path).expanduser()
     if (folder / CONFIG).is_file():
         return Kind.RUN
@@ -165,6 +165,8 @@ def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[P
                 with tempfile.TemporaryFile(dir=folder):
                     pass
                 stack.enter_context(alone(folder))
+            if not processes.shares(folder):
+                raise RunFolderError(f"training.run_dir {folder} must be on a file system that all processes share")
             processes.check_same("config", dump_config(config))
             if _holds_begun_run(folder):
                 done = max(checkpoint_steps(folder / CHECKPOINTS), default=0)

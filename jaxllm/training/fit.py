@@ -26,8 +26,8 @@ class FitError(ValueError):
 class Fit(NamedTuple):
     """Bytes that a run needs on each device."""
 
-    # This device's share of the float32 master weights, and the copy in the compute dtype: of all, or where they are
-    # shared of what is outside the stacks and of two layers.
+    # This device's share of the float32 master weights, and a copy in the compute dtype: of all parameters, or under
+    # FSDP of those outside the stacks and of two layers.
     parameters: int
     moments: int  # its share of the optimizer's state
     gradients: int  # of that copy in the compute dtype, and its share of the float32 sums over microbatches and devices
@@ -58,15 +58,16 @@ def estimate_fit(program: Program, mesh: AnyMesh | None = None) -> Fit:
     )
 
 
-def check_fit(fit: Fit, needed: int, *, limit: int) -> None:
+def check_fit(fit: Fit, needed: int, *, limit: int | float) -> None:
     """Raises FitError for a run that needs more than `limit` bytes, with advice for the two largest parts."""
     if needed > limit:
+        fit = fit if fit.activations else fit._replace(activations=needed - sum(fit))  # those were not estimated
         sizes = f"this run needs at least {needed / 1e9:.1f} GB and the device has {limit / 1e9:.1f} GB"
         raise FitError(f"{sizes}; by the estimate: {fit.table()}. {advice(fit)}")
 
 
 def advice(fit: Fit) -> str:
-    """What makes the two largest parts smaller."""
+    """The settings that make the two largest parts smaller."""
     fixes = {
         "activations": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
         "moments": "set optimizer.moment_dtype=bfloat16 or optimizer.name=adafactor",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Role(NamedTuple):
-    """What training does with a parameter."""
+    """The role of a parameter in training."""
 
     decayed: bool = False  # whether weight decay shrinks it
     split: bool = False  # whether devices hold shares of it; otherwise each holds a copy
@@ -39,7 +39,7 @@ Path = tuple[Any, ...]  # of `jax.tree_util.tree_leaves_with_path`
 
 
 def role_of(path: Path) -> Role:
-    """What training does with the leaf at this path of a parameter tree, or of a tree that ends in one.
+    """The role of the leaf at this path of a parameter tree, or of a tree that ends in one.
 
     >>> import jax
     >>> params = {"layers": {"q_proj": {"kernel": 0.0}}, "final_norm": {"weight": 0.0}}

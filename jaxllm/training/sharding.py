@@ -9,17 +9,7 @@ inside the layer, and again in its backward pass (`jaxllm.models.stack.Share`); 
 before the loss. A gradient is summed over the shares where its layer ends, and over the copies once per step. The loss
 scale gets the sums, so all devices skip the same steps. Out of scope: tensor and pipeline parallelism.
 
-The loop of `jaxllm.training.program`, on all devices:
-
-    mesh = make_mesh()
-    program = program_of(config, mesh)
-    layout = state_shardings(program.abstract_state(), mesh)
-    state = jax.jit(program.fresh_state, out_shardings=layout)()  # no device ever holds it all
-    step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(layout, None))
-    for batch in batches:
-        state, metrics = step(state, place_rows(batch, mesh))
-    params = jax.device_put(state.params, jax.devices()[0])  # decoding uses one device
-
+docs/cluster.md has a training loop on all devices.
 `Checkpoints.restore(with_shardings(program.abstract_state(), mesh))` restores a state onto another mesh.
 """
 
@@ -169,7 +159,7 @@ def map_rows(
             return value if combine is None else combine(value)
 
         inputs = (specs, _ROWS, *[_COPIED] * (len(others) - 1))
-        output = {None: _ROWS, sum_gradients: (_COPIED, specs)}.get(combine, _COPIED)
+        output = _ROWS if combine is None else (_COPIED, specs) if combine is sum_gradients else _COPIED
         # Derivatives are taken inside only, so check_vma (which values differ between devices) is not needed.
         shared = jax.shard_map(on_device, mesh=mesh, in_specs=inputs, out_specs=output, check_vma=False)
         return shared(params, *others)
@@ -229,7 +219,7 @@ def with_ends(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shares(params: Any, specs: Any, dtype: Any) -> Any:
-    """What a device has of the parameters: shares of those that are split, others in the compute dtype."""
+    """The parameters on a device: shares of those that are split, others in the compute dtype."""
 
     def share(leaf: jax.Array, spec: PartitionSpec) -> Any:
         if "fsdp" not in spec:

@@ -100,7 +100,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> T:
         key = jax.random.fold_in(state.key, state.step)
-        weight = jnp.maximum(jnp.sum(batch["weights"], dtype=jnp.float32), 1.0)
+        weight = total_weight(batch)
         scale = loss_scale_of(state.opt_state)
         sums, grads = accumulate(state.params, batch, key, scale, weight)
         culprit, known = jnp.full((), -1, jnp.int32), {}
@@ -108,7 +108,20 @@ def make_train_step(
             culprit = first_nonfinite(unscale(grads, scale))
             known = {"finite": culprit < 0}  # spares the loss scale a pass over the gradients
         updates, opt_state = rule.update(grads, state.opt_state, state.params, **known)
-        metrics = _metrics(sums, weight, global_norm(unscale(grads, scale)), scale, opt_state, culprit)
+        scaling = loss_scale_state(opt_state)
+        counts = (0, 0) if scaling is None else (scaling.skipped, scaling.at_floor)
+        skipped, at_floor, number = (jnp.asarray(count, jnp.float32) for count in (*counts, culprit))
+        metrics = StepMetrics(
+            loss=sums.loss / weight,
+            nll=sums.nll / weight,
+            accuracy=sums.correct / weight,
+            weight=sums.weight,
+            grad_norm=optax.tree.norm(unscale(grads, scale)),
+            loss_scale=scale,
+            skipped=skipped,
+            at_floor=at_floor,
+            culprit=number,
+        )
         after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key)
         return result(after, metrics, state.params, grads, updates)
 
@@ -126,7 +139,7 @@ def without_counts(batch: Batch) -> Batch:
 
 
 def with_counts(train_step: Callable[..., Any]) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step of a batch with `COUNTS` of its rows, [B, 2], of which each process knows its own; it adds them."""
+    """The step of a batch with `COUNTS` [B, 2], which it sums over all rows; each process supplies its own."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         state, metrics = train_step(state, without_counts(batch))
@@ -135,28 +148,10 @@ def with_counts(train_step: Callable[..., Any]) -> Callable[[TrainState, Batch],
     return step
 
 
-def _metrics(
-    sums: LossSums, weight: Array, grad_norm: Array, scale: Array, opt_state: Any, culprit: Array
-) -> StepMetrics:
-    scaling = loss_scale_state(opt_state)
-    counts = (0, 0) if scaling is None else (scaling.skipped, scaling.at_floor)
-    skipped, at_floor, number = (jnp.asarray(count, jnp.float32) for count in (*counts, culprit))
-    return StepMetrics(
-        loss=sums.loss / weight,
-        nll=sums.nll / weight,
-        accuracy=sums.correct / weight,
-        weight=sums.weight,
-        grad_norm=grad_norm,
-        loss_scale=scale,
-        skipped=skipped,
-        at_floor=at_floor,
-        culprit=number,
-    )
-
-
-def global_norm(tree: Any) -> Float[Array, ""]:
-    """Root of the sum of all squares, in float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+def total_weight(batch: Batch) -> Float[Array, ""]:
+    """The weight of a batch, by which its sums are divided; 1 if nothing in it counts."""
+    weight = jnp.sum(batch["weights"], dtype=jnp.float32)
+    return jnp.where(weight > 0, weight, 1.0)
 
 
 def accumulate_gradients(

@@ -19,20 +19,20 @@ from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.models import build
 from jaxllm.run.start import read_run
 from jaxllm.storage.checkpoint import save_params
-from jaxllm.storage.folder import CHECKPOINTS, CONFIG, HUGGING_FACE_CONFIG
+from jaxllm.storage.folder import CHECKPOINTS, CONFIG, HUGGING_FACE_CONFIG, find_model
 
 _log = logging.getLogger(__name__)
 
 
 def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> None:
-    """Writes a run's newest parameters, tokenizer and special ids as a Hugging Face directory.
+    """Writes parameters of RUN (its newest) or RUN@STEP, tokenizer and special ids as a Hugging Face directory.
 
     FileExistsError when the target holds what would be overwritten, as `check_target`.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    target = Path(target).expanduser()
     check_target(target)
     config, params = read_run(source)
-    files = tokenizers_in(source)
+    files = tokenizers_in(find_model(source)[0])
     ids = None
     if files:
         tokenizer = load_tokenizer(files[0])

@@ -6,6 +6,7 @@ exact distribution, not with a fit.
 
 import contextlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxllm.config import RunConfig
-from jaxllm.data.objectives import after_sentinels, before_end, cut_at_sentinels, span_length_law
+from jaxllm.data.objectives import after_sentinels, before_end, cut_at_sentinels
 from jaxllm.data.packing import segments_of, unpack_pairs
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.data.tokenizer import Tokenizer
@@ -130,7 +131,7 @@ def _expected(groups: Counter[tuple[int, int]]) -> dict[int, float]:
     expected = Counter[int]()
     for (tokens, spans), examples in groups.items():
         if spans:
-            counts = span_length_law(tokens, spans) * spans * examples
+            counts = _span_length_law(tokens, spans) * spans * examples
             expected.update({k: float(count) for k, count in enumerate(counts, start=1) if count})
     return dict(sorted(expected.items()))
 
@@ -194,3 +195,12 @@ def draw_spans(found: Audit, path: str | None, *, longest: int = 12) -> None:
 def _colour(sentinel: int, tokenizer: Tokenizer) -> str:
     place = int(np.flatnonzero(tokenizer.sentinel_ids == sentinel)[0])
     return _COLOURS[place % len(_COLOURS)]
+
+
+def _span_length_law(items: int, parts: int) -> np.ndarray:
+    """P(a given part has length 1, 2, ...) in `compositions`: C(items-k-1, parts-2) / C(items-1, parts-1)."""
+    if parts == 1:
+        return np.arange(1, items + 1) == items
+    longest = items - parts + 1
+    whole = math.comb(items - 1, parts - 1)
+    return np.array([math.comb(items - k - 1, parts - 2) / whole for k in range(1, longest + 1)])

@@ -382,7 +382,7 @@ def test_any_override_is_accepted_or_refused_by_name(text: str) -> None:
 
 
 OLD = [({"precision": {"retries_before": 0}}, True), ({"precision": {"retries_before": 2}}, False),
-       ({"model": {"rope": {"base": None}}}, True), ({"model": {"rope": {"base": 1.5}}}, False)]  # fmt: skip
+       ({"model": {"base": None}}, True), ({"model": {"base": 1.5}}, False)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sections", "accepted"), OLD)
@@ -394,12 +394,12 @@ def test_a_retired_setting_is_dropped_at_its_old_default_and_refused_by_name_oth
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(ConfigError, match="unknown key"):
         load_config(path)
-    monkeypatch.setattr(config_file, "RETIRED", {"precision.retries_before": 0, "model.rope.base": None})
+    monkeypatch.setattr(config_file, "RETIRED", {"precision.retries_before": 0, "model.base": None})
     if accepted:
         assert load_config(path) == parse()
         assert parse_config(raw) == parse() and raw == yaml.safe_load(path.read_text())
         return
-    with pytest.raises(ConfigError, match=r"(precision\.retries_before|model\.rope\.base) no longer exists; (0|null) "):
+    with pytest.raises(ConfigError, match=r"(precision\.retries_before|model\.base) no longer exists; (0|null) "):
         load_config(path)
 
 

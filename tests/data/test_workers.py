@@ -69,7 +69,7 @@ def test_a_position_of_the_earlier_order_is_refused(corpus: Path, tmp_path: Path
     with opened(corpus, tmp_path / "run") as pipeline:
         state = pipeline.get_state()
         pipeline.set_state({**state, "workers": 0})
-        with pytest.raises(DataError, match=r"data.workers=2 by a version whose order depended on it; start another"):
+        with pytest.raises(DataError, match=r"data depends on data\.workers=2; start another"):
             pipeline.set_state({**state, "workers": 2})
 
 
@@ -127,6 +127,18 @@ def test_a_script_with_workers_ends_well(corpus: Path, tmp_path: Path, end: str)
     process, pids = run(corpus, tmp_path, end)
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 0 and not any(is_running(pid) for pid in pids)
+
+
+def test_workers_do_not_end_with_a_signal_to_the_whole_group(corpus: Path, tmp_path: Path) -> None:
+    """SLURM and Ctrl-C reach them too, and the main process needs them until its step is saved."""
+    process, pids = run(corpus, tmp_path, "never")
+    found = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    process.kill()
+    process.communicate()
+    for status in found:
+        blocked = int(re.findall(r"SigBlk:\t(\w+)", status)[0], 16)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            assert blocked >> (number - 1) & 1, number
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -12,9 +12,7 @@ import pytest
 
 from jaxllm.config import LlamaConfig, T5Config
 from jaxllm.generation import BeamSettings, beam_search, generate, generate_stream, score
-from jaxllm.models import build, init_params
-from jaxllm.models.llama import Llama
-from jaxllm.models.t5 import T5
+from jaxllm.models import T5, Llama, build, init_params
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 LLAMA, SMALL_T5 = LlamaConfig(**SIZES), T5Config(**SIZES, head_dim=8)

@@ -134,11 +134,12 @@ def launch(
     slurm: bool = False,
     fork: bool = False,
     own: Mapping[int, Sequence[str]] | None = None,
+    environments: Mapping[int, Mapping[str, str]] | None = None,
     damage: dict[str, str] | None = None,
 ) -> list[Started]:
-    """Starts processes by three variables or SLURM's; `own` has overrides by process, and `damage` is for the last.
+    """Starts processes by three variables or SLURM's; `damage` is for the last.
 
-    `fork` is for a quick start, see `Started`.
+    `own` has overrides, and `environments` more variables, by process. `fork` is for a quick start, see `Started`.
     """
     port = free_port()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
@@ -150,6 +151,7 @@ def launch(
             given = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
             given["SLURM_GPUS_ON_NODE"] = "8"  # which a run on its CPUs does not need
             given |= {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1"}
+        given |= (environments or {}).get(index, {})
         if damage and index == count - 1:
             given["OBSERVED_DAMAGE"] = json.dumps(damage)
         command = [*program, str(config), *overrides, *(own or {}).get(index, ())]

@@ -162,10 +162,10 @@ def main() -> None:
 
     dispatch = trainer._dispatch
 
-    def dispatched(parts: trainer.Parts, progress: trainer.Progress, **options: Any) -> trainer.Pending:
-        pending = dispatch(parts, progress, **options)
+    def dispatched(run: trainer.Run, progress: trainer.Progress, **options: Any) -> trainer.Pending:
+        pending = dispatch(run, progress, **options)
         if pending.step == 1:
-            write_first_moments(parts.config.training.run_dir, progress.state)
+            write_first_moments(run.config.training.run_dir, progress.state)
         return pending
 
     share_programs()

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.config.file import dump_config, parse_config
+from jaxllm.config.file import dump_config, load_config, parse_config
 from jaxllm.run.record import read_metrics
 from jaxllm.run.start import read_run
 from tests.host.observed import batches_of, first_moments
@@ -80,7 +80,8 @@ def half(folder: Path, family: str, *, source: str = "") -> list[str]:
     one = folder / f"{family}-one"
     start = [f"training.init_from={folder / source if source else one}", f"data.tokenizer={one / 'tokenizer.json'}"]
     short = ["training.save_every=3", "training.sample_tokens=0"]
-    rate = {"llama": "3e-3", "t5": "1e-3"}[family]
+    # Roundings of step 1 grow with the rate. At 1e-3, T5's gradient norms differ by 7e-4 in step 6 on an Intel CPU.
+    rate = {"llama": 3e-3, "t5": 2e-4}[family]
     scaled = ["precision.compute=float16", "precision.initial_scale=1024", f"optimizer.learning_rate={rate}"]
     return [*start, *scaled, *short]
 
@@ -133,10 +134,11 @@ def assert_same_record(a: Path, b: Path, *, fingerprints: bool = False) -> None:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Records and parameters agree, and batches are the same to the bit."""
+    """Records and parameters agree, the latter within a step at a small rate; batches are the same to the bit."""
     assert_same_record(a, b)
+    atol = min(1e-3, load_config(a / "config.yaml").optimizer.learning_rate)
     for x, y in zip(*(jax.tree.leaves(read_run(path)[1]) for path in (a, b)), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-3)
+        np.testing.assert_allclose(x, y, atol=atol)
     digests = batches_of(b)
     assert batches_of(a) == {step: digests[step] for step in batches_of(a)} and max(batches_of(a)) == 6
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from jaxllm.host import processes
 from jaxllm.host.device import datasheet_peaks, nvidia_devices
 from jaxllm.ops import backend
 from scripts import gpu_settings
@@ -34,6 +35,12 @@ def test_a_process_is_prepared_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XLA_FLAGS", "--mine=1")
     prepare_process(["--theirs=2"])
     assert os.environ["XLA_FLAGS"] == "--theirs=2 --mine=1" and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    # Of several processes, the others take the flags that the first has found: all must compile the same program.
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(processes, "gather", lambda text: ["--first=3", text])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    prepare_process(["--other=4"])
+    assert os.environ["XLA_FLAGS"] == "--first=3"
 
 
 @pytest.mark.parametrize(

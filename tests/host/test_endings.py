@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from jaxllm.host import processes
+from jaxllm.run.compiled import shared_cache
 from tests.conftest import write_corpus
 from tests.host.launching import Started, finish, has_handler, heard_at, launch, wait_for
 from tests.host.runs import steps_of, write
@@ -77,7 +78,7 @@ def test_times_and_signals_stop_all_at_the_same_step_and_sigkill_ends_the_other(
     started[1].kill()
     killed = time.monotonic()
     ended = finish(started)
-    assert ended[0].status == 1 and time.monotonic() - killed < 60, ended
+    assert ended[0].status == 75 and time.monotonic() - killed < 60, ended
     assert "the same command resumes" in ended[0].stdout and "Traceback" not in ended[0].stdout
 
 
@@ -108,7 +109,37 @@ def test_an_error_of_one_process_ends_all_in_seconds_with_one_message(
     assert end - said[0] < LONGEST
 
 
-@pytest.mark.parametrize("cluster", [{"JOB_COMPLETION_INDEX": "3"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2"}])
+def test_a_folder_of_the_same_name_on_each_machine_is_refused(config: Path, tmp_path: Path) -> None:
+    """Training would begin, and its first save would wait for files that the other process cannot see."""
+    homes = {0: {"HOME": str(tmp_path / "a")}, 1: {"HOME": str(tmp_path / "b")}}
+    started = launch(config, "training.run_dir=~/run", *PLAIN, count=2, devices=2, fork=True, environments=homes)
+    ended = finish(started)
+    assert [each.status for each in ended] == [1, 1], ended
+    assert len(heard_at(started, "must be on a file system that all processes share")) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("tokenizer.json", "data", "config.yaml")]
+
+
+def test_a_cache_that_only_one_process_sees_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """XLA's autotuner would wait a day for a process that has loaded its program instead of compiling it."""
+    path = str(tmp_path / "cache")
+    assert shared_cache(path) == path
+    monkeypatch.setattr(processes, "shares", lambda folder: folder.name != "cache")
+    assert shared_cache(path) is None and f"training.compilation_cache {path} is not used" in caplog.text
+    caplog.clear()
+    assert shared_cache(None) is None and not caplog.text
+
+
+CLUSTERS = [
+    {"JOB_COMPLETION_INDEX": "3"},
+    {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2"},
+    # What mpirun starts on another node is in a SLURM step of one task.
+    {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "16"},
+]
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
 def test_a_process_may_be_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch, cluster: dict[str, str]) -> None:
     """For example, the pods of an Indexed Job that sweeps over a setting."""
 

@@ -141,6 +141,8 @@ def test_an_encoder_output_of_another_batch_is_refused() -> None:
         ({"prompts": np.array([1, 2])}, "prompt 0 must be a list of token ids"),
         ({"max_new_tokens": 4.0}, "max_new_tokens must be a whole number, got 4.0"),
         ({"eos_ids": 3}, r"eos_ids must be a list of ids, e.g. \[3\]"),
+        ({"eos_ids": [5.7]}, r"eos_ids\[0\] must be a whole number, got 5.7"),
+        ({"eos_ids": jnp.array([5])}, r"eos_ids\[0\] must be a whole number, got Array"),
         ({"pad_id": None}, "pad_id must be a whole number, got None"),
         ({"sampling": 0.5}, r"sampling must be a Sampling, e.g. Sampling\(temperature=0.8\), got 0.5"),
         ({"seed": 1.5}, r"seed must be a whole number in 0\.\.2\*\*32 - 1, got 1\.5"),

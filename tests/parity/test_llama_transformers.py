@@ -57,6 +57,21 @@ def test_exports_open_in_transformers(name: str, tmp_path: Path, llama_directory
     np.testing.assert_array_equal(theirs.logits(opened, cases.tokens()), theirs.logits(built, cases.tokens()))
 
 
+@pytest.mark.parametrize("original", [16, None])
+def test_an_export_of_yarn_has_the_factor_that_transformers_demands(original: int | None, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 23, "d_model": 12, "d_ff": 7, "num_layers": 2, "num_heads": 2, "max_length": 64}
+    config = jaxllm.LlamaConfig(**sizes, rope=jaxllm.RopeConfig(type="yarn", original_max_length=original))
+    model = jaxllm.build(config)
+    params = jaxllm.init_params(model, jax.random.key(0))
+    jaxllm.save_hf(tmp_path, model, params)
+    opened = theirs.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = jax.numpy.arange(40)[None] % 23
+    want = theirs.logits(opened, np.asarray(ids))
+    assert cases.logit_error(model.apply({"params": params}, ids), want) < cases.LOGITS
+    again, same = jaxllm.load_hf(tmp_path)
+    np.testing.assert_array_equal(again.apply({"params": same}, ids), model.apply({"params": params}, ids))
+
+
 @pytest.mark.parametrize("name", ("gqa_tied_linear", "biases_yarn_mscale", "longrope_long", "mistral", "qwen3"))
 def test_hidden_states_and_attention_maps(name: str, llama_directory) -> None:
     model, params = jaxllm.load_hf(llama_directory(name))

@@ -9,8 +9,7 @@ import pytest
 
 import jaxllm
 from benchmarks import parity
-from jaxllm.models import build
-from jaxllm.models.llama import Llama
+from jaxllm.models import Llama, build
 from tests.parity import llama_cases as cases
 
 pytest.importorskip("torch")

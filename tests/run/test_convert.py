@@ -25,6 +25,7 @@ from jaxllm.interop.hf import SpecialIds, special_ids
 from jaxllm.models import abstract_params, build, init_params
 from jaxllm.run.load import load_text_model
 from jaxllm.run.start import read_run
+from jaxllm.storage.folder import checkpoint_steps
 from tests.conftest import full_disk
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_hf.py"
@@ -87,6 +88,17 @@ def test_transformers_reads_the_tokenizer_of_an_export(run: Path, exported: Path
     text = "def  read_(x):\n\treturn x"
     ids = theirs(text, add_special_tokens=False)["input_ids"]
     assert ids == ours.encode(text).tolist() and theirs.decode(ids) == text
+
+
+def test_a_step_of_a_run_is_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (step,) = checkpoint_steps(run / "checkpoints")
+    main = runpy.run_path(str(SCRIPT))["main"]
+    sys.argv = ["convert_hf.py", f"{run}@{step}", str(tmp_path / "hf"), "--dtype", "bfloat16"]
+    assert main() == 0
+    want = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), read_run(run)[1])
+    assert_same_bits(jaxllm.load_hf(tmp_path / "hf")[1], want)
+    sys.argv[1:3] = [f"{run}@999", str(tmp_path / "other")]
+    assert main() == 1 and f"keeps no checkpoint of step 999; it keeps {step}" in capsys.readouterr().err
 
 
 def test_an_export_is_as_readable_as_any_new_file(run: Path, tmp_path: Path) -> None:
@@ -221,7 +233,7 @@ def test_script_converts_a_run_and_names_what_it_cannot_do(
 
     assert "a run holds float32" in refused(tmp_path / "hf", tmp_path / "back", "--dtype", "bfloat16")
     assert not (tmp_path / "back").exists()
-    assert "no config.json" in refused(tmp_path, tmp_path / "back")
+    assert "neither a run folder (config.yaml) nor a Hugging Face directory" in refused(tmp_path, tmp_path / "back")
     before = {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert "is a Hugging Face directory; choose another folder" in refused(run, tmp_path / "hf")
     (tmp_path / "meta").mkdir()

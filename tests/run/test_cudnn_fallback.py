@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -154,7 +155,7 @@ def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     ask.defvjp(lambda query: (ask(query), None), lambda _, grad: (grad,))
     monkeypatch.setattr(attention, "choose", choose)
     monkeypatch.setattr(attention.cudnn, "fused_attention", lambda query, key, value, **_: ask(query))
-    monkeypatch.setattr("jaxllm.run.steps._may_be_refused", lambda config: True)
+    monkeypatch.setattr("jaxllm.run.steps.backend", SimpleNamespace(on_gpu=lambda: True))
     yield message
     jax.clear_caches()  # what was traced with these functions must not be found by other tests
     loop._refused.clear()

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxllm.config import LlamaConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config.file import ConfigError
@@ -23,8 +24,10 @@ from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
 from jaxllm.interop.hf import save_hf
 from jaxllm.models import build, init_params
 from jaxllm.run.load import load_run, load_text_model
-from jaxllm.run.samples import write_sample
+from jaxllm.run.samples import on_one_device, write_sample
 from jaxllm.run.trainer import pretrain
+from jaxllm.training.program import program_of
+from jaxllm.training.sharding import AXES
 from tests.run.test_pretrain import copy_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -224,6 +227,64 @@ def test_a_sample_that_cannot_be_written_fails_no_finished_run(
     run = copy_of(short_run, tmp_path / "run")
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, sample_tokens=2))
     (tmp_path / "run" / "sample.txt").mkdir()
+    (tmp_path / "run" / "loss.png").unlink(missing_ok=True)
     with caplog.at_level("WARNING", logger="jaxllm"):
         assert pretrain(run).finished
-    assert "the sample or the curve is not made: [Errno 21] Is a directory" in caplog.text
+    expected = "the sample (training.sample_prompt, sample_tokens) is not made: [Errno 21] Is a directory"
+    assert expected in caplog.text and (tmp_path / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("too long"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_no_error_of_the_sample_fails_a_finished_run(
+    error: Exception,
+    short_run: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("jaxllm.run.trainer.write_sample", fail)
+    run = copy_of(short_run, tmp_path / "run")
+    (tmp_path / "run" / "loss.png").unlink(missing_ok=True)
+    assert pretrain(run).finished
+    assert (tmp_path / "run" / "loss.png").exists() and f"is not made: {error}" in caplog.text
+
+
+def test_a_sample_ends_with_the_context_of_its_model(llama: Path, tmp_path: Path) -> None:
+    text_model = load_text_model(llama)
+    context = text_model.model.config.context
+    assert context
+    for tokens in (context - 1, context, 100 * context):
+        config = TrainingConfig(sample_tokens=tokens)
+        assert write_sample(tmp_path, text_model.model, text_model.params, NoExamples(text_model.tokenizer), config)
+
+
+def test_a_sample_on_several_devices_needs_room_on_one(
+    short_run: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Next to the run: parameters in the compute dtype, and two more copies of them while they are laid out."""
+    run = dataclasses.replace(short_run, training=dataclasses.replace(short_run.training, sample_tokens=2))
+    program, mesh = program_of(run, None), Mesh(np.array(jax.devices()).reshape(1, 1, 1), AXES)
+    params = jax.jit(program.fresh_state)().params
+    needed = 3 * sum(leaf.size for leaf in jax.tree.leaves(params)) * program.dtype.itemsize
+
+    class Device:
+        free = 0
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 10**9, "bytes_in_use": 10**9 - self.free}
+
+    (device,) = jax.devices()
+    put = jax.device_put
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "device_put", lambda leaf, _: put(leaf, device))
+    monkeypatch.setattr(Device, "free", needed)
+    assert jax.tree.structure(on_one_device(program, mesh, params)) == jax.tree.structure(params)
+    monkeypatch.setattr(Device, "free", needed - 1)
+    with caplog.at_level("INFO", logger="jaxllm"):
+        assert on_one_device(program, mesh, params) is None
+    assert "no sample: it takes" in caplog.text

@@ -17,7 +17,7 @@ from jaxllm.host.device import Device, host_memory
 from jaxllm.run import steps
 from jaxllm.run.compiled import DeviceError, explained
 from jaxllm.run.steps import announce_fit
-from jaxllm.training.fit import FitError
+from jaxllm.training.fit import FitError, check_fit
 from jaxllm.training.program import Program, program_of
 
 CPU = Device("cpu", 1, None, None, None)
@@ -74,10 +74,10 @@ def test_a_cpu_is_asked_for_no_more_than_its_machine_has(
     assert "may be too large, so the compiler's own figure will decide; activations: raise training." in caplog.text
     monkeypatch.setattr(steps, "host_memory", lambda: 1 << 35)
     caplog.clear()
-    check = announce_fit(program, CPU)
-    check(1 << 35)
+    fit, limit = announce_fit(program, CPU)
+    check_fit(fit, 1 << 35, limit=limit)
     with pytest.raises(FitError, match=r"needs at least 68.7 GB and the device has 34.4 GB.*activations: raise"):
-        check(1 << 36)
+        check_fit(fit, 1 << 36, limit=limit)
     assert not caplog.records
 
 

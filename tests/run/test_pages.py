@@ -19,7 +19,13 @@ from jaxllm.models import build, init_params
 from tests.conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
-HERE = ("parts.md", "study.md", "extending.md", "evaluation.md")  # run by tests of their own, or need an extra
+HERE = (
+    "parts.md",
+    "study.md",
+    "extending.md",
+    "evaluation.md",
+    "cluster.md",
+)  # run by tests of their own, or need an extra
 TINY = ["model.d_model=16", "model.d_ff=24", "model.num_layers=1", "model.num_heads=2", "model.vocab_size=420"]
 TINY += ["data.sequence_length=32", "training.steps=2", "training.eval_every=2", "training.eval_batches=1"]
 

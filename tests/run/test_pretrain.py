@@ -365,7 +365,7 @@ def test_a_run_that_is_too_large_stops_before_it_runs_and_leaves_its_folder(
 ) -> None:
     needed: list[int] = []
 
-    def check(fit: Fit, size: int, *, limit: int) -> None:
+    def check(fit: Fit, size: int, *, limit: int | float) -> None:
         needed.append(size)
         check_fit(fit, size, limit=limit)
 
@@ -376,6 +376,7 @@ def test_a_run_that_is_too_large_stops_before_it_runs_and_leaves_its_folder(
         return pretrain(run, stop_at=stop_at)
 
     monkeypatch.setattr("jaxllm.run.steps.check_fit", check)
+    monkeypatch.setattr("jaxllm.run.trainer.check_fit", check)
     with pytest.raises(FitError, match=r"activations 0\.0, .*moments: set optimizer.moment_dtype=bfloat16"):
         start(1e5, rows=64)
     assert len(needed) == 1 and not (tmp_path / "run" / "checkpoints").exists()  # not even the state has room
@@ -514,12 +515,12 @@ def test_a_damaged_checkpoint_is_not_called_good(tmp_path: Path, shared: Path, m
     assert pretrain(run, stop_at=4).step == 4
     read = trainer._read
 
-    def spoiled(parts: trainer.Parts, progress: trainer.Progress, pending: trainer.Pending | None) -> None:
+    def spoiled(run: trainer.Run, progress: trainer.Progress, pending: trainer.Pending | None) -> None:
         if pending is not None and pending.step == 7:
-            parts.checkpoints.wait()
+            run.checkpoints.wait()
             (tmp_path / "run" / "checkpoints" / "6" / "data" / "metadata").write_text("{")
             pending = pending._replace(metrics=pending.metrics._replace(loss=jnp.float32(math.nan)))
-        read(parts, progress, pending)
+        read(run, progress, pending)
 
     monkeypatch.setattr(trainer, "_read", spoiled)
     with pytest.raises(

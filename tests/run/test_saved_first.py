@@ -104,7 +104,7 @@ def test_a_checkpoint_is_saved_when_so_many_minutes_have_passed(shared: Path, mo
     assert kept(run) == [4, 8]
 
 
-def test_runs_of_one_program_do_not_share_the_wish_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_one_program_do_not_share_the_request_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several processes; a stand-in has the values that the coordination service would have."""
     values: dict[str, str] = {}
 

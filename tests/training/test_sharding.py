@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,14 +160,15 @@ def test_an_overflow_on_one_device_is_one_for_all(runs: tuple[RunConfig, RunConf
     assert (report["scales"], report["skipped"], report["untouched"]) == ([4.0], 1, True)
 
 
-def test_the_loop_that_the_docstring_shows_runs(tiny: LlamaConfig) -> None:
+def test_the_loop_that_the_guide_shows_runs(tiny: LlamaConfig) -> None:
     """On one device here; the invariants of several are above."""
-    lines = [line[4:] for line in (sharding.__doc__ or "").splitlines() if line.startswith("    ")]
+    guide = (Path(__file__).parent.parent.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```python\n(.+?)```", guide, flags=re.S)
     rows = jnp.arange(32).reshape(4, 8)
     batch = {"tokens": rows, "targets": rows, "weights": jnp.ones((4, 8))}
     config = RunConfig(model=dataclasses.replace(tiny, max_length=256))
     names = {**vars(sharding), "program_of": program_of, "config": config, "batches": [batch, batch]}
-    exec("\n".join(lines), names)
+    exec(loop, names)
     assert int(names["state"].step) == 2 and np.isfinite(names["metrics"].loss)
     assert names["params"]["embed"].sharding.device_set == {jax.devices()[0]}
 

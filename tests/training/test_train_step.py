@@ -66,6 +66,21 @@ def test_weights_of_zero_teach_nothing(tiny: LlamaConfig) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("factor", [2.0**-12, 3.0])
+def test_only_the_ratio_of_weights_counts(tiny: LlamaConfig, factor: float) -> None:
+    """Also where they sum to less than 1."""
+    step, state, _ = setup(tiny)
+    data = batch()
+    _, want = step(state, data)
+    _, found = step(state, {**data, "weights": data["weights"] * np.float32(factor)})
+    np.testing.assert_allclose(found.weight, want.weight * factor, rtol=1e-6)
+    np.testing.assert_allclose([*found[:3], found.grad_norm], [*want[:3], want.grad_norm], rtol=1e-5)
+    nothing, found = step(state, {**data, "weights": np.zeros_like(data["weights"])})
+    assert found.loss == found.grad_norm == 0 and all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(nothing.params)
+    )
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_masters_moments_and_metrics_stay_float32(tiny: LlamaConfig, dtype: str) -> None:
     step, state, _ = setup(tiny, dtype=dtype)

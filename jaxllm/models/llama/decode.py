@@ -15,7 +15,7 @@ from jaxllm.config import LlamaConfig
 from jaxllm.models import cache as kv
 from jaxllm.models.cache import KVCache
 from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
-from jaxllm.models.layers import Parts
+from jaxllm.models.layers import LayerMaps
 from jaxllm.models.llama.model import Llama, layer_body, rotation, whole_attention
 from jaxllm.models.model import check_params
 from jaxllm.models.stack import Hold, decode_stack, embed_and_head, unstack
@@ -127,7 +127,7 @@ def prefill(
             hold(key, value)
             return whole(query, key, value)
 
-        return layer_body(_parts(c, part), x, attend, rotate)
+        return layer_body(_maps(c, part), x, attend, rotate)
 
     x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, update, scope="layers")
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
@@ -157,13 +157,13 @@ def decode_step(
         def attend(query: Array, key: Array, value: Array) -> Array:
             return turn.attend(query, *hold(key, value), turn.pairs, scale=c.head_dim**-0.5)
 
-        return layer_body(_parts(c, part), x, attend, rotate)
+        return layer_body(_maps(c, part), x, attend, rotate)
 
     x, cache = decode_stack(layer, params.layers, params.embed[tokens], cache, turn.update, scope="layers")
     return _logits(c, params, x)[:, 0], cache
 
 
-def _parts(c: LlamaConfig, layer: LayerParams) -> Parts:
+def _maps(c: LlamaConfig, layer: LayerParams) -> LayerMaps:
     norm = functools.partial(rms_norm, eps=c.norm_eps)
 
     def qkv(h: Array) -> tuple[Array, Array, Array]:
@@ -177,7 +177,7 @@ def _parts(c: LlamaConfig, layer: LayerParams) -> Parts:
         gate, up = jnp.split(layer.gate_up(h), 2, axis=-1)
         return gate, up
 
-    return Parts(
+    return LayerMaps(
         attn_norm=lambda x: norm(x, layer.attn_norm),
         qkv=qkv,
         out=layer.out,

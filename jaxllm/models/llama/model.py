@@ -1,7 +1,7 @@
 """Llama (arXiv 2302.13971) and its relatives: a pre-norm decoder with rotary positions and grouped-query attention.
 
 `layer_body` is one layer for training, scoring, prefill and decoding. What differs comes as arguments: the maps of the
-layer's parameters in either layout (`Parts`), and the two functions that research code may replace, attention and
+layer's parameters in either layout (`LayerMaps`), and the two functions that research code may replace, attention and
 positions. The modules are for training and scoring, whole sequences and no cache at all; decoding is
 `jaxllm.models.llama.decode`.
 """
@@ -16,7 +16,19 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.config import LlamaConfig
 from jaxllm.models.functions import Attend, Pairs, Rotate, dense_mask
-from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Islands, Linear, Map, Parts, RMSNorm, add, apply, embed, mark
+from jaxllm.models.layers import (
+    DEFAULT_ISLANDS,
+    MASTER,
+    Islands,
+    LayerMaps,
+    Linear,
+    Map,
+    RMSNorm,
+    add,
+    apply,
+    embed,
+    mark,
+)
 from jaxllm.models.model import FamilyModule, Flops, check_shape, check_tokens, refuse
 from jaxllm.models.stack import apply_stack, create_stack
 from jaxllm.ops.attention import attention
@@ -26,25 +38,25 @@ from jaxllm.ops.positions import apply_rope, rope_cos_sin, rope_frequencies
 
 
 def layer_body(
-    parts: Parts, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], rotate: Map
+    maps: LayerMaps, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], rotate: Map
 ) -> Float[Array, "B T D"]:
     """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        parts: the layer's maps.
+        maps: the layer's maps.
         x: residual stream.
         attend: queries, keys and values of these tokens to the mixed values [B, T, N, H].
         rotate: queries or keys [B, T, N, H] to the same with their positions in them.
     """
     x = mark(x, "input")
-    query, key, value = parts.qkv(parts.attn_norm(x))
+    query, key, value = maps.qkv(maps.attn_norm(x))
     query, key, value = mark(rotate(query), "query"), mark(rotate(key), "key"), mark(value, "value")
     mixed = mark(attend(query, key, value), "heads")
-    x = add(x, parts.out(mixed.reshape(*x.shape[:2], -1)), "attention")
-    gate, up = parts.gate_up(parts.mlp_norm(x))
+    x = add(x, maps.out(mixed.reshape(*x.shape[:2], -1)), "attention")
+    gate, up = maps.gate_up(maps.mlp_norm(x))
     gate, up = mark(gate, "gate"), mark(up, "up")
-    neurons = mark(parts.activation(gate) * up, "neurons")
-    return add(x, parts.down(neurons), "mlp")
+    neurons = mark(maps.activation(gate) * up, "neurons")
+    return add(x, maps.down(neurons), "mlp")
 
 
 def rotation(config: LlamaConfig, own: Rotate | None, positions: Int[Array, "#B T"], *, length: int) -> Map:
@@ -114,7 +126,7 @@ class LlamaLayer(nn.Module):
         self, x: Float[Array, "B T D"], attend: Callable[[Array, Array, Array], Array], rotate: Map
     ) -> Float[Array, "B T D"]:
         """One layer over whole sequences; `attend` and `rotate` as `layer_body` takes them."""
-        parts = Parts(
+        maps = LayerMaps(
             attn_norm=lambda h: self.attn_norm(h).astype(self.dtype),
             qkv=self._qkv,
             out=self.o_proj,
@@ -123,7 +135,7 @@ class LlamaLayer(nn.Module):
             activation=ACTIVATIONS[self.config.activation],
             down=self.down_proj,
         )
-        return layer_body(parts, x, attend, rotate)
+        return layer_body(maps, x, attend, rotate)
 
     def _qkv(self, h: Array) -> tuple[Array, Array, Array]:
         c = self.config

@@ -17,11 +17,11 @@ from jaxllm.models import cache as kv
 from jaxllm.models.cache import CrossCache, KVCache
 from jaxllm.models.decoder import Decoder, Plan, check_methods, check_prepared
 from jaxllm.models.functions import Pairs
-from jaxllm.models.layers import Parts, apply
+from jaxllm.models.layers import LayerMaps, apply
 from jaxllm.models.model import check_params
 from jaxllm.models.stack import Hold, decode_stack, embed_and_head, unstack
 from jaxllm.models.t5.layer import (
-    CrossParts,
+    CrossMaps,
     layer_body,
     own_or_shared,
     scale_output,
@@ -139,7 +139,7 @@ def prefill(
     keys, values = [], []
     for i, layer in enumerate(params.decoder.layers):
         with jax.named_scope(f"decoder/layers/{i}"):
-            key, value = source_keys_values(_cross_parts(c, layer.cross), encoded, rows=batch)
+            key, value = source_keys_values(_cross_maps(c, layer.cross), encoded, rows=batch)
         keys.append(jnp.swapaxes(key, 1, 2))
         values.append(jnp.swapaxes(value, 1, 2))
     sizes = {"num_layers": c.num_decoder_layers, "num_kv_heads": c.num_heads, "head_dim": c.head_dim}
@@ -160,7 +160,7 @@ def _encode(model: T5, params: T5Params, tokens: Int[Array, "B S"], lengths: Int
     for i, layer in enumerate(params.encoder.layers):
         with jax.named_scope(f"encoder/layers/{i}"):
             own = functools.partial(attend, bias=bias_of(layer.table), drop=None)
-            x = layer_body(_parts(c, layer), x, own)
+            x = layer_body(_maps(c, layer), x, own)
     return _norm(c, x, params.encoder.final_norm)
 
 
@@ -211,7 +211,7 @@ def through_cache(
         def attend_source(query: Array) -> Array:
             return turn.attend(query, *source, source_pairs, scale=1.0)
 
-        return layer_body(_parts(c, own), x, attend, (_cross_parts(c, own.cross), attend_source))
+        return layer_body(_maps(c, own), x, attend, (_cross_maps(c, own.cross), attend_source))
 
     layers = list(zip(params.decoder.layers, cross.keys, cross.values, strict=True))
     x, cache = decode_stack(layer, layers, _embed(params, tokens), cache, turn.update, scope="decoder/layers")
@@ -219,7 +219,7 @@ def through_cache(
     return project(x, params.head, dtype=jnp.float32), cache
 
 
-def _parts(c: T5Config, layer: LayerParams) -> Parts:
+def _maps(c: T5Config, layer: LayerParams) -> LayerMaps:
     def qkv(h: Array) -> tuple[Array, Array, Array]:
         joined = _heads(c, project(h, layer.qkv), 3)
         return joined[:, :, 0], joined[:, :, 1], joined[:, :, 2]
@@ -231,7 +231,7 @@ def _parts(c: T5Config, layer: LayerParams) -> Parts:
         gate, up = jnp.split(up, 2, axis=-1)
         return gate, up
 
-    return Parts(
+    return LayerMaps(
         attn_norm=lambda x: _norm(c, x, layer.attn_norm),
         qkv=qkv,
         out=lambda mixed: project(mixed, layer.out),
@@ -243,12 +243,12 @@ def _parts(c: T5Config, layer: LayerParams) -> Parts:
     )
 
 
-def _cross_parts(c: T5Config, cross: CrossParams) -> CrossParts:
+def _cross_maps(c: T5Config, cross: CrossParams) -> CrossMaps:
     def keys_values(source: Array) -> tuple[Array, Array]:
         joined = _heads(c, project(source, cross.key_value), 2)
         return joined[:, :, 0], joined[:, :, 1]
 
-    return CrossParts(
+    return CrossMaps(
         norm=lambda x: _norm(c, x, cross.norm),
         query=lambda h: project(h, cross.query).reshape(*h.shape[:2], c.num_heads, c.head_dim),
         keys_values=keys_values,

@@ -1,6 +1,6 @@
 """One layer of T5's encoder or decoder: the same body for training, scoring, encoding of prompts and decoding.
 
-What differs comes as arguments: the maps of the layer's parameters in either layout (`Parts`, `CrossParts`), attention
+Differences are arguments: the maps of the layer's parameters in either layout (`LayerMaps`, `CrossMaps`), attention
 with its relative bias, and dropout. The parameters for training and scoring follow. A layer works in the compute dtype;
 the residual stream has its own, because T5's outgrows float16. Scores are not divided by sqrt(head_dim): T5 includes
 that in q's initial size.
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.config import T5Config
 from jaxllm.models.functions import Attend, Pairs, dense_mask
-from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Drop, Islands, Linear, Map, Parts, RMSNorm, add, mark
+from jaxllm.models.layers import DEFAULT_ISLANDS, MASTER, Drop, Islands, LayerMaps, Linear, Map, RMSNorm, add, mark
 from jaxllm.models.model import refuse
 from jaxllm.ops.attention import attention
 from jaxllm.ops.linear import linear_float32
@@ -31,8 +31,8 @@ _ENCODER_PLACES = ("weights", "attention", "neurons", "mlp")
 _DECODER_PLACES = ("weights", "attention", "cross_weights", "cross_attention", "neurons", "mlp")
 
 
-class CrossParts(NamedTuple):
-    """The maps of a decoder layer's attention over the encoder's output, as in `Parts`."""
+class CrossMaps(NamedTuple):
+    """The maps of a decoder layer's attention over the encoder's output, as in `LayerMaps`."""
 
     norm: Map
     query: Map  # [B, T, N, H]
@@ -41,48 +41,48 @@ class CrossParts(NamedTuple):
 
 
 def layer_body(
-    parts: Parts,
+    maps: LayerMaps,
     x: Float[Array, "B T D"],
     attend: Callable[[Array, Array, Array], Array],
-    cross: tuple[CrossParts, Map] | None = None,
+    cross: tuple[CrossMaps, Map] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, "B T D"]:
     """One pre-norm layer: x + attention(norm(x)), in a decoder cross-attention the same way, then x + mlp(norm(x)).
 
     Args:
-        parts: the layer's maps.
+        maps: the layer's maps.
         x: residual stream.
         attend: queries, keys and values of these tokens to the mixed values [B, T, N, H].
         cross: maps of the cross-attention, and queries to the mixed values of the encoder's output; None in an encoder.
         drop: dropout of a value at a place named as its sublayer, or `neurons`; without it nothing is dropped.
     """
     x = mark(x, "input")
-    x = add(x, _attention(parts, parts.attn_norm(x), attend), "attention", drop)
+    x = add(x, _attention(maps, maps.attn_norm(x), attend), "attention", drop)
     if cross is not None:
-        cross_parts, attend_source = cross
-        x = add(x, _cross_attention(cross_parts, cross_parts.norm(x), attend_source), "cross_attention", drop)
-    return add(x, _mlp(parts, parts.mlp_norm(x), drop), "mlp", drop)
+        cross_maps, attend_source = cross
+        x = add(x, _cross_attention(cross_maps, cross_maps.norm(x), attend_source), "cross_attention", drop)
+    return add(x, _mlp(maps, maps.mlp_norm(x), drop), "mlp", drop)
 
 
 @jax.named_scope("attention")
-def _attention(parts: Parts, h: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
-    query, key, value = parts.qkv(h)
+def _attention(maps: LayerMaps, h: Array, attend: Callable[[Array, Array, Array], Array]) -> Array:
+    query, key, value = maps.qkv(h)
     mixed = attend(mark(query, "query"), mark(key, "key"), mark(value, "value"))
-    return parts.out(_joined(mark(mixed, "heads")))
+    return maps.out(_joined(mark(mixed, "heads")))
 
 
 @jax.named_scope("cross_attention")
-def _cross_attention(parts: CrossParts, h: Array, attend: Map) -> Array:
-    mixed = attend(mark(parts.query(h), "query"))
-    return parts.out(_joined(mark(mixed, "heads")))
+def _cross_attention(maps: CrossMaps, h: Array, attend: Map) -> Array:
+    mixed = attend(mark(maps.query(h), "query"))
+    return maps.out(_joined(mark(mixed, "heads")))
 
 
 @jax.named_scope("mlp")
-def _mlp(parts: Parts, h: Array, drop: Drop | None) -> Array:
-    gate, up = parts.gate_up(h)
+def _mlp(maps: LayerMaps, h: Array, drop: Drop | None) -> Array:
+    gate, up = maps.gate_up(h)
     up = mark(up, "up")
-    neurons = mark(parts.activation(up) if gate is None else parts.activation(mark(gate, "gate")) * up, "neurons")
-    return parts.down(neurons if drop is None else drop(neurons, "neurons"))
+    neurons = mark(maps.activation(up) if gate is None else maps.activation(mark(gate, "gate")) * up, "neurons")
+    return maps.down(neurons if drop is None else drop(neurons, "neurons"))
 
 
 def _joined(heads: Float[Array, "B T N H"]) -> Float[Array, "B T I"]:
@@ -91,10 +91,10 @@ def _joined(heads: Float[Array, "B T N H"]) -> Float[Array, "B T I"]:
 
 @jax.named_scope("cross_attention")
 def source_keys_values(
-    parts: CrossParts, encoded: Float[Array, "#B S D"], *, rows: int
+    maps: CrossMaps, encoded: Float[Array, "#B S D"], *, rows: int
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
     """A layer's keys and values of the encoder's output; all rows may share one source."""
-    key, value = (jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts.keys_values(encoded))
+    key, value = (jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in maps.keys_values(encoded))
     return mark(key, "key"), mark(value, "value")
 
 
@@ -185,14 +185,14 @@ class T5MLP(nn.Module):
 
     def down(self, neurons: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """Float16 in, float32 out, because T5's sum overflows here; `islands.mlp_output` sets another dtype."""
-        wide = self.islands.mlp_output or stream_dtype(neurons.dtype)
-        if wide == neurons.dtype:
+        output_dtype = self.islands.mlp_output or stream_dtype(neurons.dtype)
+        if output_dtype == neurons.dtype:
             return self.down_proj(neurons)
-        return linear_float32(neurons, self.down_proj.kernel.astype(neurons.dtype)).astype(wide)
+        return linear_float32(neurons, self.down_proj.kernel.astype(neurons.dtype)).astype(output_dtype)
 
 
 class _Layer(nn.Module):
-    """What the layers of both stacks share; `dtype` is that of the sublayers."""
+    """The base of the layers of both stacks; `dtype` is that of the sublayers."""
 
     config: T5Config
     dtype: Any
@@ -207,8 +207,8 @@ class _Layer(nn.Module):
         self.mlp = T5MLP(c, self.islands)
         self.relative_bias = create_table(self, c) if c.relative_per_layer else None
 
-    def _parts(self) -> Parts:
-        return Parts(
+    def _maps(self) -> LayerMaps:
+        return LayerMaps(
             attn_norm=lambda x: self.attn_norm(x).astype(self.dtype),
             qkv=self.attention.qkv,
             out=self.attention.o_proj,
@@ -233,14 +233,14 @@ class EncoderLayer(_Layer):
         """One layer over whole sequences; `attend` is a `whole_attention`."""
         drop = self._drop(_ENCODER_PLACES, key)
         attend = functools.partial(attend, bias=bias_of(self.relative_bias), drop=_of_weights(drop, "weights", key))
-        return layer_body(self._parts(), x, attend, drop=drop)
+        return layer_body(self._maps(), x, attend, drop=drop)
 
 
 class DecoderLayer(_Layer):
     """Attention over the targets so far, then over the encoder's output, then an MLP."""
 
     def setup(self) -> None:
-        """Adds the attention over the encoder's output to the parts of an encoder layer."""
+        """Adds the attention over the encoder's output to the modules of an encoder layer."""
         super().setup()
         c = self.config
         self.cross_norm = RMSNorm(c.d_model, c.norm_eps, self.islands.norms)
@@ -258,7 +258,7 @@ class DecoderLayer(_Layer):
         """One layer over whole sequences; `attend` and `attend_cross` are `whole_attention`s."""
         drop = self._drop(_DECODER_PLACES, key)
         attend = functools.partial(attend, bias=bias_of(self.relative_bias), drop=_of_weights(drop, "weights", key))
-        cross = CrossParts(
+        cross = CrossMaps(
             norm=lambda x: self.cross_norm(x).astype(self.dtype),
             query=self.cross_attention.query,
             keys_values=self.cross_attention.keys_values,
@@ -269,7 +269,7 @@ class DecoderLayer(_Layer):
         def attend_source(query: Array) -> Array:
             return attend_cross(query, keys, values, bias=None, drop=_of_weights(drop, "cross_weights", key))
 
-        return layer_body(self._parts(), x, attend, (cross, attend_source), drop)
+        return layer_body(self._maps(), x, attend, (cross, attend_source), drop)
 
 
 def _of_weights(drop: Drop, place: str, key: Array | None) -> Map | None:

@@ -170,7 +170,7 @@ def whole_bias(
 
 
 def _first(query: Array, *_: Array, **__: Any) -> Array:
-    """In place of attention where only the parameters are wanted."""
+    """Stands in for attention during initialisation."""
     return query
 
 
