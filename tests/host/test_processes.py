@@ -13,6 +13,7 @@ process compiles for the others (`observed.share_programs`); in test_endings.py 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ from tests.host.runs import (
 # Of four devices of two processes: all share one copy of the state, or those of each process share one.
 MESHES = {"llama": {"data": 1, "fsdp": 4, "tensor": 1}, "t5": {"data": 2, "fsdp": 2, "tensor": 1}}
 
+# jax's transport for CPUs prints one sentence from several threads, which break each other's lines.
+GLOO_WORDS = set("Gloo Rank is connected to peer ranks Expected number of".split())
+
 
 @pytest.mark.parametrize("family", MODELS)
 def test_two_processes_equal_one(two: Path, family: str) -> None:
@@ -49,7 +53,7 @@ def test_two_processes_equal_one(two: Path, family: str) -> None:
 def test_the_first_process_alone_writes_a_log(two: Path, family: str, runs: int) -> None:
     first, second = ended_of(two, "two", family)
     assert "2 processes" in first.stdout and first.stdout.count("step 6 loss") == runs
-    assert not [line for line in second.stdout.splitlines() if "[Gloo]" not in line]
+    assert set(re.findall("[A-Za-z]+", second.stdout)) <= GLOO_WORDS, second.stdout
 
 
 @pytest.mark.parametrize("family", MODELS)
