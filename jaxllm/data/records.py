@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
@@ -107,8 +107,13 @@ def sample_texts(records: Sequence[Any], key: str) -> Iterator[str]:
 
 
 def field(record: dict[str, Any], key: str) -> str:
-    """One text of a record, decoded; DataError when it has no such field."""
+    """One text of a record, decoded; DataError when it has no such field, or no text there."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"a record must be a dict such as {{{key!r}: ...}}, got {record!r:.60}")
     if key not in record:
         raise DataError(f"records have no field {key!r}; set data.text_key to one of: {', '.join(sorted(record))}")
     value = record[key]
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    value = value.decode("utf-8") if isinstance(value, bytes) else value
+    if not isinstance(value, str):
+        raise DataError(f"the field {key!r} of a record must be text, got {value!r:.60}")
+    return value

@@ -33,7 +33,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of ids, sentinels included.
-        pad_id: padding.
+        pad_id: padding; the end of a document where the tokenizer has none.
         eos_id: end of a document, and the input for its first token.
         sentinel_ids: ids of the sentinels in order; empty when the tokenizer has none.
     """
@@ -43,8 +43,9 @@ class Tokenizer:
         self._fast = fast
         self._restrict()
         self.vocab_size: int = fast.get_vocab_size(with_added_tokens=True)
-        self.pad_id = self._special(_PAD, "<|finetune_right_pad_id|>", "<|pad|>", default=0)
         self.eos_id = self._special(_EOS, "<|end_of_text|>", "<|endoftext|>", "<eos>", default=None)
+        # Id 0 may be text: it is "!" in the vocabularies of GPT-2, Llama 3 and Qwen.
+        self.pad_id = self._special(_PAD, "<|finetune_right_pad_id|>", "<|pad|>", default=self.eos_id)
         found = [fast.token_to_id(f"<extra_id_{i}>") for i in range(NUM_SENTINELS)]
         self.sentinel_ids = np.array([i for i in found if i is not None], np.int32)
 
@@ -52,6 +53,10 @@ class Tokenizer:
         """Ids of a text, int32, without any special token."""
         with _no_panic(f"text that begins with {text[:40]!r}"):
             return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def begins_with(self, token: int | None) -> bool:
+        """Whether the file's rule for special tokens puts this one before every text."""
+        return self._fast.encode("").ids[:1] == [token]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens are spelled out."""
@@ -147,16 +152,20 @@ class SentencePieceTokenizer(Tokenizer):
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path} is not a SentencePiece model ({error})") from None
         self.vocab_size = self._model.GetPieceSize()
-        self.pad_id = max(self._model.pad_id(), 0)
         self.eos_id = self._model.eos_id()
         if self.eos_id < 0:
             raise DataError(f"{path} has no end-of-text token, which documents need")
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         found = [self._model.PieceToId(f"<extra_id_{i}>") for i in range(NUM_SENTINELS)]
         self.sentinel_ids = np.array([i for i in found if i != self._model.unk_id()], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32, without any special token."""
         return np.array(self._model.EncodeAsIds(text), np.int32)
+
+    def begins_with(self, token: int | None) -> bool:
+        """Whether it is the model's begin token, which transformers puts before every text."""
+        return token == self._model.bos_id()
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; those beyond the pieces, which a larger model may write, are skipped."""

@@ -7,45 +7,38 @@ loop for each number. `fall_back` calls them where cuDNN may refuse the attentio
 """
 
 import functools
-import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm.config import ModelConfig
 from jaxllm.generation.edits import run_model
 from jaxllm.generation.requests import Settings
 from jaxllm.models.cache import KVCache, repeat_rows, repeat_tree
 from jaxllm.models.decoder import Decoder, Plan
-from jaxllm.ops.cudnn import refused
+from jaxllm.ops.cudnn import or_chunked
 from jaxllm.ops.sampling import Sampling, choose, process
 
-_log = logging.getLogger(__name__)
-# Decoders with a refused program, so that it is not compiled again for the next prompt.
-_refused: set[Decoder] = set()
+# Configs of models whose prompts cuDNN refused, so that they are not compiled for it again: with `attention: chunked`.
+_chunked: dict[Decoder, ModelConfig] = {}
 
 R = TypeVar("R")
 
 
 def fall_back(function: Callable[[Decoder], R], decoder: Decoder) -> R:
-    """`function(decoder)`; if cuDNN refuses the attention of a prompt, once more with blocks in plain JAX.
+    """`function(decoder)` by `or_chunked`; steps after the prompt attend to a cache and never use cuDNN."""
 
-    jax lowers and compiles when a function is first called, so that call raises the refusal; nothing is donated there.
-    Steps after the prompt attend to a cache and never use cuDNN. A refusal of `attention: cudnn`, and any other error,
-    is raised as it is.
-    """
-    if decoder not in _refused:
-        try:
+    def use(config: ModelConfig) -> R:
+        if config is decoder.model.config:
             return function(decoder)
-        except Exception as error:
-            if decoder.model.config.attention != "auto" or not refused(error):
-                raise
-            cause = str(error).splitlines()[0]
-            _log.warning("attention: chunked instead of auto for prompts, because cuDNN refused one: %s", cause)
-            _refused.add(decoder)
-    return function(decoder.without_cudnn())
+        _chunked[decoder] = config
+        return function(replace(decoder, model=decoder.model.clone(config=config)))
+
+    return or_chunked(use, _chunked.get(decoder) or decoder.model.config)
 
 
 class History(NamedTuple):

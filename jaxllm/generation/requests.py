@@ -76,7 +76,7 @@ def make_request(
     decoder = decoder_of(model)
     check_outside(params, prompts, seed)
     _check_settings(model, sampling, max_new_tokens, eos_ids, pad_id, samples, cache_dtype)
-    check_prompts(model, prompts, new=max_new_tokens, pad_id=pad_id)
+    check_prompts(model, prompts, new=max_new_tokens)
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
     chunk = min(CHUNK, bucket(max_new_tokens, 4))
     needed = int(lengths.max()) + max_new_tokens
@@ -106,10 +106,10 @@ def check_outside(*values: Any) -> None:
         )
 
 
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int | Sequence[int], pad_id: int) -> None:
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]], *, new: int | Sequence[int]) -> None:
     """Raises a ValueError for a prompt that is empty, outside the vocabulary, or can't be continued by `new` tokens."""
     check_ids(model, prompts, name="prompt")
-    decoder_of(model).check(prompts, new=new if isinstance(new, Sequence) else [new] * len(prompts), pad_id=pad_id)
+    decoder_of(model).check(prompts, new=new if isinstance(new, Sequence) else [new] * len(prompts))
 
 
 def check_ids(model: Model, rows: Sequence[Sequence[int]], *, name: str) -> None:
@@ -157,7 +157,7 @@ def _check_settings(
 def _check_kinds(sampling: Sampling, eos_ids: Sequence[int], **numbers: int) -> None:
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a Sampling, e.g. Sampling(temperature=0.8), got {sampling!r}")
-    if isinstance(eos_ids, int):
+    if isinstance(eos_ids, int | np.integer):
         raise ValueError(f"eos_ids must be a list of ids, e.g. [{eos_ids}], got {eos_ids}")
     numbers |= {f"eos_ids[{i}]": each for i, each in enumerate(eos_ids)}
     for name, number in numbers.items():

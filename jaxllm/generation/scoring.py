@@ -51,7 +51,7 @@ def score_greedy(
         raise ValueError(f"each prompt needs one continuation: got {len(prompts)} and {len(continuations)}")
     check_ids(model, continuations, name="continuation")
     longest = max(map(len, continuations))
-    check_prompts(model, prompts, new=list(map(len, continuations)), pad_id=pad_id)
+    check_prompts(model, prompts, new=list(map(len, continuations)))
     tokens, lengths = pad(prompts, bucket(max(map(len, prompts)), 16), pad_id)
     new, counts = pad(continuations, bucket(longest, 16), pad_id)
     sizes = {"prompt": tokens.shape[1], "new": new.shape[1], "needed": int(lengths.max()) + longest}

@@ -75,7 +75,7 @@ def index() -> int:
     return global_state.process_id
 
 
-def own_prefix() -> str:
+def unique_prefix() -> str:
     """A prefix of keys of the coordination service that no other call returns, the same on all processes."""
     return f"jaxllm/call{next(_calls)}/"
 
@@ -84,7 +84,7 @@ def gather(text: str) -> list[str]:
     """The texts of all processes, in their order, once all have made this call; all must make the same calls."""
     if not several():
         return [text]
-    call = own_prefix()
+    call = unique_prefix()
     _client().key_value_set(f"{call}{index():09d}", text)
     _client().wait_at_barrier(call, _LONGEST)
     return [value for _, value in sorted(_client().key_value_dir_get(call))]
@@ -150,7 +150,7 @@ def agreed(keys: str, step: int, wanted: bool) -> bool:
     """Whether the first process made a request eight steps ago; the same on all, when called in every eighth step.
 
     A process whose metrics are read one step late dispatches at most two steps more than the first one has, so that it
-    finds the request at its step. `keys` are the caller's, of `own_prefix`.
+    finds the request at its step. `keys` are the caller's, of `unique_prefix`.
     """
     try:
         _client().key_value_try_get(f"{keys}{step}")

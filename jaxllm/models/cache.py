@@ -102,7 +102,7 @@ def fill(cache: KVCache, lengths: Int[Array, " B"], count: int, *, window: int |
 def append(
     cache: KVCache,
     positions: Int[Array, " B"],
-    own: Attend | None,
+    custom: Attend | None,
     *,
     wraps: bool = False,
     window: int | None = None,
@@ -110,13 +110,13 @@ def append(
 ) -> Turn:
     """One token per row, all in the next slot; if the cache `wraps` around, the first slot follows the last.
 
-    Attention is the model's `own`, if any. It reads the first `attended` slots, or all; the others must be empty.
+    Attention is `custom`, the model's, if any. It reads the first `attended` slots, or all; the others must be empty.
     """
     slot = cache.slot % cache.positions.shape[1] if wraps else cache.slot
     held = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], slot, axis=1)
     update = Update(lambda store, new: write(store, new, slot), held, cache.slot + 1)
     pairs = visible_pairs(held[:, :attended], positions[:, None], window=window)
-    return Turn(update, pairs, _attend_by(own))
+    return Turn(update, pairs, _attend_by(custom))
 
 
 def write(store: Store, new: Float[Array, "B T K H"], slot: Int[Array, ""]) -> Store:
@@ -177,13 +177,13 @@ def _scores_by_dot(query: Float[Array, "R G H"], keys: Float[Array, "R A H"]) ->
     return jax.lax.optimization_barrier(jnp.einsum("rsh,rgh->rsg", keys, query)).swapaxes(1, 2)
 
 
-def _attend_by(own: Attend | None) -> Callable[..., Array]:
-    """`attend_one`, or a model's own attention, which includes its scale."""
-    if own is None:
+def _attend_by(custom: Attend | None) -> Callable[..., Array]:
+    """`attend_one`, or a model's custom attention, which includes its scale."""
+    if custom is None:
         return attend_one
 
     def attend(query: Array, keys: Store, values: Store | None, pairs: Pairs, *, scale: float) -> Array:
-        return own(query, *plain_stores(keys, values, query, pairs), pairs)
+        return custom(query, *plain_stores(keys, values, query, pairs), pairs)
 
     return attend
 

@@ -8,7 +8,7 @@ it and never carry it, so that it is neither copied nor mistaken for another bat
 import abc
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -39,10 +39,6 @@ class Decoder(abc.ABC):
 
     model: Any
 
-    def without_cudnn(self) -> "Decoder":
-        """The same with `attention: chunked`, which cuDNN cannot refuse."""
-        return replace(self, model=self.model.clone(config=replace(self.model.config, attention="chunked")))
-
     def prepare(self, params: Any, *, int8: bool = False) -> Any:
         """The decoding layout of training parameters; prepared ones are returned as they are.
 
@@ -53,8 +49,8 @@ class Decoder(abc.ABC):
         check_params(self.model, params)
         return params
 
-    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int], pad_id: int) -> None:
-        """Raises a ValueError when a prompt can't be continued by so many `new` tokens; here, never."""
+    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int]) -> None:
+        """Raises a ValueError when a prompt can't be continued by so many `new` tokens; the default accepts all."""
         return
 
     def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:

@@ -81,6 +81,8 @@ def abstract_params(model: Model) -> dict[str, Any]:
 
 def check_params(model: Model, params: Any) -> None:
     """Raises ValueError naming training parameters that are missing, left over or of another shape."""
+    if not isinstance(params, Mapping):
+        raise ValueError(f"parameters must be a dict as init_params and load_run give, got {type(params).__name__}")
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)

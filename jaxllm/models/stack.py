@@ -23,12 +23,12 @@ from jaxllm.ops.stored import Matrix, Rows, stored
 Hold = Callable[[Array, Array], kv.Stores]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["own"], meta_fields=["gather"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["shard"], meta_fields=["gather"])
 @dataclasses.dataclass(frozen=True)
 class Share:  # not a NamedTuple, because `gather` is not an array
     """A device's part of a leaf of a stack (`jaxllm.training.sharding`); `gather` makes that of one layer whole."""
 
-    own: Any  # an array, or its shape
+    shard: Any  # an array, or its shape
     gather: Callable[[Array], Array]
 
 
@@ -39,7 +39,7 @@ def is_share(leaf: Any) -> bool:
 
 def whole(params: Any) -> Any:
     """Parameters of one layer with all shares gathered, also for a family with a loop of its own."""
-    return jax.tree.map(lambda leaf: leaf.gather(leaf.own) if is_share(leaf) else leaf, params, is_leaf=is_share)
+    return jax.tree.map(lambda leaf: leaf.gather(leaf.shard) if is_share(leaf) else leaf, params, is_leaf=is_share)
 
 
 def create_stack(module: nn.Module, init_layer: Callable[[Array], Params], num_layers: int) -> None:

@@ -7,17 +7,24 @@ answer changes. `refused` recognises what it refuses in spite of both, by the er
 The kernel has no mask: `document_codes` keeps the documents of a row apart (docs/gpu.md, Documents in one row).
 """
 
+import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.config import ModelConfig
 from jaxllm.ops import backend
 from jaxllm.ops.masks import Pattern
+
+_log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 class Call(NamedTuple):
@@ -97,6 +104,21 @@ def refused(error: BaseException) -> bool:
     # The exact class: errors of this package are subclasses.
     before = _REFUSED_BEFORE.get(type(error))
     return before is not None and bool(before.search(text))
+
+
+def or_chunked(use: Callable[[ModelConfig], R], config: ModelConfig) -> R:
+    """`use(config)`; where cuDNN refuses an attention of `attention: auto`, `use` of the config with `chunked`.
+
+    jax compiles in the first call, which raises the refusal before anything is donated. Other errors are raised.
+    """
+    try:
+        return use(config)
+    except Exception as error:
+        if config.attention != "auto" or not (refused(error) or refused(error.__cause__ or error)):
+            raise
+        cause = str(error).splitlines()[0].split(";")[0]
+        _log.warning("attention: chunked instead of auto, because cuDNN refused one: %s", cause)
+    return use(dataclasses.replace(config, attention="chunked"))
 
 
 def calls_in(program: str) -> list[str]:

@@ -29,10 +29,6 @@ class DeviceError(RuntimeError):
     """The device, or its libraries, cannot run a step; the message has what to change."""
 
 
-class AttentionRefused(DeviceError):
-    """cuDNN has no plan for an attention of a step."""
-
-
 # By a word of XLA's message.
 _ADVICE = {
     "resource_exhausted": "raise training.accumulation (fewer rows at once) or set model.remat to elementwise or full",
@@ -54,7 +50,7 @@ def explained(name: str) -> Iterator[None]:
             raise
         cause = f"the {name} cannot run here: {str(error).splitlines()[0]}"
         if refused(error):
-            raise AttentionRefused(f"{cause}; {_ADVICE['cudnn']}") from error
+            raise DeviceError(f"{cause}; {_ADVICE['cudnn']}") from error
         for sign, advice in _ADVICE.items():
             if sign in str(error).lower():
                 raise DeviceError(f"{cause}; {advice}") from error
@@ -107,8 +103,7 @@ class CompiledOnce(Generic[P, R]):
         """The executable, compiled for these arguments (or arguments like them) if it is not compiled.
 
         Raises:
-            AttentionRefused: when cuDNN has no plan for an attention in it.
-            DeviceError: when the device cannot run it for another reason that is known.
+            DeviceError: when the device cannot run it for a reason that is known.
         """
         if self._executable is not None:
             return self._executable

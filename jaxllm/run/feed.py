@@ -20,7 +20,7 @@ from jaxllm.data.sources import Source, open_sets, open_source
 from jaxllm.host import processes
 from jaxllm.run.record import count_rows
 from jaxllm.storage.folder import DATA, check_apart, continued, settle_tokenizer
-from jaxllm.training.sharding import own_rows, place_own_rows, place_rows
+from jaxllm.training.sharding import local_rows, place_rows
 from jaxllm.training.train_step import COUNTS
 
 
@@ -40,7 +40,7 @@ def open_run_pipeline(
             source=source,
             objective=objective,
             parent=origin[0] if origin else None,
-            rows=own_rows(training.batch_size) if config.data.streams > 1 else None,
+            rows=local_rows(training.batch_size) if config.data.streams > 1 else None,
         )
     processes.check_same("corpus or tokenizer", str((pipeline.identity, pipeline.sets)))
     return pipeline
@@ -102,9 +102,9 @@ class Fetched(NamedTuple):
 class Prefetch:
     """Two buffers: the batch that a step reads, and the next one."""
 
-    def __init__(self, pipeline: Pipeline, mesh: Mesh | None, *, own: bool = False) -> None:
-        """Reads nothing yet. `mesh` is where batches go; `own` is for a process's own rows, placed with `COUNTS`."""
-        self._pipeline, self._mesh, self._own = pipeline, mesh, own
+    def __init__(self, pipeline: Pipeline, mesh: Mesh | None, *, local: bool = False) -> None:
+        """Reads nothing yet. `mesh` is where batches go; `local` ones have `local_rows`, and `COUNTS` is added."""
+        self._pipeline, self._mesh, self._local = pipeline, mesh, local
         self._waiting: Fetched | None = None
         self._failure: BatchError | None = None
 
@@ -119,8 +119,8 @@ class Prefetch:
             raise self._failure
         if self._waiting is None:
             batch = next(self._pipeline)
-            rows = {**batch, COUNTS: count_rows(batch, self._pipeline.tokenizer.token_bytes)} if self._own else batch
-            placed = (place_own_rows if self._own else place_rows)(rows, self._mesh)
+            rows = {**batch, COUNTS: count_rows(batch, self._pipeline.tokenizer.token_bytes)} if self._local else batch
+            placed = place_rows(rows, self._mesh, local=self._local)
             self._waiting = Fetched(batch, placed, self._pipeline.get_state())
         return self._waiting
 

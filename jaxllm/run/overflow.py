@@ -21,7 +21,7 @@ from jaxllm.jaxprs.observe import Observer, first_nonfinite, headroom
 from jaxllm.training.attribution import gradient_groups
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
-from jaxllm.training.sharding import largest, map_rows, own_keys, with_ends
+from jaxllm.training.sharding import device_keys, largest, map_rows, with_ends
 from jaxllm.training.train_step import StepMetrics, TrainState, accumulate_gradients, total_weight
 
 _log = logging.getLogger(__name__)
@@ -39,15 +39,15 @@ class OverflowWatch:
         self._accumulation = config.training.accumulation
         # A scan over layers gives readings by layer; the parameters are the same either way.
         by_layer = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scan"))
-        program = program_of(by_layer, own=program.own)
+        program = program_of(by_layer, custom=program.custom)
         self._dtype, loss = program.dtype, with_ends(program.loss)
-        own, spread = own_keys(mesh), functools.partial(map_rows, mesh=mesh, dtype=program.dtype, combine=largest)
+        keys, spread = device_keys(mesh), functools.partial(map_rows, mesh=mesh, dtype=program.dtype, combine=largest)
 
         def forward(params: Any, batch: Batch, key: jax.Array) -> Any:
-            return loss(params, {name: rows[:: self._accumulation] for name, rows in batch.items()}, own(key))
+            return loss(params, {name: rows[:: self._accumulation] for name, rows in batch.items()}, keys(key))
 
         def gradients(params: Any, batch: Batch, key: jax.Array, factor: jax.Array) -> Any:
-            options: Any = {"factor": factor, "accumulation": self._accumulation, "own_keys": own}
+            options: Any = {"factor": factor, "accumulation": self._accumulation, "device_keys": keys}
             return accumulate_gradients(loss, params, batch, key, **options)
 
         self._forward, self._gradients = (Observer(each, program.dtype, spread) for each in (forward, gradients))
@@ -71,7 +71,7 @@ class OverflowWatch:
         factor = jnp.float32(scale) / total_weight(batch)
         where = first_nonfinite(self._gradients(state.params, batch, key, factor))
         if where is None:
-            return "none when computed again"
+            return "no activation or gradient, so either a target is outside the vocabulary or a device failed once"
         return f"{where.name} in the {'backward' if where.backward else 'forward'} pass"
 
     def headroom(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:

@@ -18,7 +18,7 @@ from jaxllm.data.durable import write_whole
 from jaxllm.data.sources import Source
 from jaxllm.host import processes
 from jaxllm.storage.folder import RunFolderError, has_begun
-from jaxllm.training.program import Own
+from jaxllm.training.program import CustomParts
 from jaxllm.training.train_step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
@@ -68,10 +68,10 @@ OnStep = Callable[[StepReport], None]
 OnEvaluate = Callable[[int, dict[str, float], Any], Mapping[str, float] | None]
 
 
-def describe_parts(own: Own, source: Source | None) -> dict[str, str]:
+def describe_parts(custom: CustomParts, source: Source | None) -> dict[str, str]:
     """The given parts by name; empty where the config describes the whole run."""
-    functions: dict[str, Any] = {"optimizer": own.optimizer and own.optimizer.update, "loss": own.loss}
-    functions["recipe"] = own.recipe and own.recipe.recipe
+    functions: dict[str, Any] = {"optimizer": custom.optimizer and custom.optimizer.update, "loss": custom.loss}
+    functions |= {"model": custom.model, "recipe": custom.recipe and custom.recipe.recipe}
     described = {name: _described(name, function) for name, function in functions.items() if function is not None}
     return described if source is None else {**described, "source": source.name}
 

@@ -33,7 +33,6 @@ _log = logging.getLogger(__name__)
 
 # Settings that change no output for given parameters, or only what happens in training.
 _NO_OUTPUT = ("layers", "remat", "attention", "init_std", "init_factor", "dropout_rate")
-_SOON = 10  # steps after a resume, within which damage of its checkpoint shows
 
 
 class TrainingStopped(RuntimeError):
@@ -75,25 +74,13 @@ def _branch(run: Path, step: int | None, abstract: TrainState) -> Restored:
     return found._replace(branched=True)
 
 
-def stop(checkpoints: Checkpoints, doubtful: int | None, start: Restored, step: int, reason: str) -> NoReturn:
-    """Stops a run whose values are bad, with what to do about it.
-
-    `start` is what remains of it; `doubtful` is the step of the unverified checkpoint that it resumed from, if any.
-    """
-    folder = checkpoints.folder
-    if doubtful is not None and step - doubtful <= _SOON:
-        older = [saved for saved in checkpoints.steps() if saved < doubtful]
-        fix = f"run the same command, which resumes from step {older[-1]}" if older else "start again, as none is older"
-        raise TrainingStopped(
-            f"{reason} at step {step}, soon after the run resumed from step {doubtful}. That checkpoint has no "
-            f"fingerprint and may be damaged: move those from step {doubtful} on out of {folder} and {fix}"
-        )
+def stop(folder: Path, start: Restored, step: int, reason: str) -> NoReturn:
+    """Stops a run whose values are bad, with what to do about it; `start` is what remains in its checkpoint folder."""
     where, again = f"step {start.step} in {folder}", f", from new parameters or with training.init_from={folder.parent}"
     if start.data is None:
         where, again = "none yet", ""
-    newest = "last good checkpoint" if start.verified else "newest checkpoint (it has no fingerprint to verify it by)"
     raise TrainingStopped(
-        f"{reason} at step {step}; the {newest} is {where}. Lower optimizer.learning_rate, lengthen "
+        f"{reason} at step {step}; the last good checkpoint is {where}. Lower optimizer.learning_rate, lengthen "
         f"warmup_steps or tighten clip_norm, and start another training.run_dir{again}"
     )
 

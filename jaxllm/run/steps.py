@@ -15,11 +15,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxllm.config import ModelConfig
 from jaxllm.host.device import Device, host_memory
 from jaxllm.models import abstract_params
 from jaxllm.ops import backend
+from jaxllm.ops.cudnn import or_chunked
 from jaxllm.ops.losses import LossSums
-from jaxllm.run.compiled import AttentionRefused, CompiledOnce
+from jaxllm.run.compiled import CompiledOnce
 from jaxllm.training.fit import Fit, advice, check_fit, estimate_fit
 from jaxllm.training.loss import Batch
 from jaxllm.training.program import Program, program_of
@@ -70,21 +72,16 @@ def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
 
 
 def or_by_blocks(steps: Steps, use: Callable[[Steps], T]) -> tuple[Steps, T]:
-    """The steps, and the result of `use(steps)`, which compiles some of them.
+    """The steps and `use(steps)`, which compiles some of them; other steps where cuDNN refuses one (`or_chunked`)."""
+    program = steps.program
 
-    Where cuDNN refuses one of `attention: auto`, they are other steps, with attention by blocks in plain JAX. A refusal
-    of `attention: cudnn` is an AttentionRefused.
-    """
-    try:
-        return steps, use(steps)
-    except AttentionRefused as error:
-        config = steps.program.config
-        if config.model.attention != "auto":
-            raise
-        _log.warning("attention: chunked instead of auto for this run, because %s", str(error).split(";")[0])
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunked"))
-        steps = make_steps(program_of(config, steps.mesh, steps.program.own), steps.mesh)
-        return steps, use(steps)
+    def with_model(model: ModelConfig) -> tuple[Steps, T]:
+        config = dataclasses.replace(program.config, model=model)
+        same = model is program.config.model
+        made = steps if same else make_steps(program_of(config, steps.mesh, program.custom), steps.mesh)
+        return made, use(made)
+
+    return or_chunked(with_model, program.config.model)
 
 
 def _compile(steps: Steps, state: TrainState, batch: Batch) -> None:

@@ -102,7 +102,7 @@ def check_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """The trackers of a run: those of `training.trackers`, and `own`, which gets only new rows."""
 
-    def __init__(self, folder: Path, config: RunConfig | None, rows: Sequence[Row], own: Tracker | None) -> None:
+    def __init__(self, folder: Path, config: RunConfig | None, rows: Sequence[Row], custom: Tracker | None) -> None:
         """Gives the rows of the steps that are done to those of the config."""
         self._open: dict[str, _Opened] = {}
         for name in config.training.trackers if config else ():
@@ -110,8 +110,8 @@ class Trackers:
                 self._open[name] = _KNOWN[name][0](folder, config)
         for row in rows:
             self.write(row["step"], {name: value for name, value in row.items() if name != "step"})
-        if own is not None:
-            self._open["given to pretrain"] = own, lambda: None
+        if custom is not None:
+            self._open["given to pretrain"] = custom, lambda: None
 
     def write(self, step: int, row: Row) -> None:
         """Gives them a row."""

@@ -29,7 +29,7 @@ from jaxllm.data.sources import Source
 from jaxllm.host import processes
 from jaxllm.host.device import compilation_cache, detect_device
 from jaxllm.host.signals import stop_signals
-from jaxllm.models import count_params
+from jaxllm.models import Model, count_params
 from jaxllm.run import record
 from jaxllm.run.compiled import explained, shared_cache
 from jaxllm.run.console import nobody_listens, training_console
@@ -49,7 +49,7 @@ from jaxllm.storage.folder import CHECKPOINTS, PROFILE, continued, open_run_fold
 from jaxllm.training.attribution import norms_row
 from jaxllm.training.fit import check_fit
 from jaxllm.training.optimizer import build_schedule, phases
-from jaxllm.training.program import LossBuilder, Own, Program, program_of
+from jaxllm.training.program import CustomParts, LossBuilder, Program, program_of
 from jaxllm.training.sharding import check_rows, make_mesh
 from jaxllm.training.train_step import StepMetrics, TrainState, without_counts
 
@@ -97,7 +97,6 @@ class Progress:
     position: dict[str, Any]  # position in the data after the batch of that step
     sums: Sums = dataclasses.field(default_factory=dict)  # of the steps since the last row of metrics.jsonl
     branched: bool = False  # whether the run begins with the state of another, and has not saved it
-    doubtful: int | None = None  # step of the checkpoint that the run resumed from, if it could not be verified
     validation: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest evaluation, and its step
     unread: Pending | None = None  # the newest step, until its metrics are read
 
@@ -107,6 +106,7 @@ def pretrain(
     *,
     optimizer: optax.GradientTransformation | None = None,
     loss: LossBuilder | None = None,
+    model: Callable[[Model], Model] | None = None,
     source: Source | None = None,
     recipe: Objective | None = None,
     on_step: OnStep | None = None,
@@ -122,15 +122,16 @@ def pretrain(
 
     Args:
         config: the run.
-        optimizer: in place of the config's, see `jaxllm.training.program.Own`; the column learning_rate is null.
-        loss: in place of `build_loss`, see `Own`.
-        recipe: in place of the objective's, see `Own`.
+        optimizer: in place of the config's, see `training.program.CustomParts`; the column learning_rate is null.
+        loss: in place of `build_loss`, see `CustomParts`.
+        model: changes the config's, see `CustomParts`; also evaluation and the sample use what it returns.
+        recipe: in place of the objective's, see `CustomParts`.
         source: in place of `data.source`: documents by number, or a stream with a position.
         on_step: called with each `StepReport`, one step late.
         on_evaluate: (step, metrics, parameters) -> more metrics for metrics.jsonl, or None.
         tracker: called with the step and the rest of each new row of metrics.jsonl, in addition to `training.trackers`.
         stop_at: save and return after this step, for sessions of limited length.
-        accept_other_parts: continue a run that was trained with another loss, source or recipe, or with another
+        accept_other_parts: continue a run that was trained with another loss, model, source or recipe, or with another
             optimizer whose state has the same form.
 
     Raises:
@@ -142,18 +143,18 @@ def pretrain(
     deadline = time.monotonic() + seconds_of(config.training.stop_after)
     until = _last_step(config, stop_at)
     config = settle_residual(config)
-    own, origin = Own(loss, optimizer, recipe), continued(config)
-    given = describe_parts(own, source)
+    custom, origin = CustomParts(loss, optimizer, recipe, model), continued(config)
+    given = describe_parts(custom, source)
     with explained("run"), ExitStack() as stack:
         callbacks = [stack.enter_context(training_console(config))] if nobody_listens() else []
         # Open.
         stack.enter_context(compilation_cache(shared_cache(config.training.compilation_cache)))
-        folder = stack.enter_context(open_run_folder(config, own_rates=optimizer is not None))
+        folder = stack.enter_context(open_run_folder(config, custom_optimizer=optimizer is not None))
         check_parts(origin[0] if origin else folder, given, accept_other=accept_other_parts)
         pipeline = stack.enter_context(closing(open_run_pipeline(config, folder, source=source, objective=recipe)))
         # Build.
         mesh = make_mesh(fsdp=config.sharding.fsdp)
-        steps = make_steps(program_of(config, mesh, own), mesh)
+        steps = make_steps(program_of(config, mesh, custom), mesh)
         check_prompt(config, pipeline.tokenizer)  # refuses a blank now, not after the run
         fit, memory = announce_fit(steps.program, detect_device(), mesh)
         meter = Throughput(config, pipeline.recipe.lengths, detect_device())
@@ -165,7 +166,7 @@ def pretrain(
         resumed_from = progress.step
         baselines = pipeline.baselines()
         _announce(steps.program, pipeline, baselines)
-        feed = Prefetch(pipeline, mesh, own=config.data.streams > 1)
+        feed = Prefetch(pipeline, mesh, local=config.data.streams > 1)
         with stop_signals(deadline) as stopped, closing(Window(config.training.profile, folder / PROFILE)) as window:
             # Compile and check memory; only then open the record and write the config.
             if progress.step < until:
@@ -210,8 +211,7 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     _log.info("%s %s from step %d%s", begins, checkpoints.folder.parent, start.step, note)
     if start.step == steps.program.config.training.steps:
         _log.info("all %d steps are done; raise training.steps, or start a new run with training.init_from", start.step)
-    doubtful = None if start.verified else start.step
-    return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched, doubtful)
+    return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched)
 
 
 def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
@@ -221,7 +221,7 @@ def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float])
     _log.info("baselines: %s", _listed(baselines))
     rule, steps = program.config.optimizer, program.config.training.steps
     shorter = phases(rule, steps=steps)
-    if program.own.optimizer is None and shorter != (rule.warmup_steps, rule.decay_steps):
+    if program.custom.optimizer is None and shorter != (rule.warmup_steps, rule.decay_steps):
         _log.info("optimizer.warmup_steps and decay_steps are shortened to %d and %d of %d steps", *shorter, steps)
 
 
@@ -303,17 +303,17 @@ def _read(run: Run, progress: Progress, pending: Pending | None) -> None:
         return
     config = run.config
     values = jax.tree.map(lambda value: value.tolist(), jax.device_get(pending.metrics))
-    scaling = config.precision.loss_scale != "none"
-    if not scaling and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
+    skipped = values.culprit >= 0  # an overflow, which changes no parameter
+    if not skipped and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
         start = _last_good(run, progress)
         value = run.overflow.first_value(pending.step, start.state, pending.placed)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
         reason = f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}"
-        stop(run.checkpoints, progress.doubtful, start, pending.step, reason)
+        stop(run.checkpoints.folder, start, pending.step, reason)
     with run.meter.paused():
         reason = run.overflow.check(pending.step, values, progress.state, pending.placed)
     if reason is not None:
-        stop(run.checkpoints, progress.doubtful, _last_good(run, progress), pending.step, reason)
+        stop(run.checkpoints.folder, _last_good(run, progress), pending.step, reason)
     run.meter.add(pending.step, values.counts[0])
     record.add_step(progress.sums, config, values, size=values.counts[1])
     if pending.step % config.training.log_every == 0 or pending.step == 1:
@@ -332,7 +332,7 @@ def _record(run: Run, progress: Progress, pending: Pending, values: StepMetrics)
     schedule = build_schedule(config.optimizer, steps=config.training.steps)
     skipped_before = int(values.skipped) - (values.culprit >= 0)
     rate = np.asarray(schedule(pending.step - 1 - skipped_before)).item()
-    rate = rate if run.steps.program.own.optimizer is None else None
+    rate = rate if run.steps.program.custom.optimizer is None else None
     ahead = progress.unread
     if ahead and cast(Any, ahead.metrics.loss).is_ready():  # it is done, so its tokens belong to this row
         run.meter.add(ahead.step, np.asarray(ahead.metrics.counts)[0].item())

@@ -92,7 +92,7 @@ class Checkpoints:
         """Opens or creates the folder and removes what an interrupted save left behind; for `minutes` see `late`."""
         reading.hide_unfinished_reads()
         self._minutes, self._saved = minutes, time.monotonic()
-        self._requests = processes.own_prefix()
+        self._requests = processes.unique_prefix()
         self._losses: dict[int, float] = {}
         with processes.first_then_all():
             # orbax opens no folder in which a single checkpoint's description cannot be parsed.

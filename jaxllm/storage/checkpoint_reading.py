@@ -50,7 +50,6 @@ class Restored(NamedTuple):
     state: Any  # train state, placed like the abstract state
     data: Any = None  # position in the data, a dictionary; None for a new run, which reads from the beginning
     skipped: tuple[int, ...] = ()  # steps of newer checkpoints that were damaged
-    verified: bool = True  # False for a checkpoint that has no fingerprints
     branched: bool = False  # whether it is a checkpoint of `training.branch_from`
 
 
@@ -67,7 +66,7 @@ def restore_newest(folder: Path, steps: Sequence[int], abstract_state: Any) -> t
     if _RECORD & record.keys():
         return Restored(step, state, record[_POSITION], tuple(damaged)), damaged
     _log.warning("checkpoint %d in %s has no fingerprint, so it cannot be verified", step, folder)
-    return Restored(step, state, record, tuple(damaged), verified=False), damaged  # the record is the position alone
+    return Restored(step, state, record, tuple(damaged)), damaged  # the record is the position alone
 
 
 def _read(folder: Path, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -219,25 +218,20 @@ def with_dropped_leaf(state: Any, found: Any) -> Any:
     names = {str(getattr(path[-1], "key", "")) for path, _ in jax.tree_util.tree_leaves_with_path(found)}
     if _DROPPED not in names:
         return state
-
-    def earlier(node: Any) -> Any:
-        return {**node._asdict(), _DROPPED: node.skipped} if _is_today(node) else node
-
-    return jax.tree.map(earlier, state, is_leaf=_is_today)
+    return _map_nodes(
+        lambda node: {**node._asdict(), _DROPPED: node.skipped}, state, lambda node: isinstance(node, LossScaleState)
+    )
 
 
 def without_dropped_leaf(state: Any) -> Any:
     """The restored state as a step takes it, whether `with_dropped_leaf` changed it or not."""
-
-    def today(node: Any) -> Any:
-        return LossScaleState(**{name: node[name] for name in LossScaleState._fields}) if _is_earlier(node) else node
-
-    return jax.tree.map(today, state, is_leaf=_is_earlier)
-
-
-def _is_today(node: Any) -> bool:
-    return isinstance(node, LossScaleState)
+    names = {*LossScaleState._fields, _DROPPED}
+    return _map_nodes(
+        lambda node: LossScaleState(**{name: node[name] for name in LossScaleState._fields}),
+        state,
+        lambda node: isinstance(node, dict) and node.keys() == names,
+    )
 
 
-def _is_earlier(node: Any) -> bool:
-    return isinstance(node, dict) and node.keys() == {*LossScaleState._fields, _DROPPED}
+def _map_nodes(function: Callable[[Any], Any], tree: Any, chosen: Callable[[Any], bool]) -> Any:
+    return jax.tree.map(lambda node: function(node) if chosen(node) else node, tree, is_leaf=chosen)

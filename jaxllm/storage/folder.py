@@ -127,7 +127,7 @@ def branch_point(config: RunConfig) -> tuple[Path, int | None] | None:
     return _run_and_step(branch) if branch else None
 
 
-def _check_branch(parent: Path, step: int | None, config: RunConfig, own_rates: bool) -> None:
+def _check_branch(parent: Path, step: int | None, config: RunConfig, custom_optimizer: bool) -> None:
     """Refuses to branch from a run that `config` could not resume at that step."""
     kept = checkpoint_steps(parent / CHECKPOINTS)
     if not (parent / CONFIG).is_file() or not kept:
@@ -135,16 +135,16 @@ def _check_branch(parent: Path, step: int | None, config: RunConfig, own_rates: 
     if step is not None and step not in kept:
         listed = ", ".join(map(str, kept))
         raise RunFolderError(f"training.branch_from: {parent} keeps no checkpoint of step {step}; it keeps {listed}")
-    _check_same(parent / CONFIG, config, own_rates, done=step or kept[-1], ignored=_keys(_BEGINNING))
+    _check_same(parent / CONFIG, config, custom_optimizer, done=step or kept[-1], ignored=_keys(_BEGINNING))
 
 
 @contextlib.contextmanager
-def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[Path]:
+def open_run_folder(config: RunConfig, *, custom_optimizer: bool = False) -> Iterator[Path]:
     """The folder for this process alone, made where it is new, once the run in it is known to be this one.
 
     A run that has made no step, such as one that was too large for its device, leaves its folder to the next config.
-    With `own_rates` the caller's optimizer, and not the config, has the learning rates. A branch must fit the run that
-    it grows from as a resume does.
+    With `custom_optimizer` the caller, and not the config, sets the learning rates. A branch must fit the run that it
+    grows from as a resume does.
 
     Raises:
         RunFolderError: when it cannot be written, another process trains in it, it is a Hugging Face directory, or it
@@ -170,9 +170,9 @@ def open_run_folder(config: RunConfig, *, own_rates: bool = False) -> Iterator[P
             processes.check_same("config", dump_config(config))
             if _holds_begun_run(folder):
                 done = max(checkpoint_steps(folder / CHECKPOINTS), default=0)
-                _check_same(folder / CONFIG, config, own_rates, done=done)
+                _check_same(folder / CONFIG, config, custom_optimizer, done=done)
             elif found := branch_point(config):
-                _check_branch(*found, config, own_rates)
+                _check_branch(*found, config, custom_optimizer)
         except OSError as error:
             dangling = folder.is_symlink() and not folder.exists()
             reason = "a link to a folder that does not exist" if dangling else error.strerror or error
@@ -308,13 +308,13 @@ def _keys(table: Mapping[str, str]) -> list[str]:
     return [f"{section}.{name}" for section, names in table.items() for name in names.split()]
 
 
-def _check_same(path: Path, config: RunConfig, own_rates: bool, *, done: int, ignored: Sequence[str] = ()) -> None:
+def _check_same(path: Path, config: RunConfig, custom: bool, *, done: int, ignored: Sequence[str] = ()) -> None:
     try:
         old = load_config(path)
     except ConfigError as error:
         raise RunFolderError(f"the config of the run there cannot be read: {error}") from None
     fits = 0 < done <= config.training.steps
-    same = fits and (own_rates or same_rates(old, config, steps=done))
+    same = fits and (custom or same_rates(old, config, steps=done))
     free = [*_keys(_MAY_CHANGE), *ignored, *(_keys(_RATES) if same else []), "data.validation"]
     differing = config_differences(old, config, ignored=free)
     first, now = (next(iter(each.data.validation.items()), "held-out documents") for each in (old, config))

@@ -20,7 +20,7 @@ for your own training loop (`jaxllm.training.sharding` has one for several devic
 >>> int(state.step), bool(metrics.loss < 1)
 (20, True)
 
-`build_loss` describes batches. `Own` replaces the loss, the optimizer or the objective.
+`build_loss` describes batches. `CustomParts` replaces the loss, the optimizer or the objective.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from jaxllm.models import Model, abstract_params, init_params
 from jaxllm.ops.losses import LossSums
 from jaxllm.training.loss import Batch, LossFunction, build_loss
 from jaxllm.training.optimizer import build_optimizer, wrapped
-from jaxllm.training.precision import build_model
+from jaxllm.training.precision import build_model, cast_floating
 from jaxllm.training.sharding import AnyMesh
 from jaxllm.training.train_step import StepMetrics, TrainState, init_train_state, make_eval_step, make_train_step, norms
 
@@ -47,22 +47,23 @@ NormsStep = Callable[[TrainState, Batch], Float[jax.Array, "3 G"]]
 LossBuilder = Callable[[Model, TrainingConfig], LossFunction]
 
 
-class Own(NamedTuple):
+class CustomParts(NamedTuple):
     """Parts of a run that replace those of its config (docs/parts.md); None keeps that of the config."""
 
     loss: LossBuilder | None = None  # called as `build_loss`, and returns a pure function as that does
     optimizer: optax.GradientTransformation | None = None  # replaces all but the loss scale and optimizer.ema
     recipe: Objective | None = None  # replaces the row of `RECIPES` that `data.objective` names
+    model: Callable[[Model], Model] | None = None  # such as `lambda model: model.clone(attend=...)`
 
 
-_NONE = Own()
+_NONE = CustomParts()
 
 
 class Program(NamedTuple):
     """The pure functions of a run."""
 
     config: RunConfig  # of the run
-    own: Own  # parts that are not the config's
+    custom: CustomParts  # parts that are not the config's
     model: Model  # in its dtypes
     dtype: Any  # of activations and matmul inputs
     loss: LossFunction  # (parameters in `dtype`, batch, key) -> sums
@@ -77,7 +78,7 @@ class Program(NamedTuple):
 
     def state_of(self, params: Any) -> TrainState:
         """The state before the first step, with given parameters."""
-        return init_train_state(params, self.optimizer, self._keys()[1])
+        return init_train_state(cast_floating(params, jnp.float32), self.optimizer, self._keys()[1])
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
@@ -86,7 +87,7 @@ class Program(NamedTuple):
     def abstract_batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of so many rows, of `training.batch_size` by default."""
         rows = self.config.training.batch_size if rows is None else rows
-        fields = (self.own.recipe or RECIPES[self.config.data.objective]).fields(self.config.data)
+        fields = (self.custom.recipe or RECIPES[self.config.data.objective]).fields(self.config.data)
         return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
 
     def _keys(self) -> tuple[jax.Array, jax.Array]:
@@ -94,10 +95,10 @@ class Program(NamedTuple):
         return init_key, run_key
 
 
-def program_of(config: RunConfig, mesh: AnyMesh | None = None, own: Own = _NONE) -> Program:
+def program_of(config: RunConfig, mesh: AnyMesh | None = None, custom: CustomParts = _NONE) -> Program:
     """The program of a run on the devices of a mesh, None for a single device; nothing is allocated or compiled.
 
-    `own` has the parts that replace those of the config.
+    `custom` has the parts that replace those of the config.
 
     >>> from jaxllm.config import LlamaConfig, RunConfig
     >>> model = LlamaConfig(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
@@ -107,14 +108,14 @@ def program_of(config: RunConfig, mesh: AnyMesh | None = None, own: Own = _NONE)
     """
     training = config.training
     dtype = jnp.dtype(config.precision.compute)
-    model = build_model(config)
-    loss = (own.loss or build_loss)(model, training)
-    if own.optimizer is None:
+    model = build_model(config) if custom.model is None else custom.model(build_model(config))
+    loss = (custom.loss or build_loss)(model, training)
+    if custom.optimizer is None:
         optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)
     else:
-        optimizer = wrapped(own.optimizer, config.optimizer, config.precision)
+        optimizer = wrapped(custom.optimizer, config.optimizer, config.precision)
     options: dict[str, Any] = {"accumulation": training.accumulation, "dtype": dtype, "mesh": mesh}
     step = make_train_step(loss, optimizer, **options)
     evaluate = make_eval_step(loss, dtype=dtype, mesh=mesh)
     observed = make_train_step(loss, optimizer, **options, result=norms)
-    return Program(config, own, model, dtype, loss, optimizer, step, evaluate, observed)
+    return Program(config, custom, model, dtype, loss, optimizer, step, evaluate, observed)

@@ -109,27 +109,24 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _ROWS)
 
 
-def own_rows(batch_size: int) -> range:
+def local_rows(batch_size: int) -> range:
     """The rows of a batch that are on the devices of this process; jax lists devices process by process."""
     rows = batch_size // jax.process_count()
     return range(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
-def place_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
+def place_rows(batch: Mapping[str, Any], mesh: Mesh | None, *, local: bool = False) -> dict[str, jax.Array]:
     """A batch on its devices, rows in order; the copy continues after this returns.
 
-    Each of several processes has the same batch, and copies the rows of its own devices.
+    Each of several processes has the same batch, or with `local` its `local_rows` of it.
     """
     at = None if mesh is None else row_sharding(mesh)
+    if local:
+        at = at or SingleDeviceSharding(jax.devices()[0])
+        return {name: jax.make_array_from_process_local_data(at, rows) for name, rows in batch.items()}
     if at is None or at.is_fully_addressable:
         return jax.device_put(dict(batch), at)
     return {name: jax.make_array_from_callback(rows.shape, at, rows.__getitem__) for name, rows in batch.items()}
-
-
-def place_own_rows(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """A batch on its devices, of which each process has `own_rows`."""
-    at = SingleDeviceSharding(jax.devices()[0]) if mesh is None else row_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(at, rows) for name, rows in batch.items()}
 
 
 def fetch(tree: Any) -> Any:
@@ -174,7 +171,7 @@ def sum_gradients(value: tuple[Any, Any]) -> tuple[Any, Any]:
     def one(grad: Any) -> jax.Array:
         if not is_share(grad):
             return total(grad)
-        return jax.lax.psum(grad.own, "data") if jax.lax.axis_size("data") > 1 else grad.own
+        return jax.lax.psum(grad.shard, "data") if jax.lax.axis_size("data") > 1 else grad.shard
 
     return total(sums), jax.tree.map(one, grads, is_leaf=is_share)
 
@@ -194,15 +191,15 @@ def largest(value: Any) -> Any:
     return jax.tree.map(one, value)
 
 
-def own_keys(mesh: AnyMesh | None) -> Callable[[jax.Array], jax.Array]:
+def device_keys(mesh: AnyMesh | None) -> Callable[[jax.Array], jax.Array]:
     """Maps one key, or those of all microbatches of a batch, to keys of this device's rows in its microbatches."""
 
-    def own(keys: jax.Array) -> jax.Array:
+    def of_rows(keys: jax.Array) -> jax.Array:
         parts = jax.lax.axis_size(_ROW_AXES)
         mine = jax.lax.axis_index(_ROW_AXES) * keys.size + jnp.arange(keys.size)
         return row_keys(keys.reshape(-1)[mine // parts], mine % parts, parts=parts).reshape(keys.shape)
 
-    return own if mesh is not None else lambda keys: keys
+    return of_rows if mesh is not None else lambda keys: keys
 
 
 def with_ends(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,7 +222,7 @@ def _shares(params: Any, specs: Any, dtype: Any) -> Any:
         if "fsdp" not in spec:
             return cast_floating(leaf, dtype)
         behind = leaf.ndim - spec.index("fsdp")  # without the axis of layers
-        return Share(leaf, lambda own: _gathered(own, own.ndim - behind, dtype))
+        return Share(leaf, lambda shard: _gathered(shard, shard.ndim - behind, dtype))
 
     return jax.tree.map(share, params, specs)
 

@@ -19,7 +19,7 @@ from jaxllm.training.attribution import first_nonfinite, group_norms
 from jaxllm.training.loss import Batch, LossFunction
 from jaxllm.training.optimizer import evaluated
 from jaxllm.training.precision import cast_floating, loss_scale_of, loss_scale_state, unscale
-from jaxllm.training.sharding import AnyMesh, map_rows, own_keys, sum_gradients, total, with_ends
+from jaxllm.training.sharding import AnyMesh, device_keys, map_rows, sum_gradients, total, with_ends
 
 T = TypeVar("T")
 COUNTS = "counts"  # of each row, next to the arrays of a batch
@@ -90,7 +90,7 @@ def make_train_step(
         mesh: devices that hold state and batch, see `jaxllm.training.sharding`; None is one.
         result: what the step returns of the new state, its metrics, old parameters, scaled gradients and updates.
     """
-    loss, options = with_ends(loss_function), {"accumulation": accumulation, "own_keys": own_keys(mesh)}
+    loss, options = with_ends(loss_function), {"accumulation": accumulation, "device_keys": device_keys(mesh)}
 
     def gradients(params: Any, batch: Batch, key: Array, scale: Array, weight: Array) -> tuple[LossSums, Any]:
         return accumulate_gradients(loss, params, batch, key, factor=scale / weight, **options)
@@ -162,11 +162,11 @@ def accumulate_gradients(
     *,
     factor: Array,
     accumulation: int,
-    own_keys: Callable[[Array], Array] = lambda keys: keys,
+    device_keys: Callable[[Array], Array] = lambda keys: keys,
 ) -> tuple[LossSums, Any]:
     """Sums over microbatches of the loss, and float32 gradients of factor * loss.
 
-    `own_keys` maps the key of the batch, or those of its microbatches, to keys of these rows of it.
+    `device_keys` maps the key of the batch, or those of its microbatches, to keys of these rows of it.
     """
 
     def scaled(p: Any, part: Batch, part_key: Array) -> tuple[Array, LossSums]:
@@ -178,13 +178,13 @@ def accumulate_gradients(
         return sums, cast_floating(grads, jnp.float32)
 
     if accumulation == 1:
-        return gradient(batch, own_keys(key))
+        return gradient(batch, device_keys(key))
 
     def body(total: tuple[LossSums, Any], inputs: tuple[Batch, Array]) -> tuple[tuple[LossSums, Any], None]:
         return jax.tree.map(jnp.add, total, gradient(*inputs)), None
 
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-    keys = own_keys(jax.random.split(key, accumulation))
+    keys = device_keys(jax.random.split(key, accumulation))
     first = jax.tree.map(lambda x: x[0], (parts, keys))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first))
     return jax.lax.scan(body, zeros, (parts, keys))[0]

@@ -52,8 +52,9 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
 def _tokenizer_config(config: RunConfig, tokenizer: Tokenizer) -> str:
     """What transformers needs next to tokenizer.json: the special tokens, and the longest text."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    begins = {} if config.model.encoder_decoder else {"bos_token": tokenizer.decode([tokenizer.eos_id])}
-    special = {"eos_token": tokenizer.decode([tokenizer.eos_id]), "pad_token": tokenizer.decode([tokenizer.pad_id])}
+    end = tokenizer.decode([tokenizer.eos_id])
+    begins = {} if config.model.encoder_decoder else {"bos_token": end, "add_bos_token": True}
+    special = {"eos_token": end, "pad_token": tokenizer.decode([tokenizer.pad_id])}
     longest = {} if config.model.context is None else {"model_max_length": config.model.context}
     return json.dumps(settings | begins | special | longest, indent=2) + "\n"
 

@@ -97,7 +97,7 @@ def write_batches(text_model: TextModel, prompts: list[str], *, batch_size: int,
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     total, begun = 0, time.perf_counter()
     encoded = [text_model.encode(text) for text in prompts]
-    check_prompts(text_model.model, encoded, new=options["max_new_tokens"], pad_id=text_model.pad_id)
+    check_prompts(text_model.model, encoded, new=options["max_new_tokens"])
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         seeds = list(range(seed, seed + len(prompts)))[part]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from jaxllm.config import DataConfig
 from jaxllm.data import DataError
 from jaxllm.data.builders import content_hash
 from jaxllm.data.pipeline import Pipeline, simple_baselines
-from jaxllm.data.records import Records, texts
+from jaxllm.data.records import Records, field, texts
 from jaxllm.data.sources import Source, open_source
 from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from jaxllm.run.feed import build_pipeline
@@ -310,6 +313,23 @@ def test_bad_text_is_skipped_and_counted(corpus: Path, tmp_path: Path, caplog: p
         source = open_source(config, cache_dir=tmp_path / "cache")
     assert len(source.train) + len(source.validation) == 40
     assert caplog.text.count("bad.txt is not UTF-8") == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": None}, "the field 'text' of a record must be text, got None"),
+        ({"text": ["a", "b"]}, "must be text, got ['a', 'b']"),
+        ({"text": math.nan}, "must be text, got nan"),
+        ({"body": "a"}, "records have no field 'text'; set data.text_key to one of: body"),
+        ("a text", "a record must be a dict such as {'text': ...}, got 'a text'"),
+    ],
+)
+def test_what_is_no_text_is_not_trained_on(record: Any, message: str) -> None:
+    """Of a source of one's own; those of files are checked when they are prepared."""
+    with pytest.raises(DataError, match=re.escape(message)):
+        field(record, "text")
+    assert field({"text": b"caf\xc3\xa9"}, "text") == "café"
 
 
 def test_unknown_dataset_and_blocked_cache_are_named(corpus: Path, tmp_path: Path) -> None:

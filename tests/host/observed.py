@@ -29,7 +29,7 @@ from jaxllm.config.file import load_config
 from jaxllm.run import trainer
 from jaxllm.run.parts import OnStep, StepReport
 from jaxllm.storage import checkpoint_reading
-from jaxllm.training.sharding import own_rows
+from jaxllm.training.sharding import local_rows
 from jaxllm.training.train_step import TrainState
 
 PRETRAIN = Path(__file__).parent.parent.parent / "scripts" / "pretrain.py"
@@ -44,7 +44,7 @@ class Recorder:
 
     def __call__(self, report: StepReport) -> None:
         count = len(report.batch["weights"])
-        numbers = range(count) if self._whole else own_rows(count * jax.process_count())
+        numbers = range(count) if self._whole else local_rows(count * jax.process_count())
         rows = {number: _digest(report.batch, i) for i, number in enumerate(numbers)}
         mesh = getattr(report.state().step.sharding, "mesh", None)
         self._folder.mkdir(exist_ok=True)

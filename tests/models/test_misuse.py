@@ -74,6 +74,12 @@ def test_parameters_of_another_model_are_refused(case: str) -> None:
             decode()
 
 
+def test_prepared_parameters_are_not_scored() -> None:
+    prepared = prepare_for_decode(params_of(LLAMA), dtype=jnp.float32)
+    with pytest.raises(ValueError, match="must be a dict as init_params and load_run give, got LlamaParams"):
+        score(build(LLAMA), prepared, [[1, 2]], [[3]])
+
+
 def test_prepared_parameters_of_another_depth_are_refused() -> None:
     other = dataclasses.replace(LLAMA, num_layers=1)
     prepared = prepare_for_decode(params_of(other), dtype=jnp.float32)
@@ -140,6 +146,7 @@ def test_an_encoder_output_of_another_batch_is_refused() -> None:
         ({"prompts": [[1], [True, False]]}, "prompt 1 must be a list of token ids"),
         ({"prompts": np.array([1, 2])}, "prompt 0 must be a list of token ids"),
         ({"max_new_tokens": 4.0}, "max_new_tokens must be a whole number, got 4.0"),
+        ({"eos_ids": np.int64(3)}, r"eos_ids must be a list of ids, e.g. \[3\]"),
         ({"eos_ids": 3}, r"eos_ids must be a list of ids, e.g. \[3\]"),
         ({"eos_ids": [5.7]}, r"eos_ids\[0\] must be a whole number, got 5.7"),
         ({"eos_ids": jnp.array([5])}, r"eos_ids\[0\] must be a whole number, got Array"),

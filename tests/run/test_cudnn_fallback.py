@@ -158,7 +158,7 @@ def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("jaxllm.run.steps.backend", SimpleNamespace(on_gpu=lambda: True))
     yield message
     jax.clear_caches()  # what was traced with these functions must not be found by other tests
-    loop._refused.clear()
+    loop._chunked.clear()
 
 
 def run_of(tmp_path: Path, corpus: Path, **changes: Any) -> RunConfig:
@@ -186,7 +186,7 @@ def test_a_run_takes_blocks_instead_and_keeps_that(
     assert summary.step == 1
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said[-1].startswith(
-        "attention: chunked instead of auto for this run, because the evaluation step cannot run"
+        "attention: chunked instead of auto, because cuDNN refused one: the evaluation step cannot run"
     )
     assert refusing in said[-1]
     if len(said) > 1:  # there was a program, whose calls are named
@@ -241,7 +241,7 @@ def test_evaluations_outside_of_training_take_blocks(
     request.getfixturevalue("refusing")
     again = pretrain(run)
     found = evaluate_path(tmp_path / "run")
-    assert caplog.text.count("attention: chunked instead of auto for this run") == 2
+    assert caplog.text.count("because cuDNN refused one: the evaluation step") == 2
     for name in ("loss", "accuracy"):
         assert again.validation[name] == pytest.approx(values[name], rel=1e-5)
         assert found[name] == pytest.approx(values[name], rel=1e-5)

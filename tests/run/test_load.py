@@ -7,6 +7,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,15 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxllm.config import LlamaConfig, RunConfig, T5Config, TrainingConfig
 from jaxllm.config.file import ConfigError
 from jaxllm.data.pipeline import Pipeline
-from jaxllm.data.tokenizer import Tokenizer, encode_blanks, train_tokenizer
-from jaxllm.interop.hf import save_hf
+from jaxllm.data.tokenizer import Tokenizer, encode_blanks, load_tokenizer, train_tokenizer
+from jaxllm.generation.text import TextModel
+from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
 from jaxllm.models import build, init_params
 from jaxllm.run.load import load_run, load_text_model
 from jaxllm.run.samples import on_one_device, write_sample
@@ -50,6 +54,44 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("t5"), T5Config(**SMALL, head_dim=8))
+
+
+def byte_tokenizer(folder: Path, *, begins: bool = False, **settings: Any) -> None:
+    """A tokenizer as of GPT-2, Llama 3 and Qwen: no padding token, the id 0 is "!", and some begin each text."""
+    fast = FastTokenizer(
+        models.BPE({each: i for i, each in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.add_special_tokens(["<|endoftext|>"])
+    if begins:
+        special = [("<|endoftext|>", 256)]
+        fast.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=special)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|endoftext|>", **settings}))
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True}, {"bos_token": None}])
+def test_a_prompt_begins_as_the_directorys_tokenizer_begins_a_text(
+    llama: Path, tmp_path: Path, begins: bool, settings: dict[str, Any]
+) -> None:
+    """Whatever config.json says; without `add_bos_token` tokenizer.json decides alone, as in transformers."""
+    shutil.copytree(llama, tmp_path / "hf")
+    save_hf(tmp_path / "hf", *load_hf(llama), special_ids=SpecialIds(bos=256, eos=(256,)))
+    byte_tokenizer(tmp_path / "hf", begins=begins, **settings)
+    ids = load_text_model(tmp_path / "hf").encode("ab")
+    assert ids == [256, 64, 65] if settings.get("add_bos_token", begins) else [64, 65]
+    if "add_bos_token" not in settings:
+        transformers = pytest.importorskip("transformers")
+        assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("ab").input_ids
+
+
+def test_text_is_not_lost_where_a_tokenizer_has_no_padding(llama: Path, tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (256, 256)
+    text_model = TextModel.of(*load_hf(llama), tokenizer)
+    assert text_model.decode([*text_model.encode("Stop! No!!"), 256, 256]) == "Stop! No!!"
 
 
 def test_sentinels_written_in_a_prompt_become_sentinels(t5: Path) -> None:

@@ -17,9 +17,14 @@ import pytest
 
 from jaxllm.data import BatchError
 from jaxllm.data.sources import Source
+from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.data.workers import EncodedStream
+from jaxllm.generation.text import TextModel
 from jaxllm.ops.losses import LossSums
+from jaxllm.run.load import load_run
 from jaxllm.run.parts import StepReport
+from jaxllm.run.samples import SAMPLING
+from jaxllm.run.start import TrainingStopped
 from jaxllm.run.trainer import pretrain
 from jaxllm.storage.checkpoint_reading import CheckpointError
 from jaxllm.storage.folder import RunFolderError
@@ -77,6 +82,41 @@ def test_the_same_parts_make_the_same_run_and_callbacks_change_nothing(shared: P
     assert losses(run) == losses(own) == {report.step: report.metrics.loss for report, _ in reports}
     assert [row["step"] for row in summary.metrics if "loss" in row] == [1, 2, 3, 4]
     assert all(np.isfinite(np.asarray(weight)).all() for _, weight in reports)  # copies, which no step overwrites
+
+
+def unrotated(model: Any) -> Any:
+    return model.clone(rotate=lambda x, positions: x)
+
+
+def test_a_changed_model_is_that_of_training_evaluation_and_sample(shared: Path) -> None:
+    """As a loss that changes it, but for the sample, which a loss cannot reach."""
+    text = {"steps": 2, "sample_tokens": 8, "sample_prompt": "line"}
+    runs = {name: config(shared / name, shared / "corpus", training=text) for name in ("model", "model_by_loss")}
+    summary = pretrain(runs["model"], model=unrotated, stop_at=1)
+    with pytest.raises(RunFolderError, match=r"model: .*unrotated.* -> of the config"):
+        pretrain(runs["model"])
+    summary = pretrain(runs["model"], model=unrotated)
+    by_loss = pretrain(runs["model_by_loss"], loss=lambda model, training: build_loss(unrotated(model), training))
+    assert losses(runs["model"]) == losses(runs["model_by_loss"]) != {}
+    assert summary.validation == by_loss.validation
+    model, params = load_run(summary.folder)
+    text_model = TextModel.of(unrotated(model), params, load_tokenizer(summary.folder / "tokenizer.json"))
+    ids = [text_model.encode("line")]
+    (new,) = text_model.generate(ids, max_new_tokens=8, sampling=SAMPLING, seed=runs["model"].training.seed)
+    assert (summary.folder / "sample.txt").read_text() == text_model.decode([*ids[0], *new])
+
+
+def outside(model: Any, training: Any) -> Any:
+    """A loss whose first target is outside the vocabulary, as -100 of other libraries is."""
+    plain = build_loss(model, training)
+    return lambda params, batch, key: plain(params, batch | {"targets": batch["targets"].at[0, 0].set(-100)}, key)
+
+
+@pytest.mark.parametrize("loss_scale", ["none", "dynamic"])
+def test_a_loss_that_is_nan_stops_a_run_although_its_gradients_are_finite(shared: Path, loss_scale: str) -> None:
+    run = config(shared / f"nan-{loss_scale}", shared / "corpus", precision={"loss_scale": loss_scale})
+    with pytest.raises(TrainingStopped, match=r"loss nan, gradient norm [0-9.]+, .* at step 1"):
+        pretrain(run, loss=outside)
 
 
 def test_parts_are_inside_the_loss_scale_and_accepted_on_request(shared: Path) -> None:

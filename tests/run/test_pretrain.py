@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -27,19 +26,17 @@ from jaxllm.config import RunConfig
 from jaxllm.config.file import ConfigError, dump_config, load_config, parse_config
 from jaxllm.data import BatchError
 from jaxllm.data.pipeline import Pipeline
-from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.host.device import Device
 from jaxllm.models import build, init_params
 from jaxllm.run import trainer
 from jaxllm.run.parts import StepReport, Summary
 from jaxllm.run.record import read_metrics
-from jaxllm.run.start import TrainingStopped, find_start
+from jaxllm.run.start import TrainingStopped
 from jaxllm.run.steps import Steps
 from jaxllm.run.trainer import pretrain
 from jaxllm.storage.checkpoint import CheckpointError, Checkpoints
-from jaxllm.storage.folder import TOKENIZER, RunFolderError, open_run_folder
+from jaxllm.storage.folder import RunFolderError, open_run_folder
 from jaxllm.training.fit import Fit, FitError, check_fit
-from jaxllm.training.program import program_of
 from tests.conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
@@ -471,41 +468,6 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Pa
     assert f"at step {step + 1}; the last good checkpoint is step {step} in" in str(stop.value)
     assert all(np.isfinite(leaf).all() for leaf in params)
     assert all(np.isfinite(value) for value in losses(run).values())
-
-
-def without_fingerprints(checkpoint: Path) -> None:
-    """As earlier versions wrote it: the position alone."""
-    file = checkpoint / "data" / "metadata"
-    file.write_text(json.dumps(json.loads(file.read_text())["position"]))
-
-
-@pytest.mark.parametrize("older", [True, False])
-def test_values_that_go_bad_after_an_unverified_resume_are_not_blamed_on_the_learning_rate(
-    tmp_path: Path, whole: tuple[RunConfig, Summary], shared: Path, older: bool
-) -> None:
-    run = config(tmp_path / "run", shared / "corpus")
-    folder = tmp_path / "run" / "checkpoints"
-    assert pretrain(run, stop_at=6).step == 6
-    with contextlib.closing(Checkpoints(folder, keep=2)) as checkpoints:
-        start = find_start(
-            program_of(run), checkpoints, mesh=None, tokenizer=load_tokenizer(tmp_path / "run" / TOKENIZER)
-        )
-        assert start.verified
-        damaged = jax.tree.map(lambda x: jnp.full_like(x, 1e38), start.state.params)
-        shutil.rmtree(folder / "6")
-        checkpoints._manager.reload()
-        checkpoints.save(6, start.state._replace(params=damaged), start.data)
-        checkpoints.wait()
-    without_fingerprints(folder / "6")
-    if not older:
-        shutil.rmtree(folder / "4")
-    fix = "run the same command, which resumes from step 4" if older else "start again"
-    with pytest.raises(TrainingStopped, match=rf"at step 7, soon after .* step 6\. That checkpoint has no .*and {fix}"):
-        pretrain(run)
-    if older:
-        shutil.move(folder / "6", tmp_path / "6")
-        assert pretrain(run)[:3] == (8, 4, True)
-        assert losses(run) == losses(whole[0])
 
 
 def test_a_damaged_checkpoint_is_not_called_good(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

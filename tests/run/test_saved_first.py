@@ -115,7 +115,7 @@ def test_runs_of_one_program_do_not_share_the_request_to_save(monkeypatch: pytes
 
     service = SimpleNamespace(key_value_try_get=get, key_value_set=lambda key, value, **_: values.update({key: value}))
     monkeypatch.setattr(processes, "_client", lambda: service)
-    first, second = processes.own_prefix(), processes.own_prefix()
+    first, second = processes.unique_prefix(), processes.unique_prefix()
     assert not processes.agreed(first, 8, True)
     assert processes.agreed(first, 16, False) and not processes.agreed(second, 16, False)
     assert not processes.agreed(first, 24, False)

@@ -19,7 +19,7 @@ from jaxllm.config import RunConfig
 from jaxllm.run.start import read_run
 from jaxllm.run.trainer import pretrain
 from jaxllm.training.fit import estimate_fit
-from jaxllm.training.program import Own, program_of
+from jaxllm.training.program import CustomParts, program_of
 from tests.conftest import write_corpus
 from tests.run.test_pretrain import config
 from tests.training.mesh_runs import HALF, LLAMA, batch_of, run_config
@@ -41,8 +41,8 @@ def assert_equal(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_it_is_the_float64_average_of_the_steps_that_were_not_skipped(own: bool, precision: dict[str, Any]) -> None:
     run = averaged(run_config(LLAMA, "scan none", 1, 1, **precision))
-    program = program_of(run, own=Own(optimizer=optax.sgd(0.1)) if own else Own())
-    plain = program_of(averaged(run, None), own=Own(optimizer=optax.sgd(0.1)) if own else Own())
+    program = program_of(run, custom=CustomParts(optimizer=optax.sgd(0.1)) if own else CustomParts())
+    plain = program_of(averaged(run, None), custom=CustomParts(optimizer=optax.sgd(0.1)) if own else CustomParts())
     state, reference = program.fresh_state(), plain.fresh_state()
     assert_equal(state.evaluated, state.params)  # before the first step
     assert reference.evaluated is reference.params

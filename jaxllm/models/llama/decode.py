@@ -204,7 +204,7 @@ class LlamaDecoder(Decoder):
         check_params(self.model, params)
         return prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
 
-    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int], pad_id: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int]) -> None:
         """See `Decoder`; only dynamic scaling extends the context."""
         c = self.model.config
         worst = max(range(len(prompts)), key=lambda i: len(prompts[i]) + new[i])

@@ -59,10 +59,10 @@ def layer_body(
     return add(x, maps.down(neurons), "mlp")
 
 
-def rotation(config: LlamaConfig, own: Rotate | None, positions: Int[Array, "#B T"], *, length: int) -> Map:
+def rotation(config: LlamaConfig, custom: Rotate | None, positions: Int[Array, "#B T"], *, length: int) -> Map:
     """Rotary positions, or a model's own; `length` is the context that dynamic and longrope scaling assume."""
-    if own is not None:
-        return lambda x: own(x, positions)
+    if custom is not None:
+        return lambda x: custom(x, positions)
     frequencies, scaling = rope_frequencies(
         config.rope, head_dim=config.head_dim, max_length=config.max_length, length=length
     )
@@ -72,20 +72,20 @@ def rotation(config: LlamaConfig, own: Rotate | None, positions: Int[Array, "#B 
 
 def whole_attention(
     config: LlamaConfig,
-    own: Attend | None,
+    custom: Attend | None,
     positions: Int[Array, "#B T"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     softmax_dtype: Any = None,
 ) -> Callable[[Array, Array, Array], Array]:
-    """Causal attention over whole sequences, or a model's own, in documents or in rows of `lengths` tokens."""
+    """Causal attention over whole sequences, or a model's `custom`, in documents or in rows of `lengths` tokens."""
     # Causal, with a window; queries and keys are the same tokens.
     pattern = Pattern(True, config.sliding_window, segment_ids, segment_ids, lengths, lengths)
-    if own is not None:
+    if custom is not None:
         count = positions.shape[1]
         pairs = Pairs(dense_mask(pattern, count, count), positions, positions)
-        return lambda query, key, value: own(query, key, value, pairs)
+        return lambda query, key, value: custom(query, key, value, pairs)
     return functools.partial(
         attention,
         pattern=pattern,

@@ -5,7 +5,6 @@ joined. Out of scope: training, choosing tokens.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +21,8 @@ from jaxllm.models.model import check_params
 from jaxllm.models.stack import Hold, decode_stack, embed_and_head, unstack
 from jaxllm.models.t5.layer import (
     CrossMaps,
+    layer_bias,
     layer_body,
-    own_or_shared,
     scale_output,
     source_keys_values,
     stream_dtype,
@@ -155,12 +154,12 @@ def _encode(model: T5, params: T5Params, tokens: Int[Array, "B S"], lengths: Int
     def build(table: Table) -> Array:
         return whole_bias(c, model.position_bias, table, count, bidirectional=True).astype(params.embed.dtype)
 
-    bias_of = own_or_shared(build, params.encoder.table)
+    bias_of = layer_bias(build, params.encoder.table)
     x = _embed(params, tokens)
     for i, layer in enumerate(params.encoder.layers):
         with jax.named_scope(f"encoder/layers/{i}"):
-            own = functools.partial(attend, bias=bias_of(layer.table), drop=None)
-            x = layer_body(_maps(c, layer), x, own)
+            attend_biased = functools.partial(attend, bias=bias_of(layer.table), drop=None)
+            x = layer_body(_maps(c, layer), x, attend_biased)
     return _norm(c, x, params.encoder.final_norm)
 
 
@@ -199,11 +198,11 @@ def through_cache(
         capacity = cache.positions.shape[1]
         return relative_bias_at(table, *places, max_distance=c.relative_max_distance, capacity=capacity)
 
-    bias_of = own_or_shared(build, params.decoder.table)
+    bias_of = layer_bias(build, params.decoder.table)
 
     def layer(part: tuple[LayerParams, kv.Store, kv.Store], x: Array, hold: Hold) -> Array:
-        own, *source = part
-        pairs = turn.pairs._replace(bias=bias_of(own.table))
+        weights, *source = part
+        pairs = turn.pairs._replace(bias=bias_of(weights.table))
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             return turn.attend(query, *hold(key, value), pairs, scale=1.0)
@@ -211,7 +210,7 @@ def through_cache(
         def attend_source(query: Array) -> Array:
             return turn.attend(query, *source, source_pairs, scale=1.0)
 
-        return layer_body(_maps(c, own), x, attend, (_cross_maps(c, own.cross), attend_source))
+        return layer_body(_maps(c, weights), x, attend, (_cross_maps(c, weights.cross), attend_source))
 
     layers = list(zip(params.decoder.layers, cross.keys, cross.values, strict=True))
     x, cache = decode_stack(layer, layers, _embed(params, tokens), cache, turn.update, scope="decoder/layers")
@@ -282,12 +281,6 @@ class T5Decoder(Decoder):
             return params
         check_params(self.model, params)
         return prepare_for_decode(params, dtype=self.model.dtype, int8=int8)
-
-    def check(self, prompts: Sequence[Sequence[int]], *, new: Sequence[int], pad_id: int) -> None:
-        """See `Decoder`; relative positions have no longest context, but padding alone is not an input."""
-        for i, prompt in enumerate(prompts):
-            if all(token == pad_id for token in prompt):
-                raise ValueError(f"prompt {i} holds only padding (id {pad_id}): the encoder would see nothing")
 
     def plan(self, *, prompt: int, new: int, needed: int, cache_dtype: str | None, wraps: bool) -> Plan:
         """See `Decoder`: only the start token precedes the new ones in the cache."""

@@ -99,23 +99,23 @@ def source_keys_values(
 
 
 def whole_attention(
-    config: T5Config, own: Attend | None, pattern: Pattern, *, queries: int, keys: int, softmax_dtype: Any = None
+    config: T5Config, custom: Attend | None, pattern: Pattern, *, queries: int, keys: int, softmax_dtype: Any = None
 ) -> Callable[..., Array]:
-    """Attention over whole sequences, or a model's own: (query, key, value, bias=, drop=) to the mixed values."""
-    if own is not None:
+    """Attention over whole sequences, or a model's `custom`: (query, key, value, bias=, drop=) to the mixed values."""
+    if custom is not None:
         pairs = Pairs(dense_mask(pattern, queries, keys), jnp.arange(queries)[None], jnp.arange(keys)[None])
-        return lambda query, key, value, **found: own(query, key, value, pairs._replace(**found))
+        return lambda query, key, value, **found: custom(query, key, value, pairs._replace(**found))
     return functools.partial(
         attention, pattern=pattern, scale=1.0, implementation=config.attention, softmax_dtype=softmax_dtype
     )
 
 
-def own_or_shared(build: Map, table: Array | None) -> BiasOf:
-    """The bias of each layer's own table, or that of the stack's `table`, built once."""
-    if table is None:
-        return lambda own: None if own is None else build(own)
-    shared = build(table)
-    return lambda _: shared
+def layer_bias(build: Map, shared: Array | None) -> BiasOf:
+    """The bias of each layer's own table, or that of the stack's `shared` table, built once."""
+    if shared is None:
+        return lambda table: None if table is None else build(table)
+    bias = build(shared)
+    return lambda _: bias
 
 
 def stream_dtype(dtype: Any) -> Any:

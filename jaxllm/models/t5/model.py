@@ -22,7 +22,7 @@ from jaxllm.models.t5.layer import (
     DecoderLayer,
     EncoderLayer,
     create_table,
-    own_or_shared,
+    layer_bias,
     scale_output,
     stream_dtype,
     whole_attention,
@@ -134,8 +134,8 @@ class Stack(nn.Module):
         layers = self.get_variable("params", "layers")
         keys = None if layers_key is None else jax.random.split(layers_key, jax.tree.leaves(layers)[0].shape[0])
 
-        def run(params: Params, h: Array, own_key: Array | None) -> Array:
-            return apply(layer, params, h, attend, bias_of, own_key, *cross)
+        def run(params: Params, h: Array, layer_key: Array | None) -> Array:
+            return apply(layer, params, h, attend, bias_of, layer_key, *cross)
 
         x = dropout(x, embed_key, rate=c.dropout_rate)
         x = apply_stack(run, layers, x, keys, mode=c.layers, remat=c.remat)
@@ -155,16 +155,16 @@ class Stack(nn.Module):
             options = {"bidirectional": not self.is_decoder, "dtype": self.islands.relative_bias}
             return whole_bias(self.config, self.position_bias, table, length, **options).astype(self.dtype)
 
-        return own_or_shared(build, self.relative_bias)
+        return layer_bias(build, self.relative_bias)
 
 
 def whole_bias(
-    c: T5Config, own: PositionBias | None, table: Array, length: int, *, bidirectional: bool, dtype: Any = None
+    c: T5Config, custom: PositionBias | None, table: Array, length: int, *, bidirectional: bool, dtype: Any = None
 ) -> Float[Array, "#B N T T"]:
     """The bias of whole sequences, or a model's own."""
-    if own is not None:
+    if custom is not None:
         positions = jnp.arange(length)[None]
-        return own(table, positions, positions, bidirectional=bidirectional)
+        return custom(table, positions, positions, bidirectional=bidirectional)
     options = {"max_distance": c.relative_max_distance, "bidirectional": bidirectional, "dtype": dtype}
     return relative_bias(table, queries=length, keys=length, **options)
 
