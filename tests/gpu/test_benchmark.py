@@ -136,7 +136,7 @@ def test_an_exact_name_is_that_case_alone(capsys: pytest.CaptureFixture[str]) ->
 def test_without_a_gpu_the_lane_stops_at_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([(0, "cpu|cpu"), (1, "cuInit failed"), (1, "cuInit failed")])
+    answers = iter([(0, "cpu|cpu"), (1, "cuInit failed")])
     monkeypatch.setattr(record, "first_line", lambda *_: next(answers))
     monkeypatch.setattr(record, "nvidia_devices", list)
     assert run.main(["first"]) == run.NO_GPU
@@ -147,18 +147,12 @@ def test_without_a_gpu_the_lane_stops_at_once(
         assert reason in capsys.readouterr().err
 
 
-def test_an_xla_that_does_not_know_a_flag_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def first_line(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str]:
-        asked.append((environment or {}).get("XLA_FLAGS"))
-        return (1, "Unknown flag in XLA_FLAGS") if "triton" in str(asked[-1]) else (0, "gpu|NVIDIA H100 80GB HBM3")
-
-    monkeypatch.setattr(record, "first_line", first_line)
+def test_a_gpu_is_found_with_the_flags_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "first_line", lambda _: (0, "gpu|NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr(record, "nvidia_devices", lambda: [Path("/dev/nvidia0")])
     monkeypatch.setenv("BENCH_COMMIT", "abc1234")
-    monkeypatch.setenv("XLA_FLAGS", "")
-    assert record.find_gpu()[:2] == ("NVIDIA H100 80GB HBM3", "") and len(asked) == 2
+    monkeypatch.setenv("XLA_FLAGS", "--mine=1")
+    assert record.find_gpu()[:2] == ("NVIDIA H100 80GB HBM3", "--mine=1")
 
 
 def test_a_machine_without_git_names_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
