@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.gpu.card import achievable
 from benchmarks.gpu.decode_check import first_chunk
 from benchmarks.gpu.profile import traced
+from benchmarks.gpu.program import cudnn_calls
 from benchmarks.gpu.variants import split
 from benchmarks.report import report, spread
 from benchmarks.shapes import shape
@@ -98,6 +99,7 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
         "compile_and_prefill_seconds": first,
         "read_gb_per_step": moved / 1e9,
         "attention": request.decoder.model.config.attention,
+        "cudnn_calls": cudnn_calls(loop.begin.lower(*request[:-1]).compile().as_text() or ""),  # for the prompts
         **agreed,
         **_roof(moved, step["median"]),
     }
@@ -123,7 +125,7 @@ def begin(request: Request) -> tuple[Request, Any, loop.GenerateState]:
 
 def _checked(case: Case) -> bool:
     """Whether a check takes no more than a second or two."""
-    return case.shape == "1b" and case.batch <= 8 and case.prompt <= 512
+    return case.shape in ("1b", "8b") and case.batch <= 8 and case.prompt <= 512
 
 
 def agreement(request: Request) -> dict[str, Any]:

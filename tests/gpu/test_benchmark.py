@@ -36,6 +36,7 @@ def test_decode_cases(capsys: pytest.CaptureFixture[str]) -> None:
         decode.main(case, toy=True)
         measured = result(capsys)
         assert measured["tokens_per_second"] > 0 and measured["read_gb_per_step"] > 0
+        assert measured["cudnn_calls"] == 0
 
 
 def test_a_train_case(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +44,23 @@ def test_a_train_case(capsys: pytest.CaptureFixture[str]) -> None:
     measured = result(capsys)
     assert measured["last_loss"] < measured["first_loss"]  # one batch, again and again
     assert measured["estimated_gb"] >= measured["temporary_gb"]
+
+
+def test_an_attention_that_is_refused_is_in_the_log_and_counted() -> None:
+    """The result has the attention of the config; its calls of cuDNN are none, and the log has the reason."""
+    code = """
+from unittest import mock
+from benchmarks.gpu import run
+from benchmarks.gpu.cards import pretend_gpu
+refusal = RuntimeError("cuDNN is not detected.")
+with pretend_gpu(), mock.patch("jax.nn.dot_product_attention", side_effect=refusal):
+    run._run_here("train/llama_1b", toy=True, profile=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    (measured,) = results_in(done.stdout)
+    assert measured["attention"] == "auto" and measured["cudnn_calls"] == 0
+    assert "attention: chunked (cuDNN is not detected.)" in done.stderr.splitlines()
+    assert "cudnn_calls 0" in run.summary(measured)
 
 
 def test_a_variant_changes_flags_settings_or_the_case() -> None:
