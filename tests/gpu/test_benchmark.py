@@ -362,6 +362,23 @@ def test_what_a_machine_without_a_network_lacks_is_carried() -> None:
     assert {"cuda12", "cuda13"} <= set(project["optional-dependencies"])
 
 
+def test_results_and_cache_of_an_earlier_call_are_carried_and_wheels_stay(tmp_path: Path) -> None:
+    """No network: the wheels are there. The files of a call are read-only."""
+    root, files = tmp_path / "root", tmp_path / "files"
+    for folder in (root / "benchmarks" / "gpu", root / "benchmarks" / "results", root / "carried", files):
+        folder.mkdir(parents=True)
+    script = root / "benchmarks" / "gpu" / "carry.sh"
+    script.write_text((ROOT / "benchmarks" / "gpu" / "carry.sh").read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("grain-1.whl", "cache.tar.0of2", "cache.tar.1of2"):
+        (root / "carried" / name).touch()
+    for name in ("gpu_Some_GPU.json", "cache.tar.0of1", "log.txt"):
+        (files / name).touch(mode=0o444)
+    for _ in range(2):
+        subprocess.run(["bash", str(script), str(files)], check=True, capture_output=True)
+    assert sorted(path.name for path in (root / "carried").iterdir()) == ["cache.tar.0of1", "grain-1.whl"]
+    assert [path.name for path in (root / "benchmarks" / "results").iterdir()] == ["gpu_Some_GPU.json"]
+
+
 def test_tables_are_made_of_what_there_is(tmp_path: Path) -> None:
     begin, end = table.MARKERS
     for file in ("README.md", "docs/gpu.md"):
