@@ -107,7 +107,7 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
     if not agreed.get("tokens_agree", True):
         raise SystemExit(f"{name}: decoded tokens are not those of a forward pass: {agreed}")
     if profile:  # after the result, which it might cost; the last one printed counts
-        report("decode", name, **values, **traced_chunk(name, request))
+        report("decode", name, **values, **traced_chunk(name, request, seconds=step["median"]))
 
 
 def begin(request: Request) -> tuple[Request, Any, loop.GenerateState]:
@@ -154,8 +154,8 @@ def decode(
     return state, spread(times)
 
 
-def traced_chunk(name: str, request: Request) -> dict[str, Any]:
-    """The kernels of the first chunk after the prompt."""
+def traced_chunk(name: str, request: Request, *, seconds: float) -> dict[str, Any]:
+    """The kernels of the first chunk after the prompt; `seconds` are those of a timed step."""
     _, context, state = begin(request)
     settings = request.settings
     attended, _ = loop.read_lengths(settings.plan, settings.chunk)[0]
@@ -167,7 +167,7 @@ def traced_chunk(name: str, request: Request) -> dict[str, Any]:
     def run(_: int) -> None:
         jax.block_until_ready(loop.next_chunk(*arguments, attended))
 
-    return traced("decode", name, run, steps=settings.chunk, program=program)
+    return traced("decode", name, run, steps=settings.chunk, seconds=seconds, program=program)
 
 
 def mean_filled(config: Any, prompt: int, new: int) -> float:

@@ -172,7 +172,8 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
     }
     report("train", name, **values)
     if profile:  # after the result, which it might cost; the last one printed counts
-        report("train", name, **values, **traced("train", name, run, steps=2, program=step.as_text))
+        figures = traced("train", name, run, steps=2, seconds=statistics.median(times), program=step.as_text)
+        report("train", name, **values, **figures)
 
 
 def _seconds_per_step(run: Callable[[int], Any], count: int) -> float:
