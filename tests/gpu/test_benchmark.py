@@ -104,6 +104,10 @@ def test_what_the_script_is_given_are_settings_that_it_knows(tmp_path: Path, mon
             config = load_config(file, overrides)
             assert (config.precision.compute == "float16") == ("fp16" in name)
             assert config.data.source == ("files" if carried else "stdlib")
+            # Killed after its first checkpoint, it has most of its steps left; the warm-up leaves time to learn.
+            training, optimizer = config.training, config.optimizer
+            assert training.save_every <= training.steps // 4 and optimizer.warmup_steps <= training.steps // 5
+            assert training.eval_every == training.steps
 
 
 def test_the_script_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
