@@ -163,7 +163,6 @@ def _open_lane(machine: Machine, out: Path | None) -> Iterator[_Lane]:
         }
         environment["OUT"] = str(log.parent)
         if not toy:
-            environment["XLA_FLAGS"] = machine.flags
             environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
             cache.unpack(ROOT / "carried", Path(folder) / "jax")
             _describe(log, machine)
