@@ -12,11 +12,13 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 BENCH_START=$(date +%s) # the seconds of a call count from here
 export BENCH_START PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+nvidia-smi -L >/dev/null 2>&1 || true # on some machines /dev/nvidia* exists once a program has used the GPU
 if compgen -G "carried/*.whl" >/dev/null; then
   site="$(mktemp -d)"
   trap 'rm -rf "$site"' EXIT
   if "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" carried/*.whl; then
     export PYTHONPATH="$PYTHONPATH:$site"
+    "$python" -c 'import tensorflow_datasets, grain, array_record' || echo "pretrain cases will fail: see the error above" >&2
   else
     echo "the wheels in carried/ do not fit this Python; continuing without them" >&2
   fi

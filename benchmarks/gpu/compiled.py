@@ -63,8 +63,8 @@ GUIDE = ROOT / "docs" / "gpu.md"
 MARKERS = "<!-- compiled for a GPU: benchmarks/gpu/compiled.py -->", "<!-- end of compiled for a GPU -->"
 
 
-# The flag of scripts/pretrain.py on a GPU, and full effort whatever the environment has.
-_OPTIONS = {"xla_gpu_triton_gemm_any": True, "xla_backend_optimization_level": 3}
+# Full effort, whatever the environment has.
+_OPTIONS = {"xla_backend_optimization_level": 3}
 
 
 class Traced(NamedTuple):

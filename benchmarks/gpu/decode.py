@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.gpu.card import achievable
 from benchmarks.gpu.decode_check import first_chunk
 from benchmarks.gpu.profile import traced
+from benchmarks.gpu.program import cudnn_calls
 from benchmarks.gpu.variants import split
 from benchmarks.report import report, spread
 from benchmarks.shapes import shape
@@ -98,6 +99,7 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
         "compile_and_prefill_seconds": first,
         "read_gb_per_step": moved / 1e9,
         "attention": request.decoder.model.config.attention,
+        "cudnn_calls": cudnn_calls(loop.begin.lower(*request[:-1]).compile().as_text() or ""),  # for the prompts
         **agreed,
         **_roof(moved, step["median"]),
     }
@@ -105,7 +107,7 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
     if not agreed.get("tokens_agree", True):
         raise SystemExit(f"{name}: decoded tokens are not those of a forward pass: {agreed}")
     if profile:  # after the result, which it might cost; the last one printed counts
-        report("decode", name, **values, **traced_chunk(name, request))
+        report("decode", name, **values, **traced_chunk(name, request, seconds=step["median"]))
 
 
 def begin(request: Request) -> tuple[Request, Any, loop.GenerateState]:
@@ -123,7 +125,7 @@ def begin(request: Request) -> tuple[Request, Any, loop.GenerateState]:
 
 def _checked(case: Case) -> bool:
     """Whether a check takes no more than a second or two."""
-    return case.shape == "1b" and case.batch <= 8 and case.prompt <= 512
+    return case.shape in ("1b", "8b") and case.batch <= 8 and case.prompt <= 512
 
 
 def agreement(request: Request) -> dict[str, Any]:
@@ -152,8 +154,8 @@ def decode(
     return state, spread(times)
 
 
-def traced_chunk(name: str, request: Request) -> dict[str, Any]:
-    """The kernels of the first chunk after the prompt."""
+def traced_chunk(name: str, request: Request, *, seconds: float) -> dict[str, Any]:
+    """The kernels of the first chunk after the prompt; `seconds` are those of a timed step."""
     _, context, state = begin(request)
     settings = request.settings
     attended, _ = loop.read_lengths(settings.plan, settings.chunk)[0]
@@ -165,7 +167,7 @@ def traced_chunk(name: str, request: Request) -> dict[str, Any]:
     def run(_: int) -> None:
         jax.block_until_ready(loop.next_chunk(*arguments, attended))
 
-    return traced("decode", name, run, steps=settings.chunk, program=program)
+    return traced("decode", name, run, steps=settings.chunk, seconds=seconds, program=program)
 
 
 def mean_filled(config: Any, prompt: int, new: int) -> float:

@@ -20,7 +20,8 @@ from jaxllm.ops.attention import masked_attention
 # Tokens of the cut prompts.
 _KEPT = 4
 # Largest gap of a chosen logit to the largest, and largest error of all logits as a norm, in standard deviations of the
-# logits. One toy layer in bfloat16 has an error of 0.01 on a CPU; writes that are lost or a slot away 0.2 and more.
+# logits. In bfloat16 on a CPU one toy layer has an error of 0.01, and 32 layers of d_model 256 have 0.03 and a gap of
+# 0.04; writes that are lost or a slot away have 0.2 and more.
 _ALLOWED = {"float32": 1e-3, "bfloat16": 0.15}
 
 

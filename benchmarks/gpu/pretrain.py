@@ -154,8 +154,8 @@ def script_arguments(case: Case, folder: Path, *, toy: bool) -> list[str]:
     arguments += [f"training.compilation_cache={cache}", f"data.cache_dir={folder}/data", "training.log_every=5"]
     arguments += [f"optimizer.learning_rate={_RATES[case.config]}", *_corpus(folder, toy=toy)]
     if not toy:
-        steps = {"steps": 240, "save_every": 60, "eval_every": 240, "eval_batches": 8, "sample_tokens": 64}
-        schedule = ["optimizer.warmup_steps=40", *(["optimizer.decay_steps=40"] if "t5" in case.config else [])]
+        steps = {"steps": 160, "save_every": 40, "eval_every": 160, "eval_batches": 8, "sample_tokens": 64}
+        schedule = ["optimizer.warmup_steps=25", *(["optimizer.decay_steps=25"] if "t5" in case.config else [])]
         return [*arguments, *schedule, *(f"training.{key}={value}" for key, value in steps.items())]
     return [*arguments, *_toy_settings(case)]
 

@@ -93,6 +93,11 @@ def kernels(text: str) -> list[Kernel]:
     return list(_run(computations, entry, 1))
 
 
+def cudnn_calls(text: str) -> int:
+    """How many calls of cuDNN's attention the text of a compiled program has; those in a loop count once."""
+    return text.count('custom_call_target="__cudnn$fmha')
+
+
 def nbytes(shape: str) -> int:
     """Bytes of an array or a tuple of them, as HLO writes shapes."""
     return sum(_BYTES.get(dtype, 4) * math.prod(_sizes(dims)) for dtype, dims in _ARRAY.findall(shape))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.host.device import nvidia_devices
-from scripts.gpu_settings import TRAIN_FLAGS
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,7 +26,7 @@ class Machine(NamedTuple):
     """Where cases run."""
 
     device: str  # jax's name of it
-    flags: str  # of XLA, for every case
+    flags: str  # of XLA, from the environment, for every case
     versions: dict[str, str]  # of the packages that decide
     commit: str  # of the sources, or a hash of them where git is missing
 
@@ -43,16 +42,11 @@ def find_gpu() -> Machine:
     """
     if not nvidia_devices():
         raise NoGpuError("no NVIDIA GPU here: /dev has no nvidia0 or other; --dry-run runs all at toy sizes anywhere")
-    given = os.environ.get("XLA_FLAGS", "")
-    flags = " ".join([*TRAIN_FLAGS, given]).strip()
-    status, output = first_line([sys.executable, "-c", _ASK], {"XLA_FLAGS": flags})
-    if status != 0:  # an unknown flag ends the process
-        flags = given
-        status, output = first_line([sys.executable, "-c", _ASK], {"XLA_FLAGS": flags})
+    status, output = first_line([sys.executable, "-c", _ASK])
     backend, _, device = output.partition("|")
     if status != 0 or backend != "gpu":
         raise NoGpuError(f"jax uses no GPU here: {output or 'it did not start'}; is jax[cuda13] installed?")
-    return Machine(device, flags, versions(), commit())
+    return Machine(device, os.environ.get("XLA_FLAGS", ""), versions(), commit())
 
 
 def versions() -> dict[str, str]:
@@ -75,12 +69,10 @@ def commit() -> str:
     return f"sources {digest.hexdigest()[:10]}"
 
 
-def first_line(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str]:
+def first_line(command: list[str]) -> tuple[int, str]:
     """Status and last line of a command's output; 127 where it does not exist."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}, timeout=90
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
     except (OSError, subprocess.TimeoutExpired) as error:
         return 127, str(error)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_here(name: str, *, toy: bool, profile: bool) -> None:
+    # What jaxllm chooses, such as an attention instead of cuDNN's, is in the log.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("jaxllm").setLevel(logging.INFO)
     part, case = name.split("/")
     options: dict[str, Any] = {"profile": True} if profile and part in ("train", "decode") else {}
     importlib.import_module(f"benchmarks.gpu.{part}").main(case, toy=toy, **options)
@@ -159,7 +163,6 @@ def _open_lane(machine: Machine, out: Path | None) -> Iterator[_Lane]:
         }
         environment["OUT"] = str(log.parent)
         if not toy:
-            environment["XLA_FLAGS"] = machine.flags
             environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
             cache.unpack(ROOT / "carried", Path(folder) / "jax")
             _describe(log, machine)
@@ -299,7 +302,7 @@ def summary(result: dict[str, Any]) -> str:
     if "error" in result:
         return "FAILED: " + " | ".join(result["error"].splitlines()[-2:])[-200:]
     keys = ("tokens_per_second", "sequences_per_second", "mfu", "part_of_measured_bandwidth", "ratio", "last_loss")
-    keys += ("tflops", "terabytes_per_second", "peak_gb", "compile_seconds", "loss", "summary")
+    keys += ("tflops", "terabytes_per_second", "peak_gb", "cudnn_calls", "compile_seconds", "loss", "summary")
     shown = [(key, result[key]) for key in keys if key in result]
     return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown)
 

@@ -31,6 +31,7 @@ _SPEEDS = {
 _FRACTIONS = {"mfu": "{:.1%} MFU", "part_of_measured_bandwidth": "{:.0%} of the measured bandwidth"}
 _OTHERS = {
     "peak_gb": "{:.1f} GB",
+    "cudnn_calls": "{} calls of cuDNN's attention",
     "compile_seconds": "compiled in {:.0f} s",
     "first_loss": "loss from {:.2f}",
     "last_loss": "to {:.2f}",

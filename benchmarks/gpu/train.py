@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.gpu.card import CLOCKS, achievable, smi
 from benchmarks.gpu.profile import traced
+from benchmarks.gpu.program import cudnn_calls
 from benchmarks.gpu.variants import split
 from benchmarks.report import report, spread
 from benchmarks.shapes import shape
@@ -163,6 +164,7 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "attention": program.config.model.attention,
+        "cudnn_calls": cudnn_calls(step.as_text() or ""),
         "clocks": [before, after],
         "estimated_gb": sum(estimate_fit(program)) / 1e9,
         **speed(config, statistics.median(times)),
@@ -170,7 +172,8 @@ def main(name: str, *, toy: bool, profile: bool = False) -> None:
     }
     report("train", name, **values)
     if profile:  # after the result, which it might cost; the last one printed counts
-        report("train", name, **values, **traced("train", name, run, steps=2, program=step.as_text))
+        figures = traced("train", name, run, steps=2, seconds=statistics.median(times), program=step.as_text)
+        report("train", name, **values, **figures)
 
 
 def _seconds_per_step(run: Callable[[int], Any], count: int) -> float:

@@ -28,6 +28,8 @@ VARIANTS = {
             "xla_gpu_graph_min_graph_size=1",
         )
     ),
+    # No CUDA graphs, which a traced step has none of either: what they save.
+    "nographs": Variant(flags=("xla_gpu_enable_command_buffer=",)),
     # T5's rows without lengths: cuDNN then computes a bias gradient, but needs no padding mask.
     "nolengths": Variant(case={"lengths": False}),
     # Logits of the training loss wait in bfloat16 for their exponentials, which stay float32.

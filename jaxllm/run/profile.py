@@ -1,8 +1,8 @@
 """Where the time of a step goes: traces of jax.profiler, and their kernels, read without TensorFlow.
 
 A trace has every kernel with its duration. Kernels that differ only in their number or layer are added up, and each is
-named by its operation in jax, from the trace or from the text of the compiled program. The fraction of time in which no
-kernel runs is the gap that a CUDA graph or larger kernels would close.
+named by its operation in jax, from the trace or from the text of the compiled program. XLA runs no CUDA graphs
+while a trace is recorded, so a step that is not traced has the same kernels and smaller gaps between them.
 """
 
 import logging
@@ -86,12 +86,12 @@ def sources(program: str) -> dict[str, str]:
 
 
 def _events(data: Any, known: dict[str, str]) -> Iterator[tuple[float, float, str, str]]:
-    """(start, end, name, operation) of what the first GPU's streams ran; without a GPU, of XLA:CPU's threads."""
+    """(start, end, name, operation) of the first GPU's streams, or XLA:CPU's threads; a CUDA graph has no operation."""
     planes = sorted(data.planes, key=lambda plane: plane.name)
     gpus = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     for line in (line for plane in gpus[:1] or planes for line in plane.lines):
         for event in line.events if line.name.startswith("Stream") or not gpus else ():
-            stats = {str(key): value for key, value in event.stats}
+            stats = {str(key): value for key, value in event.stats if not str(value).startswith("command_buffer")}
             if gpus or "hlo_op" in stats:
                 name = str(stats.get("hlo_op") or event.name)
                 where = known.get(name) or str(stats.get("name") or stats.get("tf_op") or "")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import decode
+from benchmarks.gpu import decode, plan
 from benchmarks.gpu.decode_check import Agreement, first_chunk
 from benchmarks.shapes import shape
 from jaxllm.generation.requests import Request, make_request
@@ -55,6 +55,12 @@ def test_a_wrong_write_is_caught(name: str, dtype: str, fault: Any, monkeypatch:
     found = first_chunk(asked)
     jax.clear_caches()
     assert not found.good, found
+
+
+def test_the_first_call_checks_its_decoding() -> None:
+    names = [case.name.split("/")[1] for case in plan.FIRST if case.name.startswith("decode/")]
+    assert names and all(decode._checked(decode.case_of(name)) for name in names)
+    assert not any(decode._checked(decode.case_of(name)) for name in ("8b_b64", "8b_b1_8k", "t5_large_b1"))
 
 
 def test_a_case_that_disagrees_says_so_and_fails(

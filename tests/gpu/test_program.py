@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu.program import kernels, nbytes
+from benchmarks.gpu.program import cudnn_calls, kernels, nbytes
 
 # A loop of five steps: a matmul of [8, 16] and [16, 4] in a fusion, and one row written into a buffer in place.
 TEXT = """HloModule step, entry_computation_layout={(bf16[8,16]{1,0})->f32[8,4]{1,0}}
@@ -54,6 +54,7 @@ def test_kernels_are_counted_with_what_they_move() -> None:
     assert written.bytes == 2 * 16 + 4  # the row read and written, and the index; not the buffer
     assert product.source == "jit(step)/dot_general"
     assert attention.attention and attention.product and not copied.product
+    assert cudnn_calls(TEXT) == 1
 
 
 # A matmul by cuBLAS on its own, and one in a fusion that reads a slice of a stack; 64 bytes of each are scratch space.

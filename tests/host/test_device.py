@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
 
-from jaxllm.host import processes
 from jaxllm.host.device import datasheet_peaks, nvidia_devices
 from jaxllm.ops import backend
 from scripts import gpu_settings
@@ -24,23 +25,31 @@ def test_any_gpu_counts_and_control_files_do_not(tmp_path: Path) -> None:
 
 
 def test_a_process_is_prepared_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(gpu_settings, "accepted_flags", lambda flags: flags)
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
     monkeypatch.setattr(gpu_settings, "nvidia_devices", list)
     prepare_process()
-    assert "XLA_FLAGS" not in os.environ
+    assert name not in os.environ
     monkeypatch.setattr(gpu_settings, "nvidia_devices", lambda: [Path("/dev/nvidia3")])
-    monkeypatch.setenv("XLA_FLAGS", "--mine=1")
-    prepare_process(["--theirs=2"])
-    assert os.environ["XLA_FLAGS"] == "--theirs=2 --mine=1" and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
-    # Of several processes, the others take the flags that the first has found: all must compile the same program.
-    monkeypatch.setattr(processes, "index", lambda: 1)
-    monkeypatch.setattr(processes, "gather", lambda text: ["--first=3", text])
-    monkeypatch.setenv("XLA_FLAGS", "")
-    prepare_process(["--other=4"])
-    assert os.environ["XLA_FLAGS"] == "--first=3"
+    prepare_process()
+    assert os.environ[name] == "0.92"
+    monkeypatch.setenv(name, "0.5")  # what is set stays
+    prepare_process()
+    assert os.environ[name] == "0.5"
+
+
+def test_flags_that_a_process_does_not_survive_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is unknown, and one with which the process hangs."""
+
+    def run(command: list[str], *, env: dict[str, str], timeout: float, **_: Any) -> Any:
+        if "hangs" in env["XLA_FLAGS"]:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=int("unknown" in env["XLA_FLAGS"]))
+
+    monkeypatch.setattr(gpu_settings.subprocess, "run", run)
+    assert gpu_settings.accepted_flags(["--known", "--unknown", "--hangs"]) == ("--known",)
+    assert gpu_settings.accepted_flags(["--known", "--also_known"]) == ("--known", "--also_known")
 
 
 @pytest.mark.parametrize(
