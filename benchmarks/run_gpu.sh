@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks and measures on one GPU, without a network:
-#   benchmarks/run_gpu.sh first                  ends after 385 s (give it 430): the real script, the library calls, the
+#   benchmarks/run_gpu.sh first                  ends after 395 s (give it 440): the real script, the library calls, the
 #                                                headline programs
 #   benchmarks/run_gpu.sh next 330               what is still unmeasured, in order of worth, within 330 s
 #   benchmarks/run_gpu.sh train/llama_1b         one case; train/ runs all that begin so; --list names and times them

@@ -25,7 +25,7 @@ else:
         # Compiling is most of the suite's time, and this leaves a quarter of it; with jax 0.12, which has no other way,
         # half. Set the variable to 0 for machine code as users have it; tests/test_notebooks.py does.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        from scripts.gpu_settings import accepted_flags
+        from tests.flags import accepted_flags
 
         cheap = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
         os.environ["XLA_FLAGS"] = " ".join([*accepted_flags(cheap), os.environ.get("XLA_FLAGS", "")]).strip()

@@ -11,7 +11,7 @@ earlier="${1:+$(realpath "$1")}"
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-python3}"
 if ! compgen -G "carried/*.whl" >/dev/null; then
-  new="$(mktemp -d)" # all or nothing: a part would stay
+  new="$(mktemp -d)" # moved at the end, so that an interrupted download is not taken for a whole one
   trap 'rm -rf "$new"' EXIT
   platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64
     --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform any)
@@ -24,7 +24,7 @@ if ! compgen -G "carried/*.whl" >/dev/null; then
   mkdir -p carried && mv "$new"/* carried/
 fi
 if [ -n "$earlier" ]; then
-  install -m 644 "$earlier"/gpu_*.json benchmarks/results/
+  if compgen -G "$earlier/gpu_*.json" >/dev/null; then install -m 644 "$earlier"/gpu_*.json benchmarks/results/; fi
   rm -f carried/cache.tar.* # parts of two caches do not fit together
   if compgen -G "$earlier/cache.tar.*" >/dev/null; then install -m 644 "$earlier"/cache.tar.* carried/; fi
 fi

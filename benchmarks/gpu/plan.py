@@ -17,7 +17,7 @@ class Planned(NamedTuple):
 
 # The first call of a machine that nothing has run on yet, within FIRST_SECONDS: the real script, which library calls
 # are right and how fast, and the four headline programs with their kernels.
-FIRST_SECONDS = 385
+FIRST_SECONDS = 395
 FIRST = (
     Planned("pretrain/llama_fp16", 90, 130),
     Planned("probe/all", 70, 110),

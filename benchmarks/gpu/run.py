@@ -1,6 +1,6 @@
 """Runs cases by name, each in its own process, and keeps what is measured even when a case fails.
 
-    python -m benchmarks.gpu.run first                # ends after 385 s: for a GPU that nothing has run on yet
+    python -m benchmarks.gpu.run first                # ends after 395 s: for a GPU that nothing has run on yet
     python -m benchmarks.gpu.run next 330             # what is still unmeasured, in order of worth, within 330 s
     python -m benchmarks.gpu.run train/llama_1b decode/1b_b1@graphs
     python -m benchmarks.gpu.run decode/8b            # cases whose names begin so

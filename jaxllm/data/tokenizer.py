@@ -33,7 +33,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of ids, sentinels included.
-        pad_id: padding; the end of a document where the tokenizer has none.
+        pad_id: padding; equals `eos_id` if the tokenizer has no padding token.
         eos_id: end of a document, and the input for its first token.
         sentinel_ids: ids of the sentinels in order; empty when the tokenizer has none.
     """
@@ -54,9 +54,10 @@ class Tokenizer:
         with _no_panic(f"text that begins with {text[:40]!r}"):
             return np.array(self._fast.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def begins_with(self, token: int | None) -> bool:
-        """Whether the file's rule for special tokens puts this one before every text."""
-        return self._fast.encode("").ids[:1] == [token]
+    def begins_with(self, token: int, *, add_bos_token: Any = None) -> bool:
+        """Whether a text begins with this token by tokenizer.json, or by `add_bos_token` of tokenizer_config.json."""
+        with _no_panic("special tokens"):
+            return add_bos_token is True or self._fast.encode("a").ids[:1] == [token]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens are spelled out."""
@@ -88,6 +89,8 @@ class Tokenizer:
 
     def _restrict(self) -> None:
         self._fast.encode_special_tokens = True
+        self._fast.no_padding()
+        self._fast.no_truncation()
 
     def _special(self, *names: str, default: int | None) -> int:
         for name in names:
@@ -163,9 +166,13 @@ class SentencePieceTokenizer(Tokenizer):
         """Ids of a text, int32, without any special token."""
         return np.array(self._model.EncodeAsIds(text), np.int32)
 
-    def begins_with(self, token: int | None) -> bool:
-        """Whether it is the model's begin token, which transformers puts before every text."""
-        return token == self._model.bos_id()
+    def begins_with(self, token: int, *, add_bos_token: Any = None) -> bool:
+        """Whether a text begins with this token by `add_bos_token`, or is the model's begin token if that is None."""
+        return token == self._model.bos_id() if add_bos_token is None else bool(add_bos_token)
+
+    def piece(self, token: int) -> str:
+        """The spelling of an id, also of a control symbol."""
+        return self._model.IdToPiece(token)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; those beyond the pieces, which a larger model may write, are skipped."""

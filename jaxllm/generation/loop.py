@@ -23,14 +23,14 @@ from jaxllm.models.decoder import Decoder, Plan
 from jaxllm.ops.cudnn import or_chunked
 from jaxllm.ops.sampling import Sampling, choose, process
 
-# Configs of models whose prompts cuDNN refused, so that they are not compiled for it again: with `attention: chunked`.
+# Decoders whose prompt cuDNN refused, with the config to use instead: a refused program is not compiled again.
 _chunked: dict[Decoder, ModelConfig] = {}
 
 R = TypeVar("R")
 
 
 def fall_back(function: Callable[[Decoder], R], decoder: Decoder) -> R:
-    """`function(decoder)` by `or_chunked`; steps after the prompt attend to a cache and never use cuDNN."""
+    """`function(decoder)`, by `or_chunked`; steps after the prompt attend to a cache and never use cuDNN."""
 
     def use(config: ModelConfig) -> R:
         if config is decoder.model.config:

@@ -110,7 +110,7 @@ def append(
 ) -> Turn:
     """One token per row, all in the next slot; if the cache `wraps` around, the first slot follows the last.
 
-    Attention is `custom`, the model's, if any. It reads the first `attended` slots, or all; the others must be empty.
+    Attention, or `custom` in its place, reads the first `attended` slots, or all; the others must be empty.
     """
     slot = cache.slot % cache.positions.shape[1] if wraps else cache.slot
     held = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions[:, None], slot, axis=1)

@@ -107,7 +107,7 @@ def refused(error: BaseException) -> bool:
 
 
 def or_chunked(use: Callable[[ModelConfig], R], config: ModelConfig) -> R:
-    """`use(config)`; where cuDNN refuses an attention of `attention: auto`, `use` of the config with `chunked`.
+    """`use(config)`; if cuDNN refuses a call of `attention: auto`, `use` of the config with `attention: chunked`.
 
     jax compiles in the first call, which raises the refusal before anything is donated. Other errors are raised.
     """
@@ -116,8 +116,8 @@ def or_chunked(use: Callable[[ModelConfig], R], config: ModelConfig) -> R:
     except Exception as error:
         if config.attention != "auto" or not (refused(error) or refused(error.__cause__ or error)):
             raise
-        cause = str(error).splitlines()[0].split(";")[0]
-        _log.warning("attention: chunked instead of auto, because cuDNN refused one: %s", cause)
+        cause = str(error).splitlines()[0].split("; set ")[0]
+        _log.warning("attention: chunked instead of auto, because cuDNN refused a call: %s", cause)
     return use(dataclasses.replace(config, attention="chunked"))
 
 

@@ -21,8 +21,8 @@ class LossSums(NamedTuple):
     Attributes:
         loss: cross-entropy plus z-loss, to be minimised.
         nll: cross-entropy alone, in nats.
-        weight: sum of the weights; of a run's loss that of `batch["weights"]`, by which a step divides.
-        correct: weighted number of positions whose target has the largest logit, alone or with others.
+        weight: sum of the weights; a loss of a run returns that of `batch["weights"]`, by which a step divides.
+        correct: weighted number of positions whose target has the largest logit; ties count.
     """
 
     loss: Float[Array, ""]

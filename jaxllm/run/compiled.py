@@ -100,11 +100,7 @@ class CompiledOnce(Generic[P, R]):
         return "" if self._executable is None else self._executable.as_text() or ""
 
     def prepare(self, *args: Any, **kwargs: Any) -> Callable[..., R]:
-        """The executable, compiled for these arguments (or arguments like them) if it is not compiled.
-
-        Raises:
-            DeviceError: when the device cannot run it for a reason that is known.
-        """
+        """The executable, compiled for these arguments (or arguments like them) at first; errors are `explained`."""
         if self._executable is not None:
             return self._executable
         start = time.perf_counter()

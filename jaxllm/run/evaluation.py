@@ -9,7 +9,7 @@ import numpy as np
 from jaxllm.data.packing import segments_of
 from jaxllm.data.pipeline import Pipeline
 from jaxllm.run.record import count_rows
-from jaxllm.run.steps import Steps, or_by_blocks
+from jaxllm.run.steps import Steps, steps_or_chunked
 from jaxllm.training.sharding import fetch, place_rows
 from jaxllm.training.spans import count_spans
 
@@ -25,7 +25,7 @@ def evaluate(steps: Steps, params: Any, pipeline: Pipeline) -> dict[str, float]:
     def measure(steps: Steps) -> dict[str | None, dict[str, float]]:
         return {name: _measure(steps, params, pipeline, name) for name in pipeline.sets or [None]}
 
-    _, found = or_by_blocks(steps, measure)
+    _, found = steps_or_chunked(steps, measure)
     named = {f"{name}/{key}": value for name, values in found.items() for key, value in values.items() if name}
     return next(iter(found.values())) | named
 

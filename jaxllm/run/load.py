@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.generation.text import TextModel
 from jaxllm.interop.hf import SpecialIds, load_hf, special_ids
 from jaxllm.interop.safetensors_dir import read_json
@@ -57,14 +57,10 @@ def read_text_model(path: str | Path, dtype: str = "float32") -> TextModel:
     model = build(model.config, dtype=jnp.dtype(dtype))
     tokenizer = load_tokenizer(folder)
     ids = special_ids(folder) if kind is Kind.HUGGING_FACE else SpecialIds(bos=tokenizer.eos_id)  # text follows an end
-    begins = kind is Kind.RUN or _begins_with(folder, tokenizer, ids.bos)
-    begin = (ids.bos,) if begins and ids.bos is not None else ()
+    begin = () if ids.bos is None else (ids.bos,)
+    if kind is Kind.HUGGING_FACE and begin:  # Qwen's directories declare a begin token and do not add it
+        settings = folder / "tokenizer_config.json"
+        declared = read_json(settings).get("add_bos_token") if settings.is_file() else None
+        begin = begin if tokenizer.begins_with(*begin, add_bos_token=declared) else ()
     pad_id = tokenizer.pad_id if ids.pad is None else ids.pad
     return TextModel(model, params, tokenizer, begin, ids.eos or (tokenizer.eos_id,), pad_id)
-
-
-def _begins_with(folder: Path, tokenizer: Tokenizer, token: int | None) -> bool:
-    """Whether the tokenizer of a Hugging Face directory puts this token before every text: Qwen's does not."""
-    file = folder / "tokenizer_config.json"
-    says = read_json(file).get("add_bos_token") if file.is_file() else None
-    return says if isinstance(says, bool) else tokenizer.begins_with(token)

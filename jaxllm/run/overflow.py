@@ -2,7 +2,7 @@
 
 A step returns which gradient overflowed; the first bad value is found by computing the same batch again and observing
 it (`jaxllm.jaxprs.observe`). The host reads a step while the next one runs, so the parameters are at most one step
-later, and the same when that step was skipped. Without a loss scale no step is skipped and the parameters are spoiled,
+later, and the same when that step was skipped. A step that was not skipped has spoiled the parameters,
 so the trainer passes those of its last checkpoint. Skipping is in `jaxllm.training.precision`.
 """
 
@@ -71,7 +71,7 @@ class OverflowWatch:
         factor = jnp.float32(scale) / total_weight(batch)
         where = first_nonfinite(self._gradients(state.params, batch, key, factor))
         if where is None:
-            return "no activation or gradient, so either a target is outside the vocabulary or a device failed once"
+            return "none when computed again"
         return f"{where.name} in the {'backward' if where.backward else 'forward'} pass"
 
     def headroom(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:

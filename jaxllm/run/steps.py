@@ -64,15 +64,12 @@ def make_steps(program: Program, mesh: Mesh | None) -> Steps:
 
 
 def compile_steps(steps: Steps, state: TrainState, batch: Batch) -> Steps:
-    """Compiles the train step, and all steps where cuDNN might refuse an attention; `state` and `batch` are only read.
-
-    Returns and raises as `or_by_blocks`; DeviceError when the device cannot run a step.
-    """
-    return or_by_blocks(steps, lambda each: _compile(each, state, batch))[0]
+    """Compiles the train step, and all where cuDNN might refuse a call (`steps_or_chunked`); arrays are only read."""
+    return steps_or_chunked(steps, lambda each: _compile(each, state, batch))[0]
 
 
-def or_by_blocks(steps: Steps, use: Callable[[Steps], T]) -> tuple[Steps, T]:
-    """The steps and `use(steps)`, which compiles some of them; other steps where cuDNN refuses one (`or_chunked`)."""
+def steps_or_chunked(steps: Steps, use: Callable[[Steps], T]) -> tuple[Steps, T]:
+    """`steps` and `use(steps)`, which compiles some; if cuDNN refuses a call, both of new ones, see `or_chunked`."""
     program = steps.program
 
     def with_model(model: ModelConfig) -> tuple[Steps, T]:

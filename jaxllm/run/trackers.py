@@ -100,7 +100,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run: those of `training.trackers`, and `own`, which gets only new rows."""
+    """The trackers of a run: those of `training.trackers`, and `custom`, which gets only new rows."""
 
     def __init__(self, folder: Path, config: RunConfig | None, rows: Sequence[Row], custom: Tracker | None) -> None:
         """Gives the rows of the steps that are done to those of the config."""

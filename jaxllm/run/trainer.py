@@ -124,7 +124,7 @@ def pretrain(
         config: the run.
         optimizer: in place of the config's, see `training.program.CustomParts`; the column learning_rate is null.
         loss: in place of `build_loss`, see `CustomParts`.
-        model: changes the config's, see `CustomParts`; also evaluation and the sample use what it returns.
+        model: the config's model -> the model of training, evaluation and sample, see `CustomParts`.
         recipe: in place of the objective's, see `CustomParts`.
         source: in place of `data.source`: documents by number, or a stream with a position.
         on_step: called with each `StepReport`, one step late.
@@ -164,8 +164,7 @@ def pretrain(
         stack.enter_context(processes.together())
         progress = _restore(steps, checkpoints, pipeline)
         resumed_from = progress.step
-        baselines = pipeline.baselines()
-        _announce(steps.program, pipeline, baselines)
+        baselines = _announce(steps.program, pipeline)
         feed = Prefetch(pipeline, mesh, local=config.data.streams > 1)
         with stop_signals(deadline) as stopped, closing(Window(config.training.profile, folder / PROFILE)) as window:
             # Compile and check memory; only then open the record and write the config.
@@ -214,15 +213,18 @@ def _restore(steps: Steps, checkpoints: Checkpoints, pipeline: Pipeline) -> Prog
     return Progress(start.state, start.step, pipeline.get_state(), sums, start.branched)
 
 
-def _announce(program: Program, pipeline: Pipeline, baselines: dict[str, float]) -> None:
+def _announce(program: Program, pipeline: Pipeline) -> dict[str, float]:
+    """Logs what is trained; returns the baselines."""
     family, compute = program.config.model.family, program.config.precision.compute
     size, ids = count_params(program.model) / 1e6, pipeline.tokenizer.vocab_size
     _log.info("%s, %.2fM parameters, %s in %s, tokenizer of %d", family, size, pipeline.source_name, compute, ids)
+    baselines = pipeline.baselines()
     _log.info("baselines: %s", _listed(baselines))
     rule, steps = program.config.optimizer, program.config.training.steps
     shorter = phases(rule, steps=steps)
     if program.custom.optimizer is None and shorter != (rule.warmup_steps, rule.decay_steps):
         _log.info("optimizer.warmup_steps and decay_steps are shortened to %d and %d of %d steps", *shorter, steps)
+    return baselines
 
 
 def _listed(values: dict[str, float]) -> str:
@@ -306,8 +308,10 @@ def _read(run: Run, progress: Progress, pending: Pending | None) -> None:
     skipped = values.culprit >= 0  # an overflow, which changes no parameter
     if not skipped and not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
         start = _last_good(run, progress)
-        value = run.overflow.first_value(pending.step, start.state, pending.placed)
+        value = run.overflow.first_value(pending.step, start.state, pending.placed, scale=values.loss_scale)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
+        if math.isfinite(values.grad_norm):
+            cause += "; all gradients are finite: check the loss, and that all targets are in the vocabulary"
         reason = f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}"
         stop(run.checkpoints.folder, start, pending.step, reason)
     with run.meter.paused():

@@ -53,7 +53,7 @@ class CustomParts(NamedTuple):
     loss: LossBuilder | None = None  # called as `build_loss`, and returns a pure function as that does
     optimizer: optax.GradientTransformation | None = None  # replaces all but the loss scale and optimizer.ema
     recipe: Objective | None = None  # replaces the row of `RECIPES` that `data.objective` names
-    model: Callable[[Model], Model] | None = None  # such as `lambda model: model.clone(attend=...)`
+    model: Callable[[Model], Model] | None = None  # such as `lambda model: model.clone(attend=...)`; the config stays
 
 
 _NONE = CustomParts()
@@ -98,8 +98,6 @@ class Program(NamedTuple):
 def program_of(config: RunConfig, mesh: AnyMesh | None = None, custom: CustomParts = _NONE) -> Program:
     """The program of a run on the devices of a mesh, None for a single device; nothing is allocated or compiled.
 
-    `custom` has the parts that replace those of the config.
-
     >>> from jaxllm.config import LlamaConfig, RunConfig
     >>> model = LlamaConfig(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2)
     >>> program = program_of(RunConfig(model=model))
@@ -109,6 +107,8 @@ def program_of(config: RunConfig, mesh: AnyMesh | None = None, custom: CustomPar
     training = config.training
     dtype = jnp.dtype(config.precision.compute)
     model = build_model(config) if custom.model is None else custom.model(build_model(config))
+    if getattr(model, "config", None) != config.model:
+        raise ValueError("model= must return a model of the same config, such as model.clone(attend=...)")
     loss = (custom.loss or build_loss)(model, training)
     if custom.optimizer is None:
         optimizer = build_optimizer(config.optimizer, config.precision, steps=training.steps)

@@ -118,7 +118,7 @@ def local_rows(batch_size: int) -> range:
 def place_rows(batch: Mapping[str, Any], mesh: Mesh | None, *, local: bool = False) -> dict[str, jax.Array]:
     """A batch on its devices, rows in order; the copy continues after this returns.
 
-    Each of several processes has the same batch, or with `local` its `local_rows` of it.
+    Of several processes each passes the whole batch, or with `local` its `local_rows` alone.
     """
     at = None if mesh is None else row_sharding(mesh)
     if local:

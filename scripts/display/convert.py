@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxllm.config import DataConfig, RunConfig, TrainingConfig
 from jaxllm.config.file import dump_config
-from jaxllm.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_in
+from jaxllm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, tokenizers_in
 from jaxllm.interop.hf import SpecialIds, load_hf, save_hf
 from jaxllm.interop.safetensors_dir import INDEX, SINGLE
 from jaxllm.models import build
@@ -44,6 +44,9 @@ def export_run(source: str | Path, target: str | Path, *, dtype: Any = None) -> 
             shutil.copy(file, folder)
             if file.suffix == ".json":
                 (folder / "tokenizer_config.json").write_text(_tokenizer_config(config, tokenizer), encoding="utf-8")
+            elif isinstance(tokenizer, SentencePieceTokenizer) and not config.model.encoder_decoder:
+                begins = {"add_bos_token": True, "bos_token": tokenizer.piece(tokenizer.eos_id)}
+                (folder / "tokenizer_config.json").write_text(json.dumps(begins, indent=2) + "\n", encoding="utf-8")
             if config.model.encoder_decoder and file.suffix == ".model":
                 # transformers 4.x looks for T5's by this name alone, 5.x for UMT5's by the general one.
                 shutil.copy(file, folder / "spiece.model")

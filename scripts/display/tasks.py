@@ -42,7 +42,7 @@ class JaxLM(TemplateLM):
     def __init__(self, text: TextModel, *, batch_size: int = 8, add_bos_token: bool = True) -> None:
         """`text` has parameters as in training, see `load_lm`.
 
-        `add_bos_token` puts `text.begin` before each context, as training does; `HFLM` does what its tokenizer does.
+        `add_bos_token` puts `text.begin` before each context, as a run's training does; `HFLM` follows its tokenizer.
         """
         super().__init__()
         self.text, self.batch_size = text if add_bos_token else text._replace(begin=()), batch_size

@@ -325,8 +325,8 @@ def test_bad_text_is_skipped_and_counted(corpus: Path, tmp_path: Path, caplog: p
         ("a text", "a record must be a dict such as {'text': ...}, got 'a text'"),
     ],
 )
-def test_what_is_no_text_is_not_trained_on(record: Any, message: str) -> None:
-    """Of a source of one's own; those of files are checked when they are prepared."""
+def test_a_field_that_is_not_text_is_refused(record: Any, message: str) -> None:
+    """Records of a custom source; files are checked when they are prepared."""
     with pytest.raises(DataError, match=re.escape(message)):
         field(record, "text")
     assert field({"text": b"caf\xc3\xa9"}, "text") == "café"

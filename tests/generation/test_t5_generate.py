@@ -84,7 +84,7 @@ def test_beams_score_as_the_model_does(model_and_params) -> None:
         np.testing.assert_allclose([beams[i].score for beams in found], totals, atol=1e-4)
 
 
-def test_padding_is_known_by_its_place_and_not_by_its_id(model_and_params) -> None:
+def test_the_pad_id_may_be_a_token_of_the_prompt(model_and_params) -> None:
     model, params = model_and_params
     for prompt in ([0], [5, 0, 0]):
         found = [generate(model, params, [prompt, [7] * 5], max_new_tokens=4, pad_id=pad_id)[0] for pad_id in (0, 3)]

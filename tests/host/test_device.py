@@ -15,6 +15,7 @@ from jaxllm.host.device import datasheet_peaks, nvidia_devices
 from jaxllm.ops import backend
 from scripts import gpu_settings
 from scripts.gpu_settings import prepare_process
+from tests import flags
 
 
 def test_any_gpu_counts_and_control_files_do_not(tmp_path: Path) -> None:
@@ -47,9 +48,9 @@ def test_flags_that_a_process_does_not_survive_are_left_out(monkeypatch: pytest.
             raise subprocess.TimeoutExpired(command, timeout)
         return SimpleNamespace(returncode=int("unknown" in env["XLA_FLAGS"]))
 
-    monkeypatch.setattr(gpu_settings.subprocess, "run", run)
-    assert gpu_settings.accepted_flags(["--known", "--unknown", "--hangs"]) == ("--known",)
-    assert gpu_settings.accepted_flags(["--known", "--also_known"]) == ("--known", "--also_known")
+    monkeypatch.setattr(flags.subprocess, "run", run)
+    assert flags.accepted_flags(["--known", "--unknown", "--hangs"]) == ("--known",)
+    assert flags.accepted_flags(["--known", "--also_known"]) == ("--known", "--also_known")
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,8 @@ def test_a_sentencepiece_model_goes_there_and_back(tmp_path: Path, shape: LlamaC
     import_run(folders[2], folders[3])
     want = load_tokenizer(folders[0] / name).fingerprint
     assert load_tokenizer(folders[2] / name).fingerprint == want
-    assert [load_text_model(folder).tokenizer.fingerprint for folder in folders] == [want] * 4
+    loaded = [load_text_model(folder) for folder in folders]
+    assert [each.tokenizer.fingerprint for each in loaded] == [want] * 4
     for folder in (folders[1], folders[3]):
         # What the data pipeline looks for in a run's folder, and what the run's config names.
         assert [path.name for path in folder.glob("*.model")] == ["tokenizer.model"]
@@ -181,6 +182,9 @@ def test_a_sentencepiece_model_goes_there_and_back(tmp_path: Path, shape: LlamaC
     theirs = transformers.AutoTokenizer.from_pretrained(folders[2])
     ours = load_tokenizer(folders[2] / name).encode("the quick fox")
     assert theirs("the quick fox", add_special_tokens=False)["input_ids"] == ours.tolist()
+    if shape.family == "llama":
+        assert loaded[1].begin == loaded[2].begin == loaded[3].begin == (1,)  # of runs and of their export
+        assert theirs("the quick fox")["input_ids"] == loaded[2].encode("the quick fox")
 
 
 @pytest.mark.parametrize("convert", [import_run, export_run])

@@ -186,7 +186,7 @@ def test_a_run_takes_blocks_instead_and_keeps_that(
     assert summary.step == 1
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said[-1].startswith(
-        "attention: chunked instead of auto, because cuDNN refused one: the evaluation step cannot run"
+        "attention: chunked instead of auto, because cuDNN refused a call: the evaluation step cannot run"
     )
     assert refusing in said[-1]
     if len(said) > 1:  # there was a program, whose calls are named
@@ -241,7 +241,7 @@ def test_evaluations_outside_of_training_take_blocks(
     request.getfixturevalue("refusing")
     again = pretrain(run)
     found = evaluate_path(tmp_path / "run")
-    assert caplog.text.count("because cuDNN refused one: the evaluation step") == 2
+    assert caplog.text.count("because cuDNN refused a call: the evaluation step") == 2
     for name in ("loss", "accuracy"):
         assert again.validation[name] == pytest.approx(values[name], rel=1e-5)
         assert found[name] == pytest.approx(values[name], rel=1e-5)
@@ -270,7 +270,7 @@ def test_prompts_are_read_by_blocks(family: Any, caplog: pytest.LogCaptureFixtur
     prompts, options = [[5, 6, 7, 8]], {"max_new_tokens": 4}
     plain = build(family(**SIZES, attention="chunked"))
     assert generate(model, params, prompts, **options) == generate(plain, params, prompts, **options)
-    assert len(caplog.records) == 1 and "cuDNN refused one" in caplog.text
+    assert len(caplog.records) == 1 and "cuDNN refused a call" in caplog.text
     assert list(generate_stream(model, params, prompts, **options))
     assert beam_search(model, params, prompts, search=BeamSettings(beams=2), **options)
     assert len(score(model, params, prompts, [[3, 4]])[0]) == 2

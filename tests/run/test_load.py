@@ -70,18 +70,20 @@ def byte_tokenizer(folder: Path, *, begins: bool = False, **settings: Any) -> No
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|endoftext|>", **settings}))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True}, {"bos_token": None}])
 def test_a_prompt_begins_as_the_directorys_tokenizer_begins_a_text(
     llama: Path, tmp_path: Path, begins: bool, settings: dict[str, Any]
 ) -> None:
-    """Whatever config.json says; without `add_bos_token` tokenizer.json decides alone, as in transformers."""
+    """transformers 5 reads tokenizer.json alone; `add_bos_token: true` is what an exported run needs."""
     shutil.copytree(llama, tmp_path / "hf")
     save_hf(tmp_path / "hf", *load_hf(llama), special_ids=SpecialIds(bos=256, eos=(256,)))
     byte_tokenizer(tmp_path / "hf", begins=begins, **settings)
     ids = load_text_model(tmp_path / "hf").encode("ab")
-    assert ids == [256, 64, 65] if settings.get("add_bos_token", begins) else [64, 65]
-    if "add_bos_token" not in settings:
+    adds = settings.get("add_bos_token") is True
+    assert ids == ([256, 64, 65] if begins or adds else [64, 65])
+    if not adds:
         transformers = pytest.importorskip("transformers")
         assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("ab").input_ids
 

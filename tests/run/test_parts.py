@@ -1,4 +1,4 @@
-"""Own parts of a run: the examples of docs/parts.md, and that parts change nothing but what they replace."""
+"""Custom parts of a run: the examples of docs/parts.md, and that parts change nothing but what they replace."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def unrotated(model: Any) -> Any:
 
 
 def test_a_changed_model_is_that_of_training_evaluation_and_sample(shared: Path) -> None:
-    """As a loss that changes it, but for the sample, which a loss cannot reach."""
+    """The same training as with a loss that clones the model; the sample uses the changed model, too."""
     text = {"steps": 2, "sample_tokens": 8, "sample_prompt": "line"}
     runs = {name: config(shared / name, shared / "corpus", training=text) for name in ("model", "model_by_loss")}
     summary = pretrain(runs["model"], model=unrotated, stop_at=1)

@@ -79,7 +79,7 @@ def whole_attention(
     lengths: Int[Array, " B"] | None = None,
     softmax_dtype: Any = None,
 ) -> Callable[[Array, Array, Array], Array]:
-    """Causal attention over whole sequences, or a model's `custom`, in documents or in rows of `lengths` tokens."""
+    """Causal attention over whole sequences, or `custom`, in documents or in rows of `lengths` tokens."""
     # Causal, with a window; queries and keys are the same tokens.
     pattern = Pattern(True, config.sliding_window, segment_ids, segment_ids, lengths, lengths)
     if custom is not None:

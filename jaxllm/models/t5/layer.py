@@ -101,7 +101,7 @@ def source_keys_values(
 def whole_attention(
     config: T5Config, custom: Attend | None, pattern: Pattern, *, queries: int, keys: int, softmax_dtype: Any = None
 ) -> Callable[..., Array]:
-    """Attention over whole sequences, or a model's `custom`: (query, key, value, bias=, drop=) to the mixed values."""
+    """Attention over whole sequences, or `custom`: (query, key, value, bias=, drop=) to the mixed values."""
     if custom is not None:
         pairs = Pairs(dense_mask(pattern, queries, keys), jnp.arange(queries)[None], jnp.arange(keys)[None])
         return lambda query, key, value, **found: custom(query, key, value, pairs._replace(**found))
