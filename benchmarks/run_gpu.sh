@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 BENCH_START=$(date +%s) # the seconds of a call count from here
 export BENCH_START PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-nvidia-smi -L >/dev/null 2>&1 || true # on some machines /dev/nvidia* exists once a program has used the GPU
+nvidia-smi -L >/dev/null 2>&1 || true # on some machines /dev/nvidia* appears only after a program has used the GPU
 if compgen -G "carried/*.whl" >/dev/null; then
   site="$(mktemp -d)"
   trap 'rm -rf "$site"' EXIT

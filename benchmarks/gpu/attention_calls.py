@@ -155,7 +155,7 @@ class Operands(NamedTuple):
 def operands(case: Attention, *, ragged: bool = False, empty: bool = False) -> Operands:
     """Random numbers, repeated where there are many; `ragged` makes one row shorter than the others.
 
-    With `empty` they have no values, which a compilation does not need.
+    With `empty` the arrays are uninitialised, which is enough to compile for them.
     """
     c, dtype = case, np.dtype(getattr(ml_dtypes, case.dtype, case.dtype))
     block = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
@@ -326,7 +326,7 @@ def change(case: Attention, result: str, row: CallClass) -> str:
 
 
 def timed(program: Callable[..., Any], *args: Any) -> float:
-    """Seconds of one run: the best of six groups of runs, each of 20 ms, since other threads compile meanwhile."""
+    """Seconds of a run: the least mean of six groups of 20 ms. Threads that compile meanwhile slow some groups."""
     for _ in range(2):
         start = time.perf_counter()
         jax.block_until_ready(program(*args))

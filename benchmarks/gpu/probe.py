@@ -61,9 +61,9 @@ def main(name: str = "all", *, toy: bool = False) -> None:
     sys.setswitchinterval(1e-4)  # a thread that compiles holds the interpreter for less time between two kernels
     # Programs are compiled ahead, in order. None has a matmul, since XLA would time its kernels meanwhile.
     pool = ThreadPoolExecutor(max_workers=1 if toy else 4)
-    # The roofs of all others come first: the card would be idle until the first program is ready.
-    roofs = [("sustained", functools.partial(sustained, toy=toy)), ("copy", functools.partial(copy, toy=toy))]
-    facts = [("machine", machine), *roofs, *_attention_facts(pool, toy=toy)]
+    # The peak rates come first, because the card would be idle until the first attention is compiled.
+    peaks = [("sustained", functools.partial(sustained, toy=toy)), ("copy", functools.partial(copy, toy=toy))]
+    facts = [("machine", machine), *peaks, *_attention_facts(pool, toy=toy)]
     for product in PRODUCTS:
         shape = f"{product.m}x{product.k}x{product.n}_{product.out}"
         facts.append((f"product_{shape}", functools.partial(multiply, product, toy=toy)))

@@ -27,10 +27,10 @@ def record(run: Callable[[int], Any], *, steps: int, program: str = "") -> Profi
 def traced(
     part: str, case: str, run: Callable[[int], Any], *, steps: int, seconds: float, program: Callable[[], str] = str
 ) -> dict[str, Any]:
-    """Profiles a case and shows it; returns the main figures, or why there are none: a case is worth more.
+    """Profiles a case and shows it; returns the main figures, or the error: a failed profile does not fail the case.
 
-    `seconds` are those of a timed step. XLA runs no CUDA graphs under a trace, so a traced step has the kernels of a
-    timed one and other gaps: `device_busy` is the time in kernels over that of the timed step.
+    `seconds` is the duration of a timed step. XLA runs no CUDA graphs under a trace, so a traced step has the kernels
+    of a timed one and larger gaps: `device_busy` is the time in kernels over that of the timed step.
     """
     try:
         found = record(run, steps=steps, program=program())

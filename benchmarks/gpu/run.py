@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_here(name: str, *, toy: bool, profile: bool) -> None:
-    # What jaxllm chooses, such as an attention instead of cuDNN's, is in the log.
+    # Logs the choices of jaxllm, such as `attention: chunked` in place of cuDNN.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("jaxllm").setLevel(logging.INFO)
     part, case = name.split("/")

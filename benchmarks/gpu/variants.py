@@ -28,7 +28,7 @@ VARIANTS = {
             "xla_gpu_graph_min_graph_size=1",
         )
     ),
-    # No CUDA graphs, which a traced step has none of either: what they save.
+    # Without CUDA graphs, to measure what they save. A traced step runs without them, too.
     "nographs": Variant(flags=("xla_gpu_enable_command_buffer=",)),
     # T5's rows without lengths: cuDNN then computes a bias gradient, but needs no padding mask.
     "nolengths": Variant(case={"lengths": False}),

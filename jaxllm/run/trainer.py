@@ -352,8 +352,8 @@ def _evaluate(run: Run, progress: Progress) -> None:
     with run.meter.paused():
         values = evaluate(run.steps, progress.state.evaluated, run.pipeline)
         if run.on_evaluate is not None:
-            own = run.on_evaluate(progress.step, values, progress.state.evaluated) or {}
-            values = {name: float(value) for name, value in own.items()} | values
+            more = run.on_evaluate(progress.step, values, progress.state.evaluated) or {}
+            values = {name: float(value) for name, value in more.items()} | values
     progress.validation = {**values, "step": progress.step}
     run.writer.write(progress.step, {f"validation/{name}": value for name, value in values.items()})
     log_validation(progress.step, values, run.config.data.validation)

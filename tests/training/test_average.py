@@ -38,11 +38,11 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", [{}, {"loss_scale": "dynamic"}])
-@pytest.mark.parametrize("own", [False, True])
-def test_it_is_the_float64_average_of_the_steps_that_were_not_skipped(own: bool, precision: dict[str, Any]) -> None:
+@pytest.mark.parametrize("custom", [False, True])
+def test_it_is_the_float64_average_of_the_steps_that_were_not_skipped(custom: bool, precision: dict[str, Any]) -> None:
     run = averaged(run_config(LLAMA, "scan none", 1, 1, **precision))
-    program = program_of(run, custom=CustomParts(optimizer=optax.sgd(0.1)) if own else CustomParts())
-    plain = program_of(averaged(run, None), custom=CustomParts(optimizer=optax.sgd(0.1)) if own else CustomParts())
+    program = program_of(run, custom=CustomParts(optimizer=optax.sgd(0.1)) if custom else CustomParts())
+    plain = program_of(averaged(run, None), custom=CustomParts(optimizer=optax.sgd(0.1)) if custom else CustomParts())
     state, reference = program.fresh_state(), plain.fresh_state()
     assert_equal(state.evaluated, state.params)  # before the first step
     assert reference.evaluated is reference.params

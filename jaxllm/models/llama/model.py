@@ -60,7 +60,7 @@ def layer_body(
 
 
 def rotation(config: LlamaConfig, custom: Rotate | None, positions: Int[Array, "#B T"], *, length: int) -> Map:
-    """Rotary positions, or a model's own; `length` is the context that dynamic and longrope scaling assume."""
+    """Rotary positions, or `custom`; `length` is the context that dynamic and longrope scaling assume."""
     if custom is not None:
         return lambda x: custom(x, positions)
     frequencies, scaling = rope_frequencies(

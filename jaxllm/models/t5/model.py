@@ -161,7 +161,7 @@ class Stack(nn.Module):
 def whole_bias(
     c: T5Config, custom: PositionBias | None, table: Array, length: int, *, bidirectional: bool, dtype: Any = None
 ) -> Float[Array, "#B N T T"]:
-    """The bias of whole sequences, or a model's own."""
+    """The bias of whole sequences, or `custom`."""
     if custom is not None:
         positions = jnp.arange(length)[None]
         return custom(table, positions, positions, bidirectional=bidirectional)
