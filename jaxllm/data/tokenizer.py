@@ -89,8 +89,9 @@ class Tokenizer:
 
     def _restrict(self) -> None:
         self._fast.encode_special_tokens = True
-        self._fast.no_padding()
         self._fast.no_truncation()
+        if any((self._fast.padding or {}).get(name) for name in ("length", "pad_to_multiple_of")):
+            self._fast.no_padding()  # that of a batch adds nothing to a single text, and stays in the fingerprint
 
     def _special(self, *names: str, default: int | None) -> int:
         for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import lzma
 import math
@@ -66,6 +67,23 @@ def test_saved_tokenizer_keeps_the_rule(tokenizer: Tokenizer, tmp_path: Path) ->
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.decode(loaded.encode("</s>")) == "</s>" and 1 not in loaded.encode("</s>")
+
+
+@pytest.mark.parametrize("padding", [{"length": 64}, {"pad_to_multiple_of": 8}, {}])
+def test_padding_and_truncation_of_a_file_do_not_reach_a_text(
+    tokenizer: Tokenizer, tmp_path: Path, padding: dict[str, int]
+) -> None:
+    fast = FastTokenizer.from_str(tokenizer._fast.to_str())
+    fast.enable_padding(direction="left", **padding)
+    fast.save(str(tmp_path / "padded.json"))
+    fast.enable_truncation(2)
+    fast.save(str(tmp_path / "truncated.json"))
+    for name in ("padded", "truncated"):
+        found = load_tokenizer(tmp_path / f"{name}.json")
+        assert found.encode("the cat sat on the mat").tolist() == tokenizer.encode("the cat sat on the mat").tolist()
+    if not padding:  # it changed no run, so that a run's tokenizer stays known by it
+        whole = hashlib.sha256((FastTokenizer.from_file(str(tmp_path / "padded.json"))).to_str().encode()).hexdigest()
+        assert load_tokenizer(tmp_path / "padded.json").fingerprint == whole[:12]
 
 
 def test_paths_may_be_strings_and_folders_new(corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
