@@ -310,9 +310,9 @@ def _read(run: Run, progress: Progress, pending: Pending | None) -> None:
         start = _last_good(run, progress)
         value = run.overflow.first_value(pending.step, start.state, pending.placed, scale=values.loss_scale)
         cause = f"first non-finite value: {value} (with the parameters of step {start.step})"
-        if math.isfinite(values.grad_norm):
-            cause += "; all gradients are finite: check the loss, and that all targets are in the vocabulary"
         reason = f"loss {values.loss}, gradient norm {values.grad_norm}, {cause}"
+        if math.isfinite(values.grad_norm):
+            reason = f"check the loss, and that all targets are in the vocabulary: {reason}"
         stop(run.checkpoints.folder, start, pending.step, reason)
     with run.meter.paused():
         reason = run.overflow.check(pending.step, values, progress.state, pending.placed)

@@ -115,7 +115,7 @@ def outside(model: Any, training: Any) -> Any:
 @pytest.mark.parametrize("loss_scale", ["none", "dynamic"])
 def test_a_loss_that_is_nan_stops_a_run_although_its_gradients_are_finite(shared: Path, loss_scale: str) -> None:
     run = config(shared / f"nan-{loss_scale}", shared / "corpus", precision={"loss_scale": loss_scale})
-    with pytest.raises(TrainingStopped, match=r"loss nan, gradient norm [0-9.]+, .* at step 1"):
+    with pytest.raises(TrainingStopped, match=r"in the vocabulary: loss nan, gradient norm [0-9.]+, .* at step 1;"):
         pretrain(run, loss=outside)
 
 
