@@ -114,7 +114,7 @@ def or_chunked(use: Callable[[ModelConfig], R], config: ModelConfig) -> R:
     try:
         return use(config)
     except Exception as error:
-        if config.attention != "auto" or not (refused(error) or refused(error.__cause__ or error)):
+        if config.attention != "auto" or not any(refused(each) for each in (error, error.__cause__) if each):
             raise
         cause = str(error).splitlines()[0].split("; set ")[0]
         _log.warning("attention: chunked instead of auto, because cuDNN refused a call: %s", cause)
