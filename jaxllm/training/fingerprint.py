@@ -29,7 +29,7 @@ def fingerprints(tree: Any) -> UInt32[Array, "R 2"]:
     >>> bool(swapped.all())
     True
     """
-    return jnp.stack([_sums(leaf) for leaf in jax.tree.leaves(tree)])
+    return jnp.stack([jax.jit(_sums)(leaf) for leaf in jax.tree.leaves(tree)])  # equal shapes are traced once
 
 
 def named_fingerprints(tree: Any) -> dict[str, str]:
@@ -57,9 +57,8 @@ def _sums(leaf: Array) -> UInt32[Array, " 2"]:
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     mixed = _mix(words ^ (position * jnp.uint32(0x9E3779B1)))
     terms = mixed, mixed * (2 * position + 1)
-    zero = jnp.uint32(0)
     # One reduction of pairs: XLA:CPU takes 10 times as long for two sums (jaxlib 0.10.2).
-    return jnp.stack(jax.lax.reduce(terms, (zero, zero), _add_pairs, tuple(range(words.ndim))))
+    return jnp.stack(jax.lax.reduce(terms, (jnp.uint32(0),) * 2, _add_pairs, tuple(range(words.ndim))))
 
 
 def _add_pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:

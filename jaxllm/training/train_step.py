@@ -185,8 +185,9 @@ def accumulate_gradients(
 
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
     keys = device_keys(jax.random.split(key, accumulation))
-    first = jax.tree.map(lambda x: x[0], (parts, keys))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first))
+    _, sums = jax.eval_shape(scaled, params, *jax.tree.map(lambda x: x[0], (parts, keys)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    zeros = zeros, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     return jax.lax.scan(body, zeros, (parts, keys))[0]
 
 
