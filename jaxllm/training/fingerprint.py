@@ -29,7 +29,7 @@ def fingerprints(tree: Any) -> UInt32[Array, "R 2"]:
     >>> bool(swapped.all())
     True
     """
-    return jnp.stack([jax.jit(_sums)(leaf) for leaf in jax.tree.leaves(tree)])  # equal shapes are traced once
+    return jnp.stack([_sums(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def named_fingerprints(tree: Any) -> dict[str, str]:
@@ -41,8 +41,7 @@ def named_fingerprints(tree: Any) -> dict[str, str]:
 
 def total(named: dict[str, str]) -> str:
     """16 hexadecimal digits for all leaves together, whatever their order."""
-    text = "\n".join(f"{path} {digits}" for path, digits in sorted(named.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(" ".join, sorted(named.items()))).encode()).hexdigest()[:16]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -50,6 +49,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+@jax.jit  # leaves of one shape and dtype are traced once
 def _sums(leaf: Array) -> UInt32[Array, " 2"]:
     words = _words(leaf)
     position = jnp.zeros(words.shape, jnp.uint32)

@@ -185,9 +185,9 @@ def accumulate_gradients(
 
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
     keys = device_keys(jax.random.split(key, accumulation))
-    _, sums = jax.eval_shape(scaled, params, *jax.tree.map(lambda x: x[0], (parts, keys)))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    zeros = zeros, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    first = jax.tree.map(lambda x: x[0], (parts, keys))  # of `loss_function`: `gradient` takes twice as long to trace
+    like = jax.eval_shape(lambda *inputs: (loss_function(params, *inputs), cast_floating(params, jnp.float32)), *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     return jax.lax.scan(body, zeros, (parts, keys))[0]
 
 
