@@ -78,8 +78,14 @@ def test_times_and_signals_stop_all_at_the_same_step_and_sigkill_ends_the_other(
     started[1].kill()
     killed = time.monotonic()
     ended = finish(started)
-    assert ended[0].status == 75 and time.monotonic() - killed < 60, ended
-    assert "the same command resumes" in ended[0].stdout and "Traceback" not in ended[0].stdout
+    seconds = time.monotonic() - killed
+    # jax's transport for CPUs missed 2 of 20 such deaths. Its heartbeat finds them; docs/cluster.md has both statuses.
+    if ended[0].status == 75:
+        assert seconds < 60 and "the same command resumes" in ended[0].stdout, ended
+    else:
+        assert ended[0].status == -signal.SIGABRT and seconds < 120, ended
+        assert "stopped sending heartbeats" in ended[0].stderr, ended
+    assert "Traceback" not in ended[0].stdout
 
 
 # Overrides by process, and the message; without overrides, the disk of the second process is full.
