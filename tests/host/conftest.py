@@ -89,17 +89,20 @@ def two(one: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def four(two: Path) -> Path:
-    """Runs in four tasks of SLURM: FAMILY-four, and llama-half-four, which resumes llama-half after step 3."""
+    """Runs in four tasks of SLURM: FAMILY-four, and FAMILY-half-four, which resumes FAMILY-half after step 3."""
     commands = {}
     for family in MODELS:
         tokenizer = f"data.tokenizer={two / f'{family}-one' / 'tokenizer.json'}"
         run = [f"{two}/{family}.yaml", f"training.run_dir={two / f'{family}-four'}", tokenizer]
-        commands[family] = [[*run, "training.sample_tokens=0"]]
-    begin = half(two, "llama", source="hugging_face")
-    commands["llama"].append([f"{two}/llama.yaml", f"training.run_dir={two / 'llama-half-four'}", *begin])
+        begin = half(two, family, source="hugging_face" if family == "llama" else "")
+        commands[family] = [
+            [*run, "training.sample_tokens=0"],
+            [f"{two}/{family}.yaml", f"training.run_dir={two / f'{family}-half-four'}", *begin],
+        ]
 
     def train() -> None:
-        copy_run(two / "llama-half", two / "llama-half-four", steps=3)
+        for family in MODELS:
+            copy_run(two / f"{family}-half", two / f"{family}-half-four", steps=3)
         train_all(two, "four", commands, count=4, devices=1, slurm=True)
 
     once(two, "four", train)

@@ -29,9 +29,8 @@ DATA: dict[str, dict[str, Any]] = {
     "llama": {"objective": "causal", "streams": 4},
     "t5": {"objective": "span_corruption", "example_length": 16},
 }
-# Llama's run has checkpoints for resumes, branches and damage, and continues a text.
+# Llama's run has checkpoints for resumes, branches and damage.
 SAVE_EVERY = {"llama": 1, "t5": 6}
-SAMPLE_TOKENS = {"llama": 2, "t5": 0}
 
 
 def write(folder: Path, family: str, **training: Any) -> Path:
@@ -55,8 +54,7 @@ def write(folder: Path, family: str, **training: Any) -> Path:
                 "keep": 6,
             }
             # Families train at the same time, and jax does not write a program at once: each has a cache of its own.
-            | {"compilation_cache": str(folder / f"{family}-cache")}
-            | {"sample_tokens": SAMPLE_TOKENS[family], "sample_prompt": "line"}
+            | {"sample_tokens": 2, "sample_prompt": "line", "compilation_cache": str(folder / f"{family}-cache")}
             | training,
         }
     )

@@ -8,7 +8,7 @@ process compiles for the others (`observed.share_programs`); in test_endings.py 
 | metrics, parameters; T5's bias and dropout | `test_two_processes_equal_one` | `test_four_processes_equal_one` |
 | gradients of the first step | the same | the same |
 | float16, with a loss scale that grows | `test_float16_from_...` | `test_a_float16_run_...` |
-| batches of a resume | `test_damage_that_...` | `test_a_float16_run_...`: Llama on four, T5 in one |
+| batches of a resume, also in one process | `test_damage_that_...` | `test_a_float16_run_...` |
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from tests.host.runs import (
     assert_same_record,
     assert_same_run,
     copy_run,
-    half,
 )
 
 # Of four devices of two processes: all share one copy of the state, or those of each process share one.
@@ -89,20 +88,21 @@ def test_damage_that_one_process_sees_is_damage_for_all_and_the_resume_is_bitwis
     assert_same_run(target, two / "llama")
 
 
-def test_a_float16_run_of_two_processes_resumes_on_four_tasks_of_slurm(four: Path) -> None:
-    run = four / "llama-half-four"
-    assert "llama-half-four from step 3" in ended_of(four, "four", "llama")[0].stdout
+@pytest.mark.parametrize("family", MODELS)
+def test_a_float16_run_of_two_processes_resumes_on_four_tasks_of_slurm(four: Path, family: str) -> None:
+    run = four / f"{family}-half-four"
+    assert f"{family}-half-four from step 3" in ended_of(four, "four", family)[0].stdout
     assert list(batches_of(run)) == [4, 5, 6]
-    assert_same_run(run, four / "llama-half-one")
+    assert_same_run(run, four / f"{family}-half-one")
 
 
-def test_a_float16_run_of_two_processes_resumes_in_one(two: Path) -> None:
+def test_a_run_of_two_processes_resumes_in_one(two: Path) -> None:
     target = two / "alone"
-    copy_run(two / "t5-half", target, steps=3)
-    overrides = (f"training.run_dir={target}", *half(two, "t5"))
-    (ended,) = finish(launch(two / "t5.yaml", *overrides, count=1, devices=1, program=OBSERVED, fork=True))
+    copy_run(two / "llama", target, steps=3)
+    overrides = (f"training.run_dir={target}", "training.sample_tokens=0")
+    (ended,) = finish(launch(two / "llama.yaml", *overrides, count=1, devices=1, program=OBSERVED, fork=True))
     assert "from step 3" in ended.stdout and list(batches_of(target)) == [4, 5, 6]
-    assert_same_run(target, two / "t5-half-one")
+    assert_same_run(target, two / "llama")
 
 
 def test_a_branch_is_bitwise_on_the_same_layout(two: Path) -> None:
