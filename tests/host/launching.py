@@ -25,6 +25,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.host.imported"])
 STARTED: list[Started] = []  # processes that a test must end
 USED: set[int] = set()  # by launches of this process: ports modulo 4096
+FORKING = threading.Lock()  # a start asks for the status of each fork, which can be read once
 
 
 class Ended(NamedTuple):
@@ -45,7 +46,8 @@ class Started:
         self._process: subprocess.Popen[bytes] | ForkServerProcess
         if fork:
             self._process = FORKS.Process(target=run_in_fork, args=(command, environment, stdout, stderr))
-            self._process.start()
+            with FORKING:
+                self._process.start()
         else:
             command = [sys.executable, *command]
             self._process = subprocess.Popen(
@@ -66,7 +68,8 @@ class Started:
         """The status, or the negative number of a signal; None while it runs."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll()
-        return self._process.exitcode
+        with FORKING:
+            return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
         """Sends a signal, unless it has ended."""
@@ -165,23 +168,20 @@ def finish(processes: list[Started], timeout: float = 300) -> list[Ended]:
     return [process.end(timeout) for process in processes]
 
 
-def train_all(folder: Path, name: str, commands: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> None:
-    """Trains all families at once. The processes of a family train its runs in turn.
+def train(folder: Path, name: str, family: str, commands: Sequence[Sequence[str]], **options: Any) -> None:
+    """Trains runs of folder/FAMILY.yaml in turn, by the same processes; for the commands see `observed`.
 
     folder/NAME-FAMILY.json records how the processes ended.
     """
-    started: dict[str, list[Started]] = {}
+    words = [word for command in commands for word in ("then", *command)][1:]
+    started = launch(folder / f"{family}.yaml", *words, program=OBSERVED, fork=True, **options)
     try:
-        for family, runs in commands.items():
-            config, *words = [word for command in runs for word in ("then", *command)][1:]
-            started[family] = launch(Path(config), *words, program=OBSERVED, fork=True, **options)
-        ended = {family: finish(processes) for family, processes in started.items()}
+        ended = finish(started)
     finally:
-        for process in (each for processes in started.values() for each in processes):
+        for process in started:
             process.kill()
-    assert {each.status for processes in ended.values() for each in processes} == {0}, ended
-    for family, processes in ended.items():
-        (folder / f"{name}-{family}.json").write_text(json.dumps(processes))
+    assert {each.status for each in ended} == {0}, ended
+    (folder / f"{name}-{family}.json").write_text(json.dumps(ended))
 
 
 def ended_of(folder: Path, name: str, family: str) -> list[Ended]:

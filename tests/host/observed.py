@@ -1,7 +1,8 @@
 """scripts/pretrain.py with a record of batches and first gradients, and with damage that this process alone sees.
 
-`python -m tests.host.observed CONFIG [section.key=value ...] [then CONFIG ...]`: the script trains the last run, and
-the same processes train the others before it. OBSERVED_DAMAGE has a JSON object, step -> kind.
+`python -m tests.host.observed CONFIG [section.key=value ...] [then section.key=value ...]`: the script trains the last
+run, and the same processes train the others before it. `then copy RUN TARGET` copies a run folder between them.
+OBSERVED_DAMAGE has a JSON object, step -> kind.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ import hashlib
 import json
 import os
 import runpy
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import cache_key
+from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
+from jaxllm.host import processes
 from jaxllm.run import trainer
 from jaxllm.run.parts import OnStep, StepReport
+from jaxllm.run.steps import Steps
 from jaxllm.storage import checkpoint_reading
+from jaxllm.training.program import Program
 from jaxllm.training.sharding import local_rows
 from jaxllm.training.train_step import TrainState
 
@@ -119,15 +126,22 @@ def damaged(kinds: dict[str, str]) -> Any:
     return restored
 
 
-def commands_of(arguments: list[str]) -> list[list[str]]:
-    """Arguments of each run: the word `then` is between them."""
+def commands_of(words: list[str]) -> list[list[str]]:
+    """The words of each command: `then` is between them."""
     commands: list[list[str]] = [[]]
-    for word in arguments:
+    for word in words:
         if word == "then":
             commands.append([])
         else:
             commands[-1].append(word)
     return commands
+
+
+def copy(run: str, target: str) -> None:
+    """Copies a run folder, and returns when all processes see it."""
+    if jax.process_index() == 0:
+        shutil.copytree(run, target)
+    processes.gather("copied")
 
 
 def share_programs() -> None:
@@ -142,9 +156,23 @@ def share_programs() -> None:
     jax.config.update("jax_share_binary_between_hosts_timeout_ms", 100_000)  # before a test gives up
 
 
+def share_steps() -> None:
+    """Runs of this process that differ in their folder, branch and sample alone have the same compiled steps."""
+    make, made = trainer.make_steps, {}
+
+    def make_once(program: Program, mesh: Mesh | None) -> Steps:
+        training = replace(program.config.training, run_dir="", branch_from=None, sample_tokens=0)
+        key = repr((replace(program.config, training=training), mesh))
+        if key not in made:
+            made[key] = make(program, mesh)
+        return made[key]._replace(program=program)
+
+    trainer.make_steps = make_once
+
+
 def main() -> None:
     """Runs the script as if it had been started directly."""
-    original, (*before, last) = trainer.pretrain, commands_of(sys.argv[1:])
+    original, path, (*before, last) = trainer.pretrain, sys.argv[1], commands_of(sys.argv[2:])
 
     def recorded(config: RunConfig, *callbacks: OnStep, **others: Any) -> trainer.Summary:
         record = Recorder(config.training.run_dir, whole=config.data.streams == 1)
@@ -156,8 +184,11 @@ def main() -> None:
         return original(config, on_step=call_all, **others)
 
     def observed(config: RunConfig, *, on_step: OnStep, **others: Any) -> trainer.Summary:
-        for path, *overrides in before:
-            recorded(load_config(path, overrides))
+        for command in before:
+            if command[:1] == ["copy"]:
+                copy(*command[1:])
+            else:
+                recorded(load_config(path, command))
         return recorded(config, on_step, **others)
 
     dispatch = trainer._dispatch
@@ -169,11 +200,12 @@ def main() -> None:
         return pending
 
     share_programs()
+    share_steps()
     trainer._dispatch = dispatched
     trainer.pretrain = observed
     checkpoint_reading.restored = damaged(json.loads(os.environ.get("OBSERVED_DAMAGE", "{}")))
     sys.path.insert(0, str(PRETRAIN.parent))
-    sys.argv = [str(PRETRAIN), *last]
+    sys.argv = [str(PRETRAIN), path, *last]
     runpy.run_path(str(PRETRAIN), run_name="__main__")
 
 
