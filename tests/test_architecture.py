@@ -128,15 +128,20 @@ def test_every_public_name_exists_and_the_lazy_ones_are_the_real_ones() -> None:
         assert getattr(jaxllm, name) is importlib.import_module(f"jaxllm.{name}")
 
 
-def test_import_takes_the_seconds_that_are_promised() -> None:
-    """2 s of processor time, once bytecode is written, in the fastest of four: other work stretches some of them."""
-    seconds = []
+def test_import_takes_less_than_twice_the_time_of_what_it_loads() -> None:
+    """Processor time, once bytecode is written, in the fastest of four: other work stretches some of them.
+
+    On an idle machine jax, flax and optax take 1.0 s and jaxllm 1.2 s.
+    """
+    seconds: dict[str, list[float]] = {"import jaxllm": [], "import flax, jax, optax": []}
     for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", "import jaxllm"], check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds[1:]) < 2, seconds
+        for code, taken in seconds.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", code], check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    own, loaded = (min(taken[1:]) for taken in seconds.values())
+    assert own < 2 * loaded, seconds
 
 
 def axes(path: Path) -> set[str]:
