@@ -46,6 +46,13 @@ def parts_of(size: int) -> list[range]:
     return [range(first, first + size) for first in range(0, ROWS, size)]
 
 
+def joined(parts: list[list[Batch]]) -> list[Batch]:
+    """Batches of whole rows from those of each part."""
+    return [
+        {name: np.concatenate([part[name] for part in each]) for name in each[0]} for each in zip(*parts, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("objective", ["causal", "span_corruption"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_any_division_of_the_rows_gives_the_same_batches(corpus: Path, objective: str, size: int) -> None:
@@ -59,15 +66,15 @@ def test_any_division_of_the_rows_gives_the_same_batches(corpus: Path, objective
             found.append(read(pipeline, 5))
             iterators |= pipeline.get_state()["iterator"]
             position = pipeline.get_state()
-    whole = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*found, strict=True)
-    ]
-    assert_same(whole, wanted[:5])
+    assert_same(joined(found), wanted[:5])
     assert sorted(iterators) == ["0", "1", "2", "3"]
-    with opened(corpus, **options) as pipeline:
-        pipeline.set_state(json.loads(json.dumps({**position, "iterator": iterators})))
-        assert_same(read(pipeline, STEPS - 5), wanted[5:])
+    for other in (ROWS, 2):
+        found = []
+        for rows in parts_of(other):
+            with opened(corpus, rows, **options) as pipeline:
+                pipeline.set_state(json.loads(json.dumps({**position, "iterator": iterators})))
+                found.append(read(pipeline, STEPS - 5))
+        assert_same(joined(found), wanted[5:])
 
 
 def test_worker_processes_change_no_batch(corpus: Path) -> None:

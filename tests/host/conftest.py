@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_corpus(folder / "corpus")
         for family in MODELS:
             write(folder, family)
-        with ThreadPoolExecutor() as pool:  # both at once
-            list(pool.map(train_family, MODELS))
+        with ThreadPoolExecutor() as pool:
+            try:
+                for future in as_completed([pool.submit(train_family, family) for family in MODELS]):
+                    future.result()
+            except BaseException:
+                for process in list(STARTED):  # of the other family, which then ends too
+                    process.kill()
+                raise
 
     once(folder, "runs", train_families)
     return folder
@@ -59,26 +66,26 @@ def train_on_one(folder: Path, family: str) -> None:
 def train_on_two(folder: Path, family: str) -> None:
     """The same runs in two processes with two devices each, as FAMILY and FAMILY-half.
 
-    For llama also a branch, and again, which resumes where the newest checkpoints are damaged for one process. In llama
-    and these two all devices share one copy of the state; llama-half and t5 have one for each process.
+    Llama has two more runs, in processes of their own: `branch`, and `again`, which resumes a copy of `llama` whose
+    newest checkpoints are damaged for the last process. In `llama`, `branch` and `again` all devices share one copy of
+    the state; in the other runs those of a process do.
     """
-    of_half = [f"training.run_dir={folder / f'{family}-half'}"]
+    two: Any = {"count": 2, "devices": 2}
+    of_half = [f"training.run_dir={folder / f'{family}-half'}", "sharding.fsdp=2"]
     if family == "t5":
-        train(folder, "two", family, [[*of_half, *half(folder, family)], ["sharding.fsdp=2"]], count=2, devices=2)
+        train(folder, "two", family, [[*of_half, *half(folder, family)], ["sharding.fsdp=2"]], **two)
         return
     run, params = read_run(folder / "llama-one")
     save_hf(folder / "hugging_face", build(run.model), params)
     shutil.copy(folder / "llama-one" / "tokenizer.json", folder / "hugging_face")
+    from_elsewhere = [*of_half, *half(folder, family, source="hugging_face")]
+    train(folder, "two", family, [["sharding.fsdp=4"], from_elsewhere], **two)
+    copy_run(folder / "llama", folder / "again", steps=6)
     whole = ["sharding.fsdp=4", "training.sample_tokens=0"]
-    commands = [
-        ["sharding.fsdp=4"],
-        [*whole, f"training.run_dir={folder / 'branch'}", f"training.branch_from={folder / 'llama'}@3"],
-        ["copy", f"{folder / 'llama'}", f"{folder / 'again'}"],
-        [*whole, f"training.run_dir={folder / 'again'}"],
-        ["sharding.fsdp=2", *of_half, *half(folder, "llama", source="hugging_face")],
-    ]
+    again = [*whole, f"training.run_dir={folder / 'again'}"]
+    branch = [*whole, f"training.run_dir={folder / 'branch'}", f"training.branch_from={folder / 'llama'}@3"]
     damage = {"6": "unreadable", "5": "array", "4": "position"}
-    train(folder, "two", family, commands, count=2, devices=2, damage=damage)
+    train(folder, "again", family, [again, branch], damage=damage, **two)
 
 
 def train_on_four(folder: Path, family: str) -> None:

@@ -25,7 +25,8 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.host.imported"])
 STARTED: list[Started] = []  # processes that a test must end
 USED: set[int] = set()  # by launches of this process: ports modulo 4096
-FORKING = threading.Lock()  # a start asks for the status of each fork, which can be read once
+# Process.start polls all forks, and the status of one can be read once: the second of two threads would get 255.
+FORKING = threading.Lock()
 
 
 class Ended(NamedTuple):
@@ -120,7 +121,7 @@ def by_hand(count: int, port: int) -> dict[str, str]:
 def free_port() -> int:
     """A port that no launch of this process has had; SLURM's runs take one that follows from the number modulo 4096."""
     while True:
-        with socket.socket() as probe:
+        with FORKING, socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         if port % 4096 not in USED:
@@ -185,7 +186,7 @@ def train(folder: Path, name: str, family: str, commands: Sequence[Sequence[str]
 
 
 def ended_of(folder: Path, name: str, family: str) -> list[Ended]:
-    """How the processes of `train_all` ended."""
+    """How the processes of `train` ended."""
     return [Ended(*each) for each in json.loads((folder / f"{name}-{family}.json").read_text())]
 
 

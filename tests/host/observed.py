@@ -1,8 +1,7 @@
 """scripts/pretrain.py with a record of batches and first gradients, and with damage that this process alone sees.
 
 `python -m tests.host.observed CONFIG [section.key=value ...] [then section.key=value ...]`: the script trains the last
-run, and the same processes train the others before it. `then copy RUN TARGET` copies a run folder between them.
-OBSERVED_DAMAGE has a JSON object, step -> kind.
+run, and the same processes train the others before it. OBSERVED_DAMAGE has a JSON object, step -> kind.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import hashlib
 import json
 import os
 import runpy
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +28,11 @@ from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
-from jaxllm.host import processes
 from jaxllm.run import trainer
 from jaxllm.run.parts import OnStep, StepReport
 from jaxllm.run.steps import Steps
 from jaxllm.storage import checkpoint_reading
-from jaxllm.training.program import Program
+from jaxllm.training.program import CustomParts, Program
 from jaxllm.training.sharding import local_rows
 from jaxllm.training.train_step import TrainState
 
@@ -127,7 +124,7 @@ def damaged(kinds: dict[str, str]) -> Any:
 
 
 def commands_of(words: list[str]) -> list[list[str]]:
-    """The words of each command: `then` is between them."""
+    """The settings of each run: the word `then` is between them."""
     commands: list[list[str]] = [[]]
     for word in words:
         if word == "then":
@@ -135,13 +132,6 @@ def commands_of(words: list[str]) -> list[list[str]]:
         else:
             commands[-1].append(word)
     return commands
-
-
-def copy(run: str, target: str) -> None:
-    """Copies a run folder, and returns when all processes see it."""
-    if jax.process_index() == 0:
-        shutil.copytree(run, target)
-    processes.gather("copied")
 
 
 def share_programs() -> None:
@@ -157,10 +147,11 @@ def share_programs() -> None:
 
 
 def share_steps() -> None:
-    """Runs of this process that differ in their folder, branch and sample alone have the same compiled steps."""
+    """Runs of this process share compiled steps if they differ in run_dir, branch_from and sample_tokens alone."""
     make, made = trainer.make_steps, {}
 
     def make_once(program: Program, mesh: Mesh | None) -> Steps:
+        assert program.custom == CustomParts(), "the key has the config alone"
         training = replace(program.config.training, run_dir="", branch_from=None, sample_tokens=0)
         key = repr((replace(program.config, training=training), mesh))
         if key not in made:
@@ -184,11 +175,8 @@ def main() -> None:
         return original(config, on_step=call_all, **others)
 
     def observed(config: RunConfig, *, on_step: OnStep, **others: Any) -> trainer.Summary:
-        for command in before:
-            if command[:1] == ["copy"]:
-                copy(*command[1:])
-            else:
-                recorded(load_config(path, command))
+        for overrides in before:
+            recorded(load_config(path, overrides))
         return recorded(config, on_step, **others)
 
     dispatch = trainer._dispatch

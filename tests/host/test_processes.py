@@ -11,7 +11,8 @@ test_endings.py each compiles, as for users.
 | float16, with a loss scale that grows | `test_float16_from_...` | `test_a_float16_run_...` of Llama |
 | batches of a resume, also in one process | `test_damage_that_...` | `test_a_float16_run_...` |
 
-T5 resumes in one process elsewhere (tests/run); what of a resume depends on processes does not depend on the family.
+T5 resumes in one process alone (tests/run/test_pretrain_t5.py). Reading a checkpoint on several processes is the same
+code for both families; the residual stream of a float16 T5 is in tests/run/test_residual.py.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def test_two_processes_equal_one(runs: Path, family: str) -> None:
     assert {path.name for path in (runs / family).iterdir()} == files
 
 
-@pytest.mark.parametrize(("family", "count"), [("llama", 4), ("t5", 2)])
+@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("t5", 2)])
 def test_the_first_process_alone_writes_a_log(runs: Path, family: str, count: int) -> None:
     first, second = ended_of(runs, "two", family)
     assert "2 processes" in first.stdout and first.stdout.count("step 6 loss") == count
@@ -76,7 +77,7 @@ def test_float16_from_parameters_elsewhere_which_are_read_by_their_shards(runs: 
 
 def test_damage_that_one_process_sees_is_damage_for_all_and_the_resume_is_bitwise(runs: Path) -> None:
     """Its disk fails, its copy of an array differs, or it reads another position."""
-    target, (first, second) = runs / "again", ended_of(runs, "two", "llama")
+    target, (first, second) = runs / "again", ended_of(runs, "again", "llama")
     assert first.stdout.count("is damaged") == 3 and "from step 3; 3 newer" in first.stdout
     for problem in ("Input/output error", "params/final_norm/weight has fingerprint", "the position in the data"):
         assert problem in first.stdout
