@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -35,24 +35,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers) / "processes"
     folder.mkdir(exist_ok=True)
 
-    def train_family(family: str) -> None:
-        for train_on in (train_on_one, train_on_two, train_on_four):
-            train_on(folder, family)
+    def train_chain(family: str, *parts: Callable[[Path, str], None]) -> None:
+        for part in parts:
+            part(folder, family)
 
-    def train_families() -> None:
+    def train_all() -> None:
         write_corpus(folder / "corpus")
         for family in MODELS:
             write(folder, family)
         with ThreadPoolExecutor() as pool:
             try:
-                for future in as_completed([pool.submit(train_family, family) for family in MODELS]):
+                for future in as_completed([pool.submit(train_chain, *chain) for chain in CHAINS]):
                     future.result()
             except BaseException:
-                for process in list(STARTED):  # of the other family, which then ends too
+                for process in list(STARTED):  # of the other chains, which then end too
                     process.kill()
                 raise
 
-    once(folder, "runs", train_families)
+    once(folder, "runs", train_all)
     return folder
 
 
@@ -66,9 +66,7 @@ def train_on_one(folder: Path, family: str) -> None:
 def train_on_two(folder: Path, family: str) -> None:
     """The same runs in two processes with two devices each, as FAMILY and FAMILY-half.
 
-    Llama has two more runs, in processes of their own: `branch`, and `again`, which resumes a copy of `llama` whose
-    newest checkpoints are damaged for the last process. In `llama`, `branch` and `again` all devices share one copy of
-    the state; in the other runs those of a process do.
+    In llama all devices share one copy of the state; in the other runs those of a process do.
     """
     two: Any = {"count": 2, "devices": 2}
     of_half = [f"training.run_dir={folder / f'{family}-half'}", "sharding.fsdp=2"]
@@ -80,20 +78,40 @@ def train_on_two(folder: Path, family: str) -> None:
     shutil.copy(folder / "llama-one" / "tokenizer.json", folder / "hugging_face")
     from_elsewhere = [*of_half, *half(folder, family, source="hugging_face")]
     train(folder, "two", family, [["sharding.fsdp=4"], from_elsewhere], **two)
-    copy_run(folder / "llama", folder / "again", steps=6)
-    whole = ["sharding.fsdp=4", "training.sample_tokens=0"]
-    again = [*whole, f"training.run_dir={folder / 'again'}"]
-    branch = [*whole, f"training.run_dir={folder / 'branch'}", f"training.branch_from={folder / 'llama'}@3"]
+
+
+def train_again(folder: Path, family: str) -> None:
+    """Runs that continue llama in new processes.
+
+    In two: `again`, which resumes a copy of it whose newest checkpoints are damaged for the last process, and `branch`.
+    In one: `alone`, which resumes a copy of it after step 3.
+    """
+    for name, steps in {"again": 6, "alone": 3}.items():
+        copy_run(folder / family, folder / name, steps=steps)
+    again, branch, alone = (
+        [f"training.run_dir={folder / name}", "training.sample_tokens=0"] for name in ("again", "branch", "alone")
+    )
+    branch.append(f"training.branch_from={folder / family}@3")
+    in_two = [[*run, "sharding.fsdp=4"] for run in (again, branch)]
     damage = {"6": "unreadable", "5": "array", "4": "position"}
-    train(folder, "again", family, [again, branch], damage=damage, **two)
+    train(folder, "again", family, in_two, damage=damage, count=2, devices=2)
+    train(folder, "alone", family, [alone], count=1, devices=1)
 
 
 def train_on_four(folder: Path, family: str) -> None:
     """FAMILY-four in four tasks of SLURM, and llama-half-four, which resumes llama-half after step 3."""
-    tokenizer = f"data.tokenizer={folder / f'{family}-one' / 'tokenizer.json'}"
-    commands = [[f"training.run_dir={folder / f'{family}-four'}", tokenizer, "training.sample_tokens=0"]]
+    own = f"training.compilation_cache={folder / f'{family}-four-cache'}"
+    commands = [[f"training.run_dir={folder / f'{family}-four'}", "training.sample_tokens=0", own]]
     if family == "llama":
         copy_run(folder / "llama-half", folder / "llama-half-four", steps=3)
         resumed = half(folder, "llama", source="hugging_face")
-        commands.append([f"training.run_dir={folder / 'llama-half-four'}", *resumed])
+        commands.append([f"training.run_dir={folder / 'llama-half-four'}", *resumed, own])
     train(folder, "four", family, commands, count=4, devices=1, slurm=True)
+
+
+# The chains train at the same time, the parts of each in turn.
+CHAINS: tuple[tuple[Any, ...], ...] = (
+    ("llama", train_on_one, train_on_two, train_again, train_on_four),
+    ("t5", train_on_one, train_on_two),
+    ("t5", train_on_four),
+)

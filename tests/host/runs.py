@@ -53,7 +53,7 @@ def write(folder: Path, family: str, **training: Any) -> Path:
                 "eval_batches": 100,
                 "keep": 6,
             }
-            # Families train at the same time, and jax does not write a program at once: each has a cache of its own.
+            # Chains train at the same time, and jax does not write a program at once: each has a cache of its own.
             | {"sample_tokens": 2, "sample_prompt": "line", "compilation_cache": str(folder / f"{family}-cache")}
             | training,
         }

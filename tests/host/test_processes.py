@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.run.record import read_metrics
-from tests.host.launching import OBSERVED, ended_of, finish, launch
+from tests.host.launching import ended_of
 from tests.host.observed import batches_of, mesh_of
 from tests.host.runs import (
     MODELS,
@@ -31,7 +31,6 @@ from tests.host.runs import (
     assert_same_first_gradients,
     assert_same_record,
     assert_same_run,
-    copy_run,
 )
 
 # Of four devices of two processes: all share one copy of the state, or those of each process share one.
@@ -96,12 +95,9 @@ def test_a_float16_run_of_two_processes_resumes_on_four_tasks_of_slurm(runs: Pat
 
 
 def test_a_run_of_two_processes_resumes_in_one(runs: Path) -> None:
-    target = runs / "alone"
-    copy_run(runs / "llama", target, steps=3)
-    overrides = (f"training.run_dir={target}", "training.sample_tokens=0")
-    (ended,) = finish(launch(runs / "llama.yaml", *overrides, count=1, devices=1, program=OBSERVED, fork=True))
-    assert "from step 3" in ended.stdout and list(batches_of(target)) == [4, 5, 6]
-    assert_same_run(target, runs / "llama")
+    (ended,) = ended_of(runs, "alone", "llama")
+    assert "from step 3" in ended.stdout and list(batches_of(runs / "alone")) == [4, 5, 6]
+    assert_same_run(runs / "alone", runs / "llama")
 
 
 def test_a_branch_is_bitwise_on_the_same_layout(runs: Path) -> None:
