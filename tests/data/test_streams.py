@@ -68,7 +68,7 @@ def test_any_division_of_the_rows_gives_the_same_batches(corpus: Path, objective
             position = pipeline.get_state()
     assert_same(joined(found), wanted[:5])
     assert sorted(iterators) == ["0", "1", "2", "3"]
-    for other in (ROWS, 2):
+    for other in {1, 2, ROWS} - {size}:
         found = []
         for rows in parts_of(other):
             with opened(corpus, rows, **options) as pipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -35,9 +36,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers) / "processes"
     folder.mkdir(exist_ok=True)
 
+    failed = threading.Event()
+
     def train_chain(family: str, *parts: Callable[[Path, str], None]) -> None:
         for part in parts:
-            part(folder, family)
+            if not failed.is_set():
+                part(folder, family)
 
     def train_all() -> None:
         write_corpus(folder / "corpus")
@@ -48,7 +52,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for future in as_completed([pool.submit(train_chain, *chain) for chain in CHAINS]):
                     future.result()
             except BaseException:
-                for process in list(STARTED):  # of the other chains, which then end too
+                failed.set()  # the other chains end, too
+                for process in list(STARTED):
                     process.kill()
                 raise
 
@@ -68,16 +73,15 @@ def train_on_two(folder: Path, family: str) -> None:
 
     In llama all devices share one copy of the state; in the other runs those of a process do.
     """
-    two: Any = {"count": 2, "devices": 2}
-    of_half = [f"training.run_dir={folder / f'{family}-half'}", "sharding.fsdp=2"]
-    if family == "t5":
-        train(folder, "two", family, [[*of_half, *half(folder, family)], ["sharding.fsdp=2"]], **two)
-        return
-    run, params = read_run(folder / "llama-one")
-    save_hf(folder / "hugging_face", build(run.model), params)
-    shutil.copy(folder / "llama-one" / "tokenizer.json", folder / "hugging_face")
-    from_elsewhere = [*of_half, *half(folder, family, source="hugging_face")]
-    train(folder, "two", family, [["sharding.fsdp=4"], from_elsewhere], **two)
+    source = ""
+    if family == "llama":
+        source = "hugging_face"
+        run, params = read_run(folder / "llama-one")
+        save_hf(folder / source, build(run.model), params)
+        shutil.copy(folder / "llama-one" / "tokenizer.json", folder / source)
+    whole = [f"sharding.fsdp={4 if family == 'llama' else 2}"]
+    of_half = [f"training.run_dir={folder / f'{family}-half'}", *half(folder, family, source=source)]
+    train(folder, "two", family, [whole, [*of_half, "sharding.fsdp=2"]], count=2, devices=2)
 
 
 def train_again(folder: Path, family: str) -> None:
@@ -100,16 +104,17 @@ def train_again(folder: Path, family: str) -> None:
 
 def train_on_four(folder: Path, family: str) -> None:
     """FAMILY-four in four tasks of SLURM, and llama-half-four, which resumes llama-half after step 3."""
-    own = f"training.compilation_cache={folder / f'{family}-four-cache'}"
-    commands = [[f"training.run_dir={folder / f'{family}-four'}", "training.sample_tokens=0", own]]
+    # T5 trains here while it trains on one and two.
+    cache = f"training.compilation_cache={folder / f'{family}-four-cache'}"
+    commands = [[f"training.run_dir={folder / f'{family}-four'}", "training.sample_tokens=0", cache]]
     if family == "llama":
         copy_run(folder / "llama-half", folder / "llama-half-four", steps=3)
         resumed = half(folder, "llama", source="hugging_face")
-        commands.append([f"training.run_dir={folder / 'llama-half-four'}", *resumed, own])
+        commands.append([f"training.run_dir={folder / 'llama-half-four'}", *resumed, cache])
     train(folder, "four", family, commands, count=4, devices=1, slurm=True)
 
 
-# The chains train at the same time, the parts of each in turn.
+# A family and its parts, which train in turn. The chains train at the same time.
 CHAINS: tuple[tuple[Any, ...], ...] = (
     ("llama", train_on_one, train_on_two, train_again, train_on_four),
     ("t5", train_on_one, train_on_two),

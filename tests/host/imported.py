@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
 for name in ("scripts.pretrain", "display.in_place", "matplotlib.figure", "jaxllm.run.trainer"):
     importlib.import_module(name)
 
-# The garbage collector took 10% of a run: it need not visit what has been imported, and most objects of jax stay.
+# Collections took 10% of a run. What has been imported stays, so forks need not search it.
 gc.collect()
 gc.freeze()
-gc.set_threshold(20_000, 20, 20)
+gc.set_threshold(20_000, 20, 20)  # most objects of jax stay, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -25,7 +26,8 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.host.imported"])
 STARTED: list[Started] = []  # processes that a test must end
 USED: set[int] = set()  # by launches of this process: ports modulo 4096
-# Process.start polls all forks, and the status of one can be read once: the second of two threads would get 255.
+PORTS = threading.Lock()  # of USED
+# One thread at a time may read the status of a fork: the second would get 255. The start of a fork reads that of all.
 FORKING = threading.Lock()
 
 
@@ -75,7 +77,8 @@ class Started:
     def send_signal(self, number: int) -> None:
         """Sends a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its status comes later
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -121,7 +124,7 @@ def by_hand(count: int, port: int) -> dict[str, str]:
 def free_port() -> int:
     """A port that no launch of this process has had; SLURM's runs take one that follows from the number modulo 4096."""
     while True:
-        with FORKING, socket.socket() as probe:
+        with PORTS, socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         if port % 4096 not in USED:
@@ -160,7 +163,7 @@ def launch(
             given["OBSERVED_DAMAGE"] = json.dumps(damage)
         command = [*program, str(config), *overrides, *(own or {}).get(index, ())]
         started.append(Started(command, common | given, fork=fork))
-    STARTED.extend(started)
+        STARTED.append(started[-1])
     return started
 
 

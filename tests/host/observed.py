@@ -17,22 +17,18 @@ import json
 import os
 import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import cache_key
-from jax.sharding import Mesh
 
 from jaxllm.config import RunConfig
 from jaxllm.config.file import load_config
 from jaxllm.run import trainer
 from jaxllm.run.parts import OnStep, StepReport
-from jaxllm.run.steps import Steps
 from jaxllm.storage import checkpoint_reading
-from jaxllm.training.program import CustomParts, Program
 from jaxllm.training.sharding import local_rows
 from jaxllm.training.train_step import TrainState
 
@@ -135,7 +131,7 @@ def commands_of(words: list[str]) -> list[list[str]]:
 
 
 def share_programs() -> None:
-    """The first process compiles each program, and the others load it: tests/host took 161 s so, and 183 s without.
+    """The first process compiles each program, and the others load it, which saved an eighth of the time of tests/host.
 
     jax's cache key contains a fingerprint of the devices. On CPUs it differs between the processes of a run (jax 0.9 to
     0.12), which would wait for each other's programs.
@@ -144,21 +140,6 @@ def share_programs() -> None:
     cache_key._hash_accelerator_config = lambda hash_obj, devices: None
     jax.config.update("jax_share_binary_between_hosts", True)
     jax.config.update("jax_share_binary_between_hosts_timeout_ms", 100_000)  # before a test gives up
-
-
-def share_steps() -> None:
-    """Runs of this process share compiled steps if they differ in run_dir, branch_from and sample_tokens alone."""
-    make, made = trainer.make_steps, {}
-
-    def make_once(program: Program, mesh: Mesh | None) -> Steps:
-        assert program.custom == CustomParts(), "the key has the config alone"
-        training = replace(program.config.training, run_dir="", branch_from=None, sample_tokens=0)
-        key = repr((replace(program.config, training=training), mesh))
-        if key not in made:
-            made[key] = make(program, mesh)
-        return made[key]._replace(program=program)
-
-    trainer.make_steps = make_once
 
 
 def main() -> None:
@@ -188,7 +169,6 @@ def main() -> None:
         return pending
 
     share_programs()
-    share_steps()
     trainer._dispatch = dispatched
     trainer.pretrain = observed
     checkpoint_reading.restored = damaged(json.loads(os.environ.get("OBSERVED_DAMAGE", "{}")))

@@ -53,7 +53,7 @@ def write(folder: Path, family: str, **training: Any) -> Path:
                 "eval_batches": 100,
                 "keep": 6,
             }
-            # Chains train at the same time, and jax does not write a program at once: each has a cache of its own.
+            # Each family has its own, since both train at the same time and jax does not write a program at once.
             | {"sample_tokens": 2, "sample_prompt": "line", "compilation_cache": str(folder / f"{family}-cache")}
             | training,
         }
@@ -80,7 +80,7 @@ def half(folder: Path, family: str, *, source: str = "") -> list[str]:
     one = folder / f"{family}-one"
     start = [f"training.init_from={folder / source if source else one}", f"data.tokenizer={one / 'tokenizer.json'}"]
     short = ["training.save_every=3", "training.sample_tokens=0"]
-    one_stream = ["data.streams=1"]  # llama and again have four, and T5 has one without this setting
+    one_stream = ["data.streams=1"]  # resumes of `llama` have four
     # Roundings of step 1, 4e-5 of a gradient norm, grow with the rate: at 1e-3, T5's norms differ by 7e-4 in step 6.
     rate = {"llama": 1e-3, "t5": 2e-4}[family]
     scaled = ["precision.compute=float16", "precision.initial_scale=1024", f"optimizer.learning_rate={rate}"]

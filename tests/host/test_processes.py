@@ -1,16 +1,16 @@
 """Runs of several real processes through scripts/pretrain.py equal runs of one, and resume on any number of them.
 
-One launch trains several runs, which several tests check (`conftest`); those of one program share its compiled steps.
-All have packed rows and accumulation. The first process compiles for the others (`observed.share_programs`); in
-test_endings.py each compiles, as for users.
+One launch trains several runs, which several tests check (`conftest`). All have packed rows and accumulation. The first
+process compiles for the others (`observed.share_programs`); in test_endings.py each compiles, as for users.
 
 | what equals one process on one device | two processes, two devices each | four processes |
 | --- | --- | --- |
 | metrics, parameters; T5's bias and dropout | `test_two_processes_equal_one` | `test_four_processes_equal_one` |
 | gradients of the first step | the same | the same |
 | float16, with a loss scale that grows | `test_float16_from_...` | `test_a_float16_run_...` of Llama |
-| batches of a resume, also in one process | `test_damage_that_...` | `test_a_float16_run_...` |
+| batches of a resume | `test_damage_that_...`; in one process `test_a_run_of_two_...` | `test_a_float16_run_...` |
 
+A run of four streams resumes here on as many processes or fewer, and in tests/data/test_streams.py on more readers.
 T5 resumes in one process alone (tests/run/test_pretrain_t5.py). Reading a checkpoint on several processes is the same
 code for both families; the residual stream of a float16 T5 is in tests/run/test_residual.py.
 """
@@ -52,10 +52,10 @@ def test_two_processes_equal_one(runs: Path, family: str) -> None:
     assert {path.name for path in (runs / family).iterdir()} == files
 
 
-@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("t5", 2)])
-def test_the_first_process_alone_writes_a_log(runs: Path, family: str, count: int) -> None:
+@pytest.mark.parametrize("family", MODELS)
+def test_the_first_process_alone_writes_a_log(runs: Path, family: str) -> None:
     first, second = ended_of(runs, "two", family)
-    assert "2 processes" in first.stdout and first.stdout.count("step 6 loss") == count
+    assert "2 processes" in first.stdout and first.stdout.count("step 6 loss") == 2
     assert set(re.findall("[A-Za-z]+", second.stdout)) <= GLOO_WORDS, second.stdout
 
 
@@ -101,6 +101,7 @@ def test_a_run_of_two_processes_resumes_in_one(runs: Path) -> None:
 
 
 def test_a_branch_is_bitwise_on_the_same_layout(runs: Path) -> None:
+    assert list(batches_of(runs / "branch")) == [4, 5, 6]
     rows, others = (
         [row for row in read_metrics(runs / name / "metrics.jsonl") if row["step"] > 3] for name in ("branch", "llama")
     )
